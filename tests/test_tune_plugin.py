@@ -1,0 +1,122 @@
+"""`tune run` of a recipe in the current folder, past torchtune's own package named recipes."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from wmtp_modules import tune_plugin
+
+TUNE = Path(sys.executable).with_name("tune")
+RECIPE = """
+import os, sys
+from torchtune import config
+
+@config.parse
+def main(cfg):
+    with open(f"ran_{os.environ.get('RANK', 'alone')}", "w") as file:
+        file.write(f"{cfg.x} {__file__} {sys.argv[0]}")
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.fixture
+def user_folder(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "__init__.py").touch()
+    (tmp_path / "recipes" / "toy.py").write_text(RECIPE)
+    (tmp_path / "toy.yaml").write_text("x: 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["elsewhere"])
+    return tmp_path
+
+
+def test_tune_run_gets_the_current_folder_first(user_folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/bin/tune", "run", "recipes/toy.py"])
+    tune_plugin.activate()
+    assert sys.path == [str(user_folder), "elsewhere"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["/some/bin/tune", "ls"],
+        ["/some/bin/tune"],
+        ["/some/bin/pytest", "run"],
+        ["-m", "run"],
+        ["-c"],
+        [""],
+        [],
+    ],
+)
+def test_other_processes_are_left_alone(user_folder, monkeypatch, argv):
+    monkeypatch.setattr(sys, "argv", argv)
+    tune_plugin.activate()
+    assert sys.path == ["elsewhere"]
+
+
+def test_embedded_interpreter_without_argv(user_folder, monkeypatch):
+    monkeypatch.delattr(sys, "argv")
+    tune_plugin.activate()
+    assert sys.path == ["elsewhere"]
+
+
+def test_folder_without_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["elsewhere"])
+    monkeypatch.setattr(sys, "argv", ["tune", "run", "recipes/toy.py"])
+    tune_plugin.activate()
+    assert sys.path == ["elsewhere"]
+
+
+def test_deleted_current_folder(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(sys, "argv", ["tune", "run", "recipes/toy.py"])
+    tune_plugin.activate()
+
+
+def test_torch_calls_it():
+    (point,) = [p for p in entry_points(group="torch.backends") if p.name == "wmtp_tune"]
+    assert point.load() is tune_plugin.activate
+
+
+def test_loading_it_imports_nothing_more():
+    """It runs in every process that imports torch: wmtp_modules itself has to stay empty."""
+    code = (
+        "import os, sys; before = set(sys.modules); import wmtp_modules.tune_plugin; "
+        "print(sorted(set(sys.modules) - before))"
+    )
+    output = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert output.strip() == "['wmtp_modules', 'wmtp_modules.tune_plugin']"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "ranks"),
+    [
+        ([TUNE, "run"], ["alone"]),
+        ([TUNE, "run", "--nproc_per_node", "2"], ["0", "1"]),
+        ([sys.executable, "-m", "torchtune._cli.tune", "run"], ["alone"]),
+    ],
+)
+def test_tune_run_finds_our_recipe(user_folder, command, ranks):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONPATH")}
+    done = subprocess.run(
+        [*command, "recipes/toy.py", "--config", "toy.yaml", "x=7"],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    recipe = user_folder / "recipes" / "toy.py"
+    for rank in ranks:
+        assert (user_folder / f"ran_{rank}").read_text().startswith(f"7 {recipe} ")
