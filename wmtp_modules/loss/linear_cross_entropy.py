@@ -1,0 +1,200 @@
+"""Output projection and cross-entropy in one step, without holding [N, V] logits.
+
+Shapes: N tokens (batch x positions x heads), D model width, V vocabulary.
+
+Three things are wanted at once and no library gives all of them: losses in fp32 from bf16
+operands, gradients that stay exact when per-token weights are applied afterwards, and weights
+folded in at the forward when they are known. ``F.linear_cross_entropy`` of torch 2.13 recomputes
+for ``reduction="none"`` but returns losses in the operands' dtype and takes no token weights;
+cut-cross-entropy and Liger are compared in docs/log.md.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from wmtp_modules.loss.mtp_loss import IGNORE_INDEX
+
+IMPLS = ("chunked", "compiled")
+
+# Logits held at a time. The CPU value keeps a chunk near the caches; on a GPU each chunk also
+# reads and writes the [V, D] gradient once, so chunks are larger there (0.5 GiB of fp32 logits).
+CHUNK_LOGITS_CPU = 2**24
+CHUNK_LOGITS_CUDA = 2**27
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor | None = None,
+    *,
+    impl: str = "chunked",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of ``hidden @ weight.T`` against labels, chunk by chunk.
+
+    Without ``token_weights`` the per-token losses are differentiable and may be multiplied by
+    any weights before the backward, which recomputes the logits (4 matrix products). With
+    ``token_weights`` the gradients are made in the forward (3 products).
+
+    Args:
+        hidden: [..., D] in the compute dtype.
+        weight: [V, D] in the same dtype; a plain tensor.
+        labels: int64 [...]; -100 gives loss 0 and no gradient.
+        token_weights: [...] fp32, treated as constants.
+        impl: "chunked", or "compiled" for the same arithmetic through ``torch.compile``, which
+            fuses the softmax passes (meant for CUDA).
+
+    Returns:
+        Losses [...] in fp32 (fp64 for fp64 operands). With ``token_weights`` the pair
+        (scalar sum of token_weights * losses, losses without gradient).
+
+    Raises:
+        ValueError: for an unknown ``impl``, mismatched shapes, or a sharded weight.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLS)}")
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            "the output weight is sharded: compute the loss inside the forward of the FSDP unit "
+            "that owns it, otherwise the other ranks' gradients are lost"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit hidden {tuple(hidden.shape)}")
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    if token_weights is None:
+        return _PerTokenLoss.apply(flat_hidden, weight, labels, impl)
+    if token_weights.shape != labels.shape:
+        raise ValueError(
+            f"token_weights {tuple(token_weights.shape)} do not fit labels {tuple(labels.shape)}"
+        )
+    return _WeightedLoss.apply(flat_hidden, weight, labels, token_weights.detach(), impl)
+
+
+def _logits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    logits_NV = hidden_ND @ weight_VD.t()
+    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+
+
+def _losses_of(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-token loss and log-sum-exp of one chunk."""
+    lse_N = torch.logsumexp(logits_NV, dim=-1)
+    kept_N = labels_N != IGNORE_INDEX
+    picked_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1)
+    return torch.where(kept_N, lse_N - picked_N, 0.0), lse_N
+
+
+def _logit_grads(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, lse_N: torch.Tensor, grad_N: torch.Tensor
+) -> torch.Tensor:
+    """d(sum grad * loss) / d logits = grad * (softmax - onehot). Overwrites the logits."""
+    grad_N = torch.where(labels_N != IGNORE_INDEX, grad_N, 0.0)
+    probs_NV = logits_NV.sub_(lse_N[:, None]).exp_().mul_(grad_N[:, None])
+    return probs_NV.scatter_add_(1, labels_N.clamp(min=0)[:, None], -grad_N[:, None])
+
+
+@lru_cache
+def _compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def _pick(function, impl: str):
+    return _compiled(function) if impl == "compiled" else function
+
+
+def _chunks(n: int, vocab: int, device: torch.device):
+    """Slices of nearly equal length whose logits fit the chunk size."""
+    limit = CHUNK_LOGITS_CUDA if device.type == "cuda" else CHUNK_LOGITS_CPU
+    rows = max(1, limit // vocab)
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def _shaped(losses_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Not a view: FSDP2 hooks its backward to what the forward returns, and an in-place
+    operation on a view would drop the hook."""
+    return losses_N.new_empty(shape).copy_(losses_N.view(shape))
+
+
+class _Gradients:
+    """Accumulates both gradients over chunks, the weight's in fp32 whatever the compute dtype."""
+
+    def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, needed: tuple) -> None:
+        self.hidden_ND, self.weight_VD = hidden_ND, weight_VD
+        self.hidden_grad = torch.empty_like(hidden_ND) if needed[0] else None
+        accumulate = torch.promote_types(weight_VD.dtype, torch.float32)
+        self.weight_grad = torch.zeros_like(weight_VD, dtype=accumulate) if needed[1] else None
+
+    def add(self, chunk: slice, logit_grad_NV: torch.Tensor) -> None:
+        logit_grad_NV = logit_grad_NV.to(self.weight_VD.dtype)
+        if self.hidden_grad is not None:
+            torch.mm(logit_grad_NV, self.weight_VD, out=self.hidden_grad[chunk])
+        if self.weight_grad is not None:
+            hidden_ND = self.hidden_ND[chunk]
+            if self.weight_grad.dtype == hidden_ND.dtype:
+                self.weight_grad.addmm_(logit_grad_NV.t(), hidden_ND)
+            else:
+                self.weight_grad += logit_grad_NV.t() @ hidden_ND
+
+
+class _PerTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, labels, impl):
+        labels_N = labels.reshape(-1)
+        losses_of = _pick(_losses_of, impl)
+        parts = [
+            losses_of(_logits(hidden_ND[chunk], weight_VD), labels_N[chunk])
+            for chunk in _chunks(len(labels_N), len(weight_VD), hidden_ND.device)
+        ]
+        losses_N, lse_N = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden_ND, weight_VD, labels_N, lse_N)
+        ctx.impl = impl
+        return _shaped(losses_N, labels.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_N = grad.reshape(-1)
+        hidden_ND, weight_VD, labels_N, lse_N = ctx.saved_tensors
+        logit_grads = _pick(_logit_grads, ctx.impl)
+        grads = _Gradients(hidden_ND, weight_VD, ctx.needs_input_grad)
+        for chunk in _chunks(len(labels_N), len(weight_VD), hidden_ND.device):
+            logits_NV = _logits(hidden_ND[chunk], weight_VD)
+            grads.add(chunk, logit_grads(logits_NV, labels_N[chunk], lse_N[chunk], grad_N[chunk]))
+        weight_grad = grads.weight_grad
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight_VD.dtype)
+        return grads.hidden_grad, weight_grad, None, None
+
+
+class _WeightedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, labels, token_weights, impl):
+        labels_N, token_weights_N = labels.reshape(-1), token_weights.reshape(-1)
+        losses_of, logit_grads = _pick(_losses_of, impl), _pick(_logit_grads, impl)
+        grads = _Gradients(hidden_ND, weight_VD, ctx.needs_input_grad)
+        parts = []
+        for chunk in _chunks(len(labels_N), len(weight_VD), hidden_ND.device):
+            logits_NV = _logits(hidden_ND[chunk], weight_VD)
+            chunk_losses, lse = losses_of(logits_NV, labels_N[chunk])
+            parts.append(chunk_losses)
+            if any(ctx.needs_input_grad):
+                weights = token_weights_N[chunk].to(lse.dtype)
+                grads.add(chunk, logit_grads(logits_NV, labels_N[chunk], lse, weights))
+        losses_N = torch.cat(parts)
+        losses = _shaped(losses_N, labels.shape)
+        ctx.hidden_grad, ctx.weight_grad = grads.hidden_grad, grads.weight_grad
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(losses)
+        return (losses_N * token_weights_N).sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        # The products are already made; only the incoming scalar is left to apply.
+        hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * grad.to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = (weight_grad * grad).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None, None

@@ -1,0 +1,132 @@
+"""``tokenizer.json`` and its config from a SentencePiece model, for transformers and vLLM.
+
+transformers 5 can read ``tokenizer.model`` itself, but its Llama class then adds no dummy prefix
+to a text that begins with a space, which SentencePiece does; such a prompt gets other ids than in
+training. The file written here says exactly what SentencePiece does, so older and newer versions
+agree, and the reader needs neither sentencepiece nor protobuf.
+"""
+
+import json
+from pathlib import Path
+
+from sentencepiece import sentencepiece_model_pb2
+
+# ModelProto.SentencePiece.Type and TrainerSpec.ModelType of sentencepiece_model.proto.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_BPE = 2
+_SPACE = "\u2581"
+
+
+def write_hf_tokenizer(tokenizer_path: str | Path, folder: Path, *, max_seq_len: int) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``.
+
+    Args:
+        tokenizer_path: SentencePiece BPE model.
+        folder: where to write.
+        max_seq_len: longest input in tokens, for the config.
+
+    Raises:
+        ValueError: if the model is not BPE, or it rewrites text before it is encoded.
+    """
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(Path(tokenizer_path).read_bytes())
+    normalizer = proto.normalizer_spec
+    if proto.trainer_spec.model_type != _BPE:
+        raise ValueError(f"{tokenizer_path} is not a BPE model, as Llama's tokenizers are")
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        raise ValueError(
+            f"{tokenizer_path} normalises text before encoding, which this export cannot express: "
+            "train it with normalization_rule_name=identity and remove_extra_whitespaces=false"
+        )
+    pieces = proto.pieces
+    bos, eos, unk = (
+        pieces[i].piece
+        for i in (proto.trainer_spec.bos_id, proto.trainer_spec.eos_id, proto.trainer_spec.unk_id)
+    )
+    prefix = normalizer.add_dummy_prefix
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    steps = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
+    decoders = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": piece.piece,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": piece.type != _USER_DEFINED,
+            }
+            for i, piece in enumerate(pieces)
+            if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [*steps, spaces]},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [_special(bos), _sequence("A", 0)],
+            "pair": [_special(bos), _sequence("A", 0), _special(bos, 1), _sequence("B", 1)],
+            "special_tokens": {
+                bos: {"id": bos, "ids": [proto.trainer_spec.bos_id], "tokens": [bos]}
+            },
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unk,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": proto.trainer_spec.byte_fallback,
+            "ignore_merges": False,
+            "vocab": {piece.piece: i for i, piece in enumerate(pieces)},
+            "merges": _merges(pieces),
+        },
+    }
+    config = {
+        # The generic class takes tokenizer.json as it is; the Llama class rebuilds it its own way.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "unk_token": unk,
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
+
+
+def _special(token: str, type_id: int = 0) -> dict:
+    return {"SpecialToken": {"id": token, "type_id": type_id}}
+
+
+def _sequence(name: str, type_id: int) -> dict:
+    return {"Sequence": {"id": name, "type_id": type_id}}
+
+
+def _merges(pieces) -> list[list[str]]:
+    """Every pair of pieces that makes a piece, best first.
+
+    SentencePiece joins the neighbours whose union has the highest score; a merge list is ranked,
+    so it holds the pairs in the order of their unions' scores.
+    """
+    ids = {piece.piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for piece in sorted(pieces, key=lambda piece: -piece.score):  # stable: ties by id
+        if piece.type in (_NORMAL, _USER_DEFINED):  # byte pieces stand for bytes, not their text
+            text = piece.piece
+            splits = [(text[:i], text[i:]) for i in range(1, len(text))]
+            known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
+            merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return [list(pair) for pair in merges]

@@ -1,0 +1,47 @@
+"""A KV cache whose rows stand at different positions.
+
+torchtune's ``KVCache`` keeps one position for the whole batch. Self-speculative decoding
+accepts a different number of drafted tokens in each row, so each row writes where its own
+tokens belong.
+"""
+
+import torch
+from torch import nn
+
+
+class RowKVCache(nn.Module):
+    """Keys and values stored at the position of their token.
+
+    The model sets ``input_pos`` (int64 [B, S]) before each forward. Rolling a row back means
+    calling again with smaller positions: what lies behind them is overwritten before any query
+    may see it, because a query at position p attends to positions <= p only.
+
+    Args:
+        batch_size: rows.
+        cache_len: positions a row can hold.
+        num_kv_heads: key/value heads.
+        head_dim: width of a head.
+        dtype: element type.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        cache_len: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        shape = (batch_size, num_kv_heads, cache_len, head_dim)
+        self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype), persistent=False)
+        self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype), persistent=False)
+        self.input_pos: torch.Tensor | None = None
+
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k and v, both [B, heads, S, head_dim], and return the whole cache."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        # Advanced indices around a slice put their dimensions first: [B, S, heads, head_dim].
+        self.k_cache[rows, :, self.input_pos] = k.transpose(1, 2)
+        self.v_cache[rows, :, self.input_pos] = v.transpose(1, 2)
+        return self.k_cache, self.v_cache

@@ -1,0 +1,155 @@
+"""The 4-head multi-token-prediction Llama of Meta's release (arXiv 2404.19737).
+
+Shapes: B batch, T positions, K heads (future tokens), D model width, V vocabulary.
+Head k (0-based) at position t predicts token t + k + 1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
+from torchtune.modules.attention_utils import _MaskType
+
+from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy
+from wmtp_modules.models.kv_cache import RowKVCache
+
+
+class MTPOutput(nn.Module):
+    """Final norm, output projection and loss, shared by all heads.
+
+    The loss is computed inside this forward so that, under FSDP2, it meets the gathered plain
+    weight and its gradient goes back through the same unit.
+    """
+
+    def __init__(self, norm: RMSNorm, proj: nn.Linear) -> None:
+        super().__init__()
+        self.norm = norm
+        self.proj = proj
+        self.loss_impl = "chunked"
+
+    def forward(
+        self,
+        hidden_BTKD: torch.Tensor,
+        labels_BTK: torch.Tensor | None = None,
+        token_weights_BTK: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        hidden_BTKD = self.norm(hidden_BTKD)
+        if labels_BTK is None:
+            return self.proj(hidden_BTKD)
+        return linear_cross_entropy(
+            hidden_BTKD, self.proj.weight, labels_BTK, token_weights_BTK, impl=self.loss_impl
+        )
+
+
+class MTPTransformer(nn.Module):
+    """Trunk of Transformer blocks whose output feeds K parallel head blocks.
+
+    All heads read the same trunk output; norm and output projection are shared. With one head
+    this is an ordinary Llama whose last block is called head 0.
+
+    Args:
+        tok_embeddings: token embedding.
+        layers: the trunk's blocks.
+        heads: one block for each future token.
+        output: shared norm, projection and loss.
+        args: the builder's arguments, kept so that exports can write a matching config.
+    """
+
+    def __init__(
+        self,
+        *,
+        tok_embeddings: nn.Embedding,
+        layers: Sequence[TransformerSelfAttentionLayer],
+        heads: Sequence[TransformerSelfAttentionLayer],
+        output: MTPOutput,
+        args: dict,
+    ) -> None:
+        super().__init__()
+        self.tok_embeddings = tok_embeddings
+        self.layers = nn.ModuleList(layers)
+        self.heads = nn.ModuleList(heads)
+        self.output = output
+        self.args = args
+
+    @property
+    def n_future_tokens(self) -> int:
+        return len(self.heads)
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.args["max_seq_len"]
+
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        labels_BTK: torch.Tensor | None = None,
+        *,
+        mask: _MaskType | None = None,
+        input_pos: torch.Tensor | None = None,
+        token_weights_BTK: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits, per-token losses, or a loss with the weights folded in.
+
+        Args:
+            tokens_BT: token ids, int64.
+            labels_BTK: target of each head, -100 where there is none (see ``mtp_labels``).
+            mask: attention mask as ``torchtune...packed_block_causal_mask`` makes it; causal
+                over the whole row if None.
+            input_pos: position of each token inside its document, int64 [B, T].
+            token_weights_BTK: fp32 weights that are known before the forward.
+
+        Returns:
+            Without labels logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
+            weights may be applied afterwards. With weights too the pair
+            (sum of weight * loss, losses_BTK without gradient), which saves one matrix product.
+
+        Raises:
+            ValueError: if the row is longer than the model's ``max_seq_len``.
+        """
+        if tokens_BT.shape[1] > self.max_seq_len:
+            raise ValueError(
+                f"a row of {tokens_BT.shape[1]} tokens exceeds the model's max_seq_len "
+                f"{self.max_seq_len}: raise model.max_seq_len or lower tokenizer.max_seq_len"
+            )
+        if self.caches_are_setup():
+            if input_pos is None:
+                raise ValueError("with KV caches the model needs input_pos, int64 [B, T]")
+            # Keys sit in the cache at their own position, so a query sees what is not later.
+            cache_pos = torch.arange(self.cache_len, device=tokens_BT.device)
+            mask = cache_pos[None, None, :] <= input_pos[:, :, None]
+            for block in (*self.layers, *self.heads):
+                block.attn.kv_cache.input_pos = input_pos
+
+        hidden_BTD = self.tok_embeddings(tokens_BT)
+        for block in self.layers:
+            hidden_BTD = block(hidden_BTD, mask=mask, input_pos=input_pos)
+        hidden_BTKD = torch.stack(
+            [head(hidden_BTD, mask=mask, input_pos=input_pos) for head in self.heads], dim=2
+        )
+        return self.output(hidden_BTKD, labels_BTK, token_weights_BTK)
+
+    def setup_caches(self, batch_size: int, dtype: torch.dtype, *, cache_len: int) -> None:
+        """Give every block, heads included, a KV cache whose rows advance independently.
+
+        Args:
+            batch_size: rows of the cache.
+            dtype: element type of the cached keys and values.
+            cache_len: positions of each row, at most ``max_seq_len``.
+        """
+        self.cache_len = cache_len
+        for block in (*self.layers, *self.heads):
+            attn = block.attn
+            attn.kv_cache = RowKVCache(
+                batch_size, cache_len, attn.num_kv_heads, attn.head_dim, dtype
+            ).to(self.tok_embeddings.weight.device)
+            attn.cache_enabled = True
+
+    def delete_caches(self) -> None:
+        """Drop the KV caches, e.g. to train or score again."""
+        for block in (*self.layers, *self.heads):
+            block.attn.kv_cache = None
+            block.attn.cache_enabled = False
+
+    def caches_are_setup(self) -> bool:
+        return self.heads[0].attn.kv_cache is not None
