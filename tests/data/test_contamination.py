@@ -1,0 +1,121 @@
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from wmtp_modules.data import make_eval_prompts, rows_dataset
+from wmtp_modules.data.contamination import HASHES, EvaluationGuard
+
+DATA = Path(__file__).parents[3] / "shared/data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="no evaluation data beside the checkout")
+
+
+@pytest.fixture(scope="module")
+def guard():
+    return EvaluationGuard()
+
+
+def read(name):
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+def test_hashes_cover_both_benchmarks_without_text():
+    content = json.loads(HASHES.read_text())
+    assert len(content["columns"]) == 5
+    ids = [item[0] for item in content["items"]]
+    assert set(ids) == {f"HumanEval/{i}" for i in range(164)} | {
+        f"MBPP/{i}" for i in range(11, 511)
+    }
+    for _, n_words, *hashes in content["items"]:
+        assert n_words >= 7
+        assert all(len(h) == 16 and int(h, 16) >= 0 for h in hashes)
+
+
+@needs_data
+def test_every_evaluation_task_is_found_and_training_tasks_are_not(guard):
+    tasks = {task["task_id"]: task["text"] for task in read("mbpp/mbpp.jsonl")}
+    found = {
+        i: guard.find(f"Here is a task:\n{text.upper()}\n\tDo it!") for i, text in tasks.items()
+    }
+    assert all(found[i] for i in range(11, 511))
+    # These repeat the description of a test task, or of its sanitized version, word for word.
+    assert [i for i in tasks if found[i] and i not in range(11, 511)] == [
+        *(516, 569, 584, 602, 643, 653, 704, 821, 872, 928)
+    ]
+    sanitized = json.loads((DATA / "mbpp/sanitized-mbpp.json").read_text())
+    assert all(guard.find(t["prompt"]) for t in sanitized if 11 <= t["task_id"] <= 510)
+    for task in read("humaneval/HumanEval_even.jsonl"):
+        assert guard.find("# a file\nimport os\n" + task["prompt"] + "    return 1\n")
+
+
+def test_standard_library_is_innocent(guard):
+    files = list(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    assert len(files) > 100
+    assert not [file for file in files if guard.find(file.read_text(encoding="utf-8"))]
+
+
+def test_a_part_of_a_description_is_no_match(tmp_path):
+    guard = make_guard(tmp_path)
+    whole = "Write a function to count the green apples of a basket."
+    assert guard.find(f"x. {whole}") == "MBPP/11"
+    assert guard.find(" ".join(reversed(whole.split()))) is None
+    assert guard.find(whole.removesuffix("basket.")) is None
+    assert guard.find(whole.replace("green ", "")) is None
+    assert guard.find("write_a_function # to count\n the-green-apples OF a basket") == "MBPP/11"
+
+
+def make_guard(tmp_path):
+    mbpp = [
+        {"task_id": 10, "text": "Write a function to peel the oranges of a basket."},
+        {"task_id": 11, "text": "Write a function to count the green apples of a basket."},
+    ]
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(map(json.dumps, mbpp)))
+    prompts = [
+        'def add(x: int, y: int):\n    """Add x and y.\n    >>> add(1, 2)\n    3\n    """\n',
+        'import re\n\ndef long(s):\n    """ Return how often the letter z stands in the string s'
+        ' and in its reverse.\n\n    Example: long("z") is 2\n    """\n',
+    ]
+    humaneval = [
+        {"task_id": f"HumanEval/{i}", "prompt": prompt, "entry_point": name}
+        for i, (prompt, name) in enumerate(zip(prompts, ("add", "long"), strict=True))
+    ]
+    (tmp_path / "humaneval.jsonl").write_text("\n".join(map(json.dumps, humaneval)))
+    arguments = ["--mbpp", f"{tmp_path}/mbpp.jsonl", "--humaneval", f"{tmp_path}/humaneval.jsonl"]
+    (tmp_path / "hashes.json").write_text(make_eval_prompts.make(arguments))
+    return EvaluationGuard(tmp_path / "hashes.json")
+
+
+def test_generator_takes_descriptions_up_to_the_examples(tmp_path):
+    guard = make_guard(tmp_path)
+    assert guard.find("Write a function to peel the oranges of a basket.") is None
+    assert guard.find('"""Add x and y."""') is None  # too short without its signature
+    assert guard.find('def add(x: int, y: int):\n    """Add x and y."""') == "HumanEval/0"
+    description = "return how often the letter z stands in the string s and in its reverse"
+    assert guard.find(description) == "HumanEval/1"
+
+
+@needs_data
+def test_evaluation_tasks_are_excluded_from_any_source(tokenizer, make_jsonl, tmp_path, caplog):
+    caplog.set_level("INFO")
+    task = read("mbpp/mbpp.jsonl")[10]
+    assert task["task_id"] == 11
+    prompt = read("humaneval/HumanEval_even.jsonl")[0]["prompt"]
+    source = make_jsonl(
+        {"text": "innocent"},
+        {"text": f"first line\n{prompt}"},
+        {"prompt": f"Q: {task['text']}", "response": "A"},
+        {"prompt": "Q", "response": f"# {task['text']}\n"},
+    )
+    rows = rows_dataset(tokenizer, source=source)
+    assert [tokenizer.decode(r["tokens"]) for r in rows] == ["innocent"]
+    assert "3 rows that contain an evaluation task (HumanEval/0, MBPP/11)" in caplog.messages[-1]
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.py").write_text("innocent")
+    (folder / "b.py").write_text(f"import os\n{prompt}")
+    assert len(rows_dataset(tokenizer, source=str(folder))) == 1
+    with pytest.raises(
+        ValueError, match=r"no row is left .* 1 rows that contain an evaluation task"
+    ):
+        rows_dataset(tokenizer, source=str(folder / "b.py"))

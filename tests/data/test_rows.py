@@ -1,0 +1,297 @@
+import json
+import logging
+import subprocess
+import sys
+from itertools import chain
+
+import datasets
+import numpy as np
+import pytest
+from torchtune.models.llama2 import llama2_tokenizer
+
+from wmtp_modules.data import rows as rows_module
+from wmtp_modules.data import rows_dataset
+from wmtp_modules.data.sources import hub_source
+
+PAIR = {"prompt": "add: ", "response": "x + 1"}
+
+
+@pytest.fixture
+def report(caplog):
+    """The last report logged."""
+    caplog.set_level(logging.INFO, logger=rows_module.log.name)
+    return lambda: caplog.messages[-1]
+
+
+def decoded(tokenizer, rows):
+    return sorted(tokenizer.decode(row["tokens"]) for row in rows)
+
+
+def test_text_rows_are_split_and_flagged(tokenizer, make_jsonl, report):
+    text = "value = 1\n" * 40
+    source = make_jsonl({"text": text, "noise": [[0, 5]]}, {"text": "short"})
+    rows = rows_dataset(tokenizer, source=source)
+    assert rows.column_names == ["tokens", "keep", "noise"]
+    assert rows.features["tokens"].feature.dtype == "int32"
+    ids = tokenizer.encode(text)
+    assert list(chain(*rows[:-1]["tokens"])) == ids
+    assert [len(tokens) for tokens in rows["tokens"]][:-2] == [64] * (len(rows) - 2)
+    assert all(all(keep) for keep in rows["keep"])
+    assert rows[0]["noise"][1] is True
+    assert not any(chain(*rows[1:]["noise"]))
+    assert "left out: 0 rows that contain an evaluation task" in report()
+
+
+def test_pairs_keep_reward_and_problem_and_drop_over_long_rows(tokenizer, make_jsonl, report):
+    source = make_jsonl(
+        PAIR | {"reward": 2, "problem_id": 7},
+        PAIR,
+        {"prompt": "p", "response": "word " * 100},
+    )
+    rows = rows_dataset(tokenizer, source=source)
+    assert rows["reward"][:] == [2.0, None]
+    assert rows["problem_id"][:] == ["7", None]
+    assert "noise" not in rows.column_names
+    assert rows[0]["tokens"] == tokenizer.encode("add: x + 1")
+    assert rows[0]["keep"][0] is False
+    assert rows[0]["keep"][-1] is True
+    assert "1 rows longer than max_seq_len 64" in report()
+
+
+BAD = [
+    (b'{"text": "a"', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"[1]", "not a JSON object"),
+    (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"other": 1}', "fields missing"),
+    (b'{"text": "a", "prompt": "b"}', "expected text, or prompt and response"),
+    (b'{"prompt": "b"}', "expected text, or prompt and response"),
+    (b'{"text": 5}', "text is int, not a string"),
+    (b'{"text": " \\n"}', "text is empty"),
+    (b'{"prompt": "", "response": "b"}', "prompt is empty"),
+    (b'{"text": "a\\u0000b"}', "NUL"),
+    (b'{"text": "a\\ud800b"}', "surrogate"),
+    (b'{"prompt": "a", "response": "b", "reward": NaN}', "reward is nan"),
+    (b'{"prompt": "a", "response": "b", "reward": 1%s}' % (b"0" * 400), "reward is 1000"),
+    (b'{"prompt": "a", "response": "b", "reward": "1"}', "reward is '1', not a number"),
+    (b'{"prompt": "a", "response": "b", "problem_id": []}', "problem_id is"),
+    (b'{"prompt": "a", "response": "b", "noise": [[0, 1]]}', "noise belongs to text"),
+    (b'{"text": "abc", "noise": [[0, 4]]}', "noise span"),
+    (b'{"text": "abc", "noise": [[2, 2]]}', "noise span"),
+    (b'{"text": "abc", "noise": [[-1, 2]]}', "noise span"),
+    (b'{"text": "abc", "noise": [[0.0, 2]]}', "noise span"),
+    (b'{"text": "abc", "noise": 3}', "noise span"),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), BAD)
+def test_bad_row_is_named_by_file_and_line(tokenizer, make_jsonl, report, line, why):
+    rows = rows_dataset(tokenizer, source=make_jsonl({"text": "good"}, b"", line))
+    assert decoded(tokenizer, rows) == ["good"]
+    assert "1 bad rows (rows.jsonl:3: " in report()
+    assert why in report()
+    with pytest.raises(ValueError, match=r"bad\.jsonl holds no valid row: bad\.jsonl:1: ") as info:
+        rows_dataset(tokenizer, source=make_jsonl(line, name="bad.jsonl"))
+    assert why in str(info.value)
+
+
+def test_only_five_bad_rows_are_shown(tokenizer, make_jsonl, report):
+    rows_dataset(tokenizer, source=make_jsonl(*[{"text": 1}] * 7, {"text": "good"}))
+    assert "7 bad rows" in report()
+    assert report().count("rows.jsonl:") == 5
+
+
+def test_one_file_of_a_folder_without_a_valid_row_is_an_error(tokenizer, make_jsonl, tmp_path):
+    make_jsonl({"text": "good"}, name="data/a.jsonl")
+    make_jsonl({"text": ""}, name="data/b.jsonl")
+    with pytest.raises(ValueError, match=r"b\.jsonl holds no valid row: b\.jsonl:1: text is empty"):
+        rows_dataset(tokenizer, source=str(tmp_path / "data"))
+    (tmp_path / "data/b.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b\.jsonl holds no valid row: it is empty"):
+        rows_dataset(tokenizer, source=str(tmp_path / "data"))
+
+
+def test_parquet_equals_jsonl(tokenizer, make_jsonl, tmp_path, report):
+    records = [{"text": "one two", "noise": [[0, 3]]}, {"text": None, "noise": None}, {"text": "x"}]
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(records).to_parquet(str(path))
+    from_parquet = rows_dataset(tokenizer, source=str(path))
+    assert "1 bad rows (rows.parquet:2: fields missing" in report()
+    assert from_parquet[:] == rows_dataset(tokenizer, source=make_jsonl(*records))[:]
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match="not a readable parquet file"):
+        rows_dataset(tokenizer, source=str(path))
+
+
+def test_text_folder_reads_every_text_file_exactly(tokenizer, tmp_path, report):
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / ".git/config.txt").write_text("hidden")
+    (folder / "sub/test_a.py").write_bytes(b"if x:\r\n\ty = 1\n")
+    (folder / "b.MD").write_text("\ufeff# title\n", encoding="utf-8")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "image.png").write_bytes(b"\x89PNG")
+    rows = rows_dataset(tokenizer, source=str(folder))
+    assert decoded(tokenizer, rows) == ["# title\n", "if x:\r\n\ty = 1\n"]
+    assert "1 bad rows (latin.txt: not UTF-8 (unexpected end of data at byte 3))" in report()
+    assert "3 files (1 others not read)" in report()
+
+
+def test_missing_and_unusable_sources(tokenizer, tmp_path, monkeypatch):
+    for name in ("data/none.jsonl", "/nowhere/at-all", "./none", "none"):
+        with pytest.raises(ValueError, match=r"does not exist: give a local .* hub name"):
+            rows_dataset(tokenizer, source=name)
+    with pytest.raises(ValueError, match="holds no supported file"):
+        rows_dataset(tokenizer, source=str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="owner/name is no local path, and as a Hugging Face"):
+        rows_dataset(tokenizer, source="owner/name")
+
+
+def test_arguments_are_checked(tokenizer, tiny_tokenizer_path, make_jsonl):
+    source = make_jsonl({"text": "a"})
+    with pytest.raises(ValueError, match="split is 'test': train or validation"):
+        rows_dataset(tokenizer, source=source, split="test")
+    with pytest.raises(ValueError, match="validation_fraction is 1"):
+        rows_dataset(tokenizer, source=source, validation_fraction=1)
+    with pytest.raises(ValueError, match="no validation split of its own: set validation_fraction"):
+        rows_dataset(tokenizer, source=source, split="validation")
+    with pytest.raises(ValueError, match=r"tokenizer\.max_seq_len is None"):
+        rows_dataset(llama2_tokenizer(str(tiny_tokenizer_path)), source=source)
+
+
+def test_nothing_left_names_the_reasons(tokenizer, make_jsonl):
+    source = make_jsonl({"prompt": "p", "response": "word " * 100})
+    with pytest.raises(ValueError, match=r"no row is left to use.*1 rows longer than max_seq_len"):
+        rows_dataset(tokenizer, source=source)
+    # A failed attempt leaves nothing behind that a later one would take for a result.
+    with pytest.raises(ValueError, match="no row is left to use"):
+        rows_dataset(tokenizer, source=source)
+
+
+def test_division_depends_on_content_and_seed_only(tokenizer, make_jsonl):
+    texts = [f"text number {i}" for i in range(200)]
+    kwargs = dict(validation_fraction=0.25)
+    forward = make_jsonl(*({"text": t} for t in texts), name="forward.jsonl")
+    backward = make_jsonl(*({"text": t} for t in reversed(texts)), name="backward.jsonl")
+    parts = {
+        (name, split, seed): decoded(
+            tokenizer, rows_dataset(tokenizer, source=source, split=split, seed=seed, **kwargs)
+        )
+        for name, source in (("forward", forward), ("backward", backward))
+        for split in ("train", "validation")
+        for seed in (0, 1)
+    }
+    for seed in (0, 1):
+        train, held_out = parts["forward", "train", seed], parts["forward", "validation", seed]
+        assert sorted(train + held_out) == sorted(texts)
+        assert 30 < len(held_out) < 70
+        assert train == parts["backward", "train", seed]
+        assert held_out == parts["backward", "validation", seed]
+    assert parts["forward", "validation", 0] != parts["forward", "validation", 1]
+
+
+def test_rows_of_a_problem_stay_on_one_side(tokenizer, make_jsonl):
+    source = make_jsonl(
+        *(
+            {"prompt": f"p{i}", "response": f"r{j}", "problem_id": str(i)}
+            for i in range(30)
+            for j in range(3)
+        )
+    )
+    sides = [
+        set(rows_dataset(tokenizer, source=source, split=s, validation_fraction=0.3)["problem_id"])
+        for s in ("train", "validation")
+    ]
+    assert sides[0] | sides[1] == {str(i) for i in range(30)}
+    assert not sides[0] & sides[1]
+
+
+def make_hub_folder(make_jsonl):
+    make_jsonl({"text": "one"}, name="hub/data/train-00000-of-00002.jsonl")
+    make_jsonl({"text": "two"}, name="hub/data/train-00001-of-00002.jsonl")
+    make_jsonl({"text": "held out"}, name="hub/data/valid-00000-of-00001.jsonl")
+    make_jsonl({"text": "secret"}, name="hub/data/test-00000-of-00001.jsonl")
+
+
+def test_folder_with_named_splits_keeps_them(tokenizer, make_jsonl, tmp_path):
+    make_hub_folder(make_jsonl)
+    source = str(tmp_path / "hub")
+    expected = {"train": ["one", "two"], "validation": ["held out"]}
+    for split, texts in expected.items():
+        rows = rows_dataset(tokenizer, source=source, split=split, validation_fraction=0.5)
+        assert decoded(tokenizer, rows) == texts
+    make_jsonl({"text": "secret"}, name="only/test.jsonl")
+    with pytest.raises(ValueError, match="no file for train, only"):
+        rows_dataset(tokenizer, source=str(tmp_path / "only"))
+
+
+def test_hub_splits_through_load_dataset(tokenizer, make_jsonl, tmp_path, monkeypatch):
+    make_hub_folder(make_jsonl)
+    folder = str(tmp_path / "hub")
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: real(folder, config))
+    expected = {"train": ["one", "two"], "validation": ["held out"]}
+    for split, texts in expected.items():
+        rows = rows_dataset(tokenizer, source="owner/name", split=split, validation_fraction=0.5)
+        assert decoded(tokenizer, rows) == texts
+    with pytest.raises(ValueError, match="has columns text, none of prompt"):
+        hub_source("owner/name", "train", ("prompt",), None)
+    (tmp_path / "hub/data/train-00000-of-00002.jsonl").unlink()
+    (tmp_path / "hub/data/train-00001-of-00002.jsonl").unlink()
+    with pytest.raises(ValueError, match="has no train split, only"):
+        hub_source("owner/name", "train", ("text",), None)
+
+
+def test_second_call_is_a_cache_hit(
+    tokenizer, tiny_tokenizer_path, make_jsonl, monkeypatch, report
+):
+    source = make_jsonl({"text": "one " * 60})
+    first = rows_dataset(tokenizer, source=source)
+    first_report = report()
+
+    def refuse(**kwargs):
+        raise AssertionError("made again")
+        yield
+
+    monkeypatch.setattr(rows_module, "_generate", refuse)
+    again = llama2_tokenizer(str(tiny_tokenizer_path), max_seq_len=64)
+    second = rows_dataset(again, source=source)
+    assert second.cache_files == first.cache_files
+    assert second[:] == first[:]
+    assert report() == first_report
+    with pytest.raises(datasets.exceptions.DatasetGenerationError):
+        rows_dataset(llama2_tokenizer(str(tiny_tokenizer_path), 32), source=source)
+    make_jsonl({"text": "two " * 60})
+    with pytest.raises(datasets.exceptions.DatasetGenerationError):
+        rows_dataset(tokenizer, source=source)
+
+
+@pytest.mark.slow
+def test_another_process_finds_the_cache(tokenizer, tiny_tokenizer_path, make_jsonl, cache_folder):
+    source = make_jsonl({"text": "one " * 60})
+    rows = rows_dataset(tokenizer, source=source)
+    program = (
+        "import json, sys\n"
+        "from torchtune.models.llama2 import llama2_tokenizer\n"
+        "from wmtp_modules.data import rows as r\n"
+        "def refuse(**kwargs):\n    raise AssertionError('made again')\n    yield\n"
+        "r._generate = refuse\n"
+        "rows = r.rows_dataset(llama2_tokenizer(sys.argv[1], max_seq_len=64), source=sys.argv[2])\n"
+        "print(json.dumps(rows.cache_files))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_tokenizer_path), source],
+        env={"HF_DATASETS_CACHE": str(cache_folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == rows.cache_files
+
+
+def test_rows_are_memory_mapped(tokenizer, make_jsonl):
+    rows = rows_dataset(tokenizer, source=make_jsonl({"text": "one"}))
+    assert rows.cache_files
+    assert np.array_equal(rows[0]["tokens"], tokenizer.encode("one"))

@@ -1,0 +1,79 @@
+"""CodeContests (Li et al. 2022, arXiv 2203.07814): programming contests with human solutions."""
+
+import hashlib
+from functools import partial
+
+import datasets
+from torchtune.models.llama2 import Llama2Tokenizer
+
+from wmtp_modules.data.rows import Sample, build_rows, text_field
+from wmtp_modules.data.sources import BadRow
+
+PYTHON3 = 3  # of the data set's language codes: 1 Python 2, 2 C++, 3 Python 3, 4 Java
+REWARDS = {"solutions": 1.0, "incorrect_solutions": 0.0}
+
+
+def code_contests_dataset(
+    tokenizer: Llama2Tokenizer,
+    *,
+    source: str,
+    split: str = "train",
+    seed: int = 0,
+    validation_fraction: float = 0.0,
+    max_solutions: int = 16,
+) -> datasets.Dataset:
+    """Tokenised CodeContests problems with their correct Python 3 solutions, one row each.
+
+    Args:
+        tokenizer: its ``max_seq_len`` is the length beyond which a row is dropped.
+        source: hub name (``deepmind/code_contests``), or a local file or folder in its row shape:
+            name, description, solutions {language[], solution[]}.
+        split: "train" or "validation".
+        seed: deals problems to the splits and draws the solutions.
+        validation_fraction: share of the problems held out; a source with a validation split of
+            its own keeps that.
+        max_solutions: most solutions of one problem; some have hundreds.
+
+    Returns:
+        Rows ``tokens``, ``keep``, ``reward`` (1.0) and ``problem_id`` (the problem's name).
+
+    Raises:
+        ValueError: if the source is missing or unusable, or no row is left.
+    """
+    if max_solutions < 1:
+        raise ValueError(f"max_solutions is {max_solutions}: at least 1 is needed")
+    return build_rows(
+        tokenizer,
+        source=source,
+        split=split,
+        seed=seed,
+        validation_fraction=validation_fraction,
+        to_samples=partial(_to_samples, field="solutions", seed=seed, limit=max_solutions),
+        columns=("name", "description", "solutions"),
+        recipe=f"code_contests {max_solutions} {seed}",
+        unused="problems without a Python 3 solution",
+    )
+
+
+def code_contests_prompt(description: str) -> str:
+    """A problem as the model reads it, up to where its code begins on a line of its own."""
+    return description if description.endswith("\n") else description + "\n"
+
+
+def _to_samples(record: dict, field: str, seed: int, limit: int) -> list[Sample]:
+    name, prompt = text_field(record, "name"), text_field(record, "description")
+    solutions = record.get(field)
+    try:
+        pairs = list(zip(solutions["language"], solutions["solution"], strict=True))
+    except (TypeError, KeyError, ValueError) as error:
+        raise BadRow(f"{field} is not {{language[], solution[]}} of equal length") from error
+    codes = {
+        text_field({field: code}, field).replace("\r\n", "\n")
+        for language, code in pairs
+        if language == PYTHON3
+    }
+    drawn = sorted(codes, key=lambda code: hashlib.blake2b(f"{seed} {code}".encode()).digest())
+    return [
+        Sample(code, code_contests_prompt(prompt), reward=REWARDS[field], problem_id=name)
+        for code in drawn[:limit]
+    ]

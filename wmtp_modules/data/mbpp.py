@@ -1,0 +1,67 @@
+"""MBPP (Austin et al. 2021, arXiv 2108.07732): short Python tasks with three assertions each."""
+
+from functools import partial
+
+import datasets
+from torchtune.models.llama2 import Llama2Tokenizer
+
+from wmtp_modules.data.rows import Sample, build_rows, text_field
+from wmtp_modules.data.sources import BadRow
+
+# The authors' division: 1-10 are few-shot prompts, 11-510 the test set.
+SPLIT_IDS = {"train": range(601, 975), "validation": range(511, 601)}
+END = "\n[DONE]"
+
+
+def mbpp_dataset(
+    tokenizer: Llama2Tokenizer, *, source: str, split: str = "train", seed: int = 0
+) -> datasets.Dataset:
+    """Tokenised MBPP tasks, in the prompt format of the paper's few-shot evaluation.
+
+    Args:
+        tokenizer: its ``max_seq_len`` is the length beyond which a row is dropped.
+        source: hub name (``google-research-datasets/mbpp``), or a local file or folder with the
+            columns text, code, task_id, test_list.
+        split: "train" (task ids 601-974) or "validation" (511-600).
+        seed: unused by the official division; part of the builders' common signature.
+
+    Returns:
+        Rows ``tokens``, ``keep`` and ``problem_id`` ("MBPP/601").
+
+    Raises:
+        ValueError: if the source is missing or unusable, or no row is left.
+    """
+    return build_rows(
+        tokenizer,
+        source=source,
+        split=split,
+        seed=seed,
+        to_samples=partial(_to_samples, split=split),
+        columns=("text", "code", "task_id", "test_list"),
+        validation_fraction=None,
+        hub_config="full",
+        recipe=f"mbpp {split}",
+        unused="tasks of other splits",
+    )
+
+
+def mbpp_prompt(text: str, tests: list[str]) -> str:
+    """One task as the model reads it, up to where its code begins."""
+    return (
+        f"You are an expert Python programmer, and here is your task: {text} "
+        "Your code should pass these tests:\n\n" + "\n".join(tests) + "\n[BEGIN]\n"
+    )
+
+
+def _to_samples(record: dict, split: str) -> list[Sample]:
+    task_id, tests = record.get("task_id"), record.get("test_list")
+    if type(task_id) is not int:
+        raise BadRow(f"task_id is {task_id!r}, not an integer")
+    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+        raise BadRow("test_list is not a list of strings")
+    # The published code has Windows line ends.
+    code = text_field(record, "code").replace("\r", "")
+    prompt = mbpp_prompt(text_field(record, "text"), tests)
+    if task_id not in SPLIT_IDS[split]:
+        return []
+    return [Sample(code + END, prompt, problem_id=f"MBPP/{task_id}")]

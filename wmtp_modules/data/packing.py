@@ -1,0 +1,150 @@
+"""Packing tokenised rows into sequences of fixed length, with their document boundaries.
+
+Legend: T positions of a pack, B packs of a batch.
+"""
+
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch.utils.data import Dataset
+
+
+class PackedDataset(Dataset):
+    """Packs of at most ``max_seq_len`` tokens made of whole rows, padded to ``max_seq_len``.
+
+    Every row is in exactly one pack of an epoch. Which one depends on (seed, epoch) only: a
+    permutation of the rows, dealt out in order, a new pack begun where a row no longer fits.
+
+    Args:
+        rows: tokenised rows, columns ``tokens``, ``keep`` and perhaps ``noise``.
+        max_seq_len: T.
+        seed: of the order, at least 0.
+        pad_id: token id of padding.
+        scores: optional; ``scores[row]`` is an array of [len] or [len, K_ref] of that row.
+
+    Raises:
+        ValueError: if there are no rows, or one is empty or longer than ``max_seq_len``.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        *,
+        max_seq_len: int,
+        seed: int,
+        pad_id: int = 0,
+        scores: Sequence | None = None,
+    ) -> None:
+        if len(rows) == 0:
+            raise ValueError("there are no rows to pack")
+        self._lengths = row_lengths(rows)
+        for row in (int(self._lengths.argmax()), int(self._lengths.argmin())):
+            if not 1 <= self._lengths[row] <= max_seq_len:
+                raise ValueError(
+                    f"row {row} has {self._lengths[row]} tokens, max_seq_len is {max_seq_len}: "
+                    "build the rows with tokenizer.max_seq_len of at most that"
+                )
+        self._columns = [c for c in ("tokens", "keep", "noise") if c in rows.column_names]
+        self._rows = rows.select_columns(self._columns).with_format("arrow")
+        self._max_seq_len = max_seq_len
+        self._seed = seed
+        self._pad_id = pad_id
+        self._scores = scores
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pack anew in the order of ``epoch``. The number of packs may change a little."""
+        self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths))
+        starts, room = [], 0
+        for i, length in enumerate(self._lengths[self._order].tolist()):
+            if length > room:
+                starts.append(i)
+                room = self._max_seq_len
+            room -= length
+        self._bounds = np.array([*starts, len(self._order)])
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One pack.
+
+        Returns:
+            ``tokens`` int64 [T]; ``keep`` bool [T], supervised; ``doc`` int64 [T], document in the
+            pack, -1 for padding; ``input_pos`` int64 [T], from 0 in every document; ``row`` int64
+            [T], row of the data set, -1 for padding; ``noise`` bool [T]; ``seq_lens`` int64, one
+            per document and one for the padding; with scores ``reference`` fp32 [T] or
+            [T, K_ref], NaN for padding.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        rows = self._order[self._bounds[index] : self._bounds[index + 1]]
+        lengths = self._lengths[rows]
+        n_tokens = int(lengths.sum())
+        tail = self._max_seq_len - n_tokens
+        table = self._rows[rows.tolist()]
+        flat = {
+            # One array with the rows of the pack one after the other, copied out of the file.
+            name: np.concatenate(
+                [pc.list_flatten(chunk).to_numpy(zero_copy_only=False) for chunk in column.chunks]
+            )
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
+        noise = flat.get("noise", np.zeros(n_tokens, bool))
+        starts = np.cumsum(lengths) - lengths
+        columns = {
+            "tokens": (flat["tokens"].astype(np.int64), self._pad_id),
+            "keep": (flat["keep"].astype(bool), False),
+            "doc": (np.repeat(np.arange(len(rows)), lengths), -1),
+            "input_pos": (np.arange(n_tokens) - np.repeat(starts, lengths), 0),
+            "row": (np.repeat(rows, lengths), -1),
+            "noise": (noise.astype(bool), False),
+        }
+        if self._scores is not None:
+            columns["reference"] = (self._reference(rows, lengths), np.nan)
+        pack = {}
+        for name, (values, pad) in columns.items():
+            padding = np.full((tail, *values.shape[1:]), pad, values.dtype)
+            pack[name] = torch.from_numpy(np.concatenate([values, padding]))
+        if tail:
+            # Padding counts on from 0 like a document, so that no position exceeds T.
+            pack["input_pos"][n_tokens:] = torch.arange(tail)
+            lengths = np.append(lengths, tail)
+        pack["seq_lens"] = torch.from_numpy(lengths)
+        return pack
+
+    def _reference(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        parts = [np.asarray(self._scores[row], np.float32) for row in rows.tolist()]
+        for row, part, length in zip(rows, parts, lengths, strict=True):
+            if len(part) != length:
+                raise ValueError(
+                    f"row {row} has {length} tokens but {len(part)} scores: they belong to other "
+                    "rows, score this data set again"
+                )
+        return np.concatenate(parts)
+
+
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    """Stack packs to a batch; ``seq_lens`` stays a list, as packs hold different numbers of rows.
+
+    Args:
+        items: B packs.
+
+    Returns:
+        The same keys with a leading B.
+    """
+    batch = {
+        key: torch.stack([item[key] for item in items]) for key in items[0] if key != "seq_lens"
+    }
+    return batch | {"seq_lens": [item["seq_lens"] for item in items]}
+
+
+def row_lengths(rows: datasets.Dataset) -> np.ndarray:
+    """Tokens of each row, int64, from the Arrow offsets: the tokens themselves are not read."""
+    tables = rows.select_columns("tokens").with_format("arrow").iter(batch_size=10_000)
+    chunks = [pc.list_value_length(c) for table in tables for c in table["tokens"].chunks]
+    lengths = [chunk.to_numpy() for chunk in chunks]
+    return np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)

@@ -1,0 +1,327 @@
+"""Tokenised rows: read a source, leave out what must not be trained on, tokenise, cache.
+
+All builders go through ``build_rows``. Its result lies in the cache of ``datasets`` under a
+fingerprint of everything that shapes it, so that it is made once for all ranks and restarts.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import sentencepiece
+from datasets.exceptions import DatasetGenerationError
+from torchtune.models.llama2 import Llama2Tokenizer
+from torchtune.utils import get_logger, log_rank_zero
+
+from wmtp_modules.data import contamination, sources, tokenize
+from wmtp_modules.data.sources import BadRow, Source
+
+FEATURES = datasets.Features(
+    {
+        "tokens": datasets.List(datasets.Value("int32")),
+        "keep": datasets.List(datasets.Value("bool")),
+        "noise": datasets.List(datasets.Value("bool")),
+        "reward": datasets.Value("float64"),
+        "problem_id": datasets.Value("string"),
+    }
+)
+OPTIONAL = ("noise", "reward", "problem_id")
+SHOWN = 5  # bad rows named in a report
+
+log = get_logger("INFO")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a record becomes: plain text (no prompt), or a response to a prompt."""
+
+    response: str
+    prompt: str | None = None
+    noise: tuple[tuple[int, int], ...] = ()  # [start, end) in characters, of plain text only
+    reward: float | None = None
+    problem_id: str | None = None
+
+
+def rows_dataset(
+    tokenizer: Llama2Tokenizer,
+    *,
+    source: str,
+    split: str = "train",
+    validation_fraction: float = 0.0,
+    seed: int = 0,
+) -> datasets.Dataset:
+    """Tokenised rows of plain text or of prompts and responses.
+
+    Args:
+        tokenizer: its ``max_seq_len`` is the length at which plain text is split and beyond which
+            a prompt/response row is dropped.
+        source: .jsonl or .parquet file, folder of those, folder of text or code files, or hub
+            name. Rows are ``{"text", "noise"?}``, noise being corrupted [start, end) character
+            spans, or ``{"prompt", "response", "reward"?, "problem_id"?}``.
+        split: "train" or "validation".
+        validation_fraction: share of the texts, or of the problems, held out by hash; a source
+            with a validation split of its own keeps that.
+        seed: of the division.
+
+    Returns:
+        Rows ``tokens`` int32 and ``keep`` bool, and ``noise`` bool, ``reward``, ``problem_id``
+        where the source has them.
+
+    Raises:
+        ValueError: if the source is missing or unusable, or no row is left.
+    """
+    return build_rows(
+        tokenizer,
+        source=source,
+        split=split,
+        seed=seed,
+        validation_fraction=validation_fraction,
+        to_samples=_to_samples,
+        columns=("text", "prompt", "response", *OPTIONAL),
+        recipe="rows",
+    )
+
+
+def build_rows(
+    tokenizer: Llama2Tokenizer,
+    *,
+    source: str,
+    split: str,
+    seed: int,
+    to_samples: Callable[[dict], list[Sample]],
+    columns: tuple[str, ...],
+    recipe: str,
+    validation_fraction: float | None,
+    hub_config: str | None = None,
+    unused: str = "records without a sample",
+) -> datasets.Dataset:
+    """Make, or find in the cache, the tokenised rows of a source.
+
+    Args:
+        tokenizer: see ``rows_dataset``.
+        source: see ``rows_dataset``.
+        split: "train" or "validation".
+        seed: of the division.
+        to_samples: turns a record into samples, or raises ``BadRow``.
+        columns: fields of a record that ``to_samples`` reads.
+        recipe: names ``to_samples`` and its arguments in the cache.
+        validation_fraction: see ``rows_dataset``; None where ``to_samples`` divides.
+        hub_config: configuration of a hub data set.
+        unused: what a record without a sample is called in the report.
+
+    Returns:
+        The rows, memory-mapped.
+
+    Raises:
+        ValueError: if an argument or the source is unusable, or no row is left.
+    """
+    max_seq_len = tokenizer.max_seq_len
+    if max_seq_len is None or max_seq_len < 2:
+        raise ValueError(f"tokenizer.max_seq_len is {max_seq_len}: set the length of packed rows")
+    if split not in ("train", "validation"):
+        raise ValueError(f"split is {split!r}: train or validation")
+    divides_itself = validation_fraction is None
+    if not divides_itself and not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction is {validation_fraction}: at least 0, below 1")
+    opened = sources.open_source(source, split, columns, hub_config)
+    if split == "validation" and not (opened.own_split or divides_itself or validation_fraction):
+        raise ValueError(
+            f"{source} has no validation split of its own: set validation_fraction (the same for "
+            "training and validation)"
+        )
+    fraction = 0.0 if opened.own_split or divides_itself else validation_fraction
+
+    def in_split(sample: Sample) -> bool:
+        if not fraction:
+            return True
+        # By problem, so that what is known of a held-out problem is not trained on.
+        group = sample.problem_id or sample.prompt or sample.response
+        digest = hashlib.blake2b(f"{seed} {group}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest) < fraction * 2**64) == (split == "validation")
+
+    fingerprint = _fingerprint(
+        source=opened.fingerprint,
+        names=[opened.kind, Path(opened.name).name],
+        recipe=recipe,
+        split=split if fraction else None,
+        fraction=fraction,
+        seed=seed if fraction else None,
+        max_seq_len=max_seq_len,
+        tokenizer=hashlib.sha256(
+            tokenizer._spm_model.spm_model.serialized_model_proto()
+        ).hexdigest(),
+    )
+    cache_dir = Path(datasets.config.HF_DATASETS_CACHE, "wmtp", fingerprint)
+    report_path = cache_dir / "report.json"
+    try:
+        rows = datasets.Dataset.from_generator(
+            _generate,
+            features=FEATURES,
+            fingerprint=fingerprint,
+            cache_dir=str(cache_dir),
+            gen_kwargs=dict(
+                tokenizer=tokenizer,
+                source=opened,
+                to_samples=to_samples,
+                in_split=in_split,
+                report_path=report_path,
+                unused=unused,
+            ),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise ValueError(f"{source} ({split}): {error.__cause__}") from error
+        raise
+    report = json.loads(report_path.read_text())
+    log_rank_zero(log, f"{source} ({split}): {report['text']}")
+    return rows.remove_columns([column for column in OPTIONAL if not report["has"].get(column)])
+
+
+def text_field(record: dict, field: str) -> str:
+    """A field that must be text with something in it.
+
+    Raises:
+        BadRow: if it is missing, no string, blank, or holds what a tokenizer cannot take.
+    """
+    value = record.get(field)
+    if value is None:
+        raise BadRow(f"{field} is missing")
+    if not isinstance(value, str):
+        raise BadRow(f"{field} is {type(value).__name__}, not a string")
+    if not value.strip():
+        raise BadRow(f"{field} is empty")
+    if "\0" in value:
+        raise BadRow(f"{field} holds a NUL character")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise BadRow(f"{field} holds half a surrogate pair")
+    return value
+
+
+def _to_samples(record: dict) -> list[Sample]:
+    present = [f for f in ("text", "prompt", "response") if record.get(f) is not None]
+    if present not in (["text"], ["prompt", "response"]):
+        raise BadRow(f"fields {present or 'missing'}: expected text, or prompt and response")
+    reward, problem_id = record.get("reward"), record.get("problem_id")
+    if reward is not None:
+        if isinstance(reward, bool) or not isinstance(reward, int | float):
+            raise BadRow(f"reward is {reward!r}, not a number")
+        if not abs(reward) <= sys.float_info.max:  # false for NaN as well
+            raise BadRow(f"reward is {reward}")
+        reward = float(reward)
+    if problem_id is not None:
+        if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
+            raise BadRow(f"problem_id is {problem_id!r}, not a string or an integer")
+        problem_id = str(problem_id)
+    noise = record.get("noise") or []
+    if present == ["text"]:
+        text = text_field(record, "text")
+        return [Sample(text, None, _spans(noise, len(text)), reward, problem_id)]
+    if noise:
+        raise BadRow("noise belongs to text rows")
+    prompt, response = text_field(record, "prompt"), text_field(record, "response")
+    return [Sample(response, prompt, (), reward, problem_id)]
+
+
+def _spans(noise: object, length: int) -> tuple[tuple[int, int], ...]:
+    for span in noise if isinstance(noise, list) else [noise]:
+        is_pair = isinstance(span, list) and [type(x) for x in span] == [int, int]
+        if not is_pair or not 0 <= span[0] < span[1] <= length:
+            raise BadRow(f"noise span {span!r} is no [start, end) within {length} characters")
+    return tuple(map(tuple, noise))
+
+
+def _generate(
+    tokenizer: Llama2Tokenizer,
+    source: Source,
+    to_samples: Callable[[dict], list[Sample]],
+    in_split: Callable[[Sample], bool],
+    report_path: Path,
+    unused: str,
+) -> Iterator[dict]:
+    """Yield the rows; at the end write the report beside the cache."""
+    guard = contamination.EvaluationGuard()
+    count: Counter[str] = Counter()
+    has: Counter[str] = Counter()
+    bad: list[str] = []
+    excluded: Counter[str] = Counter()
+    for part, records in source.parts():
+        valid, first_bad = 0, len(bad)
+        for where, record in records:
+            count["read"] += 1
+            try:
+                if isinstance(record, BadRow):
+                    raise record
+                samples = to_samples(record)
+            except BadRow as error:
+                bad.append(f"{where}: {error}")
+                continue
+            valid += 1
+            count["unused"] += not samples
+            for sample in samples:
+                if not in_split(sample):
+                    count["other split"] += 1
+                    continue
+                task = guard.find(f"{sample.prompt or ''}\n{sample.response}")
+                if task:
+                    excluded[task] += 1
+                    continue
+                rows = list(_tokenise(tokenizer, sample))
+                count["over-long"] += not rows
+                for row in rows:
+                    count["rows"] += 1
+                    count["tokens"] += len(row.tokens)
+                    has.update(noise=bool(sample.noise), reward=sample.reward is not None)
+                    has["problem_id"] += sample.problem_id is not None
+                    yield {
+                        **row._asdict(),
+                        "reward": sample.reward,
+                        "problem_id": sample.problem_id,
+                    }
+        if not valid:
+            named = "; ".join(bad[first_bad:][:SHOWN]) or "it is empty"
+            raise ValueError(f"{part} holds no valid row: {named}")
+    left_out = {
+        "bad rows" + (f" ({'; '.join(bad[:SHOWN])})" if bad else ""): len(bad),
+        unused: count["unused"],
+        "rows of the other split": count["other split"],
+        f"rows longer than max_seq_len {tokenizer.max_seq_len}": count["over-long"],
+    }
+    tasks = f" ({', '.join(sorted(excluded)[:SHOWN])})" if excluded else ""
+    text = (
+        f"{count['rows']} rows, {count['tokens']} tokens from {count['read']} records in "
+        f"{source.note}; left out: {excluded.total()} rows that contain an evaluation task{tasks}"
+        + "".join(f", {n} {what}" for what, n in left_out.items() if n)
+    )
+    if not count["rows"]:
+        raise ValueError(f"no row is left to use. {text}")
+    report_path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = report_path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps({"text": text, "has": has, "count": count}))
+    os.replace(unfinished, report_path)
+
+
+def _tokenise(tokenizer: Llama2Tokenizer, sample: Sample) -> Iterator[tokenize.TokenRow]:
+    if sample.prompt is None:
+        row = tokenize.encode_text(tokenizer, sample.response, sample.noise)
+        yield from tokenize.split_row(row, tokenizer.max_seq_len)
+    else:
+        row = tokenize.encode_pair(tokenizer, sample.prompt, sample.response)
+        if len(row.tokens) <= tokenizer.max_seq_len:
+            yield row
+
+
+def _fingerprint(**parts: object) -> str:
+    """Hash of everything that shapes the rows, this package's own code included."""
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    digest.update(f"{sentencepiece.__version__} {datasets.__version__}".encode())
+    folder = Path(__file__).parent
+    for path in sorted([*folder.glob("*.py"), contamination.HASHES]):
+        if path.name != "packing.py":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,235 @@
+"""Where rows come from: local files and folders, and the Hugging Face hub.
+
+A source yields records (dicts) or, in the place of what cannot be read, a ``BadRow`` that says why.
+Files are data only: nothing of a data set is ever executed.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROW_SUFFIXES = {".jsonl", ".parquet"}
+# fmt: off
+TEXT_SUFFIXES = {
+    ".bash", ".c", ".cc", ".cfg", ".cpp", ".cs", ".css", ".go", ".h", ".hpp", ".hs", ".html",
+    ".ini", ".java", ".jl", ".js", ".kt", ".lua", ".md", ".ml", ".php", ".pl", ".py", ".pyi", ".r",
+    ".rb", ".rs", ".rst", ".scala", ".sh", ".sql", ".swift", ".tex", ".toml", ".ts", ".txt",
+    ".yaml", ".yml",
+}
+# fmt: on
+# How data sets spell their splits; `deepmind/code_contests` has `valid`, MBPP has `validation`.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "eval"),
+}
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source.
+
+    Attributes:
+        name: as the user wrote it.
+        kind: "rows", "text" or "hub".
+        own_split: the source has a validation split of its own, and this is the asked-for one.
+        fingerprint: changes when the content does (files: relative name, size and mtime).
+        note: what was left aside, for the report.
+    """
+
+    name: str
+    kind: str
+    own_split: bool
+    fingerprint: str
+    note: str
+    files: tuple[Path, ...] = ()
+    root: Path = Path()
+    columns: tuple[str, ...] = ()
+    hub: datasets.Dataset | None = None
+
+    def parts(self) -> Iterator[tuple[str, Iterator]]:
+        """(name, records) of each part in which at least one record must be valid.
+
+        A part is a jsonl or parquet file, a hub split, or a whole folder of text. Its records are
+        (where, dict) or (where, BadRow).
+        """
+        if self.kind == "hub":
+            yield self.name, ((f"{self.name}[{i}]", row) for i, row in enumerate(self.hub))
+        elif self.kind == "text":
+            yield self.name, map(self._text_record, self.files)
+        else:
+            for path in self.files:
+                name = str(path.relative_to(self.root))
+                read = _parquet_records if path.suffix.lower() == ".parquet" else _jsonl_records
+                yield name, read(path, name, self.columns)
+
+    def _text_record(self, path: Path) -> tuple[str, "dict | BadRow"]:
+        where = str(path.relative_to(self.root))
+        try:
+            return where, {"text": path.read_bytes().decode("utf-8-sig")}
+        except UnicodeDecodeError as error:
+            return where, BadRow(f"not UTF-8 ({error.reason} at byte {error.start})")
+
+
+def open_source(
+    source: str | Path, split: str, columns: tuple[str, ...], hub_config: str | None = None
+) -> Source:
+    """Find out what ``source`` is and which of its files or splits serve ``split``.
+
+    Args:
+        source: .jsonl or .parquet file, text or code file, folder of either kind, or hub name
+            ``owner/name``. In a folder of row files, files or their folders named after a split
+            (``train-00000-of-00002.parquet``, ``valid/a.jsonl``) belong to it; what is named
+            ``test`` is never read.
+        split: "train" or "validation".
+        columns: fields that are needed; others are not read where the format allows it.
+        hub_config: configuration of a hub data set.
+
+    Returns:
+        The source, nothing but names and sizes read yet (a hub data set is downloaded).
+
+    Raises:
+        ValueError: if there is no such path or hub data set, or it holds no supported file.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        return _open_hub(str(source), split, columns, hub_config)
+    root = path if path.is_dir() else path.parent
+    if path.is_file():
+        found = [path]
+    else:
+        found = sorted(
+            p
+            for p in path.rglob("*")
+            if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
+        )
+    rows = [p for p in found if p.suffix.lower() in ROW_SUFFIXES]
+    texts = [p for p in found if p.suffix.lower() in TEXT_SUFFIXES]
+    if not rows and not texts:
+        raise ValueError(
+            f"{source} holds no supported file: expected .jsonl, .parquet or text "
+            f"({' '.join(sorted(TEXT_SUFFIXES))})"
+        )
+    own_split, files = False, rows or texts
+    if rows and path.is_dir():
+        splits = {p: _split_of_path(p.relative_to(path)) for p in rows}
+        own_split = "validation" in splits.values()
+        wanted = ("validation",) if own_split and split == "validation" else ("train", None)
+        files = [p for p in rows if splits[p] in wanted]
+        if not files:
+            raise ValueError(f"{source}: no file for {split}, only {[p.name for p in rows[:5]]}")
+    content = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+    aside = len(found) - len(files)
+    return Source(
+        name=str(source),
+        kind="rows" if rows else "text",
+        own_split=own_split,
+        fingerprint=json.dumps(content),
+        note=f"{len(files)} files" + (f" ({aside} others not read)" if aside else ""),
+        files=tuple(files),
+        root=root,
+        columns=columns,
+    )
+
+
+def _open_hub(name: str, split: str, columns: tuple[str, ...], config: str | None) -> Source:
+    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in "./"
+    if not looks_like_hub or Path(name).suffix in ROW_SUFFIXES | TEXT_SUFFIXES:
+        raise ValueError(
+            f"{name} does not exist: give a local .jsonl or .parquet file, a folder, or a "
+            "Hugging Face hub name (owner/name)"
+        )
+    try:
+        return hub_source(name, split, columns, config)
+    except (OSError, ValueError) as error:  # includes not found, no access and no network
+        raise ValueError(
+            f"{name} is no local path, and as a Hugging Face data set it cannot be read "
+            f"({type(error).__name__}: {error}): check the name and the network, or download it "
+            "and give the folder"
+        ) from error
+
+
+def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | None) -> Source:
+    """The wanted split of ``datasets.load_dataset(name, config)``, as a source.
+
+    Args:
+        name: hub name, or a local folder of the same shape.
+        split: "train" or "validation"; without a validation split both read the train split.
+        columns: fields that are needed.
+        config: configuration name, None for the default one.
+
+    Returns:
+        The source, downloaded.
+
+    Raises:
+        ValueError: if there is no train split or none of the columns.
+    """
+    splits = datasets.load_dataset(name, config)
+    own = {s: next((n for n in SPLIT_NAMES[s] if n in splits), None) for s in SPLIT_NAMES}
+    own_split = own["validation"] is not None
+    chosen = own["validation"] if own_split and split == "validation" else own["train"]
+    if chosen is None:
+        raise ValueError(f"{name} has no train split, only {', '.join(splits)}")
+    data = splits[chosen]
+    present = [column for column in columns if column in data.column_names]
+    if not present:
+        raise ValueError(
+            f"{name} has columns {', '.join(data.column_names)}, none of {', '.join(columns)}"
+        )
+    return Source(
+        name=f"{name}:{chosen}",
+        kind="hub",
+        own_split=own_split,
+        fingerprint=data._fingerprint,
+        note=f"{len(data)} rows of the hub",
+        hub=data.select_columns(present),
+    )
+
+
+def _split_of_path(path: Path) -> str | None:
+    """The split that a row file's name, or its folder's, begins with."""
+    for part in (path.stem, *path.parent.parts):
+        word = re.match(r"[a-z]+(?![a-z])", part.lower())
+        for split, names in SPLIT_NAMES.items():
+            if word and word[0] in names:
+                return split
+    return None
+
+
+def _jsonl_records(path: Path, name: str, columns: tuple[str, ...]) -> Iterator:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{name}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                yield where, BadRow(f"not UTF-8 ({error.reason} at byte {error.start})")
+            except (ValueError, RecursionError) as error:
+                yield where, BadRow(f"not JSON ({error})")
+            else:
+                yield where, (record if isinstance(record, dict) else BadRow("not a JSON object"))
+
+
+def _parquet_records(path: Path, name: str, columns: tuple[str, ...]) -> Iterator:
+    try:
+        file = pq.ParquetFile(path)
+        present = [column for column in columns if column in file.schema_arrow.names]
+        number = 0
+        for batch in file.iter_batches(batch_size=64, columns=present):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{name}:{number}", record
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({error})") from error

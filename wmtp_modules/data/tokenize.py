@@ -1,0 +1,99 @@
+"""From text to token ids, with the supervision and noise flag of every token.
+
+ids = BOS + encode(prompt + response) + EOS, encoded as ONE string: encoded apart, the pieces at the
+boundary would differ from what the model meets when it continues a prompt by itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torchtune.models.llama2 import Llama2Tokenizer
+
+
+class TokenRow(NamedTuple):
+    """One tokenised row; three arrays of equal length."""
+
+    tokens: np.ndarray  # int32, token ids
+    keep: np.ndarray  # bool, token is supervised
+    noise: np.ndarray  # bool, token overlaps a span declared corrupted
+
+
+def encode_with_offsets(
+    tokenizer: Llama2Tokenizer, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Encode without BOS and EOS and say which characters each token stands for.
+
+    A character outside the vocabulary becomes one byte token per UTF-8 byte; SentencePiece gives
+    the character to the last of them only, here each of them gets it. The space that Llama-2's
+    tokenizer puts before a text is no character of it: alone it has the empty span (0, 0).
+
+    Args:
+        tokenizer: SentencePiece tokenizer of torchtune.
+        text: any text that UTF-8 can hold.
+
+    Returns:
+        Token ids and as many [begin, end) spans in characters of ``text``.
+    """
+    processor = tokenizer._spm_model.spm_model
+    encoded = processor.encode(text, out_type="offset_mapping")
+    spans = [
+        (begin, begin + 1) if begin == end and processor.is_byte(token) else (begin, end)
+        for token, (begin, end) in zip(encoded["ids"], encoded["offsets"], strict=True)
+    ]
+    return encoded["ids"], spans
+
+
+def encode_pair(tokenizer: Llama2Tokenizer, prompt: str, response: str) -> TokenRow:
+    """Tokenise prompt + response; a token with any character of the response is supervised.
+
+    Args:
+        tokenizer: SentencePiece tokenizer of torchtune.
+        prompt: not supervised, nor is BOS.
+        response: supervised, and so is the EOS behind it.
+
+    Returns:
+        The row, of whatever length.
+    """
+    ids, spans = encode_with_offsets(tokenizer, prompt + response)
+    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+    keep = np.array([False, *(end > len(prompt) for _, end in spans), True])
+    return TokenRow(tokens, keep, np.zeros(len(tokens), bool))
+
+
+def encode_text(
+    tokenizer: Llama2Tokenizer, text: str, noise: Sequence[Sequence[int]] = ()
+) -> TokenRow:
+    """Tokenise plain text: every token is supervised.
+
+    Args:
+        tokenizer: SentencePiece tokenizer of torchtune.
+        text: plain text or code.
+        noise: corrupted spans, [start, end) in characters of ``text``.
+
+    Returns:
+        The row, of whatever length.
+    """
+    if not noise:  # three times as fast as with offsets
+        tokens = np.array(tokenizer.encode(text), np.int32)
+        return TokenRow(tokens, np.ones(len(tokens), bool), np.zeros(len(tokens), bool))
+    ids, spans = encode_with_offsets(tokenizer, text)
+    corrupted = np.zeros(len(text), np.int64)
+    for start, end in noise:
+        corrupted[start:end] = 1
+    before = np.concatenate([[0], np.cumsum(corrupted)])  # corrupted characters before each one
+    begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
+    flags = before[ends] > before[begins]
+    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+    return TokenRow(tokens, np.ones(len(tokens), bool), np.array([False, *flags, False]))
+
+
+def split_row(row: TokenRow, max_seq_len: int) -> Iterator[TokenRow]:
+    """Cut a plain-text row into consecutive pieces of at most ``max_seq_len`` tokens.
+
+    A last piece of one token is dropped: it predicts nothing.
+    """
+    for start in range(0, len(row.tokens), max_seq_len):
+        piece = TokenRow(*(column[start : start + max_seq_len] for column in row))
+        if len(piece.tokens) > 1:
+            yield piece
