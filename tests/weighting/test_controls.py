@@ -1,0 +1,89 @@
+"""The controls differ from Rho-1 in one thing only."""
+
+import torch
+
+from wmtp_modules.weighting import calibrate
+from wmtp_modules.weighting.controls import (
+    dft_weights,
+    random_keys,
+    random_scores,
+    shuffle_scores,
+    uniform,
+)
+
+
+def keys(step=0, seed=0, B=3, T=40):
+    return random_keys(B, T, seed=seed, step=step, device=torch.device("cpu"))
+
+
+def test_shuffle_keeps_each_documents_scores_and_moves_them(packed_case):
+    scores_BTK, mask_BTK, doc_BT = packed_case()
+    shuffled_BTK = shuffle_scores(scores_BTK, mask_BTK, doc_BT, keys())
+    for b in range(3):
+        for d in doc_BT[b].unique():
+            for k in range(4):
+                valid_T = mask_BTK[b, :, k] & (doc_BT[b] == d)
+                before, after = scores_BTK[b, valid_T, k], shuffled_BTK[b, valid_T, k]
+                assert torch.equal(before.sort().values, after.sort().values)
+    moved = (shuffled_BTK != scores_BTK)[mask_BTK].float().mean()
+    assert moved > 0.6
+
+
+def test_shuffle_is_one_permutation_of_target_tokens():
+    B, T, K = 1, 30, 4
+    doc_BT = torch.zeros(B, T, dtype=torch.int64)
+    mask_BTK = torch.zeros(B, T, K, dtype=torch.bool)
+    target_T = torch.arange(T)
+    scores_BTK = torch.stack([(target_T + k + 1).float() for k in range(K)], -1)[None]
+    supervised = torch.arange(T) >= 10  # behind a prompt every head has the same targets
+    for k in range(K):
+        mask_BTK[0, : T - k - 1, k] = supervised[k + 1 :]
+    keys_BT = keys(B=B, T=T)
+    shuffled_BTK = shuffle_scores(scores_BTK, mask_BTK, doc_BT, keys_BT)
+    # A score names its target: each head must see the targets in the order of their keys.
+    expected = (keys_BT[0, 10:].argsort() + 10).tolist()
+    for k in range(K):
+        assert shuffled_BTK[0, mask_BTK[0, :, k], k].tolist() == expected
+
+
+def test_shuffle_ignores_what_is_masked(packed_case):
+    scores_BTK, mask_BTK, doc_BT = packed_case()
+    shuffled_BTK = shuffle_scores(scores_BTK, mask_BTK, doc_BT, keys())
+    junk_BTK = torch.where(mask_BTK, scores_BTK, torch.nan)
+    again_BTK = shuffle_scores(junk_BTK, mask_BTK, doc_BT, keys())
+    assert torch.equal(again_BTK[mask_BTK], shuffled_BTK[mask_BTK])
+
+
+def test_random_keys_depend_on_seed_and_step_only():
+    assert torch.equal(keys(step=3, seed=1), keys(step=3, seed=1))
+    assert not torch.equal(keys(step=3, seed=1), keys(step=1, seed=3))
+    assert not torch.equal(keys(step=3, seed=1), keys(step=4, seed=1))
+
+
+def test_random_scores_belong_to_the_target_token():
+    keys_BT = keys()
+    scores_BTK = random_scores(keys_BT, 4)
+    for k in range(4):
+        assert torch.equal(scores_BTK[:, : 40 - k - 1, k], keys_BT[:, k + 1 :])
+
+
+def test_dft_is_the_calibrated_probability_also_where_fp32_underflows(packed_case):
+    losses_BTK, mask_BTK, _ = packed_case()
+    losses_BTK = losses_BTK.abs()
+    assert torch.allclose(
+        dft_weights(losses_BTK, mask_BTK, 0.1, 5.0),
+        calibrate((-losses_BTK).exp(), mask_BTK, 0.1, 5.0),
+        atol=1e-6,
+    )
+    # exp(-200) is 0 in fp32; only differences of the losses may matter
+    torch.testing.assert_close(
+        dft_weights(losses_BTK + 200, mask_BTK, 0.1, 5.0),
+        dft_weights(losses_BTK, mask_BTK, 0.1, 5.0),
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+def test_uniform_is_one_on_the_mask(packed_case):
+    _, mask_BTK, _ = packed_case()
+    assert torch.equal(uniform(mask_BTK), mask_BTK.float())

@@ -1,0 +1,86 @@
+"""Scaling of raw token weights to mean 1 inside fixed bounds.
+
+Shapes: B rows of the joint micro-batch, T positions, K heads, N = B * T.
+
+Normalising first and clipping afterwards lets the mean drift below 1, which silently lowers the
+learning rate. Here the clipped weights themselves have mean 1.
+"""
+
+import torch
+
+# Raw weights this far below their head's largest are treated as equal. Keeps c finite in fp64.
+RAW_FLOOR = 1e-150
+
+
+def check_bounds(w_min: float, w_max: float) -> None:
+    """Refuse bounds between which no weights have mean 1.
+
+    Raises:
+        ValueError: unless 0 <= w_min < 1 < w_max.
+    """
+    if not 0 <= w_min < 1 < w_max < float("inf"):
+        raise ValueError(
+            f"w_min {w_min} and w_max {w_max} must satisfy 0 <= w_min < 1 < w_max: "
+            "otherwise no weights inside them have mean 1"
+        )
+
+
+def calibrate(
+    raw_BTK: torch.Tensor, mask_BTK: torch.Tensor, w_min: float, w_max: float
+) -> torch.Tensor:
+    """Weights clip(c * raw, w_min, w_max) whose masked mean is 1, with one scalar c per head.
+
+    The mean grows with c, from w_min to w_max, and is linear between the points where a token
+    reaches a bound. All of these are evaluated at once from sorted raw weights and their prefix
+    sums, and the crossing of 1 is interpolated: exact, without iteration or host sync.
+
+    A raw weight that is negative or not finite is treated as 0, i.e. as the smallest: one bad
+    token gets the lowest weight and leaves the others alone. Zeros tie with each other, so a head
+    whose raw weights are all 0 gets weights of 1.
+
+    Args:
+        raw_BTK: raw weights, only their ratios within a head matter; pass fp64 where fp32 would
+            underflow.
+        mask_BTK: bool, True where the head has a target.
+        w_min: lower bound, in [0, 1).
+        w_max: upper bound, above 1.
+
+    Returns:
+        fp32 weights_BTK, 0 where the mask is False.
+
+    Raises:
+        ValueError: unless 0 <= w_min < 1 < w_max.
+    """
+    check_bounds(w_min, w_max)
+    raw_KN = raw_BTK.detach().double().flatten(0, 1).T.contiguous()
+    mask_KN = mask_BTK.flatten(0, 1).T.contiguous()
+    raw_KN = torch.where(mask_KN & raw_KN.isfinite() & (raw_KN > 0), raw_KN, 0.0)
+    largest_K1 = raw_KN.amax(dim=1, keepdim=True)
+    raw_KN = (raw_KN / torch.where(largest_K1 > 0, largest_K1, 1.0)).clamp(min=RAW_FLOOR)
+
+    count_K1 = mask_KN.sum(dim=1, keepdim=True).clamp(min=1)
+    sorted_KN = torch.where(mask_KN, raw_KN, torch.inf).sort(dim=1).values
+    prefix_KN = torch.where(sorted_KN.isfinite(), sorted_KN, 0.0).cumsum(dim=1)
+    prefix_KN = torch.nn.functional.pad(prefix_KN, (1, 0))
+
+    # The largest raw weight is 1, so c = 1 gives a mean of at most 1: no need to look below.
+    c_KC = (
+        torch.cat([w_min / sorted_KN, w_max / sorted_KN], dim=1).clamp(min=1.0).sort(dim=1).values
+    )
+    at_min_KC = torch.searchsorted(sorted_KN, w_min / c_KC)
+    below_max_KC = torch.searchsorted(sorted_KN, w_max / c_KC)
+    inside_KC = prefix_KN.gather(1, below_max_KC) - prefix_KN.gather(1, at_min_KC)
+    at_max_KC = mask_KN.sum(dim=1, keepdim=True) - below_max_KC
+    mean_KC = (w_min * at_min_KC + c_KC * inside_KC + w_max * at_max_KC) / count_K1
+
+    # cummax undoes rounding where the mean is flat; the first point is c = 0, mean w_min.
+    mean_KC = torch.nn.functional.pad(mean_KC.cummax(dim=1).values, (1, 0), value=w_min)
+    c_KC = torch.nn.functional.pad(c_KC, (1, 0))
+    right_K1 = (mean_KC <= 1).sum(dim=1, keepdim=True).clamp(max=c_KC.shape[1] - 1)
+    left_K1 = right_K1 - 1
+    mean_left_K1, mean_right_K1 = mean_KC.gather(1, left_K1), mean_KC.gather(1, right_K1)
+    share_K1 = (1 - mean_left_K1) / (mean_right_K1 - mean_left_K1)
+    c_K1 = torch.lerp(c_KC.gather(1, left_K1), c_KC.gather(1, right_K1), share_K1)
+
+    weights_KN = torch.where(mask_KN, (c_K1 * raw_KN).clamp(w_min, w_max), 0.0)
+    return weights_KN.T.reshape(raw_BTK.shape).float()

@@ -1,0 +1,252 @@
+"""From a config block to the weights of one micro-batch, the same on any number of ranks.
+
+Shapes: B rows of the local micro-batch, G = B * world rows of the joint one, T positions, K heads.
+"""
+
+import torch
+import torch.distributed as dist
+
+from wmtp_modules.weighting import controls
+from wmtp_modules.weighting.calibrate import check_bounds
+from wmtp_modules.weighting.rho1 import (
+    SCOPES,
+    SCORES,
+    SELECTIONS,
+    excess_scores,
+    scope_ids,
+    soft_weights,
+    topk_weights,
+)
+
+NAMES = ("uniform", "random_topk", "shuffled", "dft", "top_loss", "rho1")
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather_rows(x_B: torch.Tensor) -> torch.Tensor:
+    """Joint micro-batch of all ranks, with one all-gather.
+
+    The sampler deals rows out in turn, so row b of rank r is row b * world + r of the joint
+    micro-batch: the order in which one process would have seen them. Everything that a weighting
+    needs is stacked along a trailing dimension first, so that one collective carries it.
+
+    Args:
+        x_B: [B, ...], the same shape on every rank. Without gradient.
+
+    Returns:
+        x_G: [B * world, ...]; the argument itself without a process group or with one rank.
+    """
+    _, world = _rank_and_world()
+    if world == 1:
+        return x_B
+    B, *rest = x_B.shape
+    x_WB = x_B.new_empty(world * B, *rest)
+    dist.all_gather_single(x_WB, x_B.contiguous())
+    return x_WB.unflatten(0, (world, B)).transpose(0, 1).flatten(0, 1)
+
+
+def own_rows(x_G: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a joint tensor, the inverse of ``gather_rows``.
+
+    Args:
+        x_G: [B * world, ...].
+
+    Returns:
+        x_B: [B, ...].
+    """
+    rank, world = _rank_and_world()
+    return x_G[rank::world]
+
+
+def weight_stats(
+    weights_BTK: torch.Tensor, mask_BTK: torch.Tensor, w_min: float, w_max: float
+) -> dict[str, torch.Tensor]:
+    """Figures to log, per head, left on the device.
+
+    Args:
+        weights_BTK: final weights of the joint micro-batch.
+        mask_BTK: bool, True where the head has a target.
+        w_min: lower bound that calibrated weights were given.
+        w_max: upper bound that calibrated weights were given.
+
+    Returns:
+        fp32 tensors [K]: ``mean``; ``ess``, the effective share of tokens
+        (sum w)^2 / (n sum w^2); ``selected``, the share with w >= 1; ``at_min`` and ``at_max``,
+        the shares not inside the bounds. All 0 for a head without a target.
+    """
+    weights_BTK = weights_BTK.double()
+    count_K = mask_BTK.sum(dim=(0, 1)).clamp(min=1)
+    sum_K, square_K = weights_BTK.sum(dim=(0, 1)), weights_BTK.square().sum(dim=(0, 1))
+
+    def share(which_BTK: torch.Tensor) -> torch.Tensor:
+        return ((which_BTK & mask_BTK).sum(dim=(0, 1)) / count_K).float()
+
+    return {
+        "mean": (sum_K / count_K).float(),
+        "ess": (sum_K.square() / (count_K * square_K).clamp(min=1e-12)).float(),
+        "selected": share(weights_BTK >= 1 - 1e-6),
+        "at_min": share(weights_BTK <= w_min + 1e-6),
+        "at_max": share(weights_BTK >= w_max - 1e-6),
+    }
+
+
+class TokenWeighting:
+    """Weights of one micro-batch under one weighting, all statistics joint over ranks.
+
+    Args:
+        name: ``rho1``, or a control: ``uniform``, ``random_topk``, ``shuffled`` (Rho-1's scores
+            permuted inside each document), ``dft``, ``top_loss``.
+        score: ``excess`` or ``abs_excess``; for rho1 and shuffled.
+        selection: ``topk`` or ``soft``; for rho1 and shuffled.
+        ratio: share of tokens that topk selects, in (0, 1].
+        scope: tokens among which topk selects: ``microbatch`` (of all ranks), ``rank`` or
+            ``document``. The soft selection is over the joint micro-batch always.
+        temperature: of the soft selection, above 0.
+        w_min: smallest calibrated weight (soft and dft), in [0, 1).
+        w_max: largest calibrated weight (soft and dft), above 1.
+        strength: 0 is uniform, 1 the full weighting.
+        decay: of the heads' share in the loss, kept for ``head_alphas``.
+        seed: of random_topk and shuffled, not negative.
+
+    Raises:
+        ValueError: for an unknown name or a value out of range.
+    """
+
+    def __init__(
+        self,
+        name: str = "rho1",
+        *,
+        score: str = "excess",
+        selection: str = "topk",
+        ratio: float = 0.6,
+        scope: str = "microbatch",
+        temperature: float = 1.0,
+        w_min: float = 0.1,
+        w_max: float = 5.0,
+        strength: float = 1.0,
+        decay: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        for key, value, choices in (
+            ("name", name, NAMES),
+            ("score", score, SCORES),
+            ("selection", selection, SELECTIONS),
+            ("scope", scope, SCOPES),
+        ):
+            if value not in choices:
+                raise ValueError(f"weighting.{key} {value!r} is not one of {', '.join(choices)}")
+        for key, value, good, must in (
+            ("ratio", ratio, 0 < ratio <= 1, "above 0 and at most 1"),
+            ("temperature", temperature, temperature > 0, "above 0"),
+            ("strength", strength, 0 <= strength <= 1, "between 0 and 1"),
+            ("decay", decay, decay > 0, "above 0"),
+            ("seed", seed, seed >= 0, "0 or more"),
+        ):
+            if not good:
+                raise ValueError(f"weighting.{key} {value} must be {must}")
+        if selection == "soft" and scope != "microbatch":
+            raise ValueError(
+                f"weighting.scope {scope!r} is for weighting.selection 'topk': the soft selection "
+                "is over the joint micro-batch, set scope to 'microbatch'"
+            )
+        check_bounds(w_min, w_max)
+        self.name = name
+        self.score = score
+        self.selection = selection
+        self.ratio = ratio
+        self.scope = scope
+        self.temperature = temperature
+        self.w_min = w_min
+        self.w_max = w_max
+        self.strength = strength
+        self.decay = decay
+        self.seed = seed
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a call needs reference losses."""
+        return self.name in ("rho1", "shuffled")
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether a call needs this forward's losses; if not, weights are known before it."""
+        return self.name not in ("uniform", "random_topk")
+
+    def __call__(
+        self,
+        losses_BTK: torch.Tensor | None,
+        mask_BTK: torch.Tensor,
+        doc_BT: torch.Tensor,
+        reference_BTK: torch.Tensor | None,
+        *,
+        step: int,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weights of this rank's rows. A collective: every rank calls it, also with an empty mask.
+
+        Args:
+            losses_BTK: per-token losses of this rank, or None where they are not needed.
+            mask_BTK: bool, True where the head has a target.
+            doc_BT: int64, index of the token's document inside its row, -1 for padding.
+            reference_BTK: reference losses at the same targets, or None where not needed.
+            step: number of the micro-batch since training began, the same on all ranks.
+
+        Returns:
+            (fp32 weights_BTK without gradient, 0 where the mask is False; figures of the joint
+            micro-batch as in ``weight_stats``).
+
+        Raises:
+            ValueError: if losses or reference losses are needed and missing.
+        """
+        needed = []
+        for key, value, needs in (
+            ("losses", losses_BTK, self.needs_losses),
+            ("reference losses", reference_BTK, self.needs_reference),
+        ):
+            if needs and value is None:
+                raise ValueError(f"weighting {self.name!r} needs {key}")
+            if needs:
+                needed.append(value.detach().float())
+        K = mask_BTK.shape[-1]
+        # Document numbers stay below T, far inside what fp32 represents exactly.
+        joint = gather_rows(torch.cat([mask_BTK.float(), doc_BT[..., None].float(), *needed], -1))
+        mask_GTK, doc_GT1, *joint = joint.split([K, 1] + [K] * len(needed), dim=-1)
+        mask_GTK, doc_GT = mask_GTK.bool(), doc_GT1.squeeze(-1).long()
+
+        weights_GTK = self._joint_weights(mask_GTK, doc_GT, *joint, step=step)
+        weights_GTK = (1 - self.strength) * mask_GTK.float() + self.strength * weights_GTK
+        return own_rows(weights_GTK), weight_stats(weights_GTK, mask_GTK, self.w_min, self.w_max)
+
+    def _joint_weights(
+        self,
+        mask_GTK: torch.Tensor,
+        doc_GT: torch.Tensor,
+        losses_GTK: torch.Tensor | None = None,
+        reference_GTK: torch.Tensor | None = None,
+        *,
+        step: int,
+    ) -> torch.Tensor:
+        if self.name == "uniform":
+            return controls.uniform(mask_GTK)
+        if self.name == "dft":
+            return controls.dft_weights(losses_GTK, mask_GTK, self.w_min, self.w_max)
+
+        if self.name in ("random_topk", "shuffled"):
+            G, T = doc_GT.shape
+            keys_GT = controls.random_keys(G, T, seed=self.seed, step=step, device=doc_GT.device)
+        if self.name == "random_topk":
+            scores_GTK = controls.random_scores(keys_GT, mask_GTK.shape[-1])
+        elif self.name == "top_loss":
+            scores_GTK = losses_GTK
+        else:
+            scores_GTK = excess_scores(losses_GTK, reference_GTK, self.score)
+        if self.name == "shuffled":
+            scores_GTK = controls.shuffle_scores(scores_GTK, mask_GTK, doc_GT, keys_GT)
+
+        if self.needs_reference and self.selection == "soft":
+            return soft_weights(scores_GTK, mask_GTK, self.temperature, self.w_min, self.w_max)
+        scope_GT = scope_ids(self.scope, doc_GT, _rank_and_world()[1])
+        return topk_weights(scores_GTK, mask_GTK, self.ratio, scope_GT)
