@@ -1,0 +1,308 @@
+"""A table survives kills, restarts with other world sizes and damage, and refuses strangers."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
+
+from wmtp_modules.data.packing import row_lengths
+from wmtp_modules.scoring import (
+    ScoreTable,
+    compute_scores,
+    fingerprint_checkpoint,
+    fingerprint_rows,
+    fingerprint_tokenizer,
+)
+
+FINGERPRINT = {
+    "checkpoint": "c0",
+    "tokenizer": "t0",
+    "dataset": "d0",
+    "max_seq_len": 64,
+    "kind": "ntp",
+    "n_heads": 1,
+}
+N_ROWS, PART_ROWS = 23, 4
+
+
+def make_rows(n=N_ROWS, seed=0):
+    random = np.random.default_rng(seed)
+    tokens = [random.integers(0, 500, random.integers(1, 40)).tolist() for _ in range(n)]
+    features = Features({"tokens": Sequence(Value("int32"))})
+    return Dataset.from_dict({"tokens": tokens}, features=features)
+
+
+def score(batch):
+    """Depends on every token of the row and on nothing else in the batch."""
+    return [(np.cumsum(row) * 0.5 + len(row)).astype(np.float32) for row in batch]
+
+
+def build(folder, rows, score_batch=score, *, fingerprint=FINGERPRINT, world=1, order=None):
+    for rank in order or reversed(range(world)):  # rank 0 last: it sees all parts
+        compute_scores(
+            folder,
+            fingerprint,
+            rows,
+            score_batch,
+            batch_tokens=100,
+            part_rows=PART_ROWS,
+            rank=rank,
+            world=world,
+        )
+
+
+def assert_complete(folder, rows):
+    table = ScoreTable.open(folder, FINGERPRINT, rows)
+    assert len(table) == len(rows)
+    for i, tokens in enumerate(rows["tokens"]):
+        (expected,) = score([np.array(tokens)])
+        assert table[i].dtype == np.float32
+        assert np.array_equal(table[i], expected)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.arrow")}
+
+
+def test_each_row_gets_its_own_scores(tmp_path):
+    rows = make_rows()
+    build(tmp_path, rows)
+    assert_complete(tmp_path, rows)
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_several_floats_per_token(tmp_path):
+    rows = make_rows()
+    fingerprint = {**FINGERPRINT, "kind": "mtp", "n_heads": 3}
+
+    def score_heads(batch):
+        return [np.stack([s, s + 1, -s], axis=1) for s in score(batch)]
+
+    build(tmp_path, rows, score_heads, fingerprint=fingerprint)
+    table = ScoreTable.open(tmp_path, fingerprint, rows)
+    for i, tokens in enumerate(rows["tokens"]):
+        assert np.array_equal(table[i], score_heads([np.array(tokens)])[0])
+
+
+def test_batches_stay_within_their_size_and_cover_all(tmp_path):
+    seen = []
+
+    def recording(batch):
+        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 100
+        seen.extend(tuple(row) for row in batch)
+        return score(batch)
+
+    rows = make_rows()
+    build(tmp_path, rows, recording)
+    assert sorted(seen) == sorted(tuple(tokens) for tokens in rows["tokens"])
+
+
+def test_rows_behind_a_selection_are_scored_in_their_order(tmp_path):
+    rows = make_rows(40).shuffle(seed=3).select(range(5, 30))
+    build(tmp_path, rows)
+    assert_complete(tmp_path, rows)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_world_size_does_not_show(tmp_path, world):
+    rows = make_rows()
+    build(tmp_path / "one", rows)
+    build(tmp_path / "many", rows, world=world)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+    assert_complete(tmp_path / "many", rows)
+
+
+def test_resuming_keeps_finished_parts_and_gives_the_same_table(tmp_path):
+    rows = make_rows()
+    build(tmp_path / "whole", rows)
+    scored = 0
+
+    def failing(batch):
+        nonlocal scored
+        scored += len(batch)
+        if scored > 2 * PART_ROWS + 1:
+            raise KeyboardInterrupt
+        return score(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", rows, failing)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut").glob("*.arrow")}
+    assert len(before) == 2
+    with pytest.raises(ValueError, match="holds no complete score table"):
+        ScoreTable.open(tmp_path / "cut", FINGERPRINT, rows)
+
+    counted = []
+
+    def counting(batch):
+        counted.extend(batch)
+        return score(batch)
+
+    build(tmp_path / "cut", rows, counting, world=2)
+    assert len(counted) == N_ROWS - 2 * PART_ROWS
+    assert all((tmp_path / "cut" / name).stat().st_mtime_ns == t for name, t in before.items())
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert_complete(tmp_path / "cut", rows)
+
+    build(tmp_path / "cut", rows, counting)  # a complete table is left alone
+    assert len(counted) == N_ROWS - 2 * PART_ROWS
+
+
+def test_a_table_keeps_the_part_size_it_was_begun_with(tmp_path):
+    rows = make_rows()
+    build(tmp_path, rows, world=2, order=[1])
+    compute_scores(tmp_path, FINGERPRINT, rows, score, batch_tokens=100, part_rows=999)
+    assert_complete(tmp_path, rows)
+
+
+def test_a_part_appears_only_when_it_is_complete(tmp_path, monkeypatch):
+    def killed(source, target):
+        if str(target).endswith(".arrow"):
+            raise KeyboardInterrupt
+        real_replace(source, target)
+
+    real_replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, make_rows())
+    assert not contents(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_only_its_unfinished_part(tmp_path):
+    script = textwrap.dedent(
+        f"""
+        import sys, time
+        from pathlib import Path
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import test_score_table as t
+
+        n = 0
+        def slow(batch):
+            global n
+            n += len(batch)
+            if n > 2 * t.PART_ROWS:
+                print("inside part 2", flush=True)
+                time.sleep(60)
+            return t.score(batch)
+
+        t.build(Path({str(tmp_path / "table")!r}), t.make_rows(), slow)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert "inside part 2" in process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows = make_rows()
+    assert len(contents(tmp_path / "table")) == 2
+    build(tmp_path / "table", rows)
+    assert_complete(tmp_path / "table", rows)
+
+
+@pytest.mark.parametrize("damage", ["half", "almost_all", "empty", "swapped"])
+def test_a_damaged_part_is_named_and_scored_again(tmp_path, damage, caplog):
+    rows = make_rows()
+    build(tmp_path, rows)
+    path = tmp_path / "part-000002.arrow"
+    sound = contents(tmp_path)
+    if damage == "swapped":
+        path.write_bytes(sound["part-000003.arrow"])
+    else:
+        size = {"half": len(sound[path.name]) // 2, "almost_all": -20, "empty": 0}[damage]
+        path.write_bytes(sound[path.name][:size])
+    with pytest.raises(ValueError, match=r"part-000002.arrow .* score again, sound parts are kept"):
+        ScoreTable.open(tmp_path, FINGERPRINT, rows)
+    scored = []
+    build(tmp_path, rows, lambda batch: scored.extend(batch) or score(batch))
+    assert "part-000002.arrow" in caplog.text
+    assert len(scored) == PART_ROWS
+    assert contents(tmp_path) == sound
+    assert_complete(tmp_path, rows)
+
+
+def test_a_missing_part_is_named(tmp_path):
+    rows = make_rows()
+    build(tmp_path, rows)
+    (tmp_path / "part-000001.arrow").unlink()
+    with pytest.raises(ValueError, match=r"part-000001.arrow is missing"):
+        ScoreTable.open(tmp_path, FINGERPRINT, rows)
+
+
+@pytest.mark.parametrize("key", list(FINGERPRINT))
+def test_a_stranger_is_refused_with_both_values(tmp_path, key):
+    rows = make_rows()
+    build(tmp_path, rows)
+    other = {**FINGERPRINT, key: 7}
+    message = rf"{key}: the table has {FINGERPRINT[key]!r}, this run 7\): delete that folder"
+    with pytest.raises(ValueError, match=message):
+        ScoreTable.open(tmp_path, other, rows)
+    with pytest.raises(ValueError, match=message):  # a resumed run must not mix
+        build(tmp_path, rows, fingerprint=other)
+
+
+def test_a_resumed_run_is_refused_before_the_table_is_complete(tmp_path):
+    rows = make_rows()
+    build(tmp_path, rows, world=2, order=[1])
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint: the table has 'c0', this run 'c1'"):
+        build(tmp_path, rows, fingerprint={**FINGERPRINT, "checkpoint": "c1"})
+    assert contents(tmp_path) == before
+
+
+def test_other_rows_are_refused(tmp_path):
+    rows = make_rows()
+    build(tmp_path, rows)
+    with pytest.raises(ValueError, match="rows: the table has 23, this run 22"):
+        ScoreTable.open(tmp_path, FINGERPRINT, rows.select(range(22)))
+    with pytest.raises(ValueError, match="holds 4 rows"):  # as many rows, other lengths
+        ScoreTable.open(tmp_path, FINGERPRINT, make_rows(seed=1))
+    with pytest.raises(ValueError, match="no rows to score"):
+        build(tmp_path / "empty", rows.select([]))
+
+
+def test_row_fingerprint_sees_values_and_order_but_not_chunks():
+    rows = make_rows(30)
+    fingerprint = fingerprint_rows(rows)
+    parts = [rows.select(range(7)), rows.select(range(7, 30))]
+    assert fingerprint_rows(concatenate_datasets(parts)) == fingerprint
+    assert fingerprint_rows(rows.add_column("keep", [[True]] * 30)) == fingerprint
+    assert fingerprint_rows(rows.shuffle(seed=0)) != fingerprint
+    assert fingerprint_rows(rows.shuffle(seed=0).flatten_indices()) == fingerprint_rows(
+        rows.shuffle(seed=0)
+    )
+    tokens = rows["tokens"][:]
+    joined = [[*tokens[0], *tokens[1]], [], *tokens[2:]]  # same tokens, other borders
+    assert fingerprint_rows(Dataset.from_dict({"tokens": joined})) != fingerprint
+    tokens[3][0] += 1
+    assert fingerprint_rows(Dataset.from_dict({"tokens": tokens})) != fingerprint
+    assert row_lengths(rows).tolist() == [len(row) for row in rows["tokens"]]
+
+
+def test_checkpoint_and_tokenizer_fingerprints(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "consolidated.pth").write_bytes(b"weights" * 1000)
+        (tmp_path / folder / "params.json").write_text('{"dim": 4096}')
+        (tmp_path / folder / "tokenizer.model").write_bytes(b"pieces")
+    a, b = tmp_path / "a", tmp_path / "b"
+    (b / "README.md").write_text("not part of the model")
+    assert fingerprint_checkpoint(a) == fingerprint_checkpoint(b)
+    assert fingerprint_tokenizer(a / "tokenizer.model") == fingerprint_tokenizer(
+        b / "tokenizer.model"
+    )
+    (b / "params.json").write_text('{"dim": 4097}')
+    assert fingerprint_checkpoint(a) != fingerprint_checkpoint(b)
+    (b / "params.json").write_text('{"dim": 4096}')
+    (b / "consolidated.pth").write_bytes(b"Weights" + b"weights" * 999)
+    assert fingerprint_checkpoint(a) != fingerprint_checkpoint(b)
+    (b / "tokenizer.model").write_bytes(b"Pieces")
+    assert fingerprint_tokenizer(a / "tokenizer.model") != fingerprint_tokenizer(
+        b / "tokenizer.model"
+    )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no weight file"):
+        fingerprint_checkpoint(tmp_path / "empty")

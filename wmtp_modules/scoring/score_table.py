@@ -1,0 +1,298 @@
+"""Per-token scores of a data set, computed once and read by every run that trains on it.
+
+A table holds, for each row of a tokenised data set (after splitting, before packing), one float
+per token, or one per token and head. What the floats mean is up to the caller and named by
+``kind`` in the fingerprint.
+
+On disk a table is a folder of Arrow files: part p holds rows [p * part_rows, (p + 1) * part_rows).
+A part appears under its name only when it is complete, so a killed run is continued by scoring
+the parts that are missing, on any number of ranks. ``fingerprint.json`` is written first and keeps
+a continued run from mixing scores of two checkpoints or data sets; ``manifest.json`` is written
+last and marks the table as complete.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+from tqdm import tqdm
+
+from wmtp_modules.data.packing import row_lengths
+from wmtp_modules.training.distributed import patient_barrier
+
+logger = logging.getLogger(__name__)
+
+FEATURES = Features({"scores": Sequence(Value("float32"))})
+WEIGHT_FILES = ("*.pth", "*.safetensors", "pytorch_model*.bin")
+CONFIG_FILES = ("params.json", "config.json")
+
+
+def fingerprint_checkpoint(folder: str | Path) -> str:
+    """Content hash of a checkpoint folder's weights and model config.
+
+    Reads every byte: about a minute for 27 GB on a disk of 500 MB/s. With several ranks compute
+    it on rank 0 and share it, e.g. with ``torch.distributed.broadcast_object_list``.
+
+    Args:
+        folder: Meta or Hugging Face checkpoint folder.
+
+    Returns:
+        sha256 in hex.
+
+    Raises:
+        ValueError: if the folder holds no weight file.
+    """
+    folder = Path(folder)
+    weights = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
+    if not weights:
+        raise ValueError(f"no weight file ({', '.join(WEIGHT_FILES)}) in {folder}")
+    configs = [folder / name for name in CONFIG_FILES if (folder / name).exists()]
+    digest = hashlib.sha256()
+    for path in weights + configs:
+        digest.update(f"{path.name} {_hash_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint_tokenizer(path: str | Path) -> str:
+    """Content hash (sha256 in hex) of a tokenizer file."""
+    return _hash_file(Path(path))
+
+
+def fingerprint_rows(rows: Dataset) -> str:
+    """Content hash of the ``tokens`` column: its values and their order, not how they are chunked.
+
+    One pass over the column, about 1 GB/s. With several ranks that hold the same rows compute it
+    on rank 0 and share it, e.g. with ``torch.distributed.broadcast_object_list``.
+
+    Args:
+        rows: tokenised rows.
+
+    Returns:
+        sha256 in hex.
+    """
+    values, lengths = hashlib.sha256(), hashlib.sha256()
+    for chunk in _token_chunks(rows):
+        values.update(pc.list_flatten(chunk).cast(pa.int32()).to_numpy().tobytes())
+        lengths.update(pc.list_value_length(chunk).cast(pa.int64()).to_numpy().tobytes())
+    return hashlib.sha256(values.digest() + lengths.digest()).hexdigest()
+
+
+class ScoreTable:
+    """A complete table, memory-mapped; ``table[row]`` is fp32 [len], or [len, K] for K > 1 heads.
+
+    Made by ``open``.
+    """
+
+    def __init__(self, scores: Dataset, n_heads: int) -> None:
+        self._scores = scores.with_format("arrow")
+        self._n_heads = n_heads
+
+    @classmethod
+    def open(cls, folder: str | Path, fingerprint: dict, rows: Dataset) -> "ScoreTable":
+        """Open a table and prove that it belongs to these rows.
+
+        Args:
+            folder: where ``compute_scores`` wrote it.
+            fingerprint: what this run expects, as given to ``compute_scores``.
+            rows: the tokenised rows that will be trained on.
+
+        Returns:
+            The table, as many entries as rows, each as long as its row.
+
+        Raises:
+            ValueError: if the table is incomplete, damaged, or made for anything else.
+        """
+        folder = Path(folder)
+        manifest = folder / "manifest.json"
+        if not manifest.exists():
+            raise ValueError(f"{folder} holds no complete score table: score this data set first")
+        lengths = row_lengths(rows)
+        part_rows = _check_record(manifest, fingerprint, len(lengths))
+        parts = []
+        for part in range(_n_parts(len(lengths), part_rows)):
+            expected = lengths[part * part_rows : (part + 1) * part_rows] * fingerprint["n_heads"]
+            try:
+                parts.append(_read_part(_part_path(folder, part), expected))
+            except ValueError as error:
+                raise ValueError(f"{error}: score again, sound parts are kept") from error
+        return cls(concatenate_datasets(parts), fingerprint["n_heads"])
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        # Copied: torch wants writable memory, and a mapped file is not.
+        scores = np.array(pc.list_flatten(self._scores[row]["scores"].chunk(0)))
+        return scores if self._n_heads == 1 else scores.reshape(-1, self._n_heads)
+
+
+def compute_scores(
+    folder: str | Path,
+    fingerprint: dict,
+    rows: Dataset,
+    score_batch: Callable[[list[np.ndarray]], list[np.ndarray]],
+    *,
+    batch_tokens: int,
+    part_rows: int = 1024,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Score what a table still lacks; a no-op on a complete one.
+
+    Rank r takes the parts p with p % world == r, batches their rows by length, and needs no
+    communication until a final barrier. Parts that exist are checked and kept; damaged ones are
+    named in a warning and scored again.
+
+    Args:
+        folder: of the table, the same on all ranks and shared by them.
+        fingerprint: {checkpoint, tokenizer, dataset, max_seq_len, kind, n_heads}; n_heads is the
+            number of floats per token.
+        rows: tokenised rows.
+        score_batch: takes the token ids (int64 [len]) of some rows of similar length, returns for
+            each its scores, [len] or [len, n_heads].
+        batch_tokens: most tokens in a batch, padding included; a longer row goes alone.
+        part_rows: rows of a part, the unit of progress that a kill can lose. A table that was
+            begun keeps its own.
+        rank: of this process.
+        world: number of processes.
+
+    Raises:
+        ValueError: if the folder holds a table for anything else, or there are no rows.
+    """
+    folder = Path(folder)
+    lengths = row_lengths(rows)
+    if len(lengths) == 0:
+        raise ValueError("there are no rows to score: the data set is empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "fingerprint.json"
+    if not begun.exists():
+        record = {"fingerprint": fingerprint, "rows": len(lengths), "part_rows": part_rows}
+        _write_json(begun, record, rank)
+    part_rows = _check_record(begun, fingerprint, len(lengths))
+    n_heads = fingerprint["n_heads"]
+
+    mine = range(rank, _n_parts(len(lengths), part_rows), world)
+    with tqdm(unit="row", desc="scoring", disable=rank != 0) as bar:
+        bar.total = sum(len(lengths[part * part_rows :][:part_rows]) for part in mine)
+        for part in mine:
+            start, path = part * part_rows, _part_path(folder, part)
+            part_lengths = lengths[start : start + part_rows]
+            if path.exists():
+                try:
+                    _read_part(path, part_lengths * n_heads)
+                    bar.update(len(part_lengths))
+                    continue
+                except ValueError as error:
+                    logger.warning("%s: it is scored again", error)
+            part_dataset = rows.select(range(start, start + len(part_lengths)))
+            tokens = [row for chunk in _token_chunks(part_dataset) for row in _split(chunk)]
+            scores = [None] * len(tokens)
+            for batch in _batches(part_lengths, batch_tokens):
+                for i, row_scores in zip(
+                    batch, score_batch([tokens[i] for i in batch]), strict=True
+                ):
+                    shape = (len(tokens[i]),) if n_heads == 1 else (len(tokens[i]), n_heads)
+                    assert row_scores.shape == shape, (row_scores.shape, shape)
+                    scores[i] = row_scores.astype(np.float32).ravel()
+                bar.update(len(batch))
+            _write_part(path, scores)
+
+    if world > 1 and dist.is_initialized():
+        patient_barrier()
+    complete = all(_part_path(folder, p).exists() for p in range(_n_parts(len(lengths), part_rows)))
+    if rank == 0 and complete:
+        _write_json(folder / "manifest.json", json.loads(begun.read_text()), rank)
+    if world > 1 and dist.is_initialized():
+        patient_barrier()  # nobody opens the table before the manifest is there
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _token_chunks(rows: Dataset) -> Iterator[pa.Array]:
+    """The tokens column as Arrow list arrays, in row order also behind a select or shuffle."""
+    for table in rows.select_columns("tokens").with_format("arrow").iter(batch_size=4096):
+        yield from table["tokens"].chunks
+
+
+def _split(chunk: pa.Array) -> list[np.ndarray]:
+    values = pc.list_flatten(chunk).to_numpy().astype(np.int64)
+    return np.split(values, np.cumsum(pc.list_value_length(chunk).to_numpy())[:-1])
+
+
+def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Indices of rows, longest first, as many together as fit when padded to the longest."""
+    order = np.argsort(-lengths, kind="stable")
+    while len(order):
+        size = max(1, batch_tokens // max(1, int(lengths[order[0]])))
+        yield order[:size]
+        order = order[size:]
+
+
+def _n_parts(n_rows: int, part_rows: int) -> int:
+    return -(-n_rows // part_rows)
+
+
+def _part_path(folder: Path, part: int) -> Path:
+    return folder / f"part-{part:06d}.arrow"
+
+
+def _write_part(path: Path, scores: list[np.ndarray]) -> None:
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in scores])]).astype(np.int32)
+    column = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(scores)))
+    unfinished = path.with_suffix(".tmp")
+    with ArrowWriter(features=FEATURES, path=str(unfinished)) as writer:
+        writer.write_table(pa.table({"scores": column}))
+        writer.finalize()
+    os.replace(unfinished, path)
+
+
+def _read_part(path: Path, expected_lengths: np.ndarray) -> Dataset:
+    """Memory-map a part; ValueError if it is not what was written for rows of these lengths."""
+    try:
+        part = Dataset.from_file(str(path))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"score part {path} is missing or damaged ({error})") from error
+    lengths = pc.list_value_length(part.data.column("scores")).to_numpy()
+    if not np.array_equal(lengths, expected_lengths):
+        raise ValueError(
+            f"score part {path} holds {len(lengths)} rows, {lengths.sum()} values; this data set "
+            f"has {len(expected_lengths)} rows, {expected_lengths.sum()} values there"
+        )
+    return part
+
+
+def _check_record(path: Path, fingerprint: dict, n_rows: int) -> int:
+    """Compare a table's record with what this run expects; returns the table's part_rows."""
+    record = json.loads(path.read_text())
+    found, expected = dict(record["fingerprint"]), dict(fingerprint)
+    found["rows"], expected["rows"] = record["rows"], n_rows
+    differences = [
+        f"{key}: the table has {found.get(key)!r}, this run {expected.get(key)!r}"
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"the score table in {path.parent} was made for something else ("
+            + "; ".join(differences)
+            + "): delete that folder to score again, or name another one"
+        )
+    return record["part_rows"]
+
+
+def _write_json(path: Path, record: dict, rank: int) -> None:
+    unfinished = path.with_suffix(f".tmp{rank}")
+    unfinished.write_text(json.dumps(record, indent=2))
+    os.replace(unfinished, path)
