@@ -1,0 +1,99 @@
+"""Convert a checkpoint folder: ``python -m wmtp_modules.convert SRC DST --to meta|hf|mtp``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from wmtp_modules.models.convert_weights import is_extra_head, parameter_shapes
+from wmtp_modules.training.checkpoint import Checkpoint, write_hf, write_meta
+
+LARGE = 1_000_000_000  # bytes from which a progress bar is shown
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m wmtp_modules.convert",
+        description="Convert a checkpoint folder. Runs on the CPU, tensor by tensor from the "
+        "mapped file; the dtype stays as stored.",
+        epilog="SRC is a folder in Meta's format (params.json, consolidated.pth, tokenizer.model) "
+        "or a Hugging Face Llama (config.json, safetensors, tokenizer.model).",
+    )
+    parser.add_argument("src", metavar="SRC", type=Path, help="checkpoint folder to read")
+    parser.add_argument("dst", metavar="DST", type=Path, help="new or empty folder to write")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("meta", "hf", "mtp"),
+        help="meta: Meta's format with the heads SRC has. hf: an ordinary Hugging Face Llama of "
+        "trunk and head 0, for transformers and vLLM. mtp: the start of a multi-token model in "
+        "Meta's format, from a Hugging Face Llama whose last block is copied into the extra heads",
+    )
+    parser.add_argument(
+        "--n-future-tokens",
+        type=int,
+        metavar="N",
+        help="heads of the model that --to mtp makes (default 4)",
+    )
+    return parser
+
+
+def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None) -> str:
+    """Convert a checkpoint folder.
+
+    Args:
+        src: folder to read.
+        dst: new or empty folder.
+        to: "meta", "hf" or "mtp", as the command line explains.
+        n_future_tokens: heads of the model that "mtp" makes; 4 if None.
+
+    Returns:
+        One line that says what was written.
+
+    Raises:
+        ValueError: if ``dst`` is not empty, ``src`` is no sound checkpoint or has extra heads
+            already, or ``n_future_tokens`` does not fit.
+    """
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ValueError(f"{dst} is not an empty folder: name a new one")
+    if to != "mtp" and n_future_tokens is not None:
+        raise ValueError("--n-future-tokens belongs to --to mtp: the heads are SRC's otherwise")
+    if to == "mtp":
+        if (src / "params.json").exists():
+            raise ValueError(
+                f"{src} is in Meta's format: --to mtp starts from a Hugging Face Llama"
+            )
+        n_future_tokens = 4 if n_future_tokens is None else n_future_tokens
+        if n_future_tokens < 2:
+            raise ValueError(f"--n-future-tokens {n_future_tokens}: --to mtp makes 2 or more heads")
+    checkpoint = Checkpoint(src, n_future_tokens)
+    keys = [
+        key for key in parameter_shapes(checkpoint.args) if to != "hf" or not is_extra_head(key)
+    ]
+    size = sum(checkpoint.read(key).nbytes for key in keys)
+    write = write_hf if to == "hf" else write_meta
+    write(
+        ((key, checkpoint.read(key)) for key in keys),
+        checkpoint.args,
+        dst,
+        checkpoint.tokenizer_path,
+        bar_bytes=size if size > LARGE else None,
+    )
+    heads = 1 if to == "hf" else checkpoint.args["n_future_tokens"]
+    trunk = checkpoint.args["num_layers"] - checkpoint.args["n_future_tokens"]
+    layout = "Hugging Face" if to == "hf" else "Meta"
+    return f"{dst}: {layout} format, {trunk} trunk blocks, {heads} head(s), {size / 1e9:.2f} GB"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        print(convert(args.src, args.dst, to=args.to, n_future_tokens=args.n_future_tokens))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""Checks a recipe's config before any process group or model exists, all errors at once.
+
+A recipe declares its keys as a plain dict, ``{"seed": int, "optimizer": Component(...)}``. What
+may stand for a key:
+
+- a type or annotation: ``int``, ``float | None``, ``list[str]``, ``Literal[...]``;
+- a tuple of choices: ``("bf16", "fp32")``;
+- a dict: a nested block;
+- a function or class: a block of its keyword arguments, names, types and defaults as it has them;
+- ``Component(...)``: a block with ``_component_``, checked against what that names;
+- ``Optional(x)``: x, or the key left out or null; ``Nullable(x)``: x or null, but written.
+"""
+
+import difflib
+import importlib
+import inspect
+import numbers
+import os
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+COMPONENT = "_component_"
+LEAF_TYPES = (bool, int, float, str, list, dict, type(None))
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one line each."""
+
+
+@dataclass(frozen=True)
+class Optional:
+    """A key that may be left out or null."""
+
+    schema: Any
+
+
+@dataclass(frozen=True)
+class Nullable:
+    """A key that has to be there and may be null."""
+
+    schema: Any
+
+
+@dataclass(frozen=True)
+class Component:
+    """A block whose ``_component_`` is called with the other keys.
+
+    Args:
+        given: names of the positional arguments that the recipe passes, in their order.
+    """
+
+    given: tuple[str, ...] = ()
+
+
+def check_config(cfg: DictConfig, schema: Mapping[str, Any]) -> None:
+    """Compare a config with a schema. Imports what components name, calls none of them.
+
+    Args:
+        cfg: the config, interpolations not yet resolved.
+        schema: what each key has to be, see the top of this file.
+
+    Raises:
+        ConfigError: with one line per error, each headed by the dotted key.
+    """
+    values, errors = _resolve(cfg, "")
+    errors += _check_block(values, schema, "")
+    if len(errors) == 1:
+        raise ConfigError(errors[0])
+    if errors:
+        raise ConfigError(f"{len(errors)} errors\n" + "\n".join(f"  {error}" for error in errors))
+
+
+class _Unresolved:
+    """Stands for a value that has its error already."""
+
+
+def _resolve(node: Container, path: str) -> tuple[Any, list[str]]:
+    """Plain containers with every interpolation resolved, and what did not resolve."""
+    keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
+    values, errors = {}, []
+    for key in keys:
+        child_path = f"{path}[{key}]" if isinstance(node, ListConfig) else _join(path, key)
+        try:
+            value = node[key]
+        except MissingMandatoryValue:
+            errors.append(f"{child_path}: has to be given a value, it is '???'")
+            value = _Unresolved()
+        except OmegaConfBaseException as error:
+            raw = OmegaConf.to_container(node, resolve=False)[key]
+            reason = str(error).splitlines()[0]
+            errors.append(f"{child_path}: {raw!r} does not resolve ({reason})")
+            value = _Unresolved()
+        if isinstance(value, Container):
+            value, child_errors = _resolve(value, child_path)
+            errors += child_errors
+        values[key] = value
+    return (list(values.values()) if isinstance(node, ListConfig) else values), errors
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _check(value: Any, schema: Any, path: str) -> list[str]:
+    """Errors of one value."""
+    if isinstance(value, _Unresolved):
+        return []
+    if isinstance(schema, Optional | Nullable):
+        return [] if value is None else _check(value, schema.schema, path)
+    if isinstance(schema, tuple):
+        return _check(value, Literal[schema], path)
+    is_block = isinstance(schema, Mapping | Component) or _is_callable_schema(schema)
+    if is_block and not isinstance(value, dict):
+        return [f"{path}: has to be a block of keys, it is {_show(value)}"]
+    if isinstance(schema, Component):
+        return _check_component(value, schema.given, path)
+    if isinstance(schema, Mapping):
+        return _check_block(value, schema, path)
+    if is_block:
+        return _check_call(value, schema, (), path)
+    return _check_leaf(value, schema, path)
+
+
+def _is_callable_schema(schema: Any) -> bool:
+    is_annotation = schema in (*LEAF_TYPES, Any) or get_origin(schema) is not None
+    return callable(schema) and not is_annotation
+
+
+def _check_block(values: dict, schema: Mapping[str, Any], path: str) -> list[str]:
+    required = [key for key, kind in schema.items() if not isinstance(kind, Optional)]
+    errors = _check_keys(values, schema, required, path)
+    for key in schema:
+        if key in values:
+            errors += _check(values[key], schema[key], _join(path, key))
+    return errors
+
+
+def _check_keys(values: dict, known: Any, required: Sequence[str], path: str) -> list[str]:
+    """Unknown and missing keys; a required key that was only mistyped is not missing as well."""
+    errors, meant = [], set()
+    missing = [key for key in required if key not in values]
+    for key in values:
+        if key not in known:
+            match = _closest(str(key), [k for k in known if k not in values])
+            match = match or _closest(str(key), known)
+            meant.add(match)
+            hint = f"did you mean '{match}'?" if match else f"known: {', '.join(sorted(known))}"
+            errors.append(f"{_join(path, key)}: unknown key ({hint})")
+    return errors + [f"{_join(path, key)}: missing" for key in missing if key not in meant]
+
+
+def _closest(key: str, known: Any) -> str | None:
+    """The known key that was probably meant, by spelling or by initials (lr, learning_rate)."""
+
+    def initials(name: str) -> str:
+        return "".join(word[:1] for word in name.split("_"))
+
+    for name in known:
+        if name.casefold() == key.casefold():
+            return name
+    for match in difflib.get_close_matches(key, known, n=1):
+        return match
+    return next((name for name in known if initials(key) == name or initials(name) == key), None)
+
+
+# ------------------------------------------------------------------ components
+
+
+def _check_component(values: dict, given: tuple[str, ...] | None, path: str) -> list[str]:
+    """``given=None``: someone else passes arguments of which nothing is known here."""
+    if COMPONENT not in values:
+        return [f"{path}: missing {COMPONENT}, the dotted path of what to build"]
+    target = values[COMPONENT]
+    if isinstance(target, _Unresolved):
+        return []
+    here = _join(path, COMPONENT)
+    if not isinstance(target, str):
+        return [f"{here}: has to be a dotted path, it is {_show(target)}"]
+    try:
+        component = locate(target)
+    except ImportError as error:
+        return [f"{here}: {target!r} does not import: {error}"]
+    if not callable(component):
+        return [f"{here}: {target!r} is a {type(component).__name__}, nothing to call"]
+    arguments = {key: value for key, value in values.items() if key != COMPONENT}
+    return _check_call(arguments, component, given, path)
+
+
+def locate(dotted_path: str) -> Any:
+    """The object at a dotted path, its modules imported as needed.
+
+    Args:
+        dotted_path: such as ``torch.optim.AdamW``.
+
+    Raises:
+        ImportError: if a module is not there or fails, or has no such attribute.
+    """
+    first, *rest = dotted_path.split(".")
+    if not all((first, *rest)):
+        raise ImportError("it is not a dotted path")
+    found, name = _import(first), first
+    for part in rest:
+        if not hasattr(found, part):
+            known = [n for n in dir(found) if not n.startswith("_")]
+            match = _closest(part, known)
+            hint = f" (did you mean '{match}'?)" if match else ""
+            problem = f"'{name}' has no '{part}'{hint}"
+            if not isinstance(found, types.ModuleType) or not hasattr(found, "__path__"):
+                raise ImportError(problem)
+            _import(f"{found.__name__}.{part}", problem)
+        found, name = getattr(found, part), f"{name}.{part}"
+    return found
+
+
+def _import(module: str, not_found: str | None = None) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # it is there, and itself imports something that is not
+            raise ImportError(f"'{module}' needs '{error.name}', which is not installed") from error
+        raise ImportError(not_found or f"no module '{module}'") from error
+    except Exception as error:  # any code runs at import; whatever it raises belongs in the report
+        raise ImportError(f"importing '{module}' raises {error!r}") from error
+
+
+def _check_call(
+    values: dict, function: Callable, given: tuple[str, ...] | None, path: str
+) -> list[str]:
+    """Keyword arguments against a signature of which the first ``given`` are taken."""
+    nested = [e for key, v in values.items() for e in _check_nested(v, _join(path, key))]
+    parameters = _parameters(function)
+    if parameters is None:  # a builtin without a signature: nothing to compare with
+        return nested
+    kinds = inspect.Parameter
+    positional = [
+        p
+        for p in parameters
+        if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.VAR_POSITIONAL)
+    ]
+    taken = {p.name for p in positional[: len(given or ())] if p.kind != kinds.VAR_POSITIONAL}
+    takes_any_number = any(p.kind == kinds.VAR_POSITIONAL for p in parameters)
+    if given and len(positional) < len(given) and not takes_any_number:
+        name = given[len(positional)]
+        where = _join(path, COMPONENT)
+        return [f"{where}: {function.__qualname__} has no room for '{name}', given by the recipe"]
+
+    errors = [
+        f"{_join(path, key)}: given by the recipe, leave it out" for key in values if key in taken
+    ]
+    known = {
+        p.name: p for p in parameters if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    }
+    required = [
+        name
+        for name, p in known.items()
+        if p.default is kinds.empty and name not in taken and given is not None
+    ]
+    free = {key: value for key, value in values.items() if key not in taken}
+    if any(p.kind == kinds.VAR_KEYWORD for p in parameters):
+        errors += [f"{_join(path, key)}: missing" for key in required if key not in free]
+    else:
+        errors += _check_keys(free, known.keys() - taken, required, path)
+    for key, value in free.items():
+        if key not in known or (value is None and known[key].default is None):
+            continue
+        if isinstance(value, dict) and COMPONENT in value:
+            continue  # built by the function: what it becomes is not known here
+        errors += _check_leaf(value, _annotation(known[key]), _join(path, key))
+    return errors + nested
+
+
+def _parameters(function: Callable) -> list[inspect.Parameter] | None:
+    try:
+        return list(inspect.signature(function, eval_str=True).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    except Exception:  # an annotation in quotes that does not evaluate; names are enough then
+        return list(inspect.signature(function).parameters.values())
+
+
+def _annotation(parameter: inspect.Parameter) -> Any:
+    """What a parameter has to be; without annotation a default number says so as well."""
+    if parameter.annotation is not parameter.empty:
+        return parameter.annotation
+    is_number = isinstance(parameter.default, int | float)
+    is_number &= not isinstance(parameter.default, bool)
+    return float if is_number else Any
+
+
+def _check_nested(value: Any, path: str) -> Iterator[str]:
+    """Components inside the arguments of another, which builds them itself."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _check_nested(item, f"{path}[{index}]")
+    elif isinstance(value, dict) and COMPONENT in value:
+        yield from _check_component(value, None, path)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _check_nested(item, _join(path, key))
+
+
+# ----------------------------------------------------------------- leaf values
+
+
+def _check_leaf(value: Any, kind: Any, path: str) -> list[str]:
+    if isinstance(value, _Unresolved) or _fits(value, kind) is not False:
+        return []
+    return [f"{path}: has to be {_describe(kind)}, it is {_show(value)}{_hint(value, kind)}"]
+
+
+def _fits(value: Any, kind: Any) -> bool | None:
+    """Whether a value of a config is what an annotation asks for; None if that cannot be told."""
+    origin, args = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, types.UnionType):
+        # What can be told decides: text is no `float | Tensor`, whatever a Tensor is made from.
+        verdicts = [_fits(value, arg) for arg in args]
+        return True if True in verdicts else False if False in verdicts else None
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if origin in (None, types.NoneType):
+        return value is None
+    if origin in (int, float):
+        number = numbers.Integral if origin is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if origin in (bool, str):
+        return isinstance(value, origin)
+    if not isinstance(origin, type) or origin is object:
+        return None
+    if issubclass(origin, os.PathLike):
+        return isinstance(value, str)
+    if issubclass(origin, Mapping):
+        items = value.values() if isinstance(value, dict) else ()
+        return isinstance(value, dict) and _all_fit(items, args[1:])
+    if origin is Iterable or issubclass(origin, Sequence | set):
+        fixed_length = origin is tuple and args and args[-1] is not Ellipsis
+        if not isinstance(value, list):
+            return False
+        if fixed_length:
+            return len(value) == len(args) and all(
+                _fits(item, arg) is not False for item, arg in zip(value, args, strict=True)
+            )
+        return _all_fit(value, args[:1])
+    return None
+
+
+def _all_fit(items: Iterable, args: tuple) -> bool:
+    return all(isinstance(i, _Unresolved) or _fits(i, a) is not False for i in items for a in args)
+
+
+def _describe(kind: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names |= {None: "null", types.NoneType: "null", list: "a list", dict: "a block of keys"}
+    origin, args = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, types.UnionType):
+        told = [arg for arg in args if _fits(object(), arg) is not None]
+        return " or ".join(_describe(arg) for arg in told)
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(_show(arg) for arg in args)
+    if origin is list and args:
+        return f"a list (each {_describe(args[0])})"
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        return f"a list of {len(args)}: {', '.join(_describe(arg) for arg in args)}"
+    if origin in (tuple, Sequence, Iterable):
+        return "a list"
+    if isinstance(origin, type) and issubclass(origin, os.PathLike):
+        return "a path"
+    return names.get(origin) or getattr(kind, "__name__", str(kind))
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a block of keys"
+    spelled = {True: "true", False: "false", None: "null"}
+    return spelled[value] if value is None or isinstance(value, bool) else repr(value)
+
+
+def _hint(value: Any, kind: Any) -> str:
+    """What to write instead, where a number was meant."""
+    wanted = {kind, *get_args(kind)} & {int, float}
+    if wanted and isinstance(value, float) and value.is_integer():
+        return f" (write {int(value)})"
+    if wanted and isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return ""
+        return ", which is text (write it without quotes)"
+    return ""

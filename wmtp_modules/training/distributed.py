@@ -1,0 +1,122 @@
+"""Process group and FSDP2 sharding of the multi-token-prediction model."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from wmtp_modules.models import MTPTransformer
+
+
+def init_process_group(device_type: str) -> tuple[torch.device, DeviceMesh]:
+    """Join torchrun's process group, or make one of a single process.
+
+    ``tune run recipes/x.py`` without torchrun options starts the recipe with no RANK in its
+    environment; the recipe still runs the same FSDP2 code, with one rank.
+
+    Args:
+        device_type: "cuda" or "cpu".
+
+    Returns:
+        This rank's device and the one-dimensional data-parallel mesh.
+
+    Raises:
+        ValueError: if the device is not there.
+    """
+    if device_type not in ("cuda", "cpu"):
+        raise ValueError(f"device {device_type!r} is not cuda or cpu")
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda but torch sees no GPU: set device=cpu or check the driver")
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device, init_device_mesh(device_type, (dist.get_world_size(),))
+
+
+def shard_model(
+    model: MTPTransformer, mesh: DeviceMesh, *, compute_dtype: torch.dtype
+) -> MTPTransformer:
+    """Shard each trunk block, each head, the output and the embedding as one FSDP2 unit each.
+
+    The heads and the output come last in the forward and first in the backward, so they stay
+    gathered between the two; only trunk blocks are gathered twice. A step without accumulation
+    takes units + trunk blocks all-gathers and one reduce-scatter per unit.
+
+    Gradients are reduced in fp32. Inputs are not cast: the embedding makes activations in
+    ``compute_dtype`` already, and a cast would round fp32 token weights to bf16.
+
+    Args:
+        model: the model, on its device or on meta.
+        mesh: one-dimensional data-parallel mesh.
+        compute_dtype: dtype of the gathered parameters; the sharded ones keep theirs.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for unit in (*model.heads, model.output, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return model
+
+
+def all_reduce_sum(*values: torch.Tensor) -> list[torch.Tensor]:
+    """Sum each tensor over ranks, all in one fp64 collective."""
+    flat = torch.cat([value.detach().double().reshape(-1) for value in values])
+    dist.all_reduce(flat)
+    parts = flat.split([value.numel() for value in values])
+    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+
+def init_weights_(model: nn.Module, seed: int) -> None:
+    """Fill a model that starts from nothing: normal(0, 0.02), norms 1, equal on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".scale"):
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+
+
+def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of parameters only: ``model.to`` would round the RoPE tables as well."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+@cache
+def _patient_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
+
+
+def patient_barrier() -> None:
+    """Wait for all ranks, however long one of them tokenises or scores.
+
+    The ordinary group's time-out (10 minutes with NCCL) is meant for a hung step.
+    """
+    dist.barrier(group=_patient_group())
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Run the block on rank 0, then on the others, which find what it has cached."""
+    if dist.get_rank() != 0:
+        patient_barrier()
+    try:
+        yield
+    finally:
+        if dist.get_rank() == 0:
+            patient_barrier()

@@ -1,0 +1,278 @@
+"""Metric loggers behind torchtune's interface: lines of JSON, and MLflow.
+
+torchtune's own MLflow logger reads an attribute that it never sets and cannot resume a run.
+"""
+
+import atexit
+import fcntl
+import json
+import math
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune.training.metric_logging import MetricLoggerInterface, Scalar, flatten_dict
+from torchtune.utils import get_world_size_and_rank
+
+
+def _number(value: Scalar) -> int | float:
+    return value.item() if hasattr(value, "item") else value
+
+
+class JSONLLogger(MetricLoggerInterface):
+    """One JSON object per logged step, on disk as soon as it is logged.
+
+    What one step logs in several calls (training figures, then validation) becomes one line. Make
+    it on one rank only.
+
+    Args:
+        path: the file; its folder is made.
+        resume_step: optimizer steps already done. Lines of later steps, and a last line that a
+            crash left incomplete, are dropped, so that no step stands there twice. 0 starts the
+            file over.
+
+    Raises:
+        ValueError: if the file to go on with holds a line that is no JSON object with a step.
+    """
+
+    def __init__(self, path: str | Path, *, resume_step: int = 0) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._kept_lines(resume_step) if resume_step and self._path.exists() else []
+        # Written beside and moved: a crash here must not cost the earlier steps.
+        beside = self._path.with_name(self._path.name + ".tmp")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        beside.replace(self._path)
+        self._file = open(self._path, "r+", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._line: dict[str, Any] = lines[-1] if lines else {}
+        end = self._file.seek(0, os.SEEK_END)
+        self._line_start = end - (len(json.dumps(self._line)) + 1 if lines else 0)
+
+    def _kept_lines(self, resume_step: int) -> list[dict]:
+        text = self._path.read_text(encoding="utf-8")
+        complete, _, _ = text.rpartition("\n")
+        kept = []
+        for number, line in enumerate(complete.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                if record["step"] <= resume_step:
+                    kept.append(record)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self._path} line {number} is no JSON object with a step: {line[:80]!r}; "
+                    "mend or move the file to resume"
+                ) from error
+        return kept
+
+    def log(self, name: str, data: Scalar, step: int) -> None:
+        """Add one figure to the line of ``step``."""
+        self.log_dict({name: data}, step)
+
+    def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
+        """Add figures to the line of ``step``.
+
+        Args:
+            payload: numbers or one-element tensors by name.
+            step: optimizer steps done; never falls.
+        """
+        if self._line.get("step") != step:
+            self._line = {"step": step}
+            self._line_start = self._file.seek(0, os.SEEK_END)
+        for name, value in payload.items():
+            number = _number(value)
+            # JSON has no NaN or infinity, and most readers reject Python's spelling of them.
+            self._line[name] = number if math.isfinite(number) else None
+        self._file.seek(self._line_start)
+        self._file.write(json.dumps(self._line, allow_nan=False) + "\n")
+        self._file.truncate()
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class MLflowLogger(MetricLoggerInterface):
+    """A run in MLflow: config, code version, metrics and artifacts. Other ranks than 0 do nothing.
+
+    The server is the one of MLFLOW_TRACKING_URI if that is set, so that a cluster's environment
+    decides for every config; otherwise ``tracking_uri``.
+
+    Args:
+        experiment_name: experiment, made if not there.
+        tracking_uri: such as ``sqlite:///runs/mlflow.db``. The folder of an SQLite file is made
+            and new experiments keep their artifacts beside it, in ``mlflow_artifacts``.
+        run_name: name of a new run; MLflow invents one if left out.
+        run_id: run to go on with. MLflow appends: figures of steps that are trained again stand
+            twice, at their own times.
+
+    Raises:
+        ValueError: if no tracking URI is known, or the run is not there.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str,
+        tracking_uri: str | None = None,
+        run_name: str | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        self._client = None
+        if get_world_size_and_rank()[1] != 0:
+            return
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri
+        if not uri:
+            raise ValueError(
+                "no MLflow store: set metric_logger.tracking_uri, for example to "
+                "sqlite:///runs/mlflow.db, or the environment variable MLFLOW_TRACKING_URI"
+            )
+        # Read when mlflow is imported; what the user set stays.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("DO_NOT_TRACK", "true")
+        from mlflow import MlflowClient  # takes seconds: only for who uses it
+        from mlflow.exceptions import MlflowException
+
+        database = _sqlite_file(uri)
+        if database:
+            uri = f"sqlite:///{database}"
+            with _lock_beside(database):
+                self._client = MlflowClient(tracking_uri=uri)
+        else:
+            self._client = MlflowClient(tracking_uri=uri)
+        self.tracking_uri = uri
+        self._resumed = run_id is not None
+        if run_id is None:
+            artifacts = (database.parent / "mlflow_artifacts").as_uri() if database else None
+            experiment_id = self._experiment_id(experiment_name, artifacts)
+            self.run_id = self._client.create_run(
+                experiment_id, run_name=run_name, tags=code_version()
+            ).info.run_id
+        else:
+            try:
+                self._client.update_run(run_id, status="RUNNING")
+            except MlflowException as error:
+                raise ValueError(f"MLflow run {run_id} is not in {uri}: {error}") from error
+            self.run_id = run_id
+            for key, value in code_version().items():
+                self._client.set_tag(run_id, key, value)
+        # A recipe that raises never reaches close(): its run must not show as running for ever.
+        atexit.register(self.close, "FAILED")
+
+    def _experiment_id(self, name: str, artifact_location: str | None) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return self._client.create_experiment(name, artifact_location=artifact_location)
+            except MlflowException:
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+                # Another run made it between the two calls.
+        return experiment.experiment_id
+
+    @property
+    def location(self) -> str:
+        """Where the run is and the command that shows it; empty on other ranks than 0."""
+        if self._client is None:
+            return ""
+        return (
+            f"run {self.run_id} in {self.tracking_uri} "
+            f"(mlflow ui --backend-store-uri {self.tracking_uri})"
+        )
+
+    def log_config(self, config: DictConfig) -> None:
+        """Store the resolved config as the artifact ``config.yaml`` and its keys as parameters.
+
+        Parameters of a run never change in MLflow: a resumed run keeps those that it began with,
+        and ``config.yaml`` is the current one. MLflow cuts values beyond 6000 characters.
+        """
+        if self._client is None:
+            return
+        from mlflow.entities import Param
+
+        flat = flatten_dict(OmegaConf.to_container(config, resolve=True))
+        known = self._client.get_run(self.run_id).data.params if self._resumed else {}
+        params = [Param(key, str(value)) for key, value in flat.items() if key not in known]
+        for start in range(0, len(params), 100):  # as many as MLflow takes in one call
+            self._client.log_batch(self.run_id, params=params[start : start + 100])
+        self._client.log_text(
+            self.run_id, OmegaConf.to_yaml(config, resolve=True), artifact_file="config.yaml"
+        )
+
+    def log(self, name: str, data: Scalar, step: int) -> None:
+        """Log one figure."""
+        self.log_dict({name: data}, step)
+
+    def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
+        """Log figures in one write.
+
+        Args:
+            payload: numbers or one-element tensors by name.
+            step: optimizer steps done.
+        """
+        if self._client is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, _number(value), now, step) for key, value in payload.items()]
+        self._client.log_batch(self.run_id, metrics=metrics)
+
+    def log_artifact(self, path: str | Path) -> None:
+        """Store a copy of a file with the run."""
+        if self._client is not None:
+            self._client.log_artifact(self.run_id, str(path))
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run; a second call does nothing.
+
+        Args:
+            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+        """
+        if self._client is not None:
+            self._client.set_terminated(self.run_id, status)
+            self._client = None
+            atexit.unregister(self.close)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """Absolute path of the file of an SQLite URI; None for another store."""
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None
+
+
+@contextmanager
+def _lock_beside(database: Path) -> Iterator[None]:
+    """Opening an SQLite store makes its tables, and two processes that do so at once both fail."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(database.with_name(database.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def code_version() -> dict[str, str]:
+    """Package versions, and the commit of the current folder if it is under git."""
+    names = ("torch", "torchtune", "torchao", "wmtp")
+    tags = {f"version.{name}": version(name) for name in names}
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(("git", *args), capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):  # no git here
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    if commit is not None:
+        tags["mlflow.source.git.commit"] = commit
+    if changes is not None:
+        tags["git.dirty"] = "true" if changes else "false"
+    return tags
