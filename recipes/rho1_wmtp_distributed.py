@@ -1,0 +1,726 @@
+"""Rho-1 weighted fine-tuning of a multi-token-prediction model with FSDP2, on one rank or many.
+
+    tune run --nproc_per_node 8 recipes/rho1_wmtp_distributed.py --config configs/rho1/7b.yaml
+
+Rho-1 (Lin et al. 2024, arXiv 2404.07965) trains on the tokens whose loss exceeds that of a
+reference model trained on clean data. Here each head k of an MTP model (arXiv 2404.19737) ranks
+its own tokens. The same file trains the reference (``n_future_tokens: 1``, uniform weights) and
+the controls. Copy it and edit it: nothing imports it.
+
+Shapes: B packed rows, T positions, K heads. Head k at position t predicts token t + k + 1.
+"""
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.device_mesh import DeviceMesh
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+from torchtune import config, training, utils
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules.attention_utils import packed_block_causal_mask
+from tqdm import tqdm
+
+from wmtp_modules.data.packing import PackedDataset, collate
+from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels, shift_to_heads
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.scoring import (
+    ScoreTable,
+    align_reference,
+    compute_scores,
+    fingerprint_checkpoint,
+    fingerprint_rows,
+    fingerprint_tokenizer,
+    reference_losses,
+    score_rows,
+)
+from wmtp_modules.training.checkpoint import (
+    check_folder,
+    check_same_vocabulary,
+    load_into,
+    model_args_from_folder,
+    save_meta,
+)
+from wmtp_modules.training.config import (
+    Component,
+    ConfigError,
+    Nullable,
+    Optional,
+    check_config,
+)
+from wmtp_modules.training.curves import plot_curves
+from wmtp_modules.training.distributed import (
+    all_reduce_sum,
+    cast_parameters_,
+    init_process_group,
+    init_weights_,
+    patient_barrier,
+    rank_zero_first,
+    shard_model,
+)
+from wmtp_modules.training.metric_logging import JSONLLogger
+from wmtp_modules.training.training_state import (
+    load_training_state,
+    newest_training_state,
+    save_training_state,
+)
+from wmtp_modules.weighting import TokenWeighting
+
+log = utils.get_logger("INFO")
+warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11
+# torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# Every key of a config; what a component takes is read from its signature.
+SCHEMA = {
+    "output_dir": str,
+    "device": ("cuda", "cpu"),
+    "dtype": ("bf16", "fp32"),
+    "fp32_master_weights": bool,
+    "seed": int,
+    "resume_from_checkpoint": bool,
+    "model": Component(),
+    "checkpointer": Nullable({"checkpoint_dir": str}),  # null: start from nothing
+    "tokenizer": Component(),
+    "dataset": Component(given=("tokenizer",)),
+    "dataset_val": Component(given=("tokenizer",)),
+    "batch_size": int,  # packed rows of a rank's micro-batch
+    "gradient_accumulation_steps": int,
+    "weighting": TokenWeighting,
+    "reference": Optional(
+        {
+            "mode": ("cached", "online"),
+            "checkpointer": {"checkpoint_dir": str},
+            "table_dir": str,
+            "batch_tokens": int,
+        }
+    ),
+    "optimizer": Component(given=("params",)),
+    "num_warmup_steps": int,
+    "clip_grad_norm": float,
+    "max_steps": int,
+    "run_val_every_n_steps": int,
+    "save_every_n_steps": int,
+    "log_every_n_steps": int,
+    "enable_activation_checkpointing": bool,
+    "compile": bool,
+    "metric_logger": Component(),
+    "profiler": training.setup_torch_profiler,
+    # What comes before the run, and beside it for comparison.
+    "assets_dir": Optional(str),
+    "prepare": Optional(Component()),
+    "requires": Optional(list[str]),
+    "controls": Optional(list[str]),
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that can be wrong with a config before a process group or a model exists."""
+    check_config(cfg, SCHEMA)
+    for name in (cfg.weighting.name, *(cfg.get("controls") or [])):
+        weighting = make_weighting(OmegaConf.merge(cfg, {"weighting": {"name": name}}))
+        if weighting.needs_reference and not cfg.get("reference"):
+            raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
+    if not cfg.fp32_master_weights and not cfg.optimizer.get("bf16_stochastic_round"):
+        raise ConfigError(
+            "fp32_master_weights: false loses most updates of bf16 parameters: take an optimizer "
+            "with bf16_stochastic_round: true (torchao.optim), or keep fp32 masters"
+        )
+    if not cfg.fp32_master_weights and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            "fp32_master_weights: false is for one rank: torchao 0.15 cannot round sharded "
+            "parameters stochastically; keep fp32 masters, which are sharded over the ranks"
+        )
+
+
+def make_weighting(cfg: DictConfig) -> TokenWeighting:
+    return TokenWeighting(**{"seed": cfg.seed, **cfg.weighting})
+
+
+class Rho1WMTPRecipeDistributed:
+    """One training run. ``recipe_main`` below makes the runs of a config, controls included."""
+
+    def __init__(self, cfg: DictConfig, device: torch.device, mesh: DeviceMesh) -> None:
+        self._cfg = cfg
+        self._device = device
+        self._mesh = mesh
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._output_dir = Path(cfg.output_dir)
+        self._dtype = DTYPES[cfg.dtype]
+        # Masters stay fp32 and compute runs in dtype: at a learning rate of 1e-5 most updates of
+        # a bf16 parameter round to nothing. Pure bf16 needs stochastic rounding to be of use.
+        self._master_dtype = torch.float32 if cfg.fp32_master_weights else self._dtype
+        self._weighting = make_weighting(cfg)
+        self._step = 0  # optimizer steps done
+        self._micro_step = 0
+        self._epoch = 0
+        self._best_loss = float("inf")
+        self._heldout: dict[str, list[float]] = {}  # "base" before training, "last" since
+        self._noise_sums = torch.zeros(4, dtype=torch.float64, device=device)  # see _loss_step
+
+    # ---------------------------------------------------------------- setup
+
+    def setup(self) -> None:
+        cfg = self._cfg
+        training.set_seed(cfg.seed)
+        with torch.device("meta"):
+            self._model = config.instantiate(cfg.model)
+        if cfg.checkpointer:
+            check_folder(cfg.checkpointer.checkpoint_dir, self._model.args, cfg.tokenizer.path)
+        self._alphas_K = head_alphas(self._model.n_future_tokens, self._weighting.decay)
+        self._alphas_K = self._alphas_K.to(self._device)
+
+        # Tokenised once by rank 0; the others then read the same cached file.
+        tokenizer = config.instantiate(cfg.tokenizer)
+        with rank_zero_first():
+            rows = config.instantiate(cfg.dataset, tokenizer)
+            rows_val = config.instantiate(cfg.dataset_val, tokenizer)
+
+        # Reference losses come first, so that the scorer is gone before training needs memory.
+        self._reference_model, scores = None, None
+        if self._weighting.needs_reference:
+            self._reference_model = self._load_reference()
+            if cfg.reference.mode == "cached":
+                scores = self._score(rows)
+                self._reference_model = None
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+        self._setup_model()
+        self._setup_data(rows, rows_val, scores)
+        self._optimizer = config.instantiate(cfg.optimizer, self._model.parameters())
+        self._lr_scheduler = training.get_cosine_schedule_with_warmup(
+            self._optimizer, num_warmup_steps=cfg.num_warmup_steps, num_training_steps=cfg.max_steps
+        )
+        run_id = self._resume() if cfg.resume_from_checkpoint else None
+        self._setup_loggers(run_id)
+
+    def _setup_model(self) -> None:
+        cfg = self._cfg
+        if not cfg.checkpointer:
+            # From nothing (the quickstart's models): made whole and equal on all ranks.
+            self._model = config.instantiate(cfg.model)
+            init_weights_(self._model, cfg.seed)
+        cast_parameters_(self._model, self._master_dtype)
+        if cfg.enable_activation_checkpointing:
+            training.set_activation_checkpointing(
+                self._model, auto_wrap_policy={TransformerSelfAttentionLayer}
+            )
+        if cfg.compile:
+            for block in (*self._model.layers, *self._model.heads):
+                block.compile()
+            self._model.output.loss_impl = "compiled"
+        if cfg.fp32_master_weights:
+            shard_model(self._model, self._mesh, compute_dtype=self._dtype)
+        elif not cfg.checkpointer:  # one rank, nothing to shard or to cast
+            self._model.to(self._device)
+        if cfg.checkpointer:
+            load_into(self._model, cfg.checkpointer.checkpoint_dir, device=self._device)
+        self._model.train()
+
+    def _setup_data(self, rows: Dataset, rows_val: Dataset, scores: ScoreTable | None) -> None:
+        cfg = self._cfg
+        pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
+        self._dataset = PackedDataset(rows, scores=scores, **pack)
+        self._dataset_val = PackedDataset(rows_val, **pack)
+        self._dataloader = self._make_dataloader()
+
+    def _make_dataloader(self) -> StatefulDataLoader:
+        """One epoch of this rank. Rank r reads packs r, r + world, ...: together the ranks see
+        the packs in order, so the joint micro-batch does not depend on how many share it."""
+        batch_size = self._cfg.batch_size
+        if len(self._dataset) < self._world * batch_size:
+            raise ValueError(
+                f"the dataset packs into {len(self._dataset)} rows of "
+                f"{self._cfg.tokenizer.max_seq_len} tokens, fewer than one joint micro-batch of "
+                f"{self._world} ranks x {batch_size}: lower batch_size or add data"
+            )
+        sampler = StatefulDistributedSampler(
+            self._dataset, self._world, self._rank, shuffle=False, drop_last=True
+        )
+        return StatefulDataLoader(
+            self._dataset,
+            batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            drop_last=True,
+        )
+
+    def _setup_loggers(self, run_id: str | None) -> None:
+        """Rank 0 writes metrics.jsonl always, and to the configured logger besides."""
+        cfg = self._cfg
+        self._metric_loggers = []
+        if self._rank == 0:
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            # What an earlier run left here must not look like this one's.
+            (self._output_dir / "summary.json").unlink(missing_ok=True)
+            if self._step == 0:
+                shutil.rmtree(self._output_dir / "training_state", ignore_errors=True)
+            OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
+            jsonl = JSONLLogger(self._output_dir / "metrics.jsonl", resume_step=self._step)
+            known = {"run_id": run_id} if run_id else {}
+            self._metric_loggers = [jsonl, config.instantiate(cfg.metric_logger, **known)]
+            for logger in self._metric_loggers:
+                logger.log_config(cfg)
+
+    def _resume(self) -> str | None:
+        """Go on where the newest training state of ``output_dir`` stands."""
+        folder = newest_training_state(self._output_dir / "training_state")
+        if folder is None:
+            log_zero(f"Nothing to resume in {self._output_dir}: starting from step 0.")
+            return None
+        own = load_training_state(folder, self._model, self._optimizer)
+        self._step, self._micro_step, self._epoch = own["step"], own["micro_step"], own["epoch"]
+        self._best_loss, self._heldout = own["best_loss"], own["heldout"]
+        self._noise_sums = own["noise_sums"]
+        self._lr_scheduler.load_state_dict(own["lr_scheduler"])
+        self._dataset.set_epoch(self._epoch)
+        self._dataloader = self._make_dataloader()
+        self._dataloader.load_state_dict(own["dataloader"])
+        torch.set_rng_state(own["rng"])
+        log_zero(f"Resumed {folder} after step {self._step}.")
+        return own["run_id"]
+
+    # ------------------------------------------------------------ reference
+
+    def _load_reference(self) -> torch.nn.Module:
+        """The reference, whole on each rank and in compute precision: it only scores."""
+        folder = self._cfg.reference.checkpointer.checkpoint_dir
+        args = model_args_from_folder(folder, max_seq_len=self._cfg.tokenizer.max_seq_len)
+        check_same_vocabulary(self._cfg.tokenizer.path, Path(folder) / "tokenizer.model")
+        with torch.device("meta"):
+            model = mtp_llama2(**args)
+        cast_parameters_(model, self._dtype)
+        load_into(model, folder, device=self._device)
+        return model.eval().requires_grad_(False)
+
+    def _score(self, rows: Dataset) -> ScoreTable:
+        """Reference losses of every training row: computed once, kept in ``table_dir``."""
+        reference = self._cfg.reference
+        folder = reference.checkpointer.checkpoint_dir
+        n_heads = self._reference_model.n_future_tokens
+        fingerprint = [None]
+        if self._rank == 0:  # reads every byte of the checkpoint: once is enough
+            fingerprint[0] = {
+                "checkpoint": fingerprint_checkpoint(folder),
+                "tokenizer": fingerprint_tokenizer(self._cfg.tokenizer.path),
+                "dataset": fingerprint_rows(rows),
+                "max_seq_len": self._cfg.tokenizer.max_seq_len,
+                "kind": "next-token loss" if n_heads == 1 else "mtp losses",
+                "n_heads": n_heads,
+                "dtype": self._cfg.dtype,
+            }
+        patient_barrier()
+        dist.broadcast_object_list(fingerprint, src=0)
+        compute_scores(
+            reference.table_dir,
+            fingerprint[0],
+            rows,
+            lambda batch: score_rows(self._reference_model, batch),
+            batch_tokens=reference.batch_tokens,
+            rank=self._rank,
+            world=self._world,
+        )
+        return ScoreTable.open(reference.table_dir, fingerprint[0], rows)
+
+    def _reference_BTK(self, batch: dict, inputs: dict) -> torch.Tensor | None:
+        """r[b,t,k] of this micro-batch, from the table or from the model."""
+        if not self._weighting.needs_reference:
+            return None
+        if self._reference_model is None:
+            reference = batch["reference"]
+        else:
+            reference = reference_losses(
+                self._reference_model, batch["tokens"], batch["doc"], **inputs
+            )
+        return align_reference(reference, self._model.n_future_tokens)
+
+    # ------------------------------------------------------------- training
+
+    def _loss_step(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:
+        """Weighted loss of one micro-batch, summed and not yet divided, with its figures."""
+        K = self._model.n_future_tokens
+        labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
+        mask_BTK = labels_BTK != IGNORE_INDEX
+        inputs = {
+            "mask": packed_block_causal_mask(batch["seq_lens"]),
+            "input_pos": batch["input_pos"],
+        }
+        reference_BTK = self._reference_BTK(batch, inputs)
+
+        if self._weighting.needs_losses:
+            losses_BTK = self._model(batch["tokens"], labels_BTK, **inputs)
+            weights_BTK, stats = self._weighting(
+                losses_BTK, mask_BTK, batch["doc"], reference_BTK, step=self._micro_step
+            )
+            loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
+        else:  # weights known beforehand go into the forward, which saves a matrix product
+            weights_BTK, stats = self._weighting(
+                None, mask_BTK, batch["doc"], None, step=self._micro_step
+            )
+            loss, losses_BTK = self._model(
+                batch["tokens"],
+                labels_BTK,
+                token_weights_BTK=self._alphas_K * weights_BTK,
+                **inputs,
+            )
+
+        noise_BTK = shift_to_heads(batch["noise"], K, False) & mask_BTK
+        sums = {
+            "n_K": mask_BTK.sum((0, 1)),
+            "loss_K": losses_BTK.detach().sum((0, 1)),
+            "objective": loss.detach(),
+            "tokens": (batch["doc"] >= 0).sum(),
+            "noise": torch.stack(  # targets, weight; on noise and in all
+                [
+                    noise_BTK.sum(),
+                    mask_BTK.sum(),
+                    (weights_BTK * noise_BTK).sum(),
+                    weights_BTK.sum(),
+                ]
+            ),
+        }
+        return loss, sums, stats
+
+    def train(self) -> None:
+        cfg = self._cfg
+        if self._step == 0:
+            self._heldout["base"] = self.validate()
+        bar = tqdm(
+            total=cfg.max_steps,
+            initial=self._step,
+            desc=cfg.weighting.name,
+            disable=self._rank != 0,
+            mininterval=1 if sys.stderr.isatty() else 20,
+        )
+        batches = self._batches()
+        profiler = training.DummyProfiler()
+        if cfg.profiler.get("enabled"):
+            profiler, _ = training.setup_torch_profiler(**cfg.profiler)
+        profiler.start()
+        window_tokens, window_start = 0, time.perf_counter()  # since the last logged step
+        while self._step < cfg.max_steps:
+            sums = {}
+            for _ in range(cfg.gradient_accumulation_steps):
+                loss, micro_sums, stats = self._loss_step(next(batches))
+                loss.backward()
+                sums = {name: sums.get(name, 0) + value for name, value in micro_sums.items()}
+                self._micro_step += 1
+
+            # Sum first, divide once: n' counts the targets of all ranks and micro-batches.
+            # FSDP2 averages gradients over ranks, hence the factor world.
+            sums = dict(zip(sums, all_reduce_sum(*sums.values()), strict=True))
+            n_prime = (self._alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
+            training.scale_grads(self._model, self._world / n_prime)
+            grad_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), cfg.clip_grad_norm)
+            lr = self._lr_scheduler.get_last_lr()[0]
+            self._optimizer.step()
+            self._lr_scheduler.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._step += 1
+            window_tokens = window_tokens + sums["tokens"]
+            self._noise_sums += sums["noise"]
+
+            if self._step % cfg.log_every_n_steps == 0:
+                tokens = float(window_tokens)  # waits for the device, so before the clock is read
+                speed = tokens / (time.perf_counter() - window_start)
+                self._log_step(bar, sums, stats, grad_norm, lr, speed)
+                window_tokens, window_start = 0, time.perf_counter()
+            bar.update()
+            profiler.step()
+            paused = time.perf_counter()
+            last = self._step == cfg.max_steps
+            if last or self._step % cfg.run_val_every_n_steps == 0:
+                self._heldout["last"] = self.validate()
+                self._save_best()
+            if last or self._step % cfg.save_every_n_steps == 0:
+                self.save_checkpoint()
+            window_start += time.perf_counter() - paused
+        profiler.stop()
+        bar.close()
+
+    def _batches(self) -> Iterator[dict]:
+        """Micro-batches on the device, epoch after epoch, each packed in an order of its own."""
+        while True:
+            for batch in self._dataloader:
+                yield to_device(batch, self._device)
+            self._epoch += 1
+            self._dataset.set_epoch(self._epoch)
+            self._dataloader = self._make_dataloader()  # packs differ in number a little
+
+    def _log_step(self, bar: tqdm, sums: dict, stats: dict, grad_norm, lr, tokens_per_s) -> None:
+        """One line of figures; with ``stats`` of the step's last joint micro-batch."""
+        losses_K = (sums["loss_K"] / sums["n_K"]).tolist()
+        n_prime = (self._alphas_K * sums["n_K"]).sum()
+        in_data, targets, on_noise, weight = sums["noise"].tolist()
+        metrics = {
+            # Unweighted, so that runs under different weightings compare.
+            "loss": ((self._alphas_K * sums["loss_K"]).sum() / n_prime).item(),
+            **{f"loss_head_{k}": loss for k, loss in enumerate(losses_K)},
+            "weighted_loss": (sums["objective"] / n_prime).item(),
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "tokens_per_s": tokens_per_s,
+            "memory_gib": peak_memory_gib(self._device),
+            "ess": stats["ess"].mean().item(),
+            "selected_share": stats["selected"].mean().item(),
+        }
+        for name, value_K in stats.items():
+            metrics |= {f"weight_{name}_head_{k}": v for k, v in enumerate(value_K.tolist())}
+        if in_data:
+            metrics |= {"noise_in_data": in_data / targets, "noise_in_weight": on_noise / weight}
+        for logger in self._metric_loggers:
+            logger.log_dict(metrics, step=self._step)
+        bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f} heads {'/'.join(f'{x:.2f}' for x in losses_K)} "
+            f"ess {metrics['ess']:.2f} sel {metrics['selected_share']:.2f} "
+            f"{metrics['tokens_per_s']:.0f} tok/s {metrics['memory_gib']:.1f} GiB",
+            refresh=False,
+        )
+
+    @torch.no_grad()
+    def validate(self) -> list[float]:
+        """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
+        self._model.eval()
+        K = self._model.n_future_tokens
+        loss_K = torch.zeros(K, dtype=torch.float64, device=self._device)
+        n_K = torch.zeros_like(loss_K)
+        for batch in self._val_batches():
+            labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
+            losses_BTK = self._model(
+                batch["tokens"],
+                labels_BTK,
+                mask=packed_block_causal_mask(batch["seq_lens"]),
+                input_pos=batch["input_pos"],
+            )
+            loss_K += losses_BTK.double().sum((0, 1))
+            n_K += (labels_BTK != IGNORE_INDEX).sum((0, 1))
+        loss_K, n_K = all_reduce_sum(loss_K, n_K)
+        self._model.train()
+        heldout = (loss_K / n_K).tolist()
+        metrics = {f"val_loss_head_{k}": loss for k, loss in enumerate(heldout)}
+        metrics["val_loss"] = sum(heldout) / K
+        for logger in self._metric_loggers:
+            logger.log_dict(metrics, step=self._step)
+        return heldout
+
+    def _val_batches(self) -> Iterator[dict]:
+        """Each held-out pack once. Ranks take part in equally many forwards, as FSDP needs, so
+        the last batch is filled up with packs that supervise nothing."""
+        joint = self._world * self._cfg.batch_size
+        for start in range(0, len(self._dataset_val), joint):
+            items = []
+            for index in range(start + self._rank, start + joint, self._world):
+                item = dict(self._dataset_val[min(index, len(self._dataset_val) - 1)])
+                if index >= len(self._dataset_val):
+                    item["keep"] = torch.zeros_like(item["keep"])
+                items.append(item)
+            yield to_device(collate(items), self._device)
+
+    # ----------------------------------------------------------- checkpoints
+
+    def _save_best(self) -> None:
+        """Keep ``best/`` when the held-out loss, mean over heads, is the lowest so far."""
+        loss = sum(self._heldout["last"]) / len(self._heldout["last"])
+        if loss < self._best_loss:
+            self._best_loss = loss
+            self._export("best")
+
+    def _export(self, name: str) -> None:
+        """A folder in Meta's format, in the dtype that computed the losses."""
+        save_meta(
+            self._model,
+            self._output_dir / name,
+            tokenizer_path=self._cfg.tokenizer.path,
+            dtype=self._dtype,
+        )
+
+    def save_checkpoint(self) -> None:
+        """``last/`` to use, and the training state to resume from."""
+        self._export("last")
+        logger = self._metric_loggers[-1] if self._rank == 0 else None
+        own = {
+            "step": self._step,
+            "micro_step": self._micro_step,
+            "epoch": self._epoch,
+            "best_loss": self._best_loss,
+            "heldout": self._heldout,
+            "noise_sums": self._noise_sums,
+            "lr_scheduler": self._lr_scheduler.state_dict(),
+            "dataloader": self._dataloader.state_dict(),
+            "rng": torch.get_rng_state(),
+            "run_id": getattr(logger, "run_id", None),
+        }
+        save_training_state(
+            self._output_dir / "training_state", self._step, self._model, self._optimizer, own
+        )
+
+    def summary(self) -> dict:
+        """Held-out loss per head before and after, and how much weight went to noise."""
+        in_data, targets, on_noise, weight = self._noise_sums.tolist()
+        name = self._cfg.weighting.name
+        summary = {
+            "steps": self._step,
+            "heldout_loss": {"base": self._heldout["base"], name: self._heldout["last"]},
+        }
+        if self._rank == 0 and hasattr(self._metric_loggers[-1], "location"):
+            summary["tracking"] = self._metric_loggers[-1].location
+        if in_data:
+            summary["corrupted_share"] = {"data": in_data / targets, "selected": on_noise / weight}
+        return summary
+
+    def cleanup(self, curves: Path) -> None:
+        for logger in self._metric_loggers:
+            if hasattr(logger, "log_artifact"):
+                logger.log_artifact(curves)
+            logger.close()
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {
+        key: [x.to(device) for x in value] if isinstance(value, list) else value.to(device)
+        for key, value in batch.items()
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def log_zero(message: str) -> None:
+    if dist.get_rank() == 0:
+        log.info(message)
+
+
+# ------------------------------------------------------------------ the runs of a config
+
+
+def run(
+    cfg: DictConfig, device: torch.device, mesh: DeviceMesh, beside: dict[str, Path] | None = None
+) -> dict:
+    """One training run, or the summary of one that is complete already.
+
+    Args:
+        cfg: its config.
+        device: this rank's device.
+        mesh: data-parallel mesh.
+        beside: metrics files of other runs, drawn in the same picture.
+    """
+    output_dir = Path(cfg.output_dir)
+    if cfg.resume_from_checkpoint and is_done(cfg):
+        return json.loads((output_dir / "summary.json").read_text())
+    log_zero(f"{cfg.weighting.name}: {cfg.max_steps} steps, output in {output_dir}")
+    started = time.perf_counter()
+    recipe = Rho1WMTPRecipeDistributed(cfg, device, mesh)
+    try:
+        recipe.setup()
+    except (ValueError, OSError) as error:  # bad input: a sentence, not a traceback
+        sys.exit(f"{type(error).__name__}: {error}")
+    recipe.train()
+    summary = recipe.summary() | {"seconds": round(time.perf_counter() - started, 1)}
+    if dist.get_rank() == 0:
+        metrics = (beside or {}) | {cfg.weighting.name: output_dir / "metrics.jsonl"}
+        plot_curves(metrics, output_dir / "curves.png")
+        (output_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+    recipe.cleanup(output_dir / "curves.png")
+    return summary
+
+
+def is_done(cfg: DictConfig) -> bool:
+    """Whether this very config has run to its end in its ``output_dir``."""
+    files = [Path(cfg.output_dir) / name for name in ("config.yaml", "summary.json")]
+    if not all(file.exists() for file in files):
+        return False
+    saved, wanted = OmegaConf.load(files[0]), OmegaConf.to_container(cfg, resolve=True)
+    return OmegaConf.to_container(saved) | {"resume_from_checkpoint": None} == wanted | {
+        "resume_from_checkpoint": None
+    }
+
+
+def required_runs(cfg: DictConfig) -> Iterator[DictConfig]:
+    """Configs that ``requires`` names, on this run's device; done ones are not run again."""
+    for path in cfg.get("requires") or []:
+        inherited = {key: cfg[key] for key in ("device", "assets_dir") if key in cfg}
+        required = OmegaConf.load(path)
+        # Resuming makes a finished one a no-op and goes on with one that was killed.
+        yield OmegaConf.merge(required, inherited, {"resume_from_checkpoint": True})
+
+
+def control_runs(cfg: DictConfig) -> Iterator[DictConfig]:
+    """This config under each weighting that ``controls`` names: same data, same steps."""
+    for name in cfg.get("controls") or []:
+        output_dir = str(Path(cfg.output_dir) / "controls" / name)
+        yield OmegaConf.merge(cfg, {"weighting": {"name": name}, "output_dir": output_dir})
+
+
+def report(cfg: DictConfig, summary: dict) -> None:
+    """Print the figures and where everything is."""
+    output_dir = Path(cfg.output_dir)
+    losses = summary["heldout_loss"]
+    K = len(losses["base"])
+    print(f"\nHeld-out loss per head after {summary['steps']} steps (base: before)")
+    print(" " * 14 + "".join(f"head {k}  " for k in range(K)) + "mean")
+    for name, loss_K in losses.items():
+        cells = "".join(f"{loss:6.3f}  " for loss in loss_K)
+        print(f"  {name:12}{cells}{sum(loss_K) / K:6.3f}")
+    if "corrupted_share" in summary:
+        share = summary["corrupted_share"]
+        print(
+            f"Noise: {share['data']:.1%} of the training targets, {share['selected']:.1%} of the "
+            f"weight that {cfg.weighting.name} gave"
+        )
+    print(f"Checkpoints  {output_dir / 'best'} and {output_dir / 'last'}")
+    print(f"Curves       {output_dir / 'curves.png'}")
+    print(f"Figures      {output_dir / 'summary.json'} and {output_dir / 'metrics.jsonl'}")
+    if "tracking" in summary:
+        print(f"MLflow       {summary['tracking']}")
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    required = list(required_runs(cfg))
+    try:
+        for one in (cfg, *required):
+            check(one)
+        device, mesh = init_process_group(cfg.device)
+    except ValueError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    if cfg.get("prepare") and dist.get_rank() == 0:
+        config.instantiate(cfg.prepare)
+    patient_barrier()
+    for required_cfg in required:
+        run(required_cfg, device, mesh)
+
+    # Controls first, then the run itself: a claim about weighting is a claim against them.
+    heldout, seconds, metrics = {}, 0.0, {}
+    for run_cfg in (*control_runs(cfg), cfg):
+        summary = run(run_cfg, device, mesh, metrics)
+        heldout |= summary["heldout_loss"]
+        seconds += summary["seconds"]
+        metrics[run_cfg.weighting.name] = Path(run_cfg.output_dir) / "metrics.jsonl"
+    summary |= {"heldout_loss": heldout, "seconds": round(seconds, 1)}
+    if dist.get_rank() == 0:
+        (Path(cfg.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
+        report(cfg, summary)
+    patient_barrier()  # a rank that leaves early would abort another's gloo threads
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

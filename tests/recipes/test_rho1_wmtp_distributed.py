@@ -1,0 +1,418 @@
+"""The recipe run for real on one process: small models, real text, every stage."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torchtune.models.llama2 import llama2_tokenizer
+
+from wmtp_modules.data import PackedDataset, rows_dataset
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.training.checkpoint import save_meta
+from wmtp_modules.training.distributed import init_weights_
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The recipe's module; tests are its only importer."""
+    spec = importlib.util.spec_from_file_location(
+        "rho1_recipe", ROOT / "recipes" / "rho1_wmtp_distributed.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def one_process(recipe):
+    """Device and mesh of a process that torchrun did not start."""
+    yield recipe.init_process_group("cpu")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def base_config(tmp_path_factory, tiny_tokenizer_path):
+    """A run from nothing in a second or two; tests override what they are about."""
+    import textwrap as source_of_text
+
+    folder = tmp_path_factory.mktemp("recipe")
+    text = Path(source_of_text.__file__).read_text()
+    for name, part in {"train": text[:10000], "val": text[10000:12000]}.items():
+        # Short enough that a pack holds two or three documents.
+        rows = [{"text": part[i : i + 40]} for i in range(0, len(part), 40)]
+        if name == "train":
+            rows = [row | {"noise": [[0, 4]]} for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows_of = {"_component_": "wmtp_modules.data.rows_dataset"}
+    return OmegaConf.create(
+        {
+            "output_dir": str(folder / "base"),
+            "device": "cpu",
+            "dtype": "fp32",
+            "fp32_master_weights": True,
+            "seed": 1,
+            "resume_from_checkpoint": False,
+            "model": {
+                "_component_": "wmtp_modules.models.mtp_llama2",
+                "vocab_size": 512,
+                "num_layers": 5,
+                "n_future_tokens": 4,
+                "num_heads": 2,
+                "num_kv_heads": 2,
+                "embed_dim": 32,
+                "max_seq_len": 64,
+            },
+            "checkpointer": None,
+            "tokenizer": {
+                "_component_": "torchtune.models.llama2.llama2_tokenizer",
+                "path": str(tiny_tokenizer_path),
+                "max_seq_len": 64,
+            },
+            "dataset": rows_of | {"source": str(folder / "train.jsonl")},
+            "dataset_val": rows_of | {"source": str(folder / "val.jsonl")},
+            "batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "weighting": {"name": "uniform"},
+            "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.003},
+            "num_warmup_steps": 2,
+            "clip_grad_norm": 1.0,
+            "max_steps": 6,
+            "run_val_every_n_steps": 3,
+            "save_every_n_steps": 3,
+            "log_every_n_steps": 1,
+            "enable_activation_checkpointing": False,
+            "compile": False,
+            "metric_logger": {
+                "_component_": "torchtune.training.metric_logging.DiskLogger",
+                "log_dir": str(folder / "logs"),
+            },
+            "profiler": {"enabled": False},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run(recipe, one_process, base_config, tmp_path_factory):
+    """run(overrides) -> (output folder, summary)."""
+
+    def go(overrides=None, output_dir=None):
+        output_dir = output_dir or tmp_path_factory.mktemp("run")
+        cfg = OmegaConf.merge(base_config, overrides or {}, {"output_dir": str(output_dir)})
+        recipe.check(cfg)
+        return Path(output_dir), recipe.run(cfg, *one_process)
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def uniform(run):
+    return run()
+
+
+@pytest.fixture(scope="module")
+def reference(run):
+    """A next-token reference, trained by the same recipe."""
+    return run({"model": {"n_future_tokens": 1, "num_layers": 2}, "seed": 2, "max_steps": 3})
+
+
+@pytest.fixture(scope="module")
+def rho1(uniform, reference, tmp_path_factory):
+    """Overrides for Rho-1 on top of the uniform run's checkpoint."""
+    return {
+        "checkpointer": {"checkpoint_dir": str(uniform[0] / "best")},
+        "weighting": {"name": "rho1", "selection": "topk", "ratio": 0.6},
+        "reference": {
+            "mode": "cached",
+            "checkpointer": {"checkpoint_dir": str(reference[0] / "last")},
+            "table_dir": str(tmp_path_factory.mktemp("scores")),
+            "batch_tokens": 256,
+        },
+    }
+
+
+def weights_of(folder):
+    return torch.load(folder / "last" / "consolidated.pth", weights_only=True)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(got, want, tolerance=0.0):
+    for key, value in weights_of(want).items():
+        torch.testing.assert_close(weights_of(got)[key], value, rtol=tolerance, atol=tolerance)
+
+
+def test_training_lowers_the_heldout_loss_of_every_head(uniform):
+    _, summary = uniform
+    before, after = summary["heldout_loss"]["base"], summary["heldout_loss"]["uniform"]
+    assert len(before) == len(after) == 4
+    assert all(b < a for a, b in zip(before, after, strict=True))
+
+
+def test_what_a_run_leaves(uniform):
+    folder, summary = uniform
+    for name in ("best", "last"):
+        files = {file.name for file in (folder / name).iterdir()}
+        assert files == {"consolidated.pth", "params.json", "tokenizer.model"}
+    steps = [line for line in metrics_of(folder) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    expected = {"loss", "lr", "tokens_per_s", "ess", "selected_share", "memory_gib", "grad_norm"}
+    assert expected | {f"loss_head_{k}" for k in range(4)} <= steps[0].keys()
+    assert all(line["ess"] == 1.0 and line["selected_share"] == 1.0 for line in steps)
+    assert summary["steps"] == 6
+    assert (folder / "curves.png").stat().st_size > 5000
+
+
+def test_first_gradient_is_that_of_the_definition(run, base_config, tmp_path):
+    """AdamW would hide a wrong divisor; the logged gradient norm does not."""
+    cfg = base_config
+    rows = rows_dataset(
+        llama2_tokenizer(cfg.tokenizer.path, max_seq_len=64), source=cfg.dataset.source
+    )
+    packs = PackedDataset(rows, max_seq_len=64, seed=cfg.seed)
+    model_args = {k: v for k, v in cfg.model.items() if k != "_component_"}
+    model = mtp_llama2(**model_args)
+    init_weights_(model, cfg.seed)
+    with torch.no_grad():  # large enough weights that what attention sees matters
+        for parameter in model.parameters():
+            parameter.mul_(10)
+    save_meta(model, tmp_path / "m", tokenizer_path=cfg.tokenizer.path, dtype=torch.float32)
+    total, targets = 0.0, [0] * 4
+    for pack in (packs[i] for i in range(cfg.batch_size)):
+        doc = pack["doc"]
+        attends = (doc[:, None] == doc[None]) & torch.ones(64, 64, dtype=torch.bool).tril()
+        logits = model(pack["tokens"][None], mask=attends[None], input_pos=pack["input_pos"][None])
+        log_p = logits[0].log_softmax(-1)
+        for t in range(64):
+            for k in range(4):
+                u = t + k + 1
+                if u < 64 and pack["keep"][u] and doc[u] == doc[t]:
+                    total = total - log_p[t, k, pack["tokens"][u]] / 4
+                    targets[k] += 1
+    assert max(int(packs[i]["doc"].max()) for i in range(cfg.batch_size)) >= 1
+    loss = total / (sum(targets) / 4)
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    start = {"checkpointer": {"checkpoint_dir": str(tmp_path / "m")}, "max_steps": 1}
+    folder, _ = run(start)
+    first = metrics_of(folder)[1]
+    assert first["step"] == 1
+    assert first["weighted_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_same_config_gives_the_same_bits(run, uniform):
+    again, _ = run()
+    assert_same_weights(again, uniform[0])
+
+
+def test_accumulation_4x1_equals_1x4(run, uniform):
+    """Micro-batches hold different numbers of targets; dividing each by its own would differ."""
+    folder, _ = run({"batch_size": 1, "gradient_accumulation_steps": 4})
+    for got, want in zip(metrics_of(folder), metrics_of(uniform[0]), strict=True):
+        if "loss" in want:
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+            assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+
+
+def test_activation_checkpointing_changes_nothing(run, uniform):
+    folder, _ = run({"enable_activation_checkpointing": True})
+    assert_same_weights(folder, uniform[0])
+
+
+@pytest.mark.parametrize(("killed_in", "name"), [(5, "rho1"), (9, "shuffled")])
+def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in, name):
+    """Saved at steps 4 and 8, of which the second is in the second epoch."""
+    more = {"max_steps": 10, "save_every_n_steps": 4, "batch_size": 16, "weighting": {"name": name}}
+    overrides = OmegaConf.merge(rho1, more)
+    whole, summary = run(overrides)
+    original = recipe.Rho1WMTPRecipeDistributed._log_step
+
+    def die(self, *args):
+        original(self, *args)
+        if self._step == killed_in:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.Rho1WMTPRecipeDistributed, "_log_step", die)
+    killed = whole.parent / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides, killed)
+    monkeypatch.undo()
+    _, resumed = run(OmegaConf.merge(overrides, {"resume_from_checkpoint": True}), killed)
+
+    assert_same_weights(killed, whole)
+    strip = ("tokens_per_s", "memory_gib")
+    for got, want in zip(metrics_of(killed), metrics_of(whole), strict=True):
+        assert {k: v for k, v in got.items() if k not in strip} == {
+            k: v for k, v in want.items() if k not in strip
+        }
+    assert resumed["heldout_loss"] == summary["heldout_loss"]
+    assert resumed["corrupted_share"] == summary["corrupted_share"]
+
+
+def test_strength_zero_is_plain_mtp(run, rho1):
+    """One goes through per-token losses and the reference, the other folds ones in."""
+    plain, _ = run(rho1 | {"weighting": {"name": "uniform"}})
+    zero, _ = run(OmegaConf.merge(rho1, {"weighting": {"strength": 0.0}}))
+    assert_same_weights(zero, plain, tolerance=1e-5)
+    for got, want in zip(metrics_of(zero), metrics_of(plain), strict=True):
+        for key in want.keys() & {"weighted_loss", "grad_norm"}:  # AdamW forgives a wrong scale
+            assert got[key] == pytest.approx(want[key], rel=1e-4)
+    full, _ = run(rho1)
+    with pytest.raises(AssertionError):
+        assert_same_weights(full, plain, tolerance=1e-5)
+
+
+def test_online_reference_equals_the_table(run, rho1):
+    cached, _ = run(rho1)
+    online, _ = run(OmegaConf.merge(rho1, {"reference": {"mode": "online"}}))
+    for got, want in zip(metrics_of(online), metrics_of(cached), strict=True):
+        if "loss" in want:
+            assert got["weighted_loss"] == pytest.approx(want["weighted_loss"], rel=1e-5)
+            assert got["selected_share"] == pytest.approx(0.6, abs=0.01)
+
+
+def test_an_mtp_reference_equal_to_the_model_has_no_excess(run, rho1, uniform):
+    """All scores are then 0 at the first step but for rounding (packed against alone), and soft
+    weights of equal scores are 1; scores of unit spread would give an ESS near 0.4."""
+    same = {
+        "weighting": {"name": "rho1", "selection": "soft"},
+        "reference": rho1["reference"]
+        | {
+            "checkpointer": {"checkpoint_dir": str(uniform[0] / "best")},
+            "table_dir": rho1["reference"]["table_dir"] + "_mtp",
+        },
+        "max_steps": 1,
+    }
+    folder, _ = run(rho1 | same)
+    assert metrics_of(folder)[-1]["ess"] == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["random_topk", "shuffled", "dft", "top_loss"])
+def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
+    folder, summary = run(OmegaConf.merge(rho1, {"weighting": {"name": name}, "max_steps": 2}))
+    line = metrics_of(folder)[-1]
+    assert [line[f"weight_mean_head_{k}"] for k in range(4)] == pytest.approx([1.0] * 4, abs=1e-4)
+    assert line["ess"] < 1
+    assert name in summary["heldout_loss"]
+
+
+def test_noise_is_reported(run, rho1):
+    _, summary = run(rho1)
+    assert 0 < summary["corrupted_share"]["data"] < 0.3
+    assert 0 <= summary["corrupted_share"]["selected"] < 0.4
+
+
+@pytest.fixture(scope="module")
+def rho1_bf16(rho1):
+    """In bf16 the reference scores in bf16 too: another table, as its fingerprint says."""
+    table = {"table_dir": rho1["reference"]["table_dir"] + "_bf16"}
+    return rho1 | {"dtype": "bf16", "reference": rho1["reference"] | table}
+
+
+@pytest.mark.slow
+def test_bf16_with_8_bit_adamw_and_stochastic_rounding(run, rho1_bf16):
+    """As configs/rho1/7b_single_gpu.yaml; its quantised optimizer state survives a resume."""
+    overrides = rho1_bf16 | {
+        "fp32_master_weights": False,
+        "optimizer": {
+            "_component_": "torchao.optim.AdamW8bit",
+            "lr": 0.003,
+            "bf16_stochastic_round": True,
+        },
+    }
+    folder, _ = run(overrides)
+    losses = [line["val_loss"] for line in metrics_of(folder) if "val_loss" in line]
+    assert losses[-1] < losses[0]
+    assert weights_of(folder)["output.weight"].dtype == torch.bfloat16
+    _, summary = run(overrides | {"max_steps": 8, "resume_from_checkpoint": True}, folder)
+    assert summary["steps"] == 8
+    assert [line["step"] for line in metrics_of(folder) if "loss" in line] == list(range(1, 9))
+    assert summary["heldout_loss"]["rho1"][0] < losses[0]
+
+
+@pytest.mark.slow
+def test_bf16_compute_keeps_fp32_masters(run, rho1_bf16):
+    """At a tiny learning rate bf16 parameters would not move at all."""
+    tiny = OmegaConf.merge(rho1_bf16, {"optimizer": {"lr": 1e-6}, "max_steps": 3})
+    folder, _ = run(tiny)
+    losses = [line["val_loss"] for line in metrics_of(folder) if "val_loss" in line]
+    assert losses[-1] != losses[0]
+
+
+@pytest.mark.slow
+def test_compile_equals_eager(run, uniform):
+    folder, _ = run({"compile": True})
+    for got, want in zip(metrics_of(folder), metrics_of(uniform[0]), strict=True):
+        if "loss" in want:
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)
+
+
+# ------------------------------------------------------------------- bad input
+
+
+def check_error(recipe, base_config, overrides, match):
+    with pytest.raises(recipe.ConfigError, match=match):
+        recipe.check(OmegaConf.merge(base_config, overrides))
+
+
+def test_config_errors_come_before_anything_is_built(recipe, base_config, monkeypatch):
+    check_error(recipe, base_config, {"optimizer": {"learning_rte": 3}}, "did you mean 'lr'")
+    check_error(recipe, base_config, {"max_step": 3}, "did you mean 'max_steps'")
+    check_error(recipe, base_config, {"weighting": {"name": "rho1"}}, "reference: missing")
+    check_error(recipe, base_config, {"controls": ["shuffled"]}, "reference: missing")
+    check_error(recipe, base_config, {"fp32_master_weights": False}, "bf16_stochastic_round")
+    rounding = {
+        "fp32_master_weights": False,
+        "optimizer": {"_component_": "torchao.optim.AdamW8bit", "bf16_stochastic_round": True},
+    }
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_error(recipe, base_config, rounding, "is for one rank")
+    check_error(recipe, base_config, {"dtype": "fp16"}, "dtype: has to be one of 'bf16', 'fp32'")
+
+
+def test_data_smaller_than_a_joint_micro_batch(run):
+    with pytest.raises(SystemExit, match=r"fewer than one joint micro-batch of 1 ranks x 999"):
+        run({"batch_size": 999})
+
+
+def test_reference_with_another_vocabulary(run, rho1, reference, tmp_path, tiny_tokenizer_path):
+    import shutil
+
+    from sentencepiece import sentencepiece_model_pb2
+
+    shutil.copytree(reference[0] / "last", tmp_path / "other")
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tiny_tokenizer_path.read_bytes())
+    proto.pieces[300].piece, proto.pieces[301].piece = "swapped", "pieces"
+    (tmp_path / "other" / "tokenizer.model").write_bytes(proto.SerializeToString())
+    other = {"reference": {"checkpointer": {"checkpoint_dir": str(tmp_path / "other")}}}
+    with pytest.raises(SystemExit, match="differ in 2 pieces"):
+        run(OmegaConf.merge(rho1, other))
+
+
+def test_wrong_checkpoint(run, rho1, reference):
+    wrong = {"checkpointer": {"checkpoint_dir": str(reference[0] / "last")}}
+    with pytest.raises(SystemExit, match="n_future_tokens"):
+        run(rho1 | wrong)
+
+
+@pytest.mark.parametrize(
+    ("other", "part"),
+    [({"dataset": {"seed": 5, "validation_fraction": 0.5}}, "dataset"), ({"dtype": "bf16"}, "dtype")],
+)
+def test_score_table_made_for_something_else(run, rho1, other, part):
+    run(rho1)
+    with pytest.raises(SystemExit, match=f"made for something else.*{part}: the table has"):
+        run(OmegaConf.merge(rho1, other))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/rho1/*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_are_valid(recipe, path):
+    recipe.check(OmegaConf.load(path))
