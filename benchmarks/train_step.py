@@ -1,0 +1,103 @@
+"""Cost of a weighted step against a uniform one, and of four heads against one.
+
+    uv run python benchmarks/train_step.py
+
+One process, CPU. The variants are stepped in turn, so that the ratios hold when the machine's
+speed drifts. The weighted step draws its reference losses from a table, as a run with cached
+scores does; the uniform one goes through the same per-token loss.
+"""
+
+import argparse
+import time
+
+import torch
+from common import hardware
+
+from wmtp_modules.loss.mtp_loss import head_alphas, mtp_labels
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.scoring import align_reference
+from wmtp_modules.training.distributed import init_weights_
+from wmtp_modules.weighting import TokenWeighting
+
+B, T = 2, 128
+
+
+def build(args, n_future_tokens):
+    model = mtp_llama2(
+        vocab_size=args.vocab,
+        num_layers=args.trunk + 4,  # equal depth: the heads count as blocks
+        n_future_tokens=n_future_tokens,
+        num_heads=8,
+        num_kv_heads=8,
+        embed_dim=args.width,
+        max_seq_len=T,
+    )
+    init_weights_(model, seed=0)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+def step(model, optimizer, weighting, tokens, doc, reference_BT):
+    """As in the recipe: forward, weights, backward, clip, update."""
+    K = model.n_future_tokens
+    labels = mtp_labels(tokens, doc >= 0, doc, K)
+    mask = labels != -100
+    losses = model(tokens, labels)
+    reference = align_reference(reference_BT, K) if weighting.needs_reference else None
+    weights, _ = weighting(losses, mask, doc, reference, step=0)
+    loss = (head_alphas(K) * weights * losses).sum() / (mask.sum() / K)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--trunk", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    print(hardware())
+    print(
+        f"D={args.width}, V={args.vocab}, {args.trunk} trunk blocks + 4 heads, {B} x {T} tokens, "
+        f"fp32, {args.rounds} rounds after 2"
+    )
+    torch.manual_seed(0)
+    tokens = torch.randint(args.vocab, (B, T))
+    doc = (torch.arange(T) >= T // 3).long().expand(B, -1)
+    reference = torch.rand(B, T) * 8
+    four, one = build(args, 4), build(args, 1)
+    variants = {
+        "n=4 uniform": (*four, TokenWeighting("uniform")),
+        "n=4 rho1 topk": (*four, TokenWeighting("rho1", selection="topk")),
+        "n=4 rho1 soft": (*four, TokenWeighting("rho1", selection="soft")),
+        "n=1 uniform": (*one, TokenWeighting("uniform")),
+    }
+    seconds = {name: [] for name in variants}
+    for round_ in range(args.rounds + 2):
+        for name, (model, optimizer, weighting) in variants.items():
+            started = time.perf_counter()
+            step(model, optimizer, weighting, tokens, doc, reference)
+            if round_ >= 2:
+                seconds[name].append(time.perf_counter() - started)
+    ok = True
+    for name, base, limit in (
+        ("n=4 rho1 topk", "n=4 uniform", 1.03),
+        ("n=4 rho1 soft", "n=4 uniform", 1.03),
+        ("n=4 uniform", "n=1 uniform", 1.10),
+    ):
+        pairs = zip(seconds[name], seconds[base], strict=True)
+        ratios = sorted(a / b for a, b in pairs)
+        middle = ratios[len(ratios) // 2]
+        quartiles = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+        print(
+            f"{name:14} / {base:12} {middle:.3f} (quartiles {quartiles[0]:.3f}-{quartiles[1]:.3f})"
+            f"  limit {limit}"
+        )
+        ok &= middle <= limit
+    print("PASS" if ok else "FAIL")
+
+
+if __name__ == "__main__":
+    main()
