@@ -18,6 +18,8 @@ from wmtp_modules.training.distributed import (
     shard_model,
 )
 
+pytestmark = pytest.mark.slow
+
 K = 4
 ARGS = dict(
     vocab_size=512,
@@ -79,7 +81,6 @@ def counted(counts):
 
 
 def worker(rank, args, store, results):
-
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))

@@ -65,6 +65,7 @@ def test_equals_plain_pytorch(problem, path):
     assert (got[0][labels == -100] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [weighted_afterwards, folded])
 def test_compiled_equals_chunked(problem, path):
     hidden, weight, labels, token_weights = problem

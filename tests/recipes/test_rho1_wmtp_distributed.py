@@ -227,7 +227,9 @@ def test_activation_checkpointing_changes_nothing(run, uniform):
     assert_same_weights(folder, uniform[0])
 
 
-@pytest.mark.parametrize(("killed_in", "name"), [(5, "rho1"), (9, "shuffled")])
+@pytest.mark.parametrize(
+    ("killed_in", "name"), [(5, "rho1"), pytest.param(9, "shuffled", marks=pytest.mark.slow)]
+)
 def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in, name):
     """Saved at steps 4 and 8, of which the second is in the second epoch."""
     more = {"max_steps": 10, "save_every_n_steps": 4, "batch_size": 16, "weighting": {"name": name}}
@@ -405,7 +407,10 @@ def test_wrong_checkpoint(run, rho1, reference):
 
 @pytest.mark.parametrize(
     ("other", "part"),
-    [({"dataset": {"seed": 5, "validation_fraction": 0.5}}, "dataset"), ({"dtype": "bf16"}, "dtype")],
+    [
+        ({"dataset": {"seed": 5, "validation_fraction": 0.5}}, "dataset"),
+        ({"dtype": "bf16"}, "dtype"),
+    ],
 )
 def test_score_table_made_for_something_else(run, rho1, other, part):
     run(rho1)
