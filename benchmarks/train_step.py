@@ -42,7 +42,7 @@ def step(model, optimizer, weighting, tokens, doc, reference_BT):
     labels = mtp_labels(tokens, doc >= 0, doc, K)
     mask = labels != -100
     losses = model(tokens, labels)
-    reference = align_reference(reference_BT, K) if weighting.needs_reference else None
+    reference = align_reference(reference_BT, K) if weighting.needs_scores else None
     weights, _ = weighting(losses, mask, doc, reference, step=0)
     loss = (head_alphas(K) * weights * losses).sum() / (mask.sum() / K)
     loss.backward()

@@ -132,7 +132,7 @@ def check(cfg: DictConfig) -> None:
     check_config(cfg, SCHEMA)
     for name in (cfg.weighting.name, *(cfg.get("controls") or [])):
         weighting = make_weighting(OmegaConf.merge(cfg, {"weighting": {"name": name}}))
-        if weighting.needs_reference and not cfg.get("reference"):
+        if weighting.needs_scores and not cfg.get("reference"):
             raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
     if not cfg.fp32_master_weights and not cfg.optimizer.get("bf16_stochastic_round"):
         raise ConfigError(
@@ -191,7 +191,7 @@ class Rho1WMTPRecipeDistributed:
 
         # Reference losses come first, so that the scorer is gone before training needs memory.
         self._reference_model, scores = None, None
-        if self._weighting.needs_reference:
+        if self._weighting.needs_scores:
             self._reference_model = self._load_reference()
             if cfg.reference.mode == "cached":
                 scores = self._score(rows)
@@ -338,7 +338,7 @@ class Rho1WMTPRecipeDistributed:
 
     def _reference_BTK(self, batch: dict, inputs: dict) -> torch.Tensor | None:
         """r[b,t,k] of this micro-batch, from the table or from the model."""
-        if not self._weighting.needs_reference:
+        if not self._weighting.needs_scores:
             return None
         if self._reference_model is None:
             reference = batch["reference"]

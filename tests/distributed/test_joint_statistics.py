@@ -5,17 +5,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from wmtp_modules.weighting import TokenWeighting, gather_rows, own_rows
-from wmtp_modules.weighting.token_weighting import NAMES
+from wmtp_modules.weighting import CriticWeighting, TokenWeighting, gather_rows, own_rows
 
 WORLD, LOCAL, T, K = 2, 3, 24, 4
-VARIANTS = [{"name": name} for name in NAMES] + [
+VARIANTS = [{"name": name} for name in TokenWeighting.NAMES] + [
     {"name": "rho1", "selection": "soft"},
     {"name": "rho1", "score": "abs_excess", "strength": 0.5},
     {"name": "rho1", "scope": "document"},
     {"name": "shuffled", "selection": "soft"},
     {"name": "shuffled", "scope": "document"},
 ]
+CRITIC_VARIANTS = [{"name": "critic"}, {"name": "critic", "temperature": 0.3}, {"name": "shuffled"}]
 
 
 def joint_case(empty_rank):
@@ -36,6 +36,12 @@ def compute(variant, case):
     return TokenWeighting(**variant)(*case, step=5)
 
 
+def compute_critic(variant, case):
+    """With standardised advantages, one per token, in the place of reference losses."""
+    losses_BTK, mask_BTK, doc_BT, _ = case
+    return CriticWeighting(**variant)(None, mask_BTK, doc_BT, losses_BTK[..., 0] - 1, step=5)
+
+
 def rank_main(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -46,6 +52,8 @@ def rank_main(rank, folder):
         local = [x[rank::WORLD] for x in joint_case(empty_rank)]
         for i, variant in enumerate(VARIANTS):
             results[empty_rank, i] = compute(variant, local)
+        for variant in CRITIC_VARIANTS:
+            results[empty_rank, str(variant)] = compute_critic(variant, local)
         results[empty_rank, "rank"] = compute({"name": "rho1", "scope": "rank"}, local)
     rows_B = torch.arange(LOCAL) * WORLD + rank
     results["gathered"] = gather_rows(rows_B)
@@ -69,6 +77,15 @@ def test_two_ranks_equal_one_process(rank_results, i, empty_rank):
         weights_BTK, stats = rank_results[rank][empty_rank, i]
         assert torch.equal(weights_BTK, expected_GTK[rank::WORLD])
         assert all(torch.equal(stats[key], expected_stats[key]) for key in expected_stats)
+
+
+@pytest.mark.parametrize("empty_rank", [None, 0, 1])
+@pytest.mark.parametrize("variant", CRITIC_VARIANTS, ids=str)
+def test_two_ranks_equal_one_process_for_the_critic(rank_results, variant, empty_rank):
+    expected_GTK, _ = compute_critic(variant, joint_case(empty_rank))
+    for rank in range(WORLD):
+        weights_BTK, _ = rank_results[rank][empty_rank, str(variant)]
+        assert torch.equal(weights_BTK, expected_GTK[rank::WORLD])
 
 
 @pytest.mark.parametrize("empty_rank", [None, 0])

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from wmtp_modules.weighting import TokenWeighting, gather_rows, own_rows
-from wmtp_modules.weighting.token_weighting import NAMES, weight_stats
+from wmtp_modules.weighting.token_weighting import weight_stats
+
+NAMES = TokenWeighting.NAMES
 
 VARIANTS = [{"name": name} for name in NAMES] + [
     {"name": "rho1", "selection": "soft"},
@@ -64,7 +66,7 @@ def test_weights_known_before_the_forward(name, inputs):
     weighting = TokenWeighting(name)
     losses_BTK, mask_BTK, doc_BT, reference_BTK = inputs
     assert not weighting.needs_losses
-    assert not weighting.needs_reference
+    assert not weighting.needs_scores
     before_BTK, _ = weighting(None, mask_BTK, doc_BT, None, step=7)
     after_BTK, _ = weighting(losses_BTK, mask_BTK, doc_BT, reference_BTK, step=7)
     assert torch.equal(before_BTK, after_BTK)
@@ -140,7 +142,7 @@ def test_wrong_arguments_are_refused(arguments, message):
         TokenWeighting(**arguments)
 
 
-@pytest.mark.parametrize(("name", "what"), [("rho1", "reference losses"), ("dft", "losses")])
+@pytest.mark.parametrize(("name", "what"), [("rho1", "scores"), ("dft", "losses")])
 def test_missing_inputs_are_refused(name, what, inputs):
     losses_BTK, mask_BTK, doc_BT, _ = inputs
     with pytest.raises(ValueError, match=f"weighting '{name}' needs {what}"):

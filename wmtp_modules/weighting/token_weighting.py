@@ -18,8 +18,6 @@ from wmtp_modules.weighting.rho1 import (
     topk_weights,
 )
 
-NAMES = ("uniform", "random_topk", "shuffled", "dft", "top_loss", "rho1")
-
 
 def _rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
@@ -116,6 +114,8 @@ class TokenWeighting:
         ValueError: for an unknown name or a value out of range.
     """
 
+    NAMES = ("uniform", "random_topk", "shuffled", "dft", "top_loss", "rho1")
+
     def __init__(
         self,
         name: str = "rho1",
@@ -132,7 +132,7 @@ class TokenWeighting:
         seed: int = 0,
     ) -> None:
         for key, value, choices in (
-            ("name", name, NAMES),
+            ("name", name, self.NAMES),
             ("score", score, SCORES),
             ("selection", selection, SELECTIONS),
             ("scope", scope, SCOPES),
@@ -167,8 +167,8 @@ class TokenWeighting:
         self.seed = seed
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether a call needs reference losses."""
+    def needs_scores(self) -> bool:
+        """Whether a call needs scores from elsewhere: reference losses."""
         return self.name in ("rho1", "shuffled")
 
     @property
@@ -181,7 +181,7 @@ class TokenWeighting:
         losses_BTK: torch.Tensor | None,
         mask_BTK: torch.Tensor,
         doc_BT: torch.Tensor,
-        reference_BTK: torch.Tensor | None,
+        scores: torch.Tensor | None,
         *,
         step: int,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -191,7 +191,8 @@ class TokenWeighting:
             losses_BTK: per-token losses of this rank, or None where they are not needed.
             mask_BTK: bool, True where the head has a target.
             doc_BT: int64, index of the token's document inside its row, -1 for padding.
-            reference_BTK: reference losses at the same targets, or None where not needed.
+            scores: what ``needs_scores`` asks for, or None: reference losses at the same targets,
+                [B, T, K], or one number per token, [B, T].
             step: number of the micro-batch since training began, the same on all ranks.
 
         Returns:
@@ -199,21 +200,23 @@ class TokenWeighting:
             micro-batch as in ``weight_stats``).
 
         Raises:
-            ValueError: if losses or reference losses are needed and missing.
+            ValueError: if losses or scores are needed and missing.
         """
         needed = []
         for key, value, needs in (
             ("losses", losses_BTK, self.needs_losses),
-            ("reference losses", reference_BTK, self.needs_reference),
+            ("scores", scores, self.needs_scores),
         ):
             if needs and value is None:
                 raise ValueError(f"weighting {self.name!r} needs {key}")
             if needs:
-                needed.append(value.detach().float())
+                value = value.detach().float()
+                needed.append(value if value.dim() == 3 else value[..., None])
         K = mask_BTK.shape[-1]
         # Document numbers stay below T, far inside what fp32 represents exactly.
         joint = gather_rows(torch.cat([mask_BTK.float(), doc_BT[..., None].float(), *needed], -1))
-        mask_GTK, doc_GT1, *joint = joint.split([K, 1] + [K] * len(needed), dim=-1)
+        widths = [value.shape[-1] for value in needed]
+        mask_GTK, doc_GT1, *joint = joint.split([K, 1, *widths], dim=-1)
         mask_GTK, doc_GT = mask_GTK.bool(), doc_GT1.squeeze(-1).long()
 
         weights_GTK = self._joint_weights(mask_GTK, doc_GT, *joint, step=step)
@@ -246,7 +249,7 @@ class TokenWeighting:
         if self.name == "shuffled":
             scores_GTK = controls.shuffle_scores(scores_GTK, mask_GTK, doc_GT, keys_GT)
 
-        if self.needs_reference and self.selection == "soft":
+        if self.needs_scores and self.selection == "soft":
             return soft_weights(scores_GTK, mask_GTK, self.temperature, self.w_min, self.w_max)
         scope_GT = scope_ids(self.scope, doc_GT, _rank_and_world()[1])
         return topk_weights(scores_GTK, mask_GTK, self.ratio, scope_GT)

@@ -1,0 +1,193 @@
+"""Weights from a critic: generalised advantages of each token, standardised and calibrated.
+
+Shapes: B packed rows, T positions, K heads. Everything per token stands at the token u itself;
+head k at position t reads it at u = t + k + 1.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from wmtp_modules.loss.mtp_loss import shift_to_heads
+from wmtp_modules.loss.value_loss import response_mask, values_before
+from wmtp_modules.weighting import controls
+from wmtp_modules.weighting.calibrate import calibrate
+from wmtp_modules.weighting.token_weighting import TokenWeighting
+
+ADVANTAGES = ("td", "gae")
+
+
+def check_one_response(keep_BT: torch.Tensor, doc_BT: torch.Tensor, row_BT: torch.Tensor) -> None:
+    """Refuse documents whose response tokens are not one contiguous run.
+
+    A gap would end the response, and with it pay out the reward, in the middle. Waits for the
+    device: call it once per data set, not once per step.
+
+    Args:
+        keep_BT: bool, token is supervised.
+        doc_BT: int64, index of the token's document inside its row, -1 for padding.
+        row_BT: int64, row of the data set, to name it.
+
+    Raises:
+        ValueError: naming the first such row.
+    """
+    y_BT = response_mask(keep_BT, doc_BT)
+    starts_BT = y_BT.clone()
+    starts_BT[:, 1:] &= ~(y_BT[:, :-1] & (doc_BT[:, 1:] == doc_BT[:, :-1]))
+    rows, counts = row_BT[starts_BT].unique(return_counts=True)
+    if (counts > 1).any():
+        row = int(rows[counts > 1][0])
+        raise ValueError(
+            f"row {row} of the data set has {int(counts.max())} separate runs of supervised "
+            "tokens: a reward belongs to one response, so mask the prompt only"
+        )
+
+
+def advantages(
+    values_BT: torch.Tensor,
+    rewards_BT: torch.Tensor,
+    keep_BT: torch.Tensor,
+    doc_BT: torch.Tensor,
+    *,
+    lam: float,
+) -> torch.Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16), gamma 1.
+
+    delta[u] = V[u] - V[u - 1], and R - V[u - 1] at the last token of a response;
+    A[u] = delta[u] + lam * A[u + 1] within the response. The recurrence is linear, so log2(T)
+    doublings solve it for all rows at once.
+
+    Args:
+        values_BT: value after each token.
+        rewards_BT: standardised reward of each token's response.
+        keep_BT: bool, token is supervised; one contiguous run per document.
+        doc_BT: int64, index of the token's document inside its row, -1 for padding.
+        lam: in [0, 1]; 0 gives the temporal differences delta, 1 gives R - V[u - 1].
+
+    Returns:
+        advantages_BT, fp64, 0 outside responses.
+    """
+    y_BT = response_mask(keep_BT, doc_BT)
+    goes_on_BT = F.pad(y_BT[:, 1:] & (doc_BT[:, 1:] == doc_BT[:, :-1]), (0, 1)) & y_BT
+    values_BT = values_BT.double()
+    next_BT = torch.where(goes_on_BT, values_BT, rewards_BT.double())
+    total_BT = torch.where(y_BT, next_BT - values_before(values_BT), 0.0)
+    factor_BT = lam * goes_on_BT.double()
+    T, reach = y_BT.shape[1], 1
+    while reach < T:  # total[u] holds the sum over [u, u + reach), factor[u] what carries it on
+        total_BT = total_BT + factor_BT * F.pad(total_BT[:, reach:], (0, reach))
+        factor_BT = factor_BT * F.pad(factor_BT[:, reach:], (0, reach))
+        reach *= 2
+    return total_BT
+
+
+def standardise(advantages_BT: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """z = clamp((a - mean) / (std + 1e-6), -5, 5), with the statistics of all training responses.
+
+    Args:
+        advantages_BT: from ``advantages``.
+        mean: over all response tokens that the policy trains on.
+        std: population standard deviation over the same.
+    """
+    return ((advantages_BT - mean) / (std + 1e-6)).clamp(-5, 5)
+
+
+def critic_weights(
+    z_BTK: torch.Tensor, mask_BTK: torch.Tensor, temperature: float, w_min: float, w_max: float
+) -> torch.Tensor:
+    """w = calibrate(exp(z / temperature)) per head.
+
+    Args:
+        z_BTK: standardised advantages of the tokens that the heads predict.
+        mask_BTK: bool, True where the head has a target.
+        temperature: in standard deviations; small is sharp.
+        w_min: lower bound of a weight.
+        w_max: upper bound of a weight.
+
+    Returns:
+        fp32 weights_BTK with masked mean 1 per head, 0 where the mask is False.
+
+    Raises:
+        ValueError: unless 0 <= w_min < 1 < w_max.
+    """
+    # Only ratios matter to calibrate; subtracting the largest z keeps exp from overflowing.
+    return calibrate(((z_BTK.double() - 5) / temperature).exp(), mask_BTK, w_min, w_max)
+
+
+class CriticWeighting(TokenWeighting):
+    """Weights of one micro-batch from standardised advantages, or a control beside them.
+
+    Args:
+        name: ``critic``, or a control: ``uniform``, ``shuffled`` (the advantages permuted inside
+            each document before the heads gather them), ``random_topk``, ``dft``, ``top_loss``.
+        advantage: ``gae``, or ``td`` for the temporal differences alone.
+        lam: lambda of the generalised advantages, in [0, 1].
+        temperature: of the weights, above 0.
+        ratio: share that random_topk and top_loss select, in (0, 1].
+        w_min: smallest calibrated weight, in [0, 1).
+        w_max: largest calibrated weight, above 1.
+        strength: 0 is uniform, 1 the full weighting.
+        decay: of the heads' share in the loss, kept for ``head_alphas``.
+        seed: of random_topk and shuffled, not negative.
+
+    Raises:
+        ValueError: for an unknown name or a value out of range.
+    """
+
+    NAMES = ("critic", "uniform", "shuffled", "random_topk", "dft", "top_loss")
+
+    def __init__(
+        self,
+        name: str = "critic",
+        *,
+        advantage: str = "gae",
+        lam: float = 0.95,
+        temperature: float = 1.0,
+        ratio: float = 0.6,
+        w_min: float = 0.1,
+        w_max: float = 5.0,
+        strength: float = 1.0,
+        decay: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        if advantage not in ADVANTAGES:
+            raise ValueError(
+                f"weighting.advantage {advantage!r} is not one of {', '.join(ADVANTAGES)}"
+            )
+        if not 0 <= lam <= 1:
+            raise ValueError(f"weighting.lam {lam} must be between 0 and 1")
+        super().__init__(
+            name,
+            ratio=ratio,
+            temperature=temperature,
+            w_min=w_min,
+            w_max=w_max,
+            strength=strength,
+            decay=decay,
+            seed=seed,
+        )
+        self.lam = 0.0 if advantage == "td" else lam
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a call needs standardised advantages, z_BT."""
+        return self.name in ("critic", "shuffled")
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether a call needs this forward's losses; a critic's weights are known before it."""
+        return self.name in ("dft", "top_loss")
+
+    def _joint_weights(self, mask_GTK, doc_GT, *scores, step):
+        if not self.needs_scores:
+            return super()._joint_weights(mask_GTK, doc_GT, *scores, step=step)
+        z_GT = scores[0].squeeze(-1)
+        if self.name == "shuffled":
+            # Head 0 has a target wherever there is a response token: its view is the tokens'.
+            keys_GT = controls.random_keys(
+                *doc_GT.shape, seed=self.seed, step=step, device=doc_GT.device
+            )
+            z_GT1 = shift_to_heads(z_GT, 1, 0.0)
+            z_GT1 = controls.shuffle_scores(z_GT1, mask_GTK[..., :1], doc_GT, keys_GT)
+            z_GT = values_before(z_GT1.squeeze(-1))
+        z_GTK = shift_to_heads(z_GT, mask_GTK.shape[-1], 0.0)
+        return critic_weights(z_GTK, mask_GTK, self.temperature, self.w_min, self.w_max)
