@@ -12,7 +12,6 @@ Shapes: B packed rows, T positions, K heads. Head k at position t predicts token
 
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -25,15 +24,13 @@ import torch.distributed as dist
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
-from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune import config, training, utils
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.attention_utils import packed_block_causal_mask
 from tqdm import tqdm
 
-from wmtp_modules.data.packing import PackedDataset, collate
-from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels, shift_to_heads
+from wmtp_modules.data.packing import PackedDataset
+from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.scoring import (
     ScoreTable,
@@ -69,7 +66,23 @@ from wmtp_modules.training.distributed import (
     rank_zero_first,
     shard_model,
 )
+from wmtp_modules.training.loop import (
+    epoch_dataloader,
+    heldout_batches,
+    heldout_losses,
+    noise_sums,
+    peak_memory_gib,
+    step_metrics,
+    to_device,
+)
 from wmtp_modules.training.metric_logging import JSONLLogger
+from wmtp_modules.training.runs import (
+    control_runs,
+    is_done,
+    print_losses,
+    print_places,
+    required_runs,
+)
 from wmtp_modules.training.training_state import (
     load_training_state,
     newest_training_state,
@@ -234,29 +247,15 @@ class Rho1WMTPRecipeDistributed:
     def _setup_data(self, rows: Dataset, rows_val: Dataset, scores: ScoreTable | None) -> None:
         cfg = self._cfg
         pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
-        self._dataset = PackedDataset(rows, scores=scores, **pack)
+        tables = {"reference": scores} if scores else None
+        self._dataset = PackedDataset(rows, scores=tables, **pack)
         self._dataset_val = PackedDataset(rows_val, **pack)
-        self._dataloader = self._make_dataloader()
+        self._start_epoch()
 
-    def _make_dataloader(self) -> StatefulDataLoader:
-        """One epoch of this rank. Rank r reads packs r, r + world, ...: together the ranks see
-        the packs in order, so the joint micro-batch does not depend on how many share it."""
-        batch_size = self._cfg.batch_size
-        if len(self._dataset) < self._world * batch_size:
-            raise ValueError(
-                f"the dataset packs into {len(self._dataset)} rows of "
-                f"{self._cfg.tokenizer.max_seq_len} tokens, fewer than one joint micro-batch of "
-                f"{self._world} ranks x {batch_size}: lower batch_size or add data"
-            )
-        sampler = StatefulDistributedSampler(
-            self._dataset, self._world, self._rank, shuffle=False, drop_last=True
-        )
-        return StatefulDataLoader(
-            self._dataset,
-            batch_size,
-            sampler=sampler,
-            collate_fn=collate,
-            drop_last=True,
+    def _start_epoch(self) -> None:
+        self._dataset.set_epoch(self._epoch)
+        self._dataloader = epoch_dataloader(
+            self._dataset, self._cfg.batch_size, self._rank, self._world
         )
 
     def _setup_loggers(self, run_id: str | None) -> None:
@@ -287,8 +286,7 @@ class Rho1WMTPRecipeDistributed:
         self._best_loss, self._heldout = own["best_loss"], own["heldout"]
         self._noise_sums = own["noise_sums"]
         self._lr_scheduler.load_state_dict(own["lr_scheduler"])
-        self._dataset.set_epoch(self._epoch)
-        self._dataloader = self._make_dataloader()
+        self._start_epoch()
         self._dataloader.load_state_dict(own["dataloader"])
         torch.set_rng_state(own["rng"])
         log_zero(f"Resumed {folder} after step {self._step}.")
@@ -378,20 +376,12 @@ class Rho1WMTPRecipeDistributed:
                 **inputs,
             )
 
-        noise_BTK = shift_to_heads(batch["noise"], K, False) & mask_BTK
         sums = {
             "n_K": mask_BTK.sum((0, 1)),
             "loss_K": losses_BTK.detach().sum((0, 1)),
             "objective": loss.detach(),
             "tokens": (batch["doc"] >= 0).sum(),
-            "noise": torch.stack(  # targets, weight; on noise and in all
-                [
-                    noise_BTK.sum(),
-                    mask_BTK.sum(),
-                    (weights_BTK * noise_BTK).sum(),
-                    weights_BTK.sum(),
-                ]
-            ),
+            "noise": noise_sums(batch["noise"], mask_BTK, weights_BTK),
         }
         return loss, sums, stats
 
@@ -458,77 +448,37 @@ class Rho1WMTPRecipeDistributed:
             for batch in self._dataloader:
                 yield to_device(batch, self._device)
             self._epoch += 1
-            self._dataset.set_epoch(self._epoch)
-            self._dataloader = self._make_dataloader()  # packs differ in number a little
+            self._start_epoch()
 
     def _log_step(self, bar: tqdm, sums: dict, stats: dict, grad_norm, lr, tokens_per_s) -> None:
         """One line of figures; with ``stats`` of the step's last joint micro-batch."""
-        losses_K = (sums["loss_K"] / sums["n_K"]).tolist()
-        n_prime = (self._alphas_K * sums["n_K"]).sum()
-        in_data, targets, on_noise, weight = sums["noise"].tolist()
-        metrics = {
-            # Unweighted, so that runs under different weightings compare.
-            "loss": ((self._alphas_K * sums["loss_K"]).sum() / n_prime).item(),
-            **{f"loss_head_{k}": loss for k, loss in enumerate(losses_K)},
-            "weighted_loss": (sums["objective"] / n_prime).item(),
+        metrics = step_metrics(sums, stats, self._alphas_K) | {
             "lr": lr,
             "grad_norm": float(grad_norm),
             "tokens_per_s": tokens_per_s,
             "memory_gib": peak_memory_gib(self._device),
-            "ess": stats["ess"].mean().item(),
-            "selected_share": stats["selected"].mean().item(),
         }
-        for name, value_K in stats.items():
-            metrics |= {f"weight_{name}_head_{k}": v for k, v in enumerate(value_K.tolist())}
-        if in_data:
-            metrics |= {"noise_in_data": in_data / targets, "noise_in_weight": on_noise / weight}
         for logger in self._metric_loggers:
             logger.log_dict(metrics, step=self._step)
+        heads = [f"{metrics[f'loss_head_{k}']:.2f}" for k in range(len(self._alphas_K))]
         bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f} heads {'/'.join(f'{x:.2f}' for x in losses_K)} "
+            f"loss {metrics['loss']:.3f} heads {'/'.join(heads)} "
             f"ess {metrics['ess']:.2f} sel {metrics['selected_share']:.2f} "
             f"{metrics['tokens_per_s']:.0f} tok/s {metrics['memory_gib']:.1f} GiB",
             refresh=False,
         )
 
-    @torch.no_grad()
     def validate(self) -> list[float]:
         """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
-        self._model.eval()
-        K = self._model.n_future_tokens
-        loss_K = torch.zeros(K, dtype=torch.float64, device=self._device)
-        n_K = torch.zeros_like(loss_K)
-        for batch in self._val_batches():
-            labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
-            losses_BTK = self._model(
-                batch["tokens"],
-                labels_BTK,
-                mask=packed_block_causal_mask(batch["seq_lens"]),
-                input_pos=batch["input_pos"],
-            )
-            loss_K += losses_BTK.double().sum((0, 1))
-            n_K += (labels_BTK != IGNORE_INDEX).sum((0, 1))
-        loss_K, n_K = all_reduce_sum(loss_K, n_K)
-        self._model.train()
-        heldout = (loss_K / n_K).tolist()
+        batches = heldout_batches(
+            self._dataset_val, self._cfg.batch_size, self._rank, self._world, self._device
+        )
+        heldout = heldout_losses(self._model, batches)
         metrics = {f"val_loss_head_{k}": loss for k, loss in enumerate(heldout)}
-        metrics["val_loss"] = sum(heldout) / K
+        metrics["val_loss"] = sum(heldout) / len(heldout)
         for logger in self._metric_loggers:
             logger.log_dict(metrics, step=self._step)
         return heldout
-
-    def _val_batches(self) -> Iterator[dict]:
-        """Each held-out pack once. Ranks take part in equally many forwards, as FSDP needs, so
-        the last batch is filled up with packs that supervise nothing."""
-        joint = self._world * self._cfg.batch_size
-        for start in range(0, len(self._dataset_val), joint):
-            items = []
-            for index in range(start + self._rank, start + joint, self._world):
-                item = dict(self._dataset_val[min(index, len(self._dataset_val) - 1)])
-                if index >= len(self._dataset_val):
-                    item["keep"] = torch.zeros_like(item["keep"])
-                items.append(item)
-            yield to_device(collate(items), self._device)
 
     # ----------------------------------------------------------- checkpoints
 
@@ -589,20 +539,6 @@ class Rho1WMTPRecipeDistributed:
             logger.close()
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {
-        key: [x.to(device) for x in value] if isinstance(value, list) else value.to(device)
-        for key, value in batch.items()
-    }
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak so far: allocated on the GPU, or resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def log_zero(message: str) -> None:
     if dist.get_rank() == 0:
         log.info(message)
@@ -642,54 +578,16 @@ def run(
     return summary
 
 
-def is_done(cfg: DictConfig) -> bool:
-    """Whether this very config has run to its end in its ``output_dir``."""
-    files = [Path(cfg.output_dir) / name for name in ("config.yaml", "summary.json")]
-    if not all(file.exists() for file in files):
-        return False
-    saved, wanted = OmegaConf.load(files[0]), OmegaConf.to_container(cfg, resolve=True)
-    return OmegaConf.to_container(saved) | {"resume_from_checkpoint": None} == wanted | {
-        "resume_from_checkpoint": None
-    }
-
-
-def required_runs(cfg: DictConfig) -> Iterator[DictConfig]:
-    """Configs that ``requires`` names, on this run's device; done ones are not run again."""
-    for path in cfg.get("requires") or []:
-        inherited = {key: cfg[key] for key in ("device", "assets_dir") if key in cfg}
-        required = OmegaConf.load(path)
-        # Resuming makes a finished one a no-op and goes on with one that was killed.
-        yield OmegaConf.merge(required, inherited, {"resume_from_checkpoint": True})
-
-
-def control_runs(cfg: DictConfig) -> Iterator[DictConfig]:
-    """This config under each weighting that ``controls`` names: same data, same steps."""
-    for name in cfg.get("controls") or []:
-        output_dir = str(Path(cfg.output_dir) / "controls" / name)
-        yield OmegaConf.merge(cfg, {"weighting": {"name": name}, "output_dir": output_dir})
-
-
 def report(cfg: DictConfig, summary: dict) -> None:
     """Print the figures and where everything is."""
-    output_dir = Path(cfg.output_dir)
-    losses = summary["heldout_loss"]
-    K = len(losses["base"])
-    print(f"\nHeld-out loss per head after {summary['steps']} steps (base: before)")
-    print(" " * 14 + "".join(f"head {k}  " for k in range(K)) + "mean")
-    for name, loss_K in losses.items():
-        cells = "".join(f"{loss:6.3f}  " for loss in loss_K)
-        print(f"  {name:12}{cells}{sum(loss_K) / K:6.3f}")
+    print_losses(summary["heldout_loss"], summary["steps"])
     if "corrupted_share" in summary:
         share = summary["corrupted_share"]
         print(
             f"Noise: {share['data']:.1%} of the training targets, {share['selected']:.1%} of the "
             f"weight that {cfg.weighting.name} gave"
         )
-    print(f"Checkpoints  {output_dir / 'best'} and {output_dir / 'last'}")
-    print(f"Curves       {output_dir / 'curves.png'}")
-    print(f"Figures      {output_dir / 'summary.json'} and {output_dir / 'metrics.jsonl'}")
-    if "tracking" in summary:
-        print(f"MLflow       {summary['tracking']}")
+    print_places(Path(cfg.output_dir), summary)
 
 
 @config.parse

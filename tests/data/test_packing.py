@@ -123,7 +123,7 @@ def test_scores_follow_their_tokens(shape):
     rows = make_rows(LENGTHS, noise=False)
     rng = np.random.default_rng(0)
     scores = [rng.standard_normal((n, *shape)).astype(np.float32) for n in LENGTHS]
-    for pack in PackedDataset(rows, max_seq_len=16, seed=2, scores=scores):
+    for pack in PackedDataset(rows, max_seq_len=16, seed=2, scores={"reference": scores}):
         assert pack["reference"].dtype == torch.float32
         assert pack["reference"].shape == (16, *shape)
         assert not pack["noise"].any()
@@ -142,7 +142,7 @@ def test_wrong_rows_scores_and_indices():
         PackedDataset(make_rows([3, 0]), max_seq_len=15, seed=0)
     with pytest.raises(ValueError, match="no rows to pack"):
         PackedDataset(make_rows([3]).select([]), max_seq_len=15, seed=0)
-    packed = PackedDataset(make_rows([3]), max_seq_len=15, seed=0, scores=[np.zeros(2)])
+    packed = PackedDataset(make_rows([3]), max_seq_len=15, seed=0, scores={"reference": [np.zeros(2)]})
     with pytest.raises(ValueError, match="row 0 has 3 tokens but 2 scores"):
         packed[0]
     for index in (-1, 1):

@@ -3,7 +3,7 @@
 Legend: T positions of a pack, B packs of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -23,10 +23,13 @@ class PackedDataset(Dataset):
         max_seq_len: T.
         seed: of the order, at least 0.
         pad_id: token id of padding.
-        scores: optional; ``scores[row]`` is an array of [len] or [len, K_ref] of that row.
+        scores: optional, by name; ``scores[name][row]`` is an array of [len] or [len, K_ref] of
+            that row, from a score table.
+        rewards: optional, one number per row.
 
     Raises:
-        ValueError: if there are no rows, or one is empty or longer than ``max_seq_len``.
+        ValueError: if there are no rows, one is empty or longer than ``max_seq_len``, or
+            ``rewards`` has another number of them.
     """
 
     def __init__(
@@ -36,10 +39,13 @@ class PackedDataset(Dataset):
         max_seq_len: int,
         seed: int,
         pad_id: int = 0,
-        scores: Sequence | None = None,
+        scores: Mapping[str, Sequence] | None = None,
+        rewards: np.ndarray | None = None,
     ) -> None:
         if len(rows) == 0:
             raise ValueError("there are no rows to pack")
+        if rewards is not None and len(rewards) != len(rows):
+            raise ValueError(f"there are {len(rewards)} rewards for {len(rows)} rows")
         self._lengths = row_lengths(rows)
         for row in (int(self._lengths.argmax()), int(self._lengths.argmin())):
             if not 1 <= self._lengths[row] <= max_seq_len:
@@ -49,10 +55,11 @@ class PackedDataset(Dataset):
                 )
         self._columns = [c for c in ("tokens", "keep", "noise") if c in rows.column_names]
         self._rows = rows.select_columns(self._columns).with_format("arrow")
-        self._max_seq_len = max_seq_len
+        self.max_seq_len = max_seq_len
         self._seed = seed
         self._pad_id = pad_id
-        self._scores = scores
+        self._scores = scores or {}
+        self._rewards = rewards
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -62,7 +69,7 @@ class PackedDataset(Dataset):
         for i, length in enumerate(self._lengths[self._order].tolist()):
             if length > room:
                 starts.append(i)
-                room = self._max_seq_len
+                room = self.max_seq_len
             room -= length
         self._bounds = np.array([*starts, len(self._order)])
 
@@ -76,15 +83,15 @@ class PackedDataset(Dataset):
             ``tokens`` int64 [T]; ``keep`` bool [T], supervised; ``doc`` int64 [T], document in the
             pack, -1 for padding; ``input_pos`` int64 [T], from 0 in every document; ``row`` int64
             [T], row of the data set, -1 for padding; ``noise`` bool [T]; ``seq_lens`` int64, one
-            per document and one for the padding; with scores ``reference`` fp32 [T] or
-            [T, K_ref], NaN for padding.
+            per document and one for the padding; each of ``scores`` under its name, fp32 [T] or
+            [T, K_ref], and ``reward`` fp32 [T], that of the token's row, both NaN for padding.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
         rows = self._order[self._bounds[index] : self._bounds[index + 1]]
         lengths = self._lengths[rows]
         n_tokens = int(lengths.sum())
-        tail = self._max_seq_len - n_tokens
+        tail = self.max_seq_len - n_tokens
         table = self._rows[rows.tolist()]
         flat = {
             # One array with the rows of the pack one after the other, copied out of the file.
@@ -103,8 +110,11 @@ class PackedDataset(Dataset):
             "row": (np.repeat(rows, lengths), -1),
             "noise": (noise.astype(bool), False),
         }
-        if self._scores is not None:
-            columns["reference"] = (self._reference(rows, lengths), np.nan)
+        for name, table in self._scores.items():
+            columns[name] = (_scores_of(table, rows, lengths), np.nan)
+        if self._rewards is not None:
+            rewards = np.repeat(self._rewards[rows].astype(np.float32), lengths)
+            columns["reward"] = (rewards, np.nan)
         pack = {}
         for name, (values, pad) in columns.items():
             padding = np.full((tail, *values.shape[1:]), pad, values.dtype)
@@ -115,16 +125,6 @@ class PackedDataset(Dataset):
             lengths = np.append(lengths, tail)
         pack["seq_lens"] = torch.from_numpy(lengths)
         return pack
-
-    def _reference(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        parts = [np.asarray(self._scores[row], np.float32) for row in rows.tolist()]
-        for row, part, length in zip(rows, parts, lengths, strict=True):
-            if len(part) != length:
-                raise ValueError(
-                    f"row {row} has {length} tokens but {len(part)} scores: they belong to other "
-                    "rows, score this data set again"
-                )
-        return np.concatenate(parts)
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
@@ -140,6 +140,35 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | li
         key: torch.stack([item[key] for item in items]) for key in items[0] if key != "seq_lens"
     }
     return batch | {"seq_lens": [item["seq_lens"] for item in items]}
+
+
+def _scores_of(table: Sequence, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    parts = [np.asarray(table[row], np.float32) for row in rows.tolist()]
+    for row, part, length in zip(rows, parts, lengths, strict=True):
+        if len(part) != length:
+            raise ValueError(
+                f"row {row} has {length} tokens but {len(part)} scores: they belong to other "
+                "rows, score this data set again"
+            )
+    return np.concatenate(parts)
+
+
+def pad_rows(rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows side by side, padded on the right, where causal attention cannot see.
+
+    Args:
+        rows: token ids of each row, [len].
+
+    Returns:
+        ``tokens`` int64 [B, T], 0 for padding, and ``doc`` int64 [B, T], -1 for padding and else 0.
+    """
+    T = max(len(row) for row in rows)
+    tokens_BT = torch.zeros(len(rows), T, dtype=torch.int64)
+    doc_BT = torch.full((len(rows), T), -1)
+    for b, row in enumerate(rows):
+        tokens_BT[b, : len(row)] = torch.from_numpy(np.asarray(row, np.int64))
+        doc_BT[b, : len(row)] = 0
+    return tokens_BT, doc_BT
 
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:

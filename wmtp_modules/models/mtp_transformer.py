@@ -13,6 +13,7 @@ from torchtune.modules.attention_utils import _MaskType
 
 from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy
 from wmtp_modules.models.kv_cache import RowKVCache
+from wmtp_modules.models.value_head import ValueHead
 
 
 class MTPOutput(nn.Module):
@@ -70,6 +71,7 @@ class MTPTransformer(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.heads = nn.ModuleList(heads)
         self.output = output
+        self.value_head: ValueHead | None = None  # set to train a critic beside the heads
         self.args = args
 
     @property
@@ -88,7 +90,8 @@ class MTPTransformer(nn.Module):
         mask: _MaskType | None = None,
         input_pos: torch.Tensor | None = None,
         token_weights_BTK: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        with_values: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Logits, per-token losses, or a loss with the weights folded in.
 
         Args:
@@ -98,6 +101,7 @@ class MTPTransformer(nn.Module):
                 over the whole row if None.
             input_pos: position of each token inside its document, int64 [B, T].
             token_weights_BTK: fp32 weights that are known before the forward.
+            with_values: also return the value head's values_BT, as last of a tuple.
 
         Returns:
             Without labels logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
@@ -121,13 +125,30 @@ class MTPTransformer(nn.Module):
             for block in (*self.layers, *self.heads):
                 block.attn.kv_cache.input_pos = input_pos
 
-        hidden_BTD = self.tok_embeddings(tokens_BT)
-        for block in self.layers:
-            hidden_BTD = block(hidden_BTD, mask=mask, input_pos=input_pos)
+        hidden_BTD = self.trunk(tokens_BT, mask=mask, input_pos=input_pos)
         hidden_BTKD = torch.stack(
             [head(hidden_BTD, mask=mask, input_pos=input_pos) for head in self.heads], dim=2
         )
-        return self.output(hidden_BTKD, labels_BTK, token_weights_BTK)
+        out = self.output(hidden_BTKD, labels_BTK, token_weights_BTK)
+        if not with_values:
+            return out
+        return (*(out if isinstance(out, tuple) else (out,)), self.value_head(hidden_BTD))
+
+    def trunk(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        mask: _MaskType | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The trunk's output hidden_BTD, which all heads and a critic read.
+
+        Call it directly on a model that is not sharded only: FSDP2 gathers in ``forward``.
+        """
+        hidden_BTD = self.tok_embeddings(tokens_BT)
+        for block in self.layers:
+            hidden_BTD = block(hidden_BTD, mask=mask, input_pos=input_pos)
+        return hidden_BTD
 
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, cache_len: int) -> None:
         """Give every block, heads included, a KV cache whose rows advance independently.

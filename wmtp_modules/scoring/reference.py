@@ -10,6 +10,7 @@ own loss, stored at the position that predicts.
 import numpy as np
 import torch
 
+from wmtp_modules.data.packing import pad_rows
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
 from wmtp_modules.models import MTPTransformer
 
@@ -101,12 +102,7 @@ def score_rows(model: MTPTransformer, rows: list[np.ndarray]) -> list[np.ndarray
     Raises:
         ValueError: if a loss is not finite.
     """
-    T = max(len(row) for row in rows)
-    tokens_BT = torch.zeros(len(rows), T, dtype=torch.int64)
-    doc_BT = torch.full((len(rows), T), -1)
-    for b, row in enumerate(rows):
-        tokens_BT[b, : len(row)] = torch.from_numpy(row)
-        doc_BT[b, : len(row)] = 0
+    tokens_BT, doc_BT = pad_rows(rows)
     device = next(model.parameters()).device
     losses = reference_losses(model, tokens_BT.to(device), doc_BT.to(device)).cpu().numpy()
 

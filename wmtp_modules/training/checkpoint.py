@@ -300,7 +300,7 @@ def load_into(model: nn.Module, folder: str | Path, *, device: torch.device | st
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
     with torch.no_grad():
-        for key, parameter in model.state_dict().items():
+        for key, parameter in _llama_parameters(model):
             local, start = parameter, 0
             if isinstance(parameter, DTensor):
                 local = parameter.to_local()
@@ -500,12 +500,19 @@ def _save(write: Any, model: nn.Module, folder: Path, tokenizer: Path, dtype: to
     patient_barrier()
 
 
+def _llama_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint folder holds: all but a value head, which is a critic's."""
+    for key, parameter in model.state_dict().items():
+        if not key.startswith("value_head."):
+            yield key, parameter
+
+
 @torch.no_grad()
 def _whole_tensors(
     model: nn.Module, dtype: torch.dtype, *, with_extra_heads: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Gather one parameter after the other and move it to the CPU."""
-    for key, parameter in model.state_dict().items():
+    for key, parameter in _llama_parameters(model):
         if with_extra_heads or not is_extra_head(key):
             tensor = parameter.to(dtype)
             if isinstance(tensor, DTensor):
