@@ -32,6 +32,31 @@ def test_python3_solutions_only(tokenizer, make_jsonl):
     assert tokenizer.decode(kept) == "print(1)\n"
 
 
+def test_incorrect_solutions_come_along(tokenizer, make_jsonl):
+    bad = [f"print({i})\n" for i in range(10)]  # print(1) is among the correct ones as well
+    failed = {"language": [3] * 10 + [2], "solution": [*bad, "cout"]}
+    source = make_jsonl(
+        problem("a", ["print(1)\r\n", "print(+1)\n", "print(1.)\n"], incorrect_solutions=failed),
+        problem("b", ["print(0)\n"]),  # its only text is in both lists
+        problem("c", incorrect_solutions={"language": [], "solution": []}),
+    )
+    rows = code_contests_dataset(tokenizer, source=source, incorrect=True, max_solutions=4)
+    drawn = [(r["problem_id"], r["reward"], r["response"]) for r in rows]
+    assert sorted(drawn[:2]) == [("a", 1.0, "print(+1)\n"), ("a", 1.0, "print(1.)\n")]
+    assert [(name, reward) for name, reward, _ in drawn[2:]] == [("a", 0.0)] * 4 + [("c", 1.0)]
+    assert len({code for *_, code in drawn[2:6]} & set(bad) - {"print(1)\n"}) == 4
+    again = code_contests_dataset(tokenizer, source=source, incorrect=True, max_solutions=4)
+    assert again["tokens"][:] == rows["tokens"][:]
+    correct = code_contests_dataset(tokenizer, source=source, max_solutions=4)
+    assert correct["problem_id"][:] == ["a", "a", "a", "b", "c"]
+    assert set(correct["reward"]) == {1.0}
+    # Without the parameter a source needs no list of them; with it, it does.
+    lacking = make_jsonl(problem("a", incorrect_solutions=None))
+    assert len(code_contests_dataset(tokenizer, source=lacking)) == 1
+    with pytest.raises(ValueError, match="incorrect_solutions is not"):
+        code_contests_dataset(tokenizer, source=lacking, incorrect=True)
+
+
 def test_solutions_are_capped_by_seed(tokenizer, make_jsonl):
     codes = [f"print({i})\n" for i in range(20)]
 

@@ -1,4 +1,5 @@
 import json
+import re
 import sysconfig
 from pathlib import Path
 
@@ -49,6 +50,27 @@ def test_every_evaluation_task_is_found_and_training_tasks_are_not(guard):
         assert guard.find("# a file\nimport os\n" + task["prompt"] + "    return 1\n")
 
 
+@needs_data
+def test_tasks_are_found_inside_json(guard):
+    """A jsonl source read as plain text, or a notebook: line ends are two characters there."""
+    for task in read("humaneval/HumanEval_even.jsonl"):
+        prompt = task["prompt"]
+        assert guard.find(json.dumps({"cell": prompt})) == guard.find(prompt) is not None
+        assert guard.find(json.dumps(json.dumps(prompt))) == guard.find(prompt)
+
+
+@needs_data
+def test_tasks_are_found_without_annotations(guard):
+    annotation = re.compile(r": (?:int|str|float|bool|List\[\w+\])|(?<=\)) -> [^:]+")
+    changed = 0
+    for task in read("humaneval/HumanEval_even.jsonl"):
+        head, docstring, rest = task["prompt"].partition('"""')
+        bare = annotation.sub("", head) + docstring + rest
+        changed += bare != task["prompt"]
+        assert guard.find(bare), bare
+    assert changed > 10
+
+
 def test_standard_library_is_innocent(guard):
     files = list(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     assert len(files) > 100
@@ -62,6 +84,7 @@ def test_a_part_of_a_description_is_no_match(tmp_path):
     assert guard.find(" ".join(reversed(whole.split()))) is None
     assert guard.find(whole.removesuffix("basket.")) is None
     assert guard.find(whole.replace("green ", "")) is None
+    assert guard.find(r"Write a function\nto\tcount the\r\ngreen \"apples\" of a basket")
     assert guard.find("write_a_function # to count\n the-green-apples OF a basket") == "MBPP/11"
 
 
@@ -91,6 +114,7 @@ def test_generator_takes_descriptions_up_to_the_examples(tmp_path):
     assert guard.find("Write a function to peel the oranges of a basket.") is None
     assert guard.find('"""Add x and y."""') is None  # too short without its signature
     assert guard.find('def add(x: int, y: int):\n    """Add x and y."""') == "HumanEval/0"
+    assert guard.find('def add(x, y):\n    """Add x and y."""') == "HumanEval/0"
     description = "return how often the letter z stands in the string s and in its reverse"
     assert guard.find(description) == "HumanEval/1"
 

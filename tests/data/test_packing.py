@@ -142,7 +142,8 @@ def test_wrong_rows_scores_and_indices():
         PackedDataset(make_rows([3, 0]), max_seq_len=15, seed=0)
     with pytest.raises(ValueError, match="no rows to pack"):
         PackedDataset(make_rows([3]).select([]), max_seq_len=15, seed=0)
-    packed = PackedDataset(make_rows([3]), max_seq_len=15, seed=0, scores={"reference": [np.zeros(2)]})
+    scores = {"reference": [np.zeros(2)]}
+    packed = PackedDataset(make_rows([3]), max_seq_len=15, seed=0, scores=scores)
     with pytest.raises(ValueError, match="row 0 has 3 tokens but 2 scores"):
         packed[0]
     for index in (-1, 1):
@@ -182,3 +183,15 @@ def test_many_rows_pack_in_seconds():
     assert time.perf_counter() - start < 3  # 0.1 s on two idle cores
     assert offsets[-1] / (len(packed) * 2048) > 0.9
     assert packed[0]["keep"].sum() == packed[0]["seq_lens"][:-1].sum()
+
+
+def test_rewards_stand_at_every_token_of_their_row():
+    rows = make_rows([3, 4, 2])
+    for pack in PackedDataset(rows, max_seq_len=8, seed=0, rewards=np.array([0.5, -1.0, 2.0])):
+        for t, row in enumerate(pack["row"].tolist()):
+            if row < 0:
+                assert pack["reward"][t].isnan()
+            else:
+                assert pack["reward"][t] == [0.5, -1.0, 2.0][row]
+    with pytest.raises(ValueError, match="there are 2 rewards for 3 rows"):
+        PackedDataset(rows, max_seq_len=8, seed=0, rewards=np.zeros(2))

@@ -58,6 +58,22 @@ def test_pairs_keep_reward_and_problem_and_drop_over_long_rows(tokenizer, make_j
     assert "1 rows longer than max_seq_len 64" in report()
 
 
+def test_pairs_keep_their_text_and_plain_text_has_none(tokenizer, make_jsonl):
+    pairs = rows_dataset(tokenizer, source=make_jsonl(PAIR, PAIR))
+    assert pairs.column_names == ["tokens", "keep", "prompt", "response"]
+    mixed = rows_dataset(tokenizer, source=make_jsonl(PAIR, {"text": "alone"}))
+    assert mixed["prompt"][:] == ["add: ", None]
+    assert mixed["response"][:] == ["x + 1", None]
+
+
+def test_noise_of_a_pair_counts_from_its_response(tokenizer, make_jsonl):
+    noisy = PAIR | {"noise": [[4, 5]]}
+    rows = rows_dataset(tokenizer, source=make_jsonl(noisy, PAIR | {"noise": []}, PAIR))
+    flagged = [t for t, noise in zip(rows[0]["tokens"], rows[0]["noise"], strict=True) if noise]
+    assert tokenizer.decode(flagged).strip() == "1"
+    assert not any(chain(*rows[1:]["noise"]))
+
+
 BAD = [
     (b'{"text": "a"', "not JSON"),
     (b"[" * 100_000, "not JSON"),
@@ -71,11 +87,10 @@ BAD = [
     (b'{"prompt": "", "response": "b"}', "prompt is empty"),
     (b'{"text": "a\\u0000b"}', "NUL"),
     (b'{"text": "a\\ud800b"}', "surrogate"),
-    (b'{"prompt": "a", "response": "b", "reward": NaN}', "reward is nan"),
     (b'{"prompt": "a", "response": "b", "reward": 1%s}' % (b"0" * 400), "reward is 1000"),
     (b'{"prompt": "a", "response": "b", "reward": "1"}', "reward is '1', not a number"),
     (b'{"prompt": "a", "response": "b", "problem_id": []}', "problem_id is"),
-    (b'{"prompt": "a", "response": "b", "noise": [[0, 1]]}', "noise belongs to text"),
+    (b'{"prompt": "ab", "response": "c", "noise": [[1, 2]]}', "within 1 characters"),
     (b'{"text": "abc", "noise": [[0, 4]]}', "noise span"),
     (b'{"text": "abc", "noise": [[2, 2]]}', "noise span"),
     (b'{"text": "abc", "noise": [[-1, 2]]}', "noise span"),

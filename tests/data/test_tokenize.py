@@ -97,14 +97,19 @@ def test_text_is_supervised_throughout_and_noise_marks_overlaps(tokenizer):
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=code, data=st.data())
-def test_noise_flags_every_overlap_and_nothing_else(tokenizer, text, data):
+@given(prompt=code, text=code, data=st.data())
+def test_noise_flags_every_overlap_and_nothing_else(tokenizer, llama_tokenizer, prompt, text, data):
     position = st.integers(0, len(text))
     drawn = data.draw(st.lists(st.tuples(position, position), max_size=3))
     noise = [tuple(sorted(span)) for span in drawn if span[0] != span[1]]
-    _, spans = encode_with_offsets(tokenizer, text)
-    expected = [any(b < stop and e > start for start, stop in noise) for b, e in spans]
-    assert encode_text(tokenizer, text, noise).noise.tolist() == [False, *expected, False]
+    for tok in (tokenizer, llama_tokenizer):
+        _, spans = encode_with_offsets(tok, text)
+        expected = [any(b < stop and e > start for start, stop in noise) for b, e in spans]
+        assert encode_text(tok, text, noise).noise.tolist() == [False, *expected, False]
+        _, spans = encode_with_offsets(tok, prompt + text)
+        n = len(prompt)
+        expected = [any(b < n + stop and e > n + start for start, stop in noise) for b, e in spans]
+        assert encode_pair(tok, prompt, text, noise).noise.tolist() == [False, *expected, False]
 
 
 @pytest.mark.parametrize(

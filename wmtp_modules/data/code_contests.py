@@ -21,36 +21,42 @@ def code_contests_dataset(
     seed: int = 0,
     validation_fraction: float = 0.0,
     max_solutions: int = 16,
+    incorrect: bool = False,
 ) -> datasets.Dataset:
-    """Tokenised CodeContests problems with their correct Python 3 solutions, one row each.
+    """Tokenised CodeContests problems with their Python 3 solutions, one row each.
 
     Args:
         tokenizer: its ``max_seq_len`` is the length beyond which a row is dropped.
         source: hub name (``deepmind/code_contests``), or a local file or folder in its row shape:
-            name, description, solutions {language[], solution[]}.
+            name, description, solutions {language[], solution[]}, and incorrect_solutions alike.
         split: "train" or "validation".
         seed: deals problems to the splits and draws the solutions.
         validation_fraction: share of the problems held out; a source with a validation split of
             its own keeps that.
-        max_solutions: most solutions of one problem; some have hundreds.
+        max_solutions: most solutions of one problem, and most incorrect ones; some have hundreds.
+        incorrect: the solutions that failed come along, so that a problem has good and bad
+            responses. A text that a problem lists as both is neither: it is dropped, and no
+            count names it.
 
     Returns:
-        Rows ``tokens``, ``keep``, ``reward`` (1.0) and ``problem_id`` (the problem's name).
+        Rows ``tokens``, ``keep``, ``reward`` (1.0 correct, 0.0 incorrect), ``problem_id`` (the
+        problem's name), ``prompt`` and ``response``.
 
     Raises:
         ValueError: if the source is missing or unusable, or no row is left.
     """
     if max_solutions < 1:
         raise ValueError(f"max_solutions is {max_solutions}: at least 1 is needed")
+    fields = tuple(REWARDS) if incorrect else ("solutions",)
     return build_rows(
         tokenizer,
         source=source,
         split=split,
         seed=seed,
         validation_fraction=validation_fraction,
-        to_samples=partial(_to_samples, field="solutions", seed=seed, limit=max_solutions),
-        columns=("name", "description", "solutions"),
-        recipe=f"code_contests {max_solutions} {seed}",
+        to_samples=partial(_to_samples, fields=fields, seed=seed, limit=max_solutions),
+        columns=("name", "description", *fields),
+        recipe=f"code_contests {' '.join(fields)} {max_solutions} {seed}",
         unused="problems without a Python 3 solution",
     )
 
@@ -60,20 +66,31 @@ def code_contests_prompt(description: str) -> str:
     return description if description.endswith("\n") else description + "\n"
 
 
-def _to_samples(record: dict, field: str, seed: int, limit: int) -> list[Sample]:
+def _to_samples(record: dict, fields: tuple[str, ...], seed: int, limit: int) -> list[Sample]:
     name, prompt = text_field(record, "name"), text_field(record, "description")
+    codes = {field: _python3(record, field) for field in fields}
+    in_both = set.intersection(*codes.values()) if len(fields) > 1 else set()
+    samples = []
+    for field in fields:
+        drawn = sorted(
+            codes[field] - in_both,
+            key=lambda code: hashlib.blake2b(f"{seed} {code}".encode()).digest(),
+        )
+        samples += [
+            Sample(code, code_contests_prompt(prompt), reward=REWARDS[field], problem_id=name)
+            for code in drawn[:limit]
+        ]
+    return samples
+
+
+def _python3(record: dict, field: str) -> set[str]:
     solutions = record.get(field)
     try:
         pairs = list(zip(solutions["language"], solutions["solution"], strict=True))
     except (TypeError, KeyError, ValueError) as error:
         raise BadRow(f"{field} is not {{language[], solution[]}} of equal length") from error
-    codes = {
+    return {
         text_field({field: code}, field).replace("\r\n", "\n")
         for language, code in pairs
         if language == PYTHON3
     }
-    drawn = sorted(codes, key=lambda code: hashlib.blake2b(f"{seed} {code}".encode()).digest())
-    return [
-        Sample(code, code_contests_prompt(prompt), reward=REWARDS[field], problem_id=name)
-        for code in drawn[:limit]
-    ]

@@ -1,7 +1,8 @@
 """Keep evaluation tasks out of training data: MBPP's test tasks and HumanEval, found by content.
 
 A task is its description as a list of lower-case alphanumeric words. A text contains the task when
-these words stand in it one after the other, whatever the template, layout or file around them.
+these words stand in it one after the other, whatever the template, layout or file around them,
+also when the text is a string inside JSON. Code alone, without the description, is not found.
 ``eval_prompts.json`` holds hashes only; ``make_eval_prompts`` makes it.
 """
 
@@ -15,11 +16,12 @@ HASHES = Path(__file__).with_name("eval_prompts.json")
 ANCHOR = 4  # words; long enough to be rare, shorter than the shortest description
 
 _WORD = re.compile(r"[a-z0-9]+")
+_JSON_ESCAPE = re.compile(r'\\[nrt"]')
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case alphanumeric words of a text."""
-    return _WORD.findall(text.lower())
+    """Lower-case alphanumeric words of a text; the letter of a JSON escape is none of a word."""
+    return _WORD.findall(_JSON_ESCAPE.sub(" ", text).lower())
 
 
 def hash_words(words: list[str]) -> str:

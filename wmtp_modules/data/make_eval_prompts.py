@@ -21,10 +21,10 @@ MBPP_TEST_IDS = range(11, 511)
 MIN_DESCRIPTION_WORDS = 12
 
 
-def humaneval_words(task: dict) -> list[str]:
+def humaneval_words(task: dict) -> list[list[str]]:
     """Words that identify a HumanEval task: its description up to the examples.
 
-    A short description is preceded by the signature.
+    A short description is preceded by the signature, as it is and without annotations.
     """
     tree = ast.parse(task["prompt"] + "\n    pass\n")
     function = next(n for n in tree.body if getattr(n, "name", None) == task["entry_point"])
@@ -36,10 +36,18 @@ def humaneval_words(task: dict) -> list[str]:
     examples = rf">>>|\bexamples?\b|\be\.g\b|^\s*{re.escape(task['entry_point'])}\s*\("
     words = words_of(re.split(examples, description, flags=re.IGNORECASE | re.MULTILINE)[0])
     if len(words) >= MIN_DESCRIPTION_WORDS:
-        return words
+        return [words]
     function.body = [ast.Pass()]
-    signature = words_of(ast.unparse(function).removesuffix("pass"))
-    return signature + words
+    variants = []
+    for _ in range(2):
+        variant = words_of(ast.unparse(function).removesuffix("pass")) + words
+        if variant not in variants:
+            variants.append(variant)
+        function.returns = None
+        for node in ast.walk(function.args):
+            if isinstance(node, ast.arg):
+                node.annotation = None
+    return variants
 
 
 def make(argv: list[str] | None = None) -> str:
@@ -59,7 +67,7 @@ def make(argv: list[str] | None = None) -> str:
                     tasks.append(task)
     for line in Path(args.humaneval).read_text().splitlines():
         row = json.loads(line)
-        tasks.append((row["task_id"], humaneval_words(row)))
+        tasks += [(row["task_id"], words) for words in humaneval_words(row)]
     items = [
         [task_id, len(words), hash_words(words[:1]), hash_words(words[:ANCHOR]), hash_words(words)]
         for task_id, words in tasks

@@ -7,7 +7,6 @@ fingerprint of everything that shapes it, so that it is made once for all ranks 
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,9 +28,12 @@ FEATURES = datasets.Features(
         "noise": datasets.List(datasets.Value("bool")),
         "reward": datasets.Value("float64"),
         "problem_id": datasets.Value("string"),
+        # As text too, because a reward model reads them through a tokenizer of its own.
+        "prompt": datasets.Value("string"),
+        "response": datasets.Value("string"),
     }
 )
-OPTIONAL = ("noise", "reward", "problem_id")
+OPTIONAL = ("noise", "reward", "problem_id", "prompt", "response")
 SHOWN = 5  # bad rows named in a report
 
 log = get_logger("INFO")
@@ -43,7 +45,7 @@ class Sample:
 
     response: str
     prompt: str | None = None
-    noise: tuple[tuple[int, int], ...] = ()  # [start, end) in characters, of plain text only
+    noise: tuple[tuple[int, int], ...] = ()  # [start, end) in characters of the response
     reward: float | None = None
     problem_id: str | None = None
 
@@ -62,16 +64,18 @@ def rows_dataset(
         tokenizer: its ``max_seq_len`` is the length at which plain text is split and beyond which
             a prompt/response row is dropped.
         source: .jsonl or .parquet file, folder of those, folder of text or code files, or hub
-            name. Rows are ``{"text", "noise"?}``, noise being corrupted [start, end) character
-            spans, or ``{"prompt", "response", "reward"?, "problem_id"?}``.
+            name. Rows are ``{"text"}`` or ``{"prompt", "response"}``, with ``"reward"?``,
+            ``"problem_id"?`` and ``"noise"?``: corrupted [start, end) spans in characters of the
+            text, or of the response.
         split: "train" or "validation".
         validation_fraction: share of the texts, or of the problems, held out by hash; a source
             with a validation split of its own keeps that.
         seed: of the division.
 
     Returns:
-        Rows ``tokens`` int32 and ``keep`` bool, and ``noise`` bool, ``reward``, ``problem_id``
-        where the source has them.
+        Rows ``tokens`` int32 and ``keep`` bool, and where the source has them ``noise`` bool,
+        ``reward``, ``problem_id`` and the strings ``prompt`` and ``response`` (None for a plain
+        text among them).
 
     Raises:
         ValueError: if the source is missing or unusable, or no row is left.
@@ -83,7 +87,7 @@ def rows_dataset(
         seed=seed,
         validation_fraction=validation_fraction,
         to_samples=_to_samples,
-        columns=("text", "prompt", "response", *OPTIONAL),
+        columns=("text", *OPTIONAL),
         recipe="rows",
     )
 
@@ -211,9 +215,11 @@ def _to_samples(record: dict) -> list[Sample]:
     if reward is not None:
         if isinstance(reward, bool) or not isinstance(reward, int | float):
             raise BadRow(f"reward is {reward!r}, not a number")
-        if not abs(reward) <= sys.float_info.max:  # false for NaN as well
-            raise BadRow(f"reward is {reward}")
-        reward = float(reward)
+        try:
+            # NaN stays: a critic refuses it, and leaving out the row would hide it.
+            reward = float(reward)
+        except OverflowError as error:
+            raise BadRow(f"reward is {reward}") from error
     if problem_id is not None:
         if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
             raise BadRow(f"problem_id is {problem_id!r}, not a string or an integer")
@@ -222,10 +228,8 @@ def _to_samples(record: dict) -> list[Sample]:
     if present == ["text"]:
         text = text_field(record, "text")
         return [Sample(text, None, _spans(noise, len(text)), reward, problem_id)]
-    if noise:
-        raise BadRow("noise belongs to text rows")
     prompt, response = text_field(record, "prompt"), text_field(record, "response")
-    return [Sample(response, prompt, (), reward, problem_id)]
+    return [Sample(response, prompt, _spans(noise, len(response)), reward, problem_id)]
 
 
 def _spans(noise: object, length: int) -> tuple[tuple[int, int], ...]:
@@ -264,6 +268,7 @@ def _generate(
             valid += 1
             count["unused"] += not samples
             for sample in samples:
+                is_pair = sample.prompt is not None
                 if not in_split(sample):
                     count["other split"] += 1
                     continue
@@ -276,12 +281,19 @@ def _generate(
                 for row in rows:
                     count["rows"] += 1
                     count["tokens"] += len(row.tokens)
-                    has.update(noise=bool(sample.noise), reward=sample.reward is not None)
-                    has["problem_id"] += sample.problem_id is not None
+                    has.update(
+                        noise=bool(sample.noise),
+                        reward=sample.reward is not None,
+                        problem_id=sample.problem_id is not None,
+                        prompt=is_pair,
+                        response=is_pair,
+                    )
                     yield {
                         **row._asdict(),
                         "reward": sample.reward,
                         "problem_id": sample.problem_id,
+                        "prompt": sample.prompt,
+                        "response": sample.response if is_pair else None,
                     }
         if not valid:
             named = "; ".join(bad[first_bad:][:SHOWN]) or "it is empty"
@@ -311,7 +323,7 @@ def _tokenise(tokenizer: Llama2Tokenizer, sample: Sample) -> Iterator[tokenize.T
         row = tokenize.encode_text(tokenizer, sample.response, sample.noise)
         yield from tokenize.split_row(row, tokenizer.max_seq_len)
     else:
-        row = tokenize.encode_pair(tokenizer, sample.prompt, sample.response)
+        row = tokenize.encode_pair(tokenizer, sample.prompt, sample.response, sample.noise)
         if len(row.tokens) <= tokenizer.max_seq_len:
             yield row
 

@@ -44,13 +44,16 @@ def encode_with_offsets(
     return encoded["ids"], spans
 
 
-def encode_pair(tokenizer: Llama2Tokenizer, prompt: str, response: str) -> TokenRow:
+def encode_pair(
+    tokenizer: Llama2Tokenizer, prompt: str, response: str, noise: Sequence[Sequence[int]] = ()
+) -> TokenRow:
     """Tokenise prompt + response; a token with any character of the response is supervised.
 
     Args:
         tokenizer: SentencePiece tokenizer of torchtune.
         prompt: not supervised, nor is BOS.
         response: supervised, and so is the EOS behind it.
+        noise: corrupted spans, [start, end) in characters of ``response``.
 
     Returns:
         The row, of whatever length.
@@ -58,7 +61,8 @@ def encode_pair(tokenizer: Llama2Tokenizer, prompt: str, response: str) -> Token
     ids, spans = encode_with_offsets(tokenizer, prompt + response)
     tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
     keep = np.array([False, *(end > len(prompt) for _, end in spans), True])
-    return TokenRow(tokens, keep, np.zeros(len(tokens), bool))
+    shifted = [(start + len(prompt), end + len(prompt)) for start, end in noise]
+    return TokenRow(tokens, keep, _overlaps(spans, shifted, len(prompt) + len(response)))
 
 
 def encode_text(
@@ -78,14 +82,29 @@ def encode_text(
         tokens = np.array(tokenizer.encode(text), np.int32)
         return TokenRow(tokens, np.ones(len(tokens), bool), np.zeros(len(tokens), bool))
     ids, spans = encode_with_offsets(tokenizer, text)
-    corrupted = np.zeros(len(text), np.int64)
+    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+    return TokenRow(tokens, np.ones(len(tokens), bool), _overlaps(spans, noise, len(text)))
+
+
+def _overlaps(
+    spans: Sequence[tuple[int, int]], noise: Sequence[Sequence[int]], length: int
+) -> np.ndarray:
+    """Which tokens of a row hold a corrupted character; BOS and EOS hold none.
+
+    Args:
+        spans: [begin, end) of every token between BOS and EOS, in characters of the text.
+        noise: corrupted [start, end) spans, in characters of the text.
+        length: characters of the text.
+
+    Returns:
+        bool, two entries more than ``spans``.
+    """
+    corrupted = np.zeros(length, np.int64)
     for start, end in noise:
         corrupted[start:end] = 1
     before = np.concatenate([[0], np.cumsum(corrupted)])  # corrupted characters before each one
     begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
-    flags = before[ends] > before[begins]
-    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
-    return TokenRow(tokens, np.ones(len(tokens), bool), np.array([False, *flags, False]))
+    return np.array([False, *(before[ends] > before[begins]), False])
 
 
 def split_row(row: TokenRow, max_seq_len: int) -> Iterator[TokenRow]:
