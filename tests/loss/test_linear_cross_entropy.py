@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from wmtp_modules.loss import linear_cross_entropy as module
 from wmtp_modules.loss.linear_cross_entropy import IMPLS, linear_cross_entropy
+from wmtp_modules.training.runs import cpp_compiler
 
 
 def plain(hidden, weight, labels, token_weights):
@@ -66,6 +67,7 @@ def test_equals_plain_pytorch(problem, path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not cpp_compiler(), reason="torch.compile finds no C++ compiler ($CXX or g++)")
 @pytest.mark.parametrize("path", [weighted_afterwards, folded])
 def test_compiled_equals_chunked(problem, path):
     hidden, weight, labels, token_weights = problem
@@ -135,6 +137,18 @@ def test_all_ignored_gives_zero_gradients_not_an_error(path):
         path(labels, torch.ones(4, 3)), torch.randn(4, 3, 8), torch.randn(20, 8)
     )
     assert losses.sum() == hidden_grad.abs().sum() == weight_grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("path", [weighted_afterwards, folded])
+def test_any_negative_label_is_ignored(problem, path):
+    """Another fill value than -100 must not train token 0."""
+    hidden, weight, labels, token_weights = problem
+    want = gradients(path(labels, token_weights), hidden, weight)
+    other = torch.where(labels == -100, -1, labels)
+    for got, wanted in zip(
+        gradients(path(other, token_weights), hidden, weight), want, strict=True
+    ):
+        assert torch.equal(got, wanted)
 
 
 def test_token_weights_get_no_gradient(problem):

@@ -14,8 +14,6 @@ from functools import lru_cache
 import torch
 from torch.distributed.tensor import DTensor
 
-from wmtp_modules.loss.mtp_loss import IGNORE_INDEX
-
 IMPLS = ("chunked", "compiled")
 
 # Logits held at a time. The CPU value keeps a chunk near the caches; on a GPU each chunk also
@@ -41,7 +39,8 @@ def linear_cross_entropy(
     Args:
         hidden: [..., D] in the compute dtype.
         weight: [V, D] in the same dtype; a plain tensor.
-        labels: int64 [...]; -100 gives loss 0 and no gradient.
+        labels: int64 [...]; a negative one, as -100, gives loss 0 and no gradient. One of V or
+            more is an indexing error of torch, on a GPU an asynchronous one.
         token_weights: [...] fp32, treated as constants.
         impl: "chunked", or "compiled" for the same arithmetic through ``torch.compile``, which
             fuses the softmax passes (meant for CUDA).
@@ -82,16 +81,16 @@ def _losses_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-token loss and log-sum-exp of one chunk."""
     lse_N = torch.logsumexp(logits_NV, dim=-1)
-    kept_N = labels_N != IGNORE_INDEX
+    # Every negative label is ignored: finding out which ones are wrong would wait for the device.
     picked_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1)
-    return torch.where(kept_N, lse_N - picked_N, 0.0), lse_N
+    return torch.where(labels_N >= 0, lse_N - picked_N, 0.0), lse_N
 
 
 def _logit_grads(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, lse_N: torch.Tensor, grad_N: torch.Tensor
 ) -> torch.Tensor:
     """d(sum grad * loss) / d logits = grad * (softmax - onehot). Overwrites the logits."""
-    grad_N = torch.where(labels_N != IGNORE_INDEX, grad_N, 0.0)
+    grad_N = torch.where(labels_N >= 0, grad_N, 0.0)
     probs_NV = logits_NV.sub_(lse_N[:, None]).exp_().mul_(grad_N[:, None])
     return probs_NV.scatter_add_(1, labels_N.clamp(min=0)[:, None], -grad_N[:, None])
 
