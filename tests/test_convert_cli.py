@@ -1,10 +1,12 @@
 """The command line of ``python -m wmtp_modules.convert``, in this process."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import sentencepiece_model_pb2
 
 from wmtp_modules import convert
 from wmtp_modules.models import mtp_llama2
@@ -26,15 +28,14 @@ def meta(tiny_model_args, tmp_path, tiny_tokenizer_path):
 
 @pytest.fixture
 def hf(tiny_model_args, tmp_path, tiny_tokenizer_path):
-    args = tiny_model_args | {"num_layers": 3, "n_future_tokens": 1, "max_seq_len": 4096}
+    args = tiny_model_args | {"num_layers": 3, "n_future_tokens": 1}
     return make(save_hf, args, tmp_path / "hf", tiny_tokenizer_path)
 
 
 def test_meta_to_hf_is_what_training_exports(meta, tiny_model_args, tmp_path, capsys):
     assert convert.main([meta, str(tmp_path / "out"), "--to", "hf"]) == 0
     assert "out: Hugging Face format, 2 trunk blocks, 1 head(s), 0.00 GB" in capsys.readouterr().out
-    args = tiny_model_args | {"max_seq_len": 4096}
-    make(save_hf, args, tmp_path / "exported", f"{meta}/tokenizer.model")
+    make(save_hf, tiny_model_args, tmp_path / "exported", f"{meta}/tokenizer.model")
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == [
         "config.json",
@@ -71,6 +72,8 @@ def test_hf_to_meta_to_hf(hf, tmp_path):
     assert convert.main([hf, str(tmp_path / "m"), "--to", "meta"]) == 0
     assert Checkpoint(tmp_path / "m").args["n_future_tokens"] == 1
     assert convert.main([str(tmp_path / "m"), str(tmp_path / "b"), "--to", "hf"]) == 0
+    config = (tmp_path / "b" / "config.json").read_text()
+    assert config == (tmp_path / "hf" / "config.json").read_text()  # context length included
     before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("hf", "b"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -110,6 +113,19 @@ def test_errors_are_one_line_and_exit_code_1(meta, hf, tmp_path, capsys, argumen
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_conversion_leaves_nothing(meta, tmp_path, capsys):
+    """A tokenizer that cannot be expressed shows when the folder is begun."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(
+        Path(meta, "tokenizer.model").read_bytes()
+    )
+    proto.trainer_spec.model_type = 1  # unigram
+    Path(meta, "tokenizer.model").write_bytes(proto.SerializeToString())
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert convert.main([meta, str(tmp_path / "out"), "--to", "hf"]) == 1
+    assert "is not a BPE model" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_wrong_arguments_exit_with_2(capsys):

@@ -1,6 +1,7 @@
 """Checkpoint folders: equalities between formats, sharded loading, one error for each defect."""
 
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from wmtp_modules.training import checkpoint as checkpoint_module
 from wmtp_modules.training.checkpoint import (
     Checkpoint,
     check_folder,
+    check_model,
     check_same_vocabulary,
     check_vocab,
     load_into,
@@ -164,6 +166,47 @@ def test_released_params_json_is_enough(tmp_path, tiny_tokenizer_path, args):
     assert model_args_from_folder(folder, max_seq_len=64, n_future_tokens=4) == args
 
 
+def test_context_length_is_kept(model, args, hf_folder, tmp_path, tiny_tokenizer_path):
+    """Meta's files do not name theirs, which is 4096; only another one is written."""
+    common = dict(tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    for context in (64, 4096):
+        folder = tmp_path / str(context)
+        save_meta(build(args | {"max_seq_len": context}), folder, **common)
+        params = json.loads((folder / "params.json").read_text())
+        assert params.get("max_seq_len", 4096) == context
+        assert ("max_seq_len" in params) == (context != 4096)
+        assert Checkpoint(folder).args["max_seq_len"] == context
+    edit_json(hf_folder / "config.json", max_position_embeddings=100)
+    assert Checkpoint(hf_folder).args["max_seq_len"] == 100
+    # Training on shorter rows does not shorten what the weights are good for; on longer, it does.
+    for context in (16, 128):
+        tuned = meta_device(args | {"max_seq_len": context})
+        load_into(tuned, tmp_path / "64", device=CPU)
+        assert tuned.max_seq_len == context
+        save_hf(tuned, tmp_path / "h16", **common)
+        config = json.loads((tmp_path / "h16" / "config.json").read_text())
+        assert config["max_position_embeddings"] == max(context, 64)
+
+
+def test_a_context_too_short_for_the_rows(meta_folder, args, tiny_tokenizer_path):
+    with pytest.raises(ValueError, match=r"m was trained on rows of 64 tokens, this run has rows"):
+        model_args_from_folder(meta_folder, max_seq_len=65)
+    message = r"tokenizer.max_seq_len 65 exceeds model.max_seq_len 64: raise the model's"
+    for folder in (None, meta_folder):
+        check_model(args, tiny_tokenizer_path, 64, folder)
+        with pytest.raises(ValueError, match=message):
+            check_model(args, tiny_tokenizer_path, 65, folder)
+
+
+def test_a_model_from_nothing_fits_its_tokenizer(meta_folder, args, tiny_tokenizer_path, tmp_path):
+    with pytest.raises(ValueError, match="has 512 pieces but tok_embeddings has 500 rows"):
+        check_model(args | {"vocab_size": 500}, tiny_tokenizer_path, 64)
+    with pytest.raises(ValueError, match=r"none.model is not a SentencePiece model"):
+        check_model(args, tmp_path / "none.model", 64)
+    with pytest.raises(ValueError, match=r"params.json describes another model"):
+        check_model(args | {"norm_eps": 1e-3}, tiny_tokenizer_path, 64, meta_folder)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_an_export_replaces_an_earlier_one(meta_folder, args, tiny_tokenizer_path, seed):
     other = build(args, seed)
@@ -187,6 +230,7 @@ def test_a_failed_export_leaves_the_earlier_one(meta_folder, args, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_meta(build(args, 3), meta_folder, tokenizer_path=tokenizer, dtype=torch.float32)
     assert (meta_folder / "consolidated.pth").read_bytes() == before
+    assert [path.name for path in meta_folder.parent.iterdir()] == ["m"]
 
 
 def test_an_export_does_not_replace_other_things(model, tmp_path, tiny_tokenizer_path):
@@ -707,8 +751,81 @@ def test_bad_params_json(meta_folder, text, message):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "must"),
+    [
+        ("dim", "32", "a whole number, at least 1"),
+        ("dim", None, "a whole number, at least 1"),
+        ("n_heads", 0, "a whole number, at least 1"),
+        ("n_heads", True, "a whole number, at least 1"),
+        ("n_kv_heads", -2, "a whole number, at least 1"),
+        ("n_layers", 6.0, "a whole number, at least 1"),
+        ("n_future_tokens", 0, "a whole number, at least 1"),
+        ("vocab_size", 0, "a whole number, at least 1"),
+        ("vocab_size", "512", "a whole number, at least 1"),
+        ("multiple_of", 0, "a whole number, at least 1"),
+        ("max_seq_len", 0, "a whole number, at least 1"),
+        ("ffn_dim_multiplier", "1", "a number above 0"),
+        ("norm_eps", 0, "a number above 0"),
+        ("norm_eps", "1e-5", "a number above 0"),
+        ("rope_theta", -1.0, "a number above 0"),
+    ],
+)
+def test_bad_field_of_params_json(meta_folder, field, value, must):
+    file = meta_folder / "params.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    message = f"params.json: {field} is {re.escape(json.dumps(value))}, it has to be {must}$"
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"n_layers": 4}, "params.json: n_layers is 4 and n_future_tokens 4"),
+        ({"n_layers": 3}, "params.json: n_layers is 3 and n_future_tokens 4"),
+        ({"n_heads": 3}, "params.json: a width of 32 does not divide into 3 heads"),
+        ({"n_heads": 32}, "a width of 32 does not divide into 32 heads of an even width"),
+        ({"n_kv_heads": 3}, "or these into 3 groups of keys and values"),
+    ],
+)
+def test_fields_that_do_not_fit_together(meta_folder, fields, message):
+    edit_json(meta_folder / "params.json", **fields)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "32"),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 1.5),
+        ("num_hidden_layers", 1),
+        ("vocab_size", -1),
+        ("intermediate_size", [64]),
+        ("max_position_embeddings", "long"),
+        ("rms_norm_eps", True),
+        ("rope_theta", 0),
+    ],
+)
+def test_bad_field_of_config_json(hf_folder, field, value):
+    edit_json(hf_folder / "config.json", **{field: value}, rope_parameters=None)
+    with pytest.raises(ValueError, match=f"config.json: {field} is .*, it has to be"):
+        Checkpoint(hf_folder)
+
+
+def test_index_without_a_weight_map(sharded_hf_folder):
+    edit_json(sharded_hf_folder / "model.safetensors.index.json", weight_map=["a"])
+    with pytest.raises(ValueError, match=r"index.json has no 'weight_map' from keys to files"):
+        Checkpoint(sharded_hf_folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
+        ({"rope_parameters": 3}, "rope_parameters is 3, not a JSON object"),
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from wmtp_modules.training.config import (
+    Above,
+    AtLeast,
     Component,
     ConfigError,
     Nullable,
@@ -104,6 +106,80 @@ def changed(path: str, value="DELETE") -> dict:
     else:
         node[key] = value
     return config
+
+
+RANGES = {
+    "steps": AtLeast(int, 1),
+    "clip": Above(float, 0),
+    "warmup": Optional(AtLeast(int, 0)),
+    "optimizer": Component(("params",), {"lr": Optional(Above(float, 0))}),
+    "data": Component(("tokens",), {"folder": str, "limit": AtLeast(int, 2)}),
+}
+
+
+def ranges(**changes):
+    data = {"_component_": "config_components.make", "folder": "a", "limit": 2}
+    optimizer = {"_component_": "torch.optim.AdamW", "lr": 1e-9}
+    valid = {"steps": 1, "clip": 1e-3, "warmup": 0, "optimizer": optimizer, "data": data}
+    return OmegaConf.merge(valid, changes)
+
+
+def test_values_in_range_pass():
+    check_config(ranges(), RANGES)
+    check_config(ranges(warmup=None, clip=2), RANGES)
+    config = ranges()
+    del config["optimizer"]["lr"], config["warmup"]
+    check_config(config, RANGES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"steps": 0}, "steps: has to be at least 1, it is 0"),
+        ({"steps": 1.5}, "steps: has to be a whole number, it is 1.5"),
+        ({"clip": 0.0}, "clip: has to be above 0, it is 0.0"),
+        ({"clip": float("nan")}, "clip: has to be above 0, it is nan"),
+        ({"clip": float("inf")}, "clip: has to be above 0, it is inf"),
+        ({"warmup": -1}, "warmup: has to be at least 0, it is -1"),
+        ({"optimizer": {"lr": -0.1}}, "optimizer.lr: has to be above 0, it is -0.1"),
+        ({"optimizer": {"lr": None}}, "optimizer.lr: has to be a number, it is null"),
+        ({"data": {"limit": 1}}, "data.limit: has to be at least 2, it is 1"),
+        ({"data": {"limit": None}}, "data.limit: has to be a whole number, it is null"),
+    ],
+)
+def test_values_out_of_range(changes, error):
+    with pytest.raises(ConfigError) as caught:
+        check_config(ranges(**changes), RANGES)
+    assert str(caught.value) == error
+
+
+def test_a_key_that_the_recipe_needs_may_be_optional_to_the_component():
+    config = ranges()
+    del config["data"]["limit"]
+    with pytest.raises(ConfigError, match=r"^data.limit: missing$"):
+        check_config(config, RANGES)
+
+
+def test_rules_are_asked_where_their_keys_are_right():
+    def rule(steps, warmup):
+        return f"warmup: {warmup} with {steps}" if (warmup or 0) >= steps else None
+
+    def check(**changes):
+        check_config(ranges(**changes), RANGES, [rule])
+
+    check(steps=3, warmup=2)
+    check(warmup=None)
+    with pytest.raises(ConfigError, match=r"^warmup: 3 with 3$"):
+        check(steps=3, warmup=3)
+    with pytest.raises(ConfigError, match=r"^steps: has to be at least 1, it is 0$"):
+        check(steps=0, warmup=3)  # not asked: steps is wrong by itself
+    with pytest.raises(ConfigError, match="2 errors") as caught:
+        check(steps=3, warmup=3, clip=0)  # asked beside other keys that are wrong
+    assert "clip: has to be above 0" in str(caught.value)
+    config = ranges(warmup=3)
+    del config["steps"]
+    with pytest.raises(ConfigError, match=r"^steps: missing$"):
+        check_config(config, RANGES, [rule])
 
 
 def test_valid_config_passes():

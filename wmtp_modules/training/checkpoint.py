@@ -6,10 +6,12 @@ rank finds the same error by itself, before any memory is spent.
 """
 
 import json
+import math
 import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ from wmtp_modules.training.distributed import patient_barrier
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
 HF_SHARD_BYTES = 5_000_000_000  # the usual size of Hugging Face's shards
-# params.json does not name the context length; Llama-2 and the multi-token release have 4096.
+# Meta's params.json does not name the context length; Llama-2 and the multi-token release have
+# 4096. Another one is written as max_seq_len, which Meta's own loader would not take.
 META_CONTEXT = 4096
 # Tables that some exporters store beside the weights; the model computes them.
 _KNOWN_BUFFERS = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -97,6 +100,7 @@ class Checkpoint:
         config = _read_json(self.config_file)
         read_args = self._args_from_hf if self.is_hf else self._args_from_meta
         self.args = read_args(config, n_future_tokens)
+        self._check_widths()
         self._their_keys = self._name_keys(config)
         self._check_keys()
         check_vocab(folder, self.args["vocab_size"])
@@ -120,8 +124,8 @@ class Checkpoint:
 
     def _args_from_meta(self, config: dict, n_future_tokens: int | None) -> dict:
         file = self.config_file
-        dim, num_heads = _field(config, "dim", file), _field(config, "n_heads", file)
-        found = config.get("n_future_tokens", 1)
+        dim, num_heads = _number(config, "dim", file), _number(config, "n_heads", file)
+        found = _number(config, "n_future_tokens", file, default=1)
         if n_future_tokens not in (None, found):
             raise ValueError(
                 f"{file}: n_future_tokens is {found}, the model has {n_future_tokens}: "
@@ -129,31 +133,42 @@ class Checkpoint:
             )
         hidden = self._shape("layers.0.feed_forward.w1.weight")[0]
         if "multiple_of" in config:
-            hidden = _meta_hidden_dim(
-                dim, config["multiple_of"], config.get("ffn_dim_multiplier") or 1.0
+            multiplier = _number(config, "ffn_dim_multiplier", file, float, default=1.0)
+            hidden = _meta_hidden_dim(dim, _number(config, "multiple_of", file), multiplier)
+        if config.get("vocab_size", -1) == -1:  # Llama-2's files say -1: the tokenizer's
+            vocab_size = self._shape("tok_embeddings.weight")[0]
+        else:
+            vocab_size = _number(config, "vocab_size", file)
+        num_layers = _number(config, "n_layers", file)
+        if num_layers <= found:
+            raise ValueError(
+                f"{file}: n_layers is {num_layers} and n_future_tokens {found}: n_layers counts "
+                "trunk and heads together and is the larger one"
             )
-        vocab_size = config.get("vocab_size", -1)  # Llama-2's files say -1: the tokenizer's
         return dict(
-            vocab_size=vocab_size if vocab_size > 0 else self._shape("tok_embeddings.weight")[0],
-            num_layers=_field(config, "n_layers", file),
+            vocab_size=vocab_size,
+            num_layers=num_layers,
             n_future_tokens=found,
             num_heads=num_heads,
-            num_kv_heads=config.get("n_kv_heads") or num_heads,
+            num_kv_heads=_number(config, "n_kv_heads", file, default=num_heads),
             embed_dim=dim,
-            max_seq_len=META_CONTEXT,
+            max_seq_len=_number(config, "max_seq_len", file, default=META_CONTEXT),
             intermediate_dim=hidden,
-            norm_eps=config.get("norm_eps", 1e-5),
-            rope_base=config.get("rope_theta", 10_000.0),
+            norm_eps=_number(config, "norm_eps", file, float, default=1e-5),
+            rope_base=_number(config, "rope_theta", file, float, default=10_000.0),
         )
 
     def _args_from_hf(self, config: dict, n_future_tokens: int | None) -> dict:
         file = self.config_file
         dim, num_heads = (
-            _field(config, name, file) for name in ("hidden_size", "num_attention_heads")
+            _number(config, name, file) for name in ("hidden_size", "num_attention_heads")
         )
         # transformers 5 moved rope_theta and what was rope_scaling into rope_parameters.
-        rope = config.get("rope_parameters") or {}
-        scaling = config.get("rope_scaling") or rope
+        rope, scaling = (config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+        for name, block in {"rope_parameters": rope, "rope_scaling": scaling}.items():
+            if not isinstance(block, dict):
+                raise ValueError(f"{file}: {name} is {block!r}, not a JSON object")
+        rope, scaling = config | rope, scaling or rope
         only = {
             "model_type": (config.get("model_type"), "llama"),
             "hidden_act": (config.get("hidden_act", "silu"), "silu"),
@@ -161,6 +176,7 @@ class Checkpoint:
             "mlp_bias": (config.get("mlp_bias", False), False),
             "head_dim": (config.get("head_dim") or dim // num_heads, dim // num_heads),
             "rope_type": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
+            "partial_rotary_factor": (rope.get("partial_rotary_factor", 1), 1),
         }
         for name, (value, supported) in only.items():
             if value != supported:
@@ -168,18 +184,28 @@ class Checkpoint:
                     f"{file}: {name} is {value!r}, but only a Llama with {supported!r} is supported"
                 )
         n_heads = n_future_tokens or 1
+        num_layers = _number(config, "num_hidden_layers", file, at_least=2)  # trunk and head 0
         return dict(
-            vocab_size=_field(config, "vocab_size", file),
-            num_layers=_field(config, "num_hidden_layers", file) + n_heads - 1,
+            vocab_size=_number(config, "vocab_size", file),
+            num_layers=num_layers + n_heads - 1,
             n_future_tokens=n_heads,
             num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            num_kv_heads=_number(config, "num_key_value_heads", file, default=num_heads),
             embed_dim=dim,
-            max_seq_len=config.get("max_position_embeddings", 2048),  # transformers' default
-            intermediate_dim=_field(config, "intermediate_size", file),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_base=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+            # transformers' default
+            max_seq_len=_number(config, "max_position_embeddings", file, default=2048),
+            intermediate_dim=_number(config, "intermediate_size", file),
+            norm_eps=_number(config, "rms_norm_eps", file, float, default=1e-6),
+            rope_base=_number(rope, "rope_theta", file, float, default=10_000.0),
         )
+
+    def _check_widths(self) -> None:
+        dim, heads, kv_heads = (self.args[n] for n in ("embed_dim", "num_heads", "num_kv_heads"))
+        if dim % (2 * heads) or heads % kv_heads:
+            raise ValueError(
+                f"{self.config_file}: a width of {dim} does not divide into {heads} heads of an "
+                f"even width, or these into {kv_heads} groups of keys and values"
+            )
 
     def _name_keys(self, config: dict) -> dict[str, str]:
         name = hf_key if self.is_hf else meta_key
@@ -222,9 +248,43 @@ def model_args_from_folder(
         n_future_tokens: see ``Checkpoint``.
 
     Raises:
-        ValueError: as ``Checkpoint`` does.
+        ValueError: as ``Checkpoint`` does, or if the folder's context is shorter than that.
     """
-    return Checkpoint(folder, n_future_tokens).args | {"max_seq_len": max_seq_len}
+    args = Checkpoint(folder, n_future_tokens).args
+    if args["max_seq_len"] < max_seq_len:
+        raise ValueError(
+            f"{folder} was trained on rows of {args['max_seq_len']} tokens, this run has rows of "
+            f"{max_seq_len}: lower tokenizer.max_seq_len or take another checkpoint"
+        )
+    return args | {"max_seq_len": max_seq_len}
+
+
+def check_model(
+    model_args: dict,
+    tokenizer_path: str | Path,
+    max_seq_len: int,
+    folder: str | Path | None = None,
+) -> None:
+    """Compare a model with its tokenizer, and its checkpoint folder, before any data is made.
+
+    Args:
+        model_args: ``model.args``.
+        tokenizer_path: SentencePiece model that will make the token ids.
+        max_seq_len: longest row it will make, in tokens.
+        folder: what the model will be filled from; None if it starts from nothing.
+
+    Raises:
+        ValueError: as ``check_folder`` and ``check_vocab`` do, or if the rows are too long.
+    """
+    if folder is None:
+        check_vocab(tokenizer_path, model_args["vocab_size"])
+    else:
+        check_folder(folder, model_args, tokenizer_path)
+    if model_args["max_seq_len"] < max_seq_len:
+        raise ValueError(
+            f"tokenizer.max_seq_len {max_seq_len} exceeds model.max_seq_len "
+            f"{model_args['max_seq_len']}: raise the model's or lower the tokenizer's"
+        )
 
 
 def check_folder(folder: str | Path, model_args: dict, tokenizer_path: str | Path) -> None:
@@ -260,7 +320,7 @@ def check_vocab(folder: str | Path, vocab_size: int) -> None:
     if pieces != vocab_size:
         raise ValueError(
             f"{path} has {pieces} pieces but tok_embeddings has {vocab_size} rows: use the "
-            "tokenizer that the checkpoint was trained with"
+            "tokenizer that the model was trained with, or give a new one as many rows"
         )
 
 
@@ -285,7 +345,8 @@ def load_into(model: nn.Module, folder: str | Path, *, device: torch.device | st
 
     A parameter keeps its dtype; values are converted row block by row block while they are copied.
     A model on the meta device gets its memory on ``device`` first. The RoPE tables are computed
-    anew there.
+    anew there. The model's ``context`` becomes the folder's where that is longer, so that training
+    on short rows does not shorten what an export says.
 
     Args:
         model: ``mtp_llama2`` model, plain or sharded by FSDP2 along dimension 0.
@@ -315,6 +376,7 @@ def load_into(model: nn.Module, folder: str | Path, *, device: torch.device | st
                 with torch.device(device):
                     module.rope_init()
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    model.context = max(model.context, checkpoint.args["max_seq_len"])
 
 
 def save_meta(
@@ -380,15 +442,16 @@ def write_meta(
         "vocab_size": args["vocab_size"],
         **_meta_hidden_fields(args["embed_dim"], args["intermediate_dim"]),
     }
-    partial = _begin(folder, tokenizer_path)
+    if args["max_seq_len"] != META_CONTEXT:
+        params["max_seq_len"] = args["max_seq_len"]
     bar = {"desc": "writing", "total": bar_bytes, "disable": bar_bytes is None}
-    with (
-        (partial / "consolidated.pth").open("wb") as file,
-        tqdm.wrapattr(file, "write", **bar) as counted,
-    ):
-        torch.save(state, counted)
-    (partial / "params.json").write_text(json.dumps(params, indent=2))
-    _finish(partial, folder)
+    with _checkpoint_folder(folder, tokenizer_path) as partial:
+        with (
+            (partial / "consolidated.pth").open("wb") as file,
+            tqdm.wrapattr(file, "write", **bar) as counted,
+        ):
+            torch.save(state, counted)
+        (partial / "params.json").write_text(json.dumps(params, indent=2))
 
 
 def write_hf(
@@ -410,90 +473,90 @@ def write_hf(
         tokenizer_path: SentencePiece model.
         bar_bytes: bytes that will be written, to show a progress bar; none is shown if None.
     """
-    partial = _begin(folder, tokenizer_path)
-    write_hf_tokenizer(tokenizer_path, partial, max_seq_len=args["max_seq_len"])
-    n_trunk = args["num_layers"] - args["n_future_tokens"]
-    head_dim = args["embed_dim"] // args["num_heads"]
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    total = parameters = 0
+    with _checkpoint_folder(folder, tokenizer_path) as partial:
+        write_hf_tokenizer(tokenizer_path, partial, max_seq_len=args["max_seq_len"])
+        n_trunk = args["num_layers"] - args["n_future_tokens"]
+        head_dim = args["embed_dim"] // args["num_heads"]
+        shards: list[list[str]] = []
+        shard: dict[str, torch.Tensor] = {}
+        total = parameters = 0
 
-    def flush(bar: tqdm) -> None:
-        save_file(shard, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        bar.update(sum(tensor.nbytes for tensor in shard.values()))
-        shards.append(list(shard))
-        shard.clear()
+        def flush(bar: tqdm) -> None:
+            save_file(shard, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            bar.update(sum(tensor.nbytes for tensor in shard.values()))
+            shards.append(list(shard))
+            shard.clear()
 
-    bar_style = {"desc": "writing", "unit": "B", "unit_scale": True}
-    with tqdm(total=bar_bytes, disable=bar_bytes is None, **bar_style) as bar:
-        for key, tensor in tensors:
-            if is_extra_head(key):
-                continue
-            heads = rotary_heads(key, args)
-            if heads is not None:
-                tensor = tensor[rows_to_hf(heads, head_dim)]
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > HF_SHARD_BYTES:
-                flush(bar)
-            # Tied embeddings come as one tensor twice, which safetensors refuses to write.
-            twice = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
-            shard[hf_key(key, n_trunk)] = tensor.clone() if twice else tensor.contiguous()
-            total, parameters = total + tensor.nbytes, parameters + tensor.numel()
-            dtype = str(tensor.dtype).removeprefix("torch.")
-        flush(bar)
+        bar_style = {"desc": "writing", "unit": "B", "unit_scale": True}
+        with tqdm(total=bar_bytes, disable=bar_bytes is None, **bar_style) as bar:
+            for key, tensor in tensors:
+                if is_extra_head(key):
+                    continue
+                heads = rotary_heads(key, args)
+                if heads is not None:
+                    tensor = tensor[rows_to_hf(heads, head_dim)]
+                if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > HF_SHARD_BYTES:
+                    flush(bar)
+                # Tied embeddings come as one tensor twice, which safetensors refuses to write.
+                twice = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
+                shard[hf_key(key, n_trunk)] = tensor.clone() if twice else tensor.contiguous()
+                total, parameters = total + tensor.nbytes, parameters + tensor.numel()
+                dtype = str(tensor.dtype).removeprefix("torch.")
+            flush(bar)
 
-    weight_map = {}
-    for i, keys in enumerate(shards):
-        name = "model.safetensors"
+        weight_map = {}
+        for i, keys in enumerate(shards):
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            (partial / f"{i}.safetensors").rename(partial / name)
+            weight_map |= dict.fromkeys(keys, name)
         if len(shards) > 1:
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (partial / f"{i}.safetensors").rename(partial / name)
-        weight_map |= dict.fromkeys(keys, name)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": total, "total_parameters": parameters},
-            "weight_map": weight_map,
-        }
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            index = {
+                "metadata": {"total_size": total, "total_parameters": parameters},
+                "weight_map": weight_map,
+            }
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
-    tokenizer = spm.SentencePieceProcessor(model_file=str(tokenizer_path))
-    special = {"bos_token_id": tokenizer.bos_id(), "eos_token_id": tokenizer.eos_id()}
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **special,
-        "vocab_size": args["vocab_size"],
-        "hidden_size": args["embed_dim"],
-        "intermediate_size": args["intermediate_dim"],
-        "num_hidden_layers": n_trunk + 1,
-        "num_attention_heads": args["num_heads"],
-        "num_key_value_heads": args["num_kv_heads"],
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": args["max_seq_len"],
-        "rms_norm_eps": args["norm_eps"],
-        # Read by transformers 4 and 5 and by the versions of vLLM that go with each.
-        "rope_theta": args["rope_base"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": args["rope_base"]},
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
-    (partial / "config.json").write_text(json.dumps(config, indent=2))
-    (partial / "generation_config.json").write_text(json.dumps(special, indent=2))
-    _finish(partial, folder)
+        tokenizer = spm.SentencePieceProcessor(model_file=str(tokenizer_path))
+        special = {"bos_token_id": tokenizer.bos_id(), "eos_token_id": tokenizer.eos_id()}
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **special,
+            "vocab_size": args["vocab_size"],
+            "hidden_size": args["embed_dim"],
+            "intermediate_size": args["intermediate_dim"],
+            "num_hidden_layers": n_trunk + 1,
+            "num_attention_heads": args["num_heads"],
+            "num_key_value_heads": args["num_kv_heads"],
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": args["max_seq_len"],
+            "rms_norm_eps": args["norm_eps"],
+            # Read by transformers 4 and 5 and by the versions of vLLM that go with each.
+            "rope_theta": args["rope_base"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": args["rope_base"]},
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+            "torch_dtype": dtype,
+            "dtype": dtype,
+        }
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        (partial / "generation_config.json").write_text(json.dumps(special, indent=2))
 
 
 def _save(write: Any, model: nn.Module, folder: Path, tokenizer: Path, dtype: torch.dtype) -> None:
     check_vocab(tokenizer, model.args["vocab_size"])
     _check_replaceable(folder)
     tensors = _whole_tensors(model, dtype, with_extra_heads=write is write_meta)
+    args = model.args | {"max_seq_len": model.context}
     if not dist.is_initialized():
-        write(tensors, model.args, folder, tokenizer)
+        write(tensors, args, folder, tokenizer)
         return
     if dist.get_rank() == 0:
-        write(tensors, model.args, folder, tokenizer)
+        write(tensors, args, folder, tokenizer)
     else:
         for _ in tensors:  # takes part in the gathers
             pass
@@ -532,24 +595,38 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
 
-def _begin(folder: Path, tokenizer_path: Path) -> Path:
-    """An empty folder beside ``folder``, holding the tokenizer."""
-    _check_replaceable(folder)
-    partial = folder.absolute().with_name(folder.absolute().name + ".partial")
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder beside ``folder`` that takes its name, and its place, when all is in it.
+
+    What is under the name stays as it is until then, also when the block raises; a half-filled
+    folder does not outlive it.
+
+    Args:
+        folder: the name to give.
+    """
+    folder = folder.absolute()
+    partial, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    shutil.copyfile(tokenizer_path, partial / "tokenizer.model")
-    return partial
+    try:
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _finish(partial: Path, folder: Path) -> None:
-    """Give the complete folder its name, in place of an earlier checkpoint."""
-    old = partial.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def _checkpoint_folder(folder: Path, tokenizer_path: Path) -> Iterator[Path]:
+    """``new_folder`` in place of an earlier checkpoint only, holding the tokenizer."""
+    _check_replaceable(folder)
+    with new_folder(folder) as partial:
+        shutil.copyfile(tokenizer_path, partial / "tokenizer.model")
+        yield partial
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -598,10 +675,30 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _field(config: dict, name: str, file: Path) -> Any:
+def _number(
+    config: dict,
+    name: str,
+    file: Path,
+    kind: type = int,
+    *,
+    at_least: int = 1,
+    default: float | None = None,
+) -> Any:
+    """A field that has to be a whole number, or with ``kind`` float any number above 0.
+
+    With a default the field may be left out or null.
+    """
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
     if name not in config:
         raise ValueError(f"{file} has no {name!r}")
-    return config[name]
+    is_number = isinstance(value, int if kind is int else int | float)
+    fits = is_number and not isinstance(value, bool)
+    if not fits or not (value >= at_least if kind is int else 0 < value < math.inf):
+        must = f"a whole number, at least {at_least}" if kind is int else "a number above 0"
+        raise ValueError(f"{file}: {name} is {json.dumps(value)}, it has to be {must}")
+    return value
 
 
 def _consolidated_file(folder: Path) -> Path:
@@ -624,7 +721,9 @@ def _hf_weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.exists():
-            weight_map = _field(_read_json(index), "weight_map", index)
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no 'weight_map' from keys to files")
             shards = [folder / shard for shard in sorted(set(weight_map.values()))]
             missing = [shard.name for shard in shards if not shard.exists()]
             if missing:

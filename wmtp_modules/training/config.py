@@ -6,19 +6,24 @@ may stand for a key:
 - a type or annotation: ``int``, ``float | None``, ``list[str]``, ``Literal[...]``;
 - a tuple of choices: ``("bf16", "fp32")``;
 - a dict: a nested block;
+- ``AtLeast(int, 1)``, ``Above(float, 0)``: a number in that range;
 - a function or class: a block of its keyword arguments, names, types and defaults as it has them;
 - ``Component(...)``: a block with ``_component_``, checked against what that names;
 - ``Optional(x)``: x, or the key left out or null; ``Nullable(x)``: x or null, but written.
+
+What keys have to be together is said by rules, functions whose parameters are named after keys.
 """
 
 import difflib
 import importlib
 import inspect
+import math
 import numbers
 import os
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
@@ -47,28 +52,57 @@ class Nullable:
 
 
 @dataclass(frozen=True)
+class AtLeast:
+    """A number not below a bound."""
+
+    kind: type
+    bound: float
+
+
+@dataclass(frozen=True)
+class Above:
+    """A number above a bound."""
+
+    kind: type
+    bound: float
+
+
+@dataclass(frozen=True)
 class Component:
     """A block whose ``_component_`` is called with the other keys.
 
     Args:
         given: names of the positional arguments that the recipe passes, in their order.
+        keys: what some of the other keys have to be, beyond what the signature says.
     """
 
     given: tuple[str, ...] = ()
+    keys: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_config(cfg: DictConfig, schema: Mapping[str, Any]) -> None:
+def check_config(
+    cfg: DictConfig, schema: Mapping[str, Any], rules: Sequence[Callable[..., str | None]] = ()
+) -> None:
     """Compare a config with a schema. Imports what components name, calls none of them.
 
     Args:
         cfg: the config, interpolations not yet resolved.
         schema: what each key has to be, see the top of this file.
+        rules: each returns what is wrong, headed by the dotted key, or None. Its parameters are
+            named after top-level keys and get their values, None for an optional one that is left
+            out; it is not asked where one of them is wrong or missing by itself.
 
     Raises:
         ConfigError: with one line per error, each headed by the dotted key.
     """
     values, errors = _resolve(cfg, "")
     errors += _check_block(values, schema, "")
+    wrong = {re.match(r"[^.:[]*", error)[0] for error in errors}
+    wrong |= {key for key, kind in schema.items() if not isinstance(kind, Optional)} - values.keys()
+    for rule in rules:
+        keys = inspect.signature(rule).parameters
+        if not wrong & set(keys):
+            errors += filter(None, [rule(*map(values.get, keys))])
     if len(errors) == 1:
         raise ConfigError(errors[0])
     if errors:
@@ -112,13 +146,15 @@ def _check(value: Any, schema: Any, path: str) -> list[str]:
         return []
     if isinstance(schema, Optional | Nullable):
         return [] if value is None else _check(value, schema.schema, path)
+    if isinstance(schema, AtLeast | Above):
+        return _check_range(value, schema, path)
     if isinstance(schema, tuple):
         return _check(value, Literal[schema], path)
     is_block = isinstance(schema, Mapping | Component) or _is_callable_schema(schema)
     if is_block and not isinstance(value, dict):
         return [f"{path}: has to be a block of keys, it is {_show(value)}"]
     if isinstance(schema, Component):
-        return _check_component(value, schema.given, path)
+        return _check_component(value, schema.given, path, schema.keys)
     if isinstance(schema, Mapping):
         return _check_block(value, schema, path)
     if is_block:
@@ -171,7 +207,9 @@ def _closest(key: str, known: Any) -> str | None:
 # ------------------------------------------------------------------ components
 
 
-def _check_component(values: dict, given: tuple[str, ...] | None, path: str) -> list[str]:
+def _check_component(
+    values: dict, given: tuple[str, ...] | None, path: str, keys: Mapping[str, Any] | None = None
+) -> list[str]:
     """``given=None``: someone else passes arguments of which nothing is known here."""
     if COMPONENT not in values:
         return [f"{path}: missing {COMPONENT}, the dotted path of what to build"]
@@ -188,7 +226,15 @@ def _check_component(values: dict, given: tuple[str, ...] | None, path: str) -> 
     if not callable(component):
         return [f"{here}: {target!r} is a {type(component).__name__}, nothing to call"]
     arguments = {key: value for key, value in values.items() if key != COMPONENT}
-    return _check_call(arguments, component, given, path)
+    errors = _check_call(arguments, component, given, path)
+    said = {error.partition(":")[0] for error in errors}
+    further = {key: kind for key, kind in (keys or {}).items() if _join(path, key) not in said}
+    for key, kind in further.items():
+        if key in arguments:
+            errors += _check(arguments[key], kind, _join(path, key))
+        elif not isinstance(kind, Optional):
+            errors.append(f"{_join(path, key)}: missing")
+    return errors
 
 
 def locate(dotted_path: str) -> Any:
@@ -311,6 +357,19 @@ def _check_leaf(value: Any, kind: Any, path: str) -> list[str]:
     if isinstance(value, _Unresolved) or _fits(value, kind) is not False:
         return []
     return [f"{path}: has to be {_describe(kind)}, it is {_show(value)}{_hint(value, kind)}"]
+
+
+def _check_range(value: Any, schema: AtLeast | Above, path: str) -> list[str]:
+    errors = _check_leaf(value, schema.kind, path)
+    if errors:
+        return errors
+    is_least = isinstance(schema, AtLeast)
+    if not math.isfinite(value) or not (
+        value >= schema.bound if is_least else value > schema.bound
+    ):
+        words = "at least" if is_least else "above"
+        return [f"{path}: has to be {words} {schema.bound}, it is {_show(value)}"]
+    return []
 
 
 def _fits(value: Any, kind: Any) -> bool | None:

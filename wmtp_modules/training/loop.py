@@ -3,8 +3,9 @@
 Shapes: B packed rows of a rank's micro-batch, T positions, K heads.
 """
 
+import math
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -15,6 +16,10 @@ from torchtune.modules.attention_utils import packed_block_causal_mask
 from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
 from wmtp_modules.training.distributed import all_reduce_sum
+
+
+class TrainingError(ValueError):
+    """What stops a run while it trains, in a sentence for its user."""
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -83,7 +88,7 @@ def heldout_losses(model: nn.Module, batches: Iterable[dict]) -> list[float]:
         K losses in nats per token.
 
     Raises:
-        ValueError: if a head has no target in all of them.
+        TrainingError: if a head has no target in all of them, or its loss is not finite.
     """
     was_training = model.training
     model.eval()
@@ -103,11 +108,37 @@ def heldout_losses(model: nn.Module, batches: Iterable[dict]) -> list[float]:
     (sums_2K,) = all_reduce_sum(torch.stack(sums).sum(0))
     if (sums_2K[1] == 0).any():
         head = int((sums_2K[1] == 0).nonzero()[0])
-        raise ValueError(
+        raise TrainingError(
             f"no held-out text is long enough for head {head}, which predicts {head + 1} tokens "
             "ahead: take a longer dataset_val"
         )
-    return (sums_2K[0] / sums_2K[1]).tolist()
+    losses = (sums_2K[0] / sums_2K[1]).tolist()
+    if not all(map(math.isfinite, losses)):
+        raise TrainingError(
+            f"the held-out losses of the heads are {losses}: check the checkpoint and the dtype"
+        )
+    return losses
+
+
+def check_finite(step: int, figures: Mapping[str, torch.Tensor | None]) -> None:
+    """Stop a run before an update with what is no number; waits for the device.
+
+    Args:
+        step: the optimizer step that comes.
+        figures: scalars by name, equal on all ranks, so that all stop together. None is passed
+            over.
+
+    Raises:
+        TrainingError: if one is NaN or infinite.
+    """
+    for name, figure in figures.items():
+        value = 0.0 if figure is None else float(figure)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} of step {step} is {value}: the run stops before this update, "
+                "and what was saved before is untouched. Lower optimizer.lr, or look at the data "
+                "and the checkpoints"
+            )
 
 
 def step_metrics(
