@@ -11,8 +11,6 @@ Shapes: B packed rows, T positions, K heads. Head k at position t predicts token
 """
 
 import json
-import os
-import shutil
 import sys
 import time
 import warnings
@@ -43,13 +41,15 @@ from wmtp_modules.scoring import (
     score_rows,
 )
 from wmtp_modules.training.checkpoint import (
-    check_folder,
+    check_model,
     check_same_vocabulary,
     load_into,
     model_args_from_folder,
     save_meta,
 )
 from wmtp_modules.training.config import (
+    Above,
+    AtLeast,
     Component,
     ConfigError,
     Nullable,
@@ -67,6 +67,8 @@ from wmtp_modules.training.distributed import (
     shard_model,
 )
 from wmtp_modules.training.loop import (
+    TrainingError,
+    check_finite,
     epoch_dataloader,
     heldout_batches,
     heldout_losses,
@@ -77,16 +79,25 @@ from wmtp_modules.training.loop import (
 )
 from wmtp_modules.training.metric_logging import JSONLLogger
 from wmtp_modules.training.runs import (
+    TRAINING_RULES,
     control_runs,
     is_done,
+    one_sentence,
     print_losses,
     print_places,
     required_runs,
+    write_summary,
 )
 from wmtp_modules.training.training_state import (
+    check_same_run,
+    drop_training_states,
     load_training_state,
     newest_training_state,
+    random_state,
+    resolved,
+    resume_schedule_,
     save_training_state,
+    set_random_state,
 )
 from wmtp_modules.weighting import TokenWeighting
 
@@ -103,31 +114,31 @@ SCHEMA = {
     "device": ("cuda", "cpu"),
     "dtype": ("bf16", "fp32"),
     "fp32_master_weights": bool,
-    "seed": int,
+    "seed": AtLeast(int, 0),
     "resume_from_checkpoint": bool,
     "model": Component(),
     "checkpointer": Nullable({"checkpoint_dir": str}),  # null: start from nothing
-    "tokenizer": Component(),
+    "tokenizer": Component(keys={"path": str, "max_seq_len": AtLeast(int, 2)}),
     "dataset": Component(given=("tokenizer",)),
     "dataset_val": Component(given=("tokenizer",)),
-    "batch_size": int,  # packed rows of a rank's micro-batch
-    "gradient_accumulation_steps": int,
+    "batch_size": AtLeast(int, 1),  # packed rows of a rank's micro-batch
+    "gradient_accumulation_steps": AtLeast(int, 1),
     "weighting": TokenWeighting,
     "reference": Optional(
         {
             "mode": ("cached", "online"),
             "checkpointer": {"checkpoint_dir": str},
             "table_dir": str,
-            "batch_tokens": int,
+            "batch_tokens": AtLeast(int, 1),
         }
     ),
-    "optimizer": Component(given=("params",)),
-    "num_warmup_steps": int,
-    "clip_grad_norm": float,
-    "max_steps": int,
-    "run_val_every_n_steps": int,
-    "save_every_n_steps": int,
-    "log_every_n_steps": int,
+    "optimizer": Component(given=("params",), keys={"lr": Optional(Above(float, 0))}),
+    "num_warmup_steps": AtLeast(int, 0),
+    "clip_grad_norm": Above(float, 0),
+    "max_steps": AtLeast(int, 1),
+    "run_val_every_n_steps": AtLeast(int, 1),
+    "save_every_n_steps": AtLeast(int, 1),
+    "log_every_n_steps": AtLeast(int, 1),
     "enable_activation_checkpointing": bool,
     "compile": bool,
     "metric_logger": Component(),
@@ -142,21 +153,11 @@ SCHEMA = {
 
 def check(cfg: DictConfig) -> None:
     """Everything that can be wrong with a config before a process group or a model exists."""
-    check_config(cfg, SCHEMA)
+    check_config(cfg, SCHEMA, TRAINING_RULES)
     for name in (cfg.weighting.name, *(cfg.get("controls") or [])):
         weighting = make_weighting(OmegaConf.merge(cfg, {"weighting": {"name": name}}))
         if weighting.needs_scores and not cfg.get("reference"):
             raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
-    if not cfg.fp32_master_weights and not cfg.optimizer.get("bf16_stochastic_round"):
-        raise ConfigError(
-            "fp32_master_weights: false loses most updates of bf16 parameters: take an optimizer "
-            "with bf16_stochastic_round: true (torchao.optim), or keep fp32 masters"
-        )
-    if not cfg.fp32_master_weights and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError(
-            "fp32_master_weights: false is for one rank: torchao 0.15 cannot round sharded "
-            "parameters stochastically; keep fp32 masters, which are sharded over the ranks"
-        )
 
 
 def make_weighting(cfg: DictConfig) -> TokenWeighting:
@@ -191,8 +192,8 @@ class Rho1WMTPRecipeDistributed:
         training.set_seed(cfg.seed)
         with torch.device("meta"):
             self._model = config.instantiate(cfg.model)
-        if cfg.checkpointer:
-            check_folder(cfg.checkpointer.checkpoint_dir, self._model.args, cfg.tokenizer.path)
+        folder = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
+        check_model(self._model.args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
         self._alphas_K = head_alphas(self._model.n_future_tokens, self._weighting.decay)
         self._alphas_K = self._alphas_K.to(self._device)
 
@@ -267,7 +268,7 @@ class Rho1WMTPRecipeDistributed:
             # What an earlier run left here must not look like this one's.
             (self._output_dir / "summary.json").unlink(missing_ok=True)
             if self._step == 0:
-                shutil.rmtree(self._output_dir / "training_state", ignore_errors=True)
+                drop_training_states(self._output_dir / "training_state")
             OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
             jsonl = JSONLLogger(self._output_dir / "metrics.jsonl", resume_step=self._step)
             known = {"run_id": run_id} if run_id else {}
@@ -281,14 +282,15 @@ class Rho1WMTPRecipeDistributed:
         if folder is None:
             log_zero(f"Nothing to resume in {self._output_dir}: starting from step 0.")
             return None
+        check_same_run(folder, self._cfg)
         own = load_training_state(folder, self._model, self._optimizer)
         self._step, self._micro_step, self._epoch = own["step"], own["micro_step"], own["epoch"]
         self._best_loss, self._heldout = own["best_loss"], own["heldout"]
         self._noise_sums = own["noise_sums"]
-        self._lr_scheduler.load_state_dict(own["lr_scheduler"])
+        resume_schedule_(self._lr_scheduler, own["lr_scheduler"])
         self._start_epoch()
         self._dataloader.load_state_dict(own["dataloader"])
-        torch.set_rng_state(own["rng"])
+        set_random_state(own["rng"], self._device)
         log_zero(f"Resumed {folder} after step {self._step}.")
         return own["run_id"]
 
@@ -299,6 +301,12 @@ class Rho1WMTPRecipeDistributed:
         folder = self._cfg.reference.checkpointer.checkpoint_dir
         args = model_args_from_folder(folder, max_seq_len=self._cfg.tokenizer.max_seq_len)
         check_same_vocabulary(self._cfg.tokenizer.path, Path(folder) / "tokenizer.model")
+        n_heads, K = args["n_future_tokens"], self._model.n_future_tokens
+        if 1 < n_heads < K:
+            raise ValueError(
+                f"the MTP reference in {folder} has {n_heads} heads, the model {K}: use one with "
+                "at least as many heads, or a next-token reference"
+            )
         with torch.device("meta"):
             model = mtp_llama2(**args)
         cast_parameters_(model, self._dtype)
@@ -383,6 +391,8 @@ class Rho1WMTPRecipeDistributed:
             "tokens": (batch["doc"] >= 0).sum(),
             "noise": noise_sums(batch["noise"], mask_BTK, weights_BTK),
         }
+        if reference_BTK is not None:  # to see whether all of them are numbers
+            sums["reference"] = torch.where(mask_BTK, reference_BTK, 0).sum()
         return loss, sums, stats
 
     def train(self) -> None:
@@ -416,6 +426,8 @@ class Rho1WMTPRecipeDistributed:
             n_prime = (self._alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
             training.scale_grads(self._model, self._world / n_prime)
             grad_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), cfg.clip_grad_norm)
+            figures = {"reference loss": sums.get("reference"), "loss": sums["objective"]}
+            check_finite(self._step + 1, figures | {"gradient norm": grad_norm})
             lr = self._lr_scheduler.get_last_lr()[0]
             self._optimizer.step()
             self._lr_scheduler.step()
@@ -483,7 +495,11 @@ class Rho1WMTPRecipeDistributed:
     # ----------------------------------------------------------- checkpoints
 
     def _save_best(self) -> None:
-        """Keep ``best/`` when the held-out loss, mean over heads, is the lowest so far."""
+        """Keep ``best/`` when the held-out loss, mean over heads, is the lowest since step 0.
+
+        The loss before training does not count, so there is a ``best/`` also where training made
+        the model worse: ``heldout_loss.base`` in summary.json tells.
+        """
         loss = sum(self._heldout["last"]) / len(self._heldout["last"])
         if loss < self._best_loss:
             self._best_loss = loss
@@ -511,7 +527,8 @@ class Rho1WMTPRecipeDistributed:
             "noise_sums": self._noise_sums,
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "dataloader": self._dataloader.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": random_state(self._device),
+            "config": resolved(self._cfg),
             "run_id": getattr(logger, "run_id", None),
         }
         save_training_state(
@@ -564,16 +581,17 @@ def run(
     log_zero(f"{cfg.weighting.name}: {cfg.max_steps} steps, output in {output_dir}")
     started = time.perf_counter()
     recipe = Rho1WMTPRecipeDistributed(cfg, device, mesh)
-    try:
+    with one_sentence(ValueError, OSError):
         recipe.setup()
-    except (ValueError, OSError) as error:  # bad input: a sentence, not a traceback
-        sys.exit(f"{type(error).__name__}: {error}")
-    recipe.train()
-    summary = recipe.summary() | {"seconds": round(time.perf_counter() - started, 1)}
+    with one_sentence(TrainingError):
+        recipe.train()
+    seconds = round(time.perf_counter() - started, 1)
+    # "seconds" of the run that has controls becomes the sum of all.
+    summary = recipe.summary() | {"seconds": seconds, "run_seconds": seconds}
     if dist.get_rank() == 0:
         metrics = (beside or {}) | {cfg.weighting.name: output_dir / "metrics.jsonl"}
         plot_curves(metrics, output_dir / "curves.png")
-        (output_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_summary(output_dir, summary)
     recipe.cleanup(output_dir / "curves.png")
     return summary
 
@@ -592,15 +610,14 @@ def report(cfg: DictConfig, summary: dict) -> None:
 
 @config.parse
 def recipe_main(cfg: DictConfig) -> None:
-    required = list(required_runs(cfg))
-    try:
-        for one in (cfg, *required):
+    with one_sentence(ValueError, OSError):
+        check(cfg)
+        required = list(required_runs(cfg))
+        for one in required:
             check(one)
         device, mesh = init_process_group(cfg.device)
-    except ValueError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    if cfg.get("prepare") and dist.get_rank() == 0:
-        config.instantiate(cfg.prepare)
+        if cfg.get("prepare") and dist.get_rank() == 0:
+            config.instantiate(cfg.prepare)
     patient_barrier()
     for required_cfg in required:
         run(required_cfg, device, mesh)
@@ -610,11 +627,11 @@ def recipe_main(cfg: DictConfig) -> None:
     for run_cfg in (*control_runs(cfg), cfg):
         summary = run(run_cfg, device, mesh, metrics)
         heldout |= summary["heldout_loss"]
-        seconds += summary["seconds"]
+        seconds += summary["run_seconds"]
         metrics[run_cfg.weighting.name] = Path(run_cfg.output_dir) / "metrics.jsonl"
     summary |= {"heldout_loss": heldout, "seconds": round(seconds, 1)}
     if dist.get_rank() == 0:
-        (Path(cfg.output_dir) / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_summary(Path(cfg.output_dir), summary)
         report(cfg, summary)
     patient_barrier()  # a rank that leaves early would abort another's gloo threads
     dist.destroy_process_group()

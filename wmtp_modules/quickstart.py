@@ -8,13 +8,16 @@ corrupted, ``heldout`` stays clean and measures.
 import hashlib
 import json
 import random
-import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import sentencepiece as spm
 from torchtune.utils import get_logger
+
+from wmtp_modules.training.checkpoint import new_folder
 
 log = get_logger("INFO")
 
@@ -76,7 +79,6 @@ def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, see
     Raises:
         ValueError: if ``assets_dir`` holds something else.
     """
-    folder = Path(assets_dir)
     made_from = {
         "version": VERSION,
         "python": sys.version.split()[0],
@@ -84,19 +86,71 @@ def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, see
         "corrupted_share": corrupted_share,
         "seed": seed,
     }
-    manifest = folder / "manifest.json"
-    if manifest.exists() and json.loads(manifest.read_text()) == made_from:
-        return
-    if folder.exists() and any(folder.iterdir()) and not manifest.exists():
-        raise ValueError(
-            f"{folder} holds files that the quickstart did not make: name another folder"
-        )
-    log.info(f"Making a tokenizer and corpora from the standard library in {folder} ...")
-    # The models in it were trained on the corpora that go.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with assets_folder(Path(assets_dir), made_from) as folder:
+        if folder is None:
+            return
+        parts = {name: list(texts.values()) for name, texts in deal_files(PARTS, seed).items()}
+        tokenizer = train_tokenizer(folder, parts["base"] + parts["reference"], vocab_size)
+        rng = random.Random(seed)
+        for name, texts in parts.items():
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                for text in texts:
+                    row: dict = {"text": text[:HELDOUT_CHARACTERS] if name == "heldout" else text}
+                    if name == "finetune":
+                        row["text"], row["noise"] = corrupt_lines(
+                            text, corrupted_share, tokenizer, rng
+                        )
+                    file.write(json.dumps(row) + "\n")
+            log.info(f"  {name}: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB")
 
-    parts: dict[str, list[str]] = {name: [] for name in PARTS}
+
+@contextmanager
+def assets_folder(folder: Path, made_from: dict) -> Iterator[Path | None]:
+    """Fill a folder that was not made from this before; it appears when it is complete.
+
+    Args:
+        folder: where the files shall be.
+        made_from: everything that shapes them, kept as ``manifest.json``.
+
+    Yields:
+        The folder to fill, which then takes the place of ``folder`` and of the models trained on
+        what was in it; None if all is there.
+
+    Raises:
+        ValueError: if ``folder`` holds what was not made under such a manifest.
+    """
+    found = {}
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            found = json.loads((folder / "manifest.json").read_text())
+        except (OSError, ValueError):
+            found = None
+        same_kind = isinstance(found, dict) and found.keys() == made_from.keys()
+        if not same_kind or found.get("quickstart") != made_from.get("quickstart"):
+            raise ValueError(
+                f"{folder} holds files that the quickstart did not make: name another folder"
+            )
+    if found == made_from:
+        yield None
+        return
+    log.info(f"Making a tokenizer and corpora from the standard library in {folder} ...")
+    with new_folder(folder) as partial:
+        yield partial
+        (partial / "manifest.json").write_text(json.dumps(made_from, indent=1))
+
+
+def deal_files(shares: dict[str, float], seed: int) -> dict[str, dict[str, str]]:
+    """Deal the files of the standard library to disjoint parts, by a hash of seed and content.
+
+    Args:
+        shares: part of the files that each name gets; what is left of 1 goes to none.
+        seed: of the deal.
+
+    Returns:
+        Under each name the texts by path relative to the standard library.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    parts: dict[str, dict[str, str]] = {name: {} for name in shares}
     seen = set()
     for path in stdlib_files():
         text = path.read_text(encoding="utf-8", errors="strict")
@@ -105,14 +159,27 @@ def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, see
             continue  # the same file under two names must not lie on both sides of a split
         seen.add(digest)
         point = int.from_bytes(digest[:8], "big") / 2**64
-        for name, share in PARTS.items():
+        for name, share in shares.items():
             if point < share:
-                parts[name].append(text)
+                parts[name][path.relative_to(root).as_posix()] = text
                 break
             point -= share
+    return parts
 
+
+def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> spm.SentencePieceProcessor:
+    """Train ``tokenizer.model`` in a folder: byte-pair pieces that keep text exact.
+
+    Args:
+        folder: where it goes.
+        texts: what it is trained on.
+        vocab_size: number of pieces.
+
+    Returns:
+        The tokenizer.
+    """
     corpus = folder / "tokenizer_corpus.txt"
-    corpus.write_text("".join(parts["base"] + parts["reference"]), encoding="utf-8")
+    corpus.write_text("".join(texts), encoding="utf-8")
     spm.SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(folder / "tokenizer"),
@@ -129,14 +196,4 @@ def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, see
         minloglevel=2,
     )
     corpus.unlink()
-    tokenizer = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    rng = random.Random(seed)
-    for name, texts in parts.items():
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for text in texts:
-                row: dict = {"text": text[:HELDOUT_CHARACTERS] if name == "heldout" else text}
-                if name == "finetune":
-                    row["text"], row["noise"] = corrupt_lines(text, corrupted_share, tokenizer, rng)
-                file.write(json.dumps(row) + "\n")
-        log.info(f"  {name}: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB")
-    manifest.write_text(json.dumps(made_from, indent=1))
+    return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

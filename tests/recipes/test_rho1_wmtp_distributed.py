@@ -2,11 +2,16 @@
 
 import importlib.util
 import json
+import math
+import os
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2_tokenizer
 
@@ -14,12 +19,15 @@ from wmtp_modules.data import PackedDataset, rows_dataset
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.training.checkpoint import save_meta
 from wmtp_modules.training.distributed import init_weights_
+from wmtp_modules.training.runs import cpp_compiler
 
 ROOT = Path(__file__).parents[2]
+needs_compiler = pytest.mark.skipif(
+    not cpp_compiler(), reason="torch.compile finds no C++ compiler ($CXX or g++)"
+)
 
 
-@pytest.fixture(scope="module")
-def recipe():
+def import_recipe():
     """The recipe's module; tests are its only importer."""
     spec = importlib.util.spec_from_file_location(
         "rho1_recipe", ROOT / "recipes" / "rho1_wmtp_distributed.py"
@@ -27,6 +35,11 @@ def recipe():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return import_recipe()
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +149,11 @@ def rho1(uniform, reference, tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module")
+def rho1_run(run, rho1):
+    return run(rho1)
+
+
 def weights_of(folder):
     return torch.load(folder / "last" / "consolidated.pth", weights_only=True)
 
@@ -200,8 +218,8 @@ def test_first_gradient_is_that_of_the_definition(run, base_config, tmp_path):
     loss = total / (sum(targets) / 4)
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    start = {"checkpointer": {"checkpoint_dir": str(tmp_path / "m")}, "max_steps": 1}
-    folder, _ = run(start)
+    start = {"checkpointer": {"checkpoint_dir": str(tmp_path / "m")}}
+    folder, _ = run(start | {"max_steps": 1, "num_warmup_steps": 0})
     first = metrics_of(folder)[1]
     assert first["step"] == 1
     assert first["weighted_loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -259,7 +277,7 @@ def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in,
     assert resumed["corrupted_share"] == summary["corrupted_share"]
 
 
-def test_strength_zero_is_plain_mtp(run, rho1):
+def test_strength_zero_is_plain_mtp(run, rho1, rho1_run):
     """One goes through per-token losses and the reference, the other folds ones in."""
     plain, _ = run(rho1 | {"weighting": {"name": "uniform"}})
     zero, _ = run(OmegaConf.merge(rho1, {"weighting": {"strength": 0.0}}))
@@ -267,15 +285,13 @@ def test_strength_zero_is_plain_mtp(run, rho1):
     for got, want in zip(metrics_of(zero), metrics_of(plain), strict=True):
         for key in want.keys() & {"weighted_loss", "grad_norm"}:  # AdamW forgives a wrong scale
             assert got[key] == pytest.approx(want[key], rel=1e-4)
-    full, _ = run(rho1)
     with pytest.raises(AssertionError):
-        assert_same_weights(full, plain, tolerance=1e-5)
+        assert_same_weights(rho1_run[0], plain, tolerance=1e-5)
 
 
-def test_online_reference_equals_the_table(run, rho1):
-    cached, _ = run(rho1)
+def test_online_reference_equals_the_table(run, rho1, rho1_run):
     online, _ = run(OmegaConf.merge(rho1, {"reference": {"mode": "online"}}))
-    for got, want in zip(metrics_of(online), metrics_of(cached), strict=True):
+    for got, want in zip(metrics_of(online), metrics_of(rho1_run[0]), strict=True):
         if "loss" in want:
             assert got["weighted_loss"] == pytest.approx(want["weighted_loss"], rel=1e-5)
             assert got["selected_share"] == pytest.approx(0.6, abs=0.01)
@@ -292,6 +308,7 @@ def test_an_mtp_reference_equal_to_the_model_has_no_excess(run, rho1, uniform):
             "table_dir": rho1["reference"]["table_dir"] + "_mtp",
         },
         "max_steps": 1,
+        "num_warmup_steps": 0,
     }
     folder, _ = run(rho1 | same)
     assert metrics_of(folder)[-1]["ess"] == pytest.approx(1.0, abs=0.05)
@@ -299,15 +316,198 @@ def test_an_mtp_reference_equal_to_the_model_has_no_excess(run, rho1, uniform):
 
 @pytest.mark.parametrize("name", ["random_topk", "shuffled", "dft", "top_loss"])
 def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
-    folder, summary = run(OmegaConf.merge(rho1, {"weighting": {"name": name}, "max_steps": 2}))
+    short = {"weighting": {"name": name}, "max_steps": 2, "num_warmup_steps": 1}
+    folder, summary = run(OmegaConf.merge(rho1, short))
     line = metrics_of(folder)[-1]
     assert [line[f"weight_mean_head_{k}"] for k in range(4)] == pytest.approx([1.0] * 4, abs=1e-4)
     assert line["ess"] < 1
     assert name in summary["heldout_loss"]
 
 
-def test_noise_is_reported(run, rho1):
-    _, summary = run(rho1)
+def test_clipping_schedule_and_decay_reach_the_update(run, uniform):
+    """Plain SGD moves by rate times clipped gradient: nothing at the first of these steps, whose
+    rate is 0, and rate times the bound at the second. Decayed to nothing, heads 1 to 3 stay."""
+    start = uniform[0] / "best"
+    folder, _ = run(
+        {
+            "checkpointer": {"checkpoint_dir": str(start)},
+            "weighting": {"name": "uniform", "decay": 1e-12},
+            "optimizer": {"_component_": "torch.optim.SGD", "lr": 10.0},
+            "clip_grad_norm": 0.01,
+            "num_warmup_steps": 1,
+            "max_steps": 2,
+        }
+    )
+    steps = [line for line in metrics_of(folder) if "loss" in line]
+    assert [line["lr"] for line in steps] == [0.0, 10.0]
+    assert all(line["grad_norm"] > 0.1 for line in steps)
+    assert all(line["weighted_loss"] == pytest.approx(line["loss_head_0"]) for line in steps)
+    before = torch.load(start / "consolidated.pth", weights_only=True)
+    moved = {key: (value - before[key]).norm() for key, value in weights_of(folder).items()}
+    assert torch.stack([*moved.values()]).norm().item() == pytest.approx(0.1, rel=1e-3)
+    assert all((norm < 1e-6) == key.startswith("extra_heads.") for key, norm in moved.items())
+
+
+def test_the_rate_follows_the_schedule(uniform):
+    cosine = [0.003 * 0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
+    rates = [line["lr"] for line in metrics_of(uniform[0]) if "lr" in line]
+    assert rates == pytest.approx([0.0, 0.0015, *cosine])
+
+
+def test_a_longer_run_goes_on_with_its_own_schedule(run, uniform, tmp_path):
+    """The shorter one had ended at a rate of 0."""
+    folder = shutil.copytree(uniform[0], tmp_path / "run")
+    longer = {"max_steps": 8, "resume_from_checkpoint": True, "compile": False}
+    _, summary = run(longer, folder)
+    assert summary["steps"] == 8
+    rates = [line["lr"] for line in metrics_of(folder) if "lr" in line]
+    cosine = [0.003 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in (4, 5)]
+    assert rates[6:] == pytest.approx(cosine)
+
+
+def test_a_run_resumed_under_another_config(run, uniform, tmp_path):
+    """Before anything is loaded: of another shape, the state would not fit."""
+    folder = shutil.copytree(uniform[0], tmp_path / "run")
+    other = {"resume_from_checkpoint": True, "optimizer": {"lr": 0.1}, "model": {"embed_dim": 64}}
+    message = r"ValueError: .*model.embed_dim was 32 and is 64; optimizer.lr was 0.003 and is 0.1"
+    with pytest.raises(SystemExit, match=message):
+        run(other, folder)
+    with pytest.raises(SystemExit, match="has 6 steps done, more than max_steps 4"):
+        run({"resume_from_checkpoint": True, "max_steps": 4}, folder)
+    assert (folder / "training_state" / "step_000006").exists()
+    assert (folder / "summary.json").exists()
+
+
+def test_a_diverging_run_stops_before_it_saves(run, tmp_path):
+    """At this rate the first update ruins the model; step 2 finds out."""
+    optimizer = {"_component_": "torch.optim.SGD", "lr": 1e30}
+    folder = tmp_path / "diverged"
+    with pytest.raises(
+        SystemExit, match=r"TrainingError: the loss of step 2 is (nan|inf): the run"
+    ):
+        run(
+            {"optimizer": optimizer, "num_warmup_steps": 0, "save_every_n_steps": 1}
+            | {"run_val_every_n_steps": 6},
+            folder,
+        )
+    assert [path.name for path in (folder / "training_state").iterdir()] == ["step_000001"]
+    assert [line["step"] for line in metrics_of(folder) if "loss" in line] == [1]
+    assert not (folder / "summary.json").exists()
+
+
+def test_an_online_reference_that_gives_no_number(run, recipe, rho1, monkeypatch):
+    original = recipe.reference_losses
+
+    def broken(model, tokens_BT, doc_BT, **inputs):
+        q_BT = original(model, tokens_BT, doc_BT, **inputs)
+        q_BT[0, 5] = torch.inf
+        return q_BT
+
+    monkeypatch.setattr(recipe, "reference_losses", broken)
+    with pytest.raises(SystemExit, match="TrainingError: the reference loss of step 1 is inf"):
+        run(OmegaConf.merge(rho1, {"reference": {"mode": "online"}}))
+
+
+def test_heldout_text_too_short_for_the_heads(run, tmp_path):
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    with pytest.raises(SystemExit, match="TrainingError: no held-out text is long enough for head"):
+        run({"dataset_val": {"source": str(tmp_path / "short.jsonl")}})
+
+
+@pytest.fixture
+def main(recipe, one_process, base_config, monkeypatch):
+    """main(overrides): ``recipe_main`` of a config, in the group of this process."""
+    monkeypatch.setattr(recipe, "init_process_group", lambda device: one_process)
+    monkeypatch.setattr(recipe.dist, "destroy_process_group", lambda: None)
+    return lambda overrides: recipe.recipe_main.__wrapped__(OmegaConf.merge(base_config, overrides))
+
+
+def test_a_finished_comparison_is_not_made_again(main, recipe, tmp_path, monkeypatch, capsys):
+    overrides = {
+        "output_dir": str(tmp_path / "out"),
+        "controls": ["random_topk"],
+        "max_steps": 3,
+        "resume_from_checkpoint": True,
+    }
+    main(overrides)
+    first = json.loads((tmp_path / "out" / "summary.json").read_text())
+    control = tmp_path / "out" / "controls" / "random_topk"
+    assert list(first["heldout_loss"]) == ["base", "random_topk", "uniform"]
+    seconds = json.loads((control / "summary.json").read_text())["seconds"]
+    assert first["seconds"] == pytest.approx(seconds + first["run_seconds"])
+    monkeypatch.setattr(recipe.Rho1WMTPRecipeDistributed, "setup", lambda self: 1 / 0)
+    main(overrides)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == first
+    _, one, two = capsys.readouterr().out.split("Held-out loss per head")
+    assert one.split() == two.split()
+
+
+def test_what_fails_before_the_run_is_one_sentence(main, tmp_path):
+    with pytest.raises(SystemExit, match=r"ConfigError: requires: '.*none.yaml' cannot be read"):
+        main({"requires": [str(tmp_path / "none.yaml")]})
+    with pytest.raises(SystemExit, match="ConfigError: requires: has to be a list"):
+        main({"requires": 3})
+    (tmp_path / "mine.txt").touch()
+    prepare = {
+        "_component_": "wmtp_modules.quickstart.prepare_stdlib",
+        "assets_dir": str(tmp_path),
+        "vocab_size": 400,
+        "corrupted_share": 0.4,
+        "seed": 0,
+    }
+    with pytest.raises(SystemExit, match=r"ValueError: .* holds files that the quickstart did not"):
+        main({"prepare": prepare})
+
+
+def rank_main(rank, cfg, folder, port):
+    """One of two ranks: a run, the same run killed at step 5, and resumed."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    recipe = import_recipe()
+    place = recipe.init_process_group("cpu")
+    recipe.run(OmegaConf.merge(cfg, {"output_dir": f"{folder}/whole"}), *place)
+    cfg = OmegaConf.merge(cfg, {"output_dir": f"{folder}/killed"})
+    original = recipe.Rho1WMTPRecipeDistributed._log_step
+
+    def die(self, *args):
+        original(self, *args)
+        if self._step == 5:
+            raise KeyboardInterrupt
+
+    recipe.Rho1WMTPRecipeDistributed._log_step = die
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(cfg, *place)
+    recipe.Rho1WMTPRecipeDistributed._log_step = original
+    recipe.run(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), *place)
+    recipe.patient_barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_and_one_cannot_go_on_for_them(run, rho1, base_config, tmp_path):
+    table = {"table_dir": str(tmp_path / "scores")}
+    more = rho1 | {"max_steps": 6, "save_every_n_steps": 4, "batch_size": 8}
+    cfg = OmegaConf.merge(base_config, more, {"reference": table})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(rank_main, args=(cfg, str(tmp_path), port), nprocs=2)
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    for got, want in zip(
+        metrics_of(tmp_path / "killed"), metrics_of(tmp_path / "whole"), strict=True
+    ):
+        strip = ("tokens_per_s", "memory_gib")
+        assert {k: v for k, v in got.items() if k not in strip} == {
+            k: v for k, v in want.items() if k not in strip
+        }
+    longer = {"resume_from_checkpoint": True, "max_steps": 8}
+    with pytest.raises(SystemExit, match="written by 2 ranks and cannot be resumed by 1"):
+        run(OmegaConf.merge(more, {"reference": table}, longer), tmp_path / "whole")
+
+
+def test_noise_is_reported(rho1_run):
+    _, summary = rho1_run
     assert 0 < summary["corrupted_share"]["data"] < 0.3
     assert 0 <= summary["corrupted_share"]["selected"] < 0.4
 
@@ -320,6 +520,7 @@ def rho1_bf16(rho1):
 
 
 @pytest.mark.slow
+@needs_compiler  # torchao compiles the optimizer's step
 def test_bf16_with_8_bit_adamw_and_stochastic_rounding(run, rho1_bf16):
     """As configs/rho1/7b_single_gpu.yaml; its quantised optimizer state survives a resume."""
     overrides = rho1_bf16 | {
@@ -350,6 +551,7 @@ def test_bf16_compute_keeps_fp32_masters(run, rho1_bf16):
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_compile_equals_eager(run, uniform):
     folder, _ = run({"compile": True})
     for got, want in zip(metrics_of(folder), metrics_of(uniform[0]), strict=True):
@@ -363,6 +565,62 @@ def test_compile_equals_eager(run, uniform):
 def check_error(recipe, base_config, overrides, match):
     with pytest.raises(recipe.ConfigError, match=match):
         recipe.check(OmegaConf.merge(base_config, overrides))
+
+
+def test_values_out_of_range_come_all_at_once(recipe, base_config, monkeypatch):
+    at_least_one = [
+        *("batch_size", "gradient_accumulation_steps", "max_steps", "run_val_every_n_steps"),
+        *("save_every_n_steps", "log_every_n_steps"),
+    ]
+    wrong = dict.fromkeys(at_least_one, 0) | {
+        "seed": -1,
+        "clip_grad_norm": 0.0,
+        "num_warmup_steps": -1,
+        "optimizer": {"lr": 0.0},
+        "tokenizer": {"max_seq_len": 1},
+    }
+    with pytest.raises(recipe.ConfigError, match="11 errors") as error:
+        recipe.check(OmegaConf.merge(base_config, wrong))
+    for key in at_least_one:
+        assert f"  {key}: has to be at least 1, it is 0" in str(error.value)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_error(recipe, base_config, {"compile": True}, r"needs a C\+\+ compiler")
+    reference = {"mode": "online", "checkpointer": {"checkpoint_dir": "a"}, "table_dir": "b"}
+    bad = {"reference": reference | {"batch_tokens": 0}}
+    check_error(recipe, base_config, bad, "reference.batch_tokens: has to be at least 1")
+    same = {"dataset_val": base_config.dataset | {"split": "validation", "seed": 2}}
+    both = {"dataset": {"validation_fraction": 0.1}, "dataset_val": {"validation_fraction": 0.1}}
+    check_error(recipe, base_config, OmegaConf.merge(same, both), "dataset_val: divides the source")
+
+
+def test_a_model_from_nothing_that_does_not_fit_its_tokenizer(run, tmp_path):
+    with pytest.raises(SystemExit, match="has 512 pieces but tok_embeddings has 500 rows"):
+        run({"model": {"vocab_size": 500}})
+    with pytest.raises(SystemExit, match=r"max_seq_len 64 exceeds model.max_seq_len 32"):
+        run({"model": {"max_seq_len": 32}})
+    with pytest.raises(SystemExit, match=r"none.model is not a SentencePiece model"):
+        run({"tokenizer": {"path": str(tmp_path / "none.model")}})
+    with pytest.raises(SystemExit, match="n_future_tokens 9 must be at least 1 and below"):
+        run({"model": {"n_future_tokens": 9}})
+
+
+def test_references_that_do_not_fit(run, rho1, base_config, tmp_path):
+    """Found before anything is scored."""
+    args = {key: value for key, value in base_config.model.items() if key != "_component_"}
+    for name, changes in {"heads": {"n_future_tokens": 2}, "short": {"max_seq_len": 32}}.items():
+        model = mtp_llama2(**args | {"n_future_tokens": 1} | changes)
+        init_weights_(model, 0)
+        path = base_config.tokenizer.path
+        save_meta(model, tmp_path / name, tokenizer_path=path, dtype=torch.float32)
+    for name, message in {
+        "heads": "the MTP reference in .*heads has 2 heads, the model 4: use one with",
+        "short": "short was trained on rows of 32 tokens, this run has rows of 64",
+    }.items():
+        checkpointer = {"checkpoint_dir": str(tmp_path / name)}
+        other = {"checkpointer": checkpointer, "table_dir": str(tmp_path / "scores")}
+        with pytest.raises(SystemExit, match=message):
+            run(OmegaConf.merge(rho1, {"reference": other}))
+    assert not (tmp_path / "scores").exists()
 
 
 def test_config_errors_come_before_anything_is_built(recipe, base_config, monkeypatch):
@@ -386,8 +644,6 @@ def test_data_smaller_than_a_joint_micro_batch(run):
 
 
 def test_reference_with_another_vocabulary(run, rho1, reference, tmp_path, tiny_tokenizer_path):
-    import shutil
-
     from sentencepiece import sentencepiece_model_pb2
 
     shutil.copytree(reference[0] / "last", tmp_path / "other")
@@ -412,8 +668,8 @@ def test_wrong_checkpoint(run, rho1, reference):
         ({"dtype": "bf16"}, "dtype"),
     ],
 )
+@pytest.mark.usefixtures("rho1_run")
 def test_score_table_made_for_something_else(run, rho1, other, part):
-    run(rho1)
     with pytest.raises(SystemExit, match=f"made for something else.*{part}: the table has"):
         run(OmegaConf.merge(rho1, other))
 

@@ -55,6 +55,10 @@ class MTPTransformer(nn.Module):
         heads: one block for each future token.
         output: shared norm, projection and loss.
         args: the builder's arguments, kept so that exports can write a matching config.
+
+    Attributes:
+        context: rows that the weights are fit for, in tokens; a checkpoint may have seen longer
+            ones than ``max_seq_len``, which says what this model takes.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class MTPTransformer(nn.Module):
         self.output = output
         self.value_head: ValueHead | None = None  # set to train a critic beside the heads
         self.args = args
+        self.context: int = args["max_seq_len"]
 
     @property
     def n_future_tokens(self) -> int:
