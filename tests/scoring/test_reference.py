@@ -42,7 +42,10 @@ def make_rows(n=12, seed=0):
 def packed(rows, row_ids, scores):
     """A batch of the named rows, packed, with its attention mask."""
     packs = PackedDataset(
-        rows.select(row_ids), max_seq_len=64, seed=0, scores={"reference": [scores[row] for row in row_ids]}
+        rows.select(row_ids),
+        max_seq_len=64,
+        seed=0,
+        scores={"reference": [scores[row] for row in row_ids]},
     )
     batch = collate([packs[i] for i in range(len(packs))])
     return batch | {"mask": packed_block_causal_mask(batch["seq_lens"])}

@@ -264,6 +264,98 @@ def test_other_rows_are_refused(tmp_path):
         build(tmp_path / "empty", rows.select([]))
 
 
+PER_ROW = {**FINGERPRINT, "kind": "rewards", "per": "row"}
+
+
+def build_per_row(folder, rows, score_batch, *, world=1):
+    for rank in reversed(range(world)):
+        compute_scores(
+            folder,
+            PER_ROW,
+            rows,
+            score_batch,
+            inputs=lambda part: list(zip(part["prompt"], part["response"], strict=True)),
+            batch_tokens=100,
+            part_rows=PART_ROWS,
+            rank=rank,
+            world=world,
+        )
+
+
+def make_pair_rows():
+    rows = make_rows()
+    rows = rows.add_column("prompt", [f"p{i}" for i in range(N_ROWS)])
+    return rows.add_column("response", [f"r{3 * i}" for i in range(N_ROWS)])
+
+
+def score_pairs(batch):
+    return [np.array([int(prompt[1:]) + int(response[1:]) / 64]) for prompt, response in batch]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_one_float_per_row_from_other_columns(tmp_path, world):
+    rows = make_pair_rows()
+    sizes = {f"p{i}": len(tokens) for i, tokens in enumerate(rows["tokens"])}
+
+    def checking(batch):  # batches go by the length in tokens all the same
+        assert len(batch) * max(sizes[prompt] for prompt, _ in batch) <= 100
+        return score_pairs(batch)
+
+    build_per_row(tmp_path, rows, checking, world=world)
+    table = ScoreTable.open(tmp_path, PER_ROW, rows)
+    scores = table.per_row()
+    assert scores.dtype == np.float32
+    assert scores.tolist() == [i + 3 * i / 64 for i in range(N_ROWS)]
+    assert len(table) == N_ROWS
+    assert all(np.array_equal(table[i], scores[i : i + 1]) for i in range(N_ROWS))
+
+
+def test_a_per_row_table_goes_on_after_a_kill(tmp_path):
+    rows, seen = make_pair_rows(), []
+
+    def killed(batch):
+        seen.extend(batch)
+        if len(seen) > PART_ROWS:
+            raise KeyboardInterrupt
+        return score_pairs(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_per_row(tmp_path / "cut", rows, killed)
+    assert len(contents(tmp_path / "cut")) == 1
+    rest = []
+    build_per_row(tmp_path / "cut", rows, lambda batch: rest.extend(batch) or score_pairs(batch))
+    assert sorted(prompt for prompt, _ in rest) == sorted(f"p{i}" for i in range(PART_ROWS, N_ROWS))
+    build_per_row(tmp_path / "whole", rows, score_pairs)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_scores_per_row_and_per_token_are_not_mixed_up(tmp_path):
+    rows = make_pair_rows()
+    build_per_row(tmp_path / "row", rows, score_pairs)
+    build(tmp_path / "token", rows)
+    with pytest.raises(ValueError, match="this table has scores per token, not one per row"):
+        ScoreTable.open(tmp_path / "token", FINGERPRINT, rows).per_row()
+    per_token = {**PER_ROW}
+    del per_token["per"]
+    with pytest.raises(ValueError, match="per: the table has 'row', this run None"):
+        ScoreTable.open(tmp_path / "row", per_token, rows)
+
+
+def test_a_per_row_table_of_other_rows_names_the_data_set(tmp_path):
+    rows = make_pair_rows()
+    build_per_row(tmp_path, rows, score_pairs)
+    with pytest.raises(ValueError, match=r"\(dataset: the table has 'd0', this run 'd1'\)"):
+        ScoreTable.open(tmp_path, {**PER_ROW, "dataset": "d1"}, rows)
+    with pytest.raises(ValueError, match="rows: the table has 23, this run 22"):
+        ScoreTable.open(tmp_path, PER_ROW, rows.select(range(22)))
+
+
+def test_the_progress_bar_says_what_is_scored(tmp_path, capsys):
+    rows = make_rows()
+    compute_scores(tmp_path, FINGERPRINT, rows, score, batch_tokens=100, desc="values (train)")
+    assert "values (train): 100%" in capsys.readouterr().err
+
+
 def test_row_fingerprint_sees_values_and_order_but_not_chunks():
     rows = make_rows(30)
     fingerprint = fingerprint_rows(rows)

@@ -1,8 +1,8 @@
-"""Per-token scores of a data set, computed once and read by every run that trains on it.
+"""Scores of a data set, computed once and read by every run that trains on it.
 
 A table holds, for each row of a tokenised data set (after splitting, before packing), one float
-per token, or one per token and head. What the floats mean is up to the caller and named by
-``kind`` in the fingerprint.
+per token, one per token and head, or, where the fingerprint says ``"per": "row"``, one in all.
+What the floats mean is up to the caller and named by ``kind`` in the fingerprint.
 
 On disk a table is a folder of Arrow files: part p holds rows [p * part_rows, (p + 1) * part_rows).
 A part appears under its name only when it is complete, so a killed run is continued by scoring
@@ -89,12 +89,13 @@ def fingerprint_rows(rows: Dataset) -> str:
 class ScoreTable:
     """A complete table, memory-mapped; ``table[row]`` is fp32 [len], or [len, K] for K > 1 heads.
 
-    Made by ``open``.
+    Of a table with one score per row it is fp32 [1]. Made by ``open``.
     """
 
-    def __init__(self, scores: Dataset, n_heads: int) -> None:
+    def __init__(self, scores: Dataset, n_heads: int, *, is_per_row: bool = False) -> None:
         self._scores = scores.with_format("arrow")
         self._n_heads = n_heads
+        self._is_per_row = is_per_row
 
     @classmethod
     def open(cls, folder: str | Path, fingerprint: dict, rows: Dataset) -> "ScoreTable":
@@ -106,7 +107,7 @@ class ScoreTable:
             rows: the tokenised rows that will be trained on.
 
         Returns:
-            The table, as many entries as rows, each as long as its row.
+            The table, as many entries as rows, each as long as its row or with one score.
 
         Raises:
             ValueError: if the table is incomplete, damaged, or made for anything else.
@@ -115,16 +116,18 @@ class ScoreTable:
         manifest = folder / "manifest.json"
         if not manifest.exists():
             raise ValueError(f"{folder} holds no complete score table: score this data set first")
-        lengths = row_lengths(rows)
-        part_rows = _check_record(manifest, fingerprint, len(lengths))
+        sizes = _row_sizes(row_lengths(rows), fingerprint)
+        part_rows = _check_record(manifest, fingerprint, len(sizes))
         parts = []
-        for part in range(_n_parts(len(lengths), part_rows)):
-            expected = lengths[part * part_rows : (part + 1) * part_rows] * fingerprint["n_heads"]
+        for part in range(_n_parts(len(sizes), part_rows)):
+            expected = sizes[part * part_rows : (part + 1) * part_rows]
             try:
                 parts.append(_read_part(_part_path(folder, part), expected))
             except ValueError as error:
                 raise ValueError(f"{error}: score again, sound parts are kept") from error
-        return cls(concatenate_datasets(parts), fingerprint["n_heads"])
+        return cls(
+            concatenate_datasets(parts), fingerprint["n_heads"], is_per_row=_is_per_row(fingerprint)
+        )
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -134,17 +137,29 @@ class ScoreTable:
         scores = np.array(pc.list_flatten(self._scores[row]["scores"].chunk(0)))
         return scores if self._n_heads == 1 else scores.reshape(-1, self._n_heads)
 
+    def per_row(self) -> np.ndarray:
+        """All scores of a table with one per row, fp32 [rows].
+
+        Raises:
+            ValueError: if the table has scores per token.
+        """
+        if not self._is_per_row:
+            raise ValueError("this table has scores per token, not one per row: read table[row]")
+        return np.array(pc.list_flatten(self._scores[:]["scores"]))
+
 
 def compute_scores(
     folder: str | Path,
     fingerprint: dict,
     rows: Dataset,
-    score_batch: Callable[[list[np.ndarray]], list[np.ndarray]],
+    score_batch: Callable[[list], list[np.ndarray]],
     *,
     batch_tokens: int,
+    inputs: Callable[[Dataset], list] | None = None,
     part_rows: int = 1024,
     rank: int = 0,
     world: int = 1,
+    desc: str = "scoring",
 ) -> None:
     """Score what a table still lacks; a no-op on a complete one.
 
@@ -155,15 +170,17 @@ def compute_scores(
     Args:
         folder: of the table, the same on all ranks and shared by them.
         fingerprint: {checkpoint, tokenizer, dataset, max_seq_len, kind, n_heads}; n_heads is the
-            number of floats per token.
+            number of floats per token. With ``"per": "row"`` (and n_heads 1) a row has one float.
         rows: tokenised rows.
-        score_batch: takes the token ids (int64 [len]) of some rows of similar length, returns for
-            each its scores, [len] or [len, n_heads].
+        score_batch: takes the inputs of some rows of similar length, returns for each its scores,
+            [len] or [len, n_heads], or [1] where there is one per row.
         batch_tokens: most tokens in a batch, padding included; a longer row goes alone.
+        inputs: turns some of the rows into one input each; by default the token ids, int64 [len].
         part_rows: rows of a part, the unit of progress that a kill can lose. A table that was
             begun keeps its own.
         rank: of this process.
         world: number of processes.
+        desc: text of the progress bar.
 
     Raises:
         ValueError: if the folder holds a table for anything else, or there are no rows.
@@ -178,29 +195,31 @@ def compute_scores(
         record = {"fingerprint": fingerprint, "rows": len(lengths), "part_rows": part_rows}
         _write_json(begun, record, rank)
     part_rows = _check_record(begun, fingerprint, len(lengths))
-    n_heads = fingerprint["n_heads"]
+    sizes, n_heads = _row_sizes(lengths, fingerprint), fingerprint["n_heads"]
 
     mine = range(rank, _n_parts(len(lengths), part_rows), world)
-    with tqdm(unit="row", desc="scoring", disable=rank != 0) as bar:
+    with tqdm(unit="row", desc=desc, disable=rank != 0) as bar:
         bar.total = sum(len(lengths[part * part_rows :][:part_rows]) for part in mine)
         for part in mine:
             start, path = part * part_rows, _part_path(folder, part)
             part_lengths = lengths[start : start + part_rows]
+            part_sizes = sizes[start : start + part_rows]
             if path.exists():
                 try:
-                    _read_part(path, part_lengths * n_heads)
+                    _read_part(path, part_sizes)
                     bar.update(len(part_lengths))
                     continue
                 except ValueError as error:
                     logger.warning("%s: it is scored again", error)
             part_dataset = rows.select(range(start, start + len(part_lengths)))
-            tokens = [row for chunk in _token_chunks(part_dataset) for row in _split(chunk)]
-            scores = [None] * len(tokens)
+            items = (inputs or _token_ids)(part_dataset)
+            assert len(items) == len(part_lengths), (len(items), len(part_lengths))
+            scores = [None] * len(items)
             for batch in _batches(part_lengths, batch_tokens):
                 for i, row_scores in zip(
-                    batch, score_batch([tokens[i] for i in batch]), strict=True
+                    batch, score_batch([items[i] for i in batch]), strict=True
                 ):
-                    shape = (len(tokens[i]),) if n_heads == 1 else (len(tokens[i]), n_heads)
+                    shape = (part_sizes[i],) if n_heads == 1 else (part_lengths[i], n_heads)
                     assert row_scores.shape == shape, (row_scores.shape, shape)
                     scores[i] = row_scores.astype(np.float32).ravel()
                 bar.update(len(batch))
@@ -209,7 +228,7 @@ def compute_scores(
     if world > 1 and dist.is_initialized():
         patient_barrier()
     complete = all(_part_path(folder, p).exists() for p in range(_n_parts(len(lengths), part_rows)))
-    if rank == 0 and complete:
+    if rank == 0 and complete and not (folder / "manifest.json").exists():
         _write_json(folder / "manifest.json", json.loads(begun.read_text()), rank)
     if world > 1 and dist.is_initialized():
         patient_barrier()  # nobody opens the table before the manifest is there
@@ -226,6 +245,10 @@ def _token_chunks(rows: Dataset) -> Iterator[pa.Array]:
         yield from table["tokens"].chunks
 
 
+def _token_ids(rows: Dataset) -> list[np.ndarray]:
+    return [row for chunk in _token_chunks(rows) for row in _split(chunk)]
+
+
 def _split(chunk: pa.Array) -> list[np.ndarray]:
     values = pc.list_flatten(chunk).to_numpy().astype(np.int64)
     return np.split(values, np.cumsum(pc.list_value_length(chunk).to_numpy())[:-1])
@@ -238,6 +261,17 @@ def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
         size = max(1, batch_tokens // max(1, int(lengths[order[0]])))
         yield order[:size]
         order = order[size:]
+
+
+def _is_per_row(fingerprint: dict) -> bool:
+    per = fingerprint.get("per", "token")
+    assert per == "token" or (per, fingerprint["n_heads"]) == ("row", 1), fingerprint
+    return per == "row"
+
+
+def _row_sizes(lengths: np.ndarray, fingerprint: dict) -> np.ndarray:
+    """Number of floats that each row has in a table."""
+    return np.ones_like(lengths) if _is_per_row(fingerprint) else lengths * fingerprint["n_heads"]
 
 
 def _n_parts(n_rows: int, part_rows: int) -> int:

@@ -1,0 +1,343 @@
+"""Rewards of responses: one number per row, from a reward model, a column, or verified labels.
+
+Shapes: N rows, B pairs of a batch, T tokens of the reward model, D its width.
+
+A reward model has a tokenizer and a chat template of its own, so it reads the text of prompt and
+response. Its score is read at the last token of that text, found from the lengths: a padding token
+is often the token that ends a text as well, and says nothing about where the text ends.
+"""
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+
+from wmtp_modules.scoring.score_table import (
+    fingerprint_checkpoint,
+    fingerprint_rows,
+    fingerprint_tokenizer,
+)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SHOWN = 40  # characters of a prompt or response in an error
+
+
+class RewardModel:
+    """A classifier with one label in Hugging Face format that reads a whole conversation.
+
+    Works for every decoder whose classification class has ``score``, a linear layer on the last
+    hidden state, as Llama's has (Llama-3-8B ``FsfairX-LLaMA3-RM``).
+
+    Args:
+        folder: weights, config, tokenizer and chat template. Nothing is downloaded, and no code
+            from the folder is run.
+        device: where it runs.
+        dtype: of the trunk's parameters; the score is taken in fp32.
+
+    Raises:
+        ImportError: if transformers is not installed.
+        ValueError: if the folder is missing, damaged or not a checkpoint, lacks weights (a score
+            head above all), has more than one label, or has no chat template.
+    """
+
+    def __init__(self, folder: str | Path, *, device: torch.device, dtype: torch.dtype) -> None:
+        try:
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        except ImportError as error:
+            raise ImportError(
+                "a reward model needs transformers: pip install wmtp[reward], or uv sync --extra "
+                "reward"
+            ) from error
+        if not Path(folder, "config.json").is_file():
+            raise ValueError(
+                f"{folder} holds no config.json: name the folder of a reward model in Hugging Face "
+                "format"
+            )
+        local = dict(local_files_only=True, trust_remote_code=False)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no tokenizer that can be read ({error})") from error
+        if self._tokenizer.chat_template is None:
+            raise ValueError(
+                f"the tokenizer in {folder} has no chat template: add the one that the reward "
+                "model was trained with as chat_template.jinja"
+            )
+        try:
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, **local
+            )
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            EOFError,
+            SafetensorError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise ValueError(
+                f"{folder} is no reward model that can be read, or its weights are damaged: {error}"
+            ) from error
+        # A key that is missing was initialised at random: its scores would be noise.
+        missing = sorted(loading["missing_keys"], key=lambda key: (key != "score.weight", key))
+        if missing:
+            named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise ValueError(
+                f"{folder} lacks {len(missing)} weights of a {type(model).__name__} ({named}): it "
+                "is no trained reward model"
+            )
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"{folder} has num_labels {model.config.num_labels}: a reward model gives one score"
+            )
+        if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+            raise ValueError(
+                f"{folder} is a {type(model).__name__}, which does not read its score off the last "
+                "token: use a decoder such as LlamaForSequenceClassification"
+            )
+        model.score.float()  # bf16 keeps 8 bits: near 4 that is a step of 0.03 between rewards
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._device = device
+
+    @torch.no_grad()
+    def score(self, pairs: list[tuple[str, str]]) -> np.ndarray:
+        """Rewards of some responses, scored together.
+
+        Args:
+            pairs: prompt and response.
+
+        Returns:
+            fp32 [B].
+
+        Raises:
+            ValueError: if a conversation is too long for the model, has tokens that the model does
+                not know, or gets a score that is not finite.
+        """
+        texts = [
+            self._tokenizer.apply_chat_template(
+                [
+                    {"role": "user", "content": prompt},
+                    {"role": "assistant", "content": response},
+                ],
+                tokenize=False,
+            )
+            for prompt, response in pairs
+        ]
+        # The template writes the special tokens, BOS included.
+        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        lengths = [len(row) for row in ids]
+        limit = self._model.config.max_position_embeddings
+        n_embeddings = self._model.get_input_embeddings().num_embeddings
+        for pair, row in zip(pairs, ids, strict=True):
+            if len(row) > limit:
+                raise ValueError(
+                    f"{_shown(pair)} has {len(row)} tokens of the reward model, which takes "
+                    f"{limit}: leave out rows of that length, or use a reward model that takes them"
+                )
+            if max(row) >= n_embeddings:
+                raise ValueError(
+                    f"{_shown(pair)} has token {max(row)}, the reward model has {n_embeddings}: "
+                    "its folder holds the tokenizer of another model"
+                )
+        # Padded here, on the right, with any token: causal attention does not see it.
+        tokens_BT = torch.zeros(len(ids), max(lengths), dtype=torch.int64)
+        mask_BT = torch.zeros_like(tokens_BT)
+        for b, row in enumerate(ids):
+            tokens_BT[b, : len(row)] = torch.tensor(row)
+            mask_BT[b, : len(row)] = 1
+        hidden_BTD = self._model.base_model(
+            input_ids=tokens_BT.to(self._device),
+            attention_mask=mask_BT.to(self._device),
+            use_cache=False,
+        ).last_hidden_state
+        last_B = torch.tensor(lengths, device=self._device) - 1
+        last_BD = hidden_BTD[torch.arange(len(ids), device=self._device), last_B]
+        scores_B = self._model.score(last_BD.float()).squeeze(-1).cpu().numpy()
+        for pair, score in zip(pairs, scores_B, strict=True):
+            if not np.isfinite(score):
+                raise ValueError(
+                    f"the reward of {_shown(pair)} is {score}: check the reward model's checkpoint "
+                    "and dtype"
+                )
+        return scores_B
+
+
+@dataclass(frozen=True)
+class RewardStatistics:
+    """Mean and standard deviation of the training set's rewards, which standardise all others.
+
+    Attributes:
+        mean: of the rewards.
+        std: of the population, above 0.
+    """
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, rewards_N: np.ndarray) -> "RewardStatistics":
+        """Statistics of some rewards.
+
+        Args:
+            rewards_N: one per response.
+
+        Raises:
+            ValueError: if there are none, one is not finite, or all are equal.
+        """
+        rewards_N = np.asarray(rewards_N, np.float64)
+        if len(rewards_N) == 0:
+            raise ValueError("there are no rewards: the data set is empty")
+        _check_finite(rewards_N, "rewards")
+        if rewards_N.min() == rewards_N.max():
+            raise ValueError(
+                f"every response has reward {rewards_N[0]:g}: a critic needs good and bad responses"
+            )
+        return cls(float(rewards_N.mean()), float(rewards_N.std()))
+
+    def standardise(self, rewards_N: np.ndarray) -> np.ndarray:
+        """(R - mean) / std, fp64 [N]."""
+        return (np.asarray(rewards_N, np.float64) - self.mean) / self.std
+
+
+def reward_rows(rows: Dataset, source: str) -> np.ndarray:
+    """Rewards that come with the data.
+
+    Args:
+        rows: tokenised rows with a ``reward``.
+        source: "column" for any number, "labels" for 1 (right) and 0 (wrong).
+
+    Returns:
+        fp64 [N].
+
+    Raises:
+        ValueError: if the source is another, or a reward is missing, not finite or no label.
+    """
+    if source not in ("column", "labels"):
+        raise ValueError(f"rewards.source is {source!r}: column and labels come with the data")
+    if "reward" not in rows.column_names:
+        raise ValueError(
+            f"rewards.source {source} needs rows with a reward, and this data set has none: add "
+            "the field, or use reward_model"
+        )
+    column = rows.select_columns("reward").with_format("arrow")[:]["reward"]
+    rewards_N = column.cast("float64").to_numpy()  # null becomes NaN
+    _check_finite(rewards_N, f"values of rewards.source {source}")
+    strange = np.flatnonzero((rewards_N != 0) & (rewards_N != 1))
+    if source == "labels" and len(strange):
+        raise ValueError(
+            f"{len(strange)} of {len(rewards_N)} labels are neither 0 nor 1, the first is "
+            f"{rewards_N[strange[0]]:g} in row {strange[0]}: set rewards.source: column for them"
+        )
+    return rewards_N
+
+
+def reward_fingerprint(
+    rows: Dataset,
+    source: str,
+    *,
+    max_seq_len: int,
+    tokenizer_path: str | Path,
+    checkpoint_dir: str | Path | None = None,
+    dtype: str | None = None,
+) -> dict:
+    """What a table of rewards depends on, as ``compute_scores`` asks for it.
+
+    Reads every byte of a reward model: with several ranks compute it on rank 0 and share it.
+
+    Args:
+        rows: tokenised rows, with ``prompt`` and ``response`` for a reward model, with ``reward``
+            for the other sources.
+        source: "reward_model", "column" or "labels".
+        max_seq_len: of the rows.
+        tokenizer_path: SentencePiece model of the rows.
+        checkpoint_dir: folder of the reward model; the other sources have none.
+        dtype: that the reward model runs in, by name.
+
+    Returns:
+        ``kind``, ``per`` and ``n_heads``: one reward per row; ``source``; ``dataset``,
+        ``tokenizer`` and ``max_seq_len``: the rows, their tokenizer and the length at which rows
+        are left out. Of a reward model: ``pairs``, content of prompt and response, whose border
+        the tokens do not show; ``checkpoint``, its weights and config; ``reward_tokenizer``, its
+        tokenizer and chat template; ``dtype``. Else ``rewards``, content of the reward column.
+
+    Raises:
+        ValueError: if the rows lack what the source reads, or the folder holds no weights.
+    """
+    fingerprint = {
+        "kind": "rewards",
+        "per": "row",
+        "n_heads": 1,
+        "source": source,
+        "dataset": fingerprint_rows(rows),
+        "tokenizer": fingerprint_tokenizer(tokenizer_path),
+        "max_seq_len": max_seq_len,
+    }
+    if source == "reward_model":
+        assert checkpoint_dir is not None
+        fingerprint |= {
+            "pairs": _fingerprint_pairs(rows),
+            "checkpoint": fingerprint_checkpoint(checkpoint_dir),
+            "reward_tokenizer": _fingerprint_chat(Path(checkpoint_dir)),
+            "dtype": dtype,
+        }
+    else:
+        fingerprint["rewards"] = hashlib.sha256(reward_rows(rows, source).tobytes()).hexdigest()
+    return fingerprint
+
+
+def _fingerprint_pairs(rows: Dataset) -> str:
+    """Content hash of prompts and responses; ValueError if a row has none."""
+    if not {"prompt", "response"} <= set(rows.column_names):
+        raise ValueError(
+            "a reward model scores prompt/response rows, and this data set has none: its records "
+            "need the fields prompt and response"
+        )
+    digest, row = hashlib.sha256(), 0
+    for batch in rows.select_columns(["prompt", "response"]).iter(batch_size=4096):
+        for pair in zip(batch["prompt"], batch["response"], strict=True):
+            if None in pair:
+                raise ValueError(
+                    f"a reward model scores prompt/response rows, and row {row} of this data set "
+                    "is plain text: leave plain text out"
+                )
+            digest.update(json.dumps(pair).encode())
+            row += 1
+    return digest.hexdigest()
+
+
+def _fingerprint_chat(folder: Path) -> str:
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {fingerprint_tokenizer(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_finite(rewards_N: np.ndarray, what: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(rewards_N))
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(rewards_N)} {what} are missing or not finite, the first in row "
+            f"{bad[0]}: give every response a reward, or leave those rows out"
+        )
+
+
+def _shown(pair: tuple[str, str]) -> str:
+    prompt, response = (text[:SHOWN] for text in pair)
+    return f"the pair {prompt!r}, {response!r}"
