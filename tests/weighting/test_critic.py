@@ -149,6 +149,14 @@ def test_z_is_clamped():
     ).all()
 
 
+def test_a_low_temperature_is_sharp_and_not_uniform():
+    """exp(z / 0.001) underflows for every z unless the largest is taken as zero."""
+    z = torch.tensor([[-2.0, -1.0, 1.0, 1.1]])[..., None]
+    mask = torch.ones(1, 4, 1).bool()
+    weights = critic_weights(z, mask, 0.001, 0.0, 3.9)
+    assert weights[0, :, 0].tolist() == pytest.approx([0, 0, 0.1, 3.9], abs=1e-4)
+
+
 def test_shuffled_permutes_inside_each_document_before_heads_gather(packed):
     """All heads see the same permuted advantages, and each document keeps its own."""
     _, _, keep, doc = packed

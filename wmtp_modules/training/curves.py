@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,7 +26,15 @@ def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -
     Raises:
         ValueError: if no run has a figure to draw.
     """
-    runs = {name: _read(path) for name, path in metrics_by_run.items()}
+    figure = _curves({name: _read(path) for name, path in metrics_by_run.items()})
+    if figure is None:
+        raise ValueError(f"no loss to draw in {', '.join(map(str, metrics_by_run.values()))}")
+    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out_png, dpi=130)
+
+
+def _curves(runs: Mapping[str, list[dict]]) -> Figure | None:
+    """The picture of ``plot_curves``; None if there is nothing to draw."""
     keys = {key for lines in runs.values() for line in lines for key in line}
     heads = sum(key.startswith("val_loss_head_") for key in keys)
     wide = [
@@ -35,8 +44,7 @@ def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -
     ]
     wide = [panel for panel in wide if panel[0] in keys]
     if not wide:
-        raise ValueError(f"no loss to draw in {', '.join(map(str, metrics_by_run.values()))}")
-
+        return None
     figure = Figure(figsize=(4.4 * max(len(wide), 2), 7.2 if heads > 1 else 4.4))
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
@@ -55,8 +63,58 @@ def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -
         small[0].set_ylabel("loss (nats per token)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
+    return figure
+
+
+def plot_calibration(
+    predicted: np.ndarray, rewards: np.ndarray, out_png: str | Path, *, bins: int = 10
+) -> None:
+    """Draw mean reward against mean predicted value, responses in bins of equal number.
+
+    A critic that is right on average lies on the diagonal; one that knows nothing is a point.
+
+    Args:
+        predicted: mean value of each response.
+        rewards: its standardised reward.
+        out_png: the picture to write; its folder is made.
+        bins: at most so many points.
+    """
+    figure = _calibration(predicted, rewards, bins)
     Path(out_png).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png, dpi=130)
+
+
+def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> Figure:
+    parts = np.array_split(np.argsort(predicted, kind="stable"), min(bins, len(predicted)))
+    x = np.array([predicted[part].mean() for part in parts])
+    y = np.array([rewards[part].mean() for part in parts])
+    error = np.array([rewards[part].std() / len(part) ** 0.5 for part in parts])
+
+    figure = Figure(figsize=(4.8, 4.4))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    axis = figure.subplots()
+    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+    axis.plot(ends, ends, color="#000000", alpha=0.4, linewidth=1, label="right on average")
+    axis.errorbar(
+        x,
+        y,
+        yerr=error,
+        color=COLOURS[0],
+        marker="o",
+        capsize=3,
+        linewidth=1.6,
+        label=f"held-out responses, {len(parts)} bins, ±1 standard error",
+    )
+    axis.set(
+        title="Critic on held-out responses",
+        xlabel="predicted value, mean over the response",
+        ylabel="reward, standardised",
+    )
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", fontsize="small")
+    return figure
 
 
 def _read(path: str | Path) -> list[dict]:

@@ -109,8 +109,11 @@ def critic_weights(
     Raises:
         ValueError: unless 0 <= w_min < 1 < w_max.
     """
-    # Only ratios matter to calibrate; subtracting the largest z keeps exp from overflowing.
-    return calibrate(((z_BTK.double() - 5) / temperature).exp(), mask_BTK, w_min, w_max)
+    # Only ratios matter to calibrate. With the head's own largest z as zero, exp neither overflows
+    # nor lets all of them underflow to equal weights at a low temperature.
+    largest_K = torch.where(mask_BTK, z_BTK, -torch.inf).amax((0, 1)).clamp(min=-5)
+    raw_BTK = ((z_BTK.double() - largest_K) / temperature).exp()
+    return calibrate(raw_BTK, mask_BTK, w_min, w_max)
 
 
 class CriticWeighting(TokenWeighting):

@@ -1,0 +1,527 @@
+"""The critic's recipe run for real on one process: small models, all stages, every refusal."""
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[2]
+TABLES = ("rewards", "critic", "values")
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The recipe's module; tests are its only importer."""
+    spec = importlib.util.spec_from_file_location(
+        "critic_recipe", ROOT / "recipes" / "critic_wmtp_distributed.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def one_process(recipe):
+    """Device and mesh of a process that torchrun did not start."""
+    yield recipe.init_process_group("cpu")
+    dist.destroy_process_group()
+
+
+def write_rows(path: Path, problems: range, *, bad: bool = True) -> None:
+    """Good responses name b and bad ones d, from somewhere inside a body on: the token that first
+    tells them apart is known, and lengths are equal."""
+    rng = random.Random(problems.start)
+    with path.open("w") as file:
+        for i in problems:
+            body = [f"    x{rng.randrange(9)} = {rng.randrange(9)}\n" for _ in range(3)]
+            place = rng.randrange(3)
+            for reward, name in ((1.0, "b"), (0.0, "d")) if bad else ((1.0, "b"),):
+                later = [f"    y = {name}{rng.randrange(9)}\n" for _ in body[place:]]
+                lines = body[:place] + later
+                at = sum(map(len, lines[:place])) + lines[place].index(name)
+                row = {"prompt": f"def f{i}(a):\n", "response": "".join(lines), "reward": reward}
+                marks = {} if reward else {"noise": [[at, at + 1]]}
+                file.write(json.dumps(row | {"problem_id": f"p{i}"} | marks) + "\n")
+
+
+@pytest.fixture(scope="module")
+def base_config(tmp_path_factory, tiny_tokenizer_path):
+    """All stages in a few seconds; tests override what they are about."""
+    folder = tmp_path_factory.mktemp("critic_recipe")
+    write_rows(folder / "train.jsonl", range(200))
+    write_rows(folder / "heldout.jsonl", range(1000, 1030))
+    write_rows(folder / "good_only.jsonl", range(200), bad=False)
+    rows_of = {"_component_": "wmtp_modules.data.rows_dataset"}
+    adamw = {"_component_": "torch.optim.AdamW", "lr": 0.003}
+    return OmegaConf.create(
+        {
+            "output_dir": str(folder / "base"),
+            "device": "cpu",
+            "dtype": "fp32",
+            "fp32_master_weights": True,
+            "seed": 1,
+            "stages": ["rewards", "critic", "values", "policy"],
+            "resume_from_checkpoint": False,
+            "model": {
+                "_component_": "wmtp_modules.models.mtp_llama2",
+                "vocab_size": 512,
+                "num_layers": 6,
+                "n_future_tokens": 4,
+                "num_heads": 2,
+                "num_kv_heads": 2,
+                "embed_dim": 32,
+                "max_seq_len": 128,
+            },
+            "checkpointer": None,
+            "tokenizer": {
+                "_component_": "torchtune.models.llama2.llama2_tokenizer",
+                "path": str(tiny_tokenizer_path),
+                "max_seq_len": 128,
+            },
+            "dataset": rows_of | {"source": str(folder / "train.jsonl")},
+            "dataset_val": rows_of | {"source": str(folder / "heldout.jsonl")},
+            "batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "weighting": {"name": "critic"},
+            "optimizer": adamw,
+            "num_warmup_steps": 2,
+            "clip_grad_norm": 1.0,
+            "max_steps": 4,
+            "run_val_every_n_steps": 2,
+            "save_every_n_steps": 2,
+            "log_every_n_steps": 1,
+            "enable_activation_checkpointing": False,
+            "compile": False,
+            "metric_logger": {
+                "_component_": "torchtune.training.metric_logging.DiskLogger",
+                "log_dir": str(folder / "logs"),
+            },
+            "profiler": {"enabled": False},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def go(recipe, one_process, base_config, tmp_path_factory):
+    """go(overrides) -> (output folder, summary of all stages)."""
+
+    def run(overrides=None, output_dir=None):
+        output_dir = output_dir or tmp_path_factory.mktemp("run")
+        cfg = OmegaConf.merge(base_config, overrides or {}, {"output_dir": str(output_dir)})
+        recipe.check(cfg)
+        before = [stage for stage in cfg.stages if stage != "policy"]
+        summary = {}
+        if before:
+            stages_cfg = OmegaConf.merge(cfg, {"stages": before})
+            summary = recipe.run_stages(stages_cfg, *one_process)
+        if "policy" in cfg.stages:
+            policy_cfg = OmegaConf.merge(cfg, {"stages": ["policy"]})
+            summary |= recipe.run(policy_cfg, *one_process)
+        return Path(output_dir), summary
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(go):
+    """A model from nothing, by the same recipe, without any critic."""
+    return go(
+        {
+            "stages": ["policy"],
+            "weighting": {"name": "uniform"},
+            "max_steps": 40,
+            "run_val_every_n_steps": 40,
+            "save_every_n_steps": 40,
+        }
+    )
+
+
+def with_critic(base, folder: Path, **critic) -> dict:
+    """Overrides for the stages on top of the base, their results below ``folder``."""
+    return {
+        "checkpointer": {"checkpoint_dir": str(base[0] / "last")},
+        "rewards": {"source": "labels", "table_dir": str(folder / "rewards"), "batch_tokens": 4096},
+        "critic": {
+            "objective": "pairwise",
+            "checkpoint_dir": str(folder / "critic"),
+            "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.01},
+            "batch_size": 16,
+            "max_steps": 60,
+            "eval_every_n_steps": 10,
+            "patience": 6,
+            **critic,
+        },
+        "value_table": {"table_dir": str(folder / "values"), "batch_tokens": 4096},
+    }
+
+
+@pytest.fixture(scope="module")
+def staged(base, go, tmp_path_factory):
+    """Every stage, once: (overrides, output folder, summary)."""
+    overrides = with_critic(base, tmp_path_factory.mktemp("stages"))
+    return overrides, *go(overrides)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return torch.load(folder / "last" / "consolidated.pth", weights_only=True)
+
+
+def assert_same_weights(got, want, tolerance=0.0):
+    for key, value in weights_of(want).items():
+        torch.testing.assert_close(weights_of(got)[key], value, rtol=tolerance, atol=tolerance)
+
+
+def folder_of(overrides) -> Path:
+    return Path(overrides["critic"]["checkpoint_dir"])
+
+
+# ------------------------------------------------------------------------------ stages
+
+
+@pytest.mark.parametrize(
+    "objective", ["pairwise", pytest.param("regression", marks=pytest.mark.slow)]
+)
+def test_the_critic_beats_its_baselines(objective, staged, base, go, tmp_path):
+    if objective == "pairwise":
+        _, _, summary = staged
+    else:
+        overrides = with_critic(base, tmp_path, objective="regression", max_steps=200, patience=20)
+        _, summary = go(overrides | {"stages": ["rewards", "critic"]})
+    critic = summary["critic"]
+    assert critic["pair_accuracy"] > max(critic["length_only"], 0.5) + 0.1
+    assert critic["value_loss"] < critic["constant_value_loss"]
+    assert critic["auc"] > 0.6
+    assert critic["pairs"] == 30
+    assert critic["rows"] == 60
+    assert summary["delta_near_mutation"].keys() >= {"share", "chance"}
+    assert summary["delta_near_mutation"]["rows"] == 30
+
+
+def test_what_the_stages_leave(staged):
+    overrides, output, summary = staged
+    folder = folder_of(overrides)
+    assert {"value_head.safetensors", "critic.json", "calibration.png", "weights.html"} <= {
+        file.name for file in folder.iterdir()
+    }
+    assert (folder / "calibration.png").stat().st_size > 5000
+    page = (folder / "weights.html").read_text()
+    assert page.count("better response") == page.count("worse response") == 4
+    record = json.loads((folder / "critic.json").read_text())
+    assert record["rewards"] == {"mean": 0.5, "std": 0.5}
+    assert record["report"]["scale"] != 1  # fitted
+    line = metrics_of(output)[-1]
+    assert [line[f"weight_mean_head_{k}"] for k in range(4)] == pytest.approx([1.0] * 4, abs=1e-4)
+    assert line["ess"] < 1
+    assert set(summary["heldout_loss"]) == {"base", "critic"}
+    for name in ("best", "last"):
+        files = {file.name for file in (output / name).iterdir()}
+        assert files == {"consolidated.pth", "params.json", "tokenizer.model"}
+
+
+def test_done_stages_are_skipped(staged, go):
+    overrides, _, summary = staged
+    parent = folder_of(overrides).parent
+    files = [file for name in TABLES for file in (parent / name).rglob("*") if file.is_file()]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert len(before) > 8
+    _, again = go(overrides)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert again["heldout_loss"] == summary["heldout_loss"]
+
+
+@pytest.mark.slow
+def test_a_critic_trained_otherwise_is_not_taken_for_done(staged, go):
+    """Another seed would make another critic; the policy alone may have any seed."""
+    overrides, _, _ = staged
+    with pytest.raises(SystemExit, match=r"something else \(seed: the critic has 1, this run 5"):
+        go(overrides | {"stages": ["critic"], "seed": 5})
+    go(overrides | {"stages": ["policy"], "seed": 5, "max_steps": 1})
+
+
+@pytest.mark.slow
+def test_only_good_responses_train_the_policy_by_default(staged, go, caplog):
+    overrides, _, _ = staged
+    with caplog.at_level("INFO"):
+        go(overrides | {"stages": ["policy"], "max_steps": 3})
+        go(overrides | {"stages": ["policy"], "max_steps": 3, "policy_rewards_above": None})
+    assert "Policy: 200 of 400 responses." in caplog.text
+    assert "Policy: 400 of 400 responses." in caplog.text
+
+
+def test_strength_zero_is_uniform(staged, go):
+    overrides, weighted, _ = staged
+    overrides = overrides | {"stages": ["policy"]}
+    zero, _ = go(OmegaConf.merge(overrides, {"weighting": {"strength": 0.0}}))
+    uniform, _ = go(overrides | {"weighting": {"name": "uniform"}})
+    assert_same_weights(zero, uniform)
+    with pytest.raises(AssertionError):
+        assert_same_weights(weighted, uniform, tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shuffled", "random_topk", "dft"])
+def test_every_control_runs_and_keeps_the_mean_weight_at_one(staged, go, name):
+    overrides, _, _ = staged
+    folder, summary = go(
+        overrides | {"stages": ["policy"], "weighting": {"name": name}, "max_steps": 3}
+    )
+    line = metrics_of(folder)[-1]
+    assert [line[f"weight_mean_head_{k}"] for k in range(4)] == pytest.approx([1.0] * 4, abs=1e-4)
+    assert line["ess"] < 1
+    assert name in summary["heldout_loss"]
+
+
+@pytest.mark.slow
+def test_a_killed_critic_goes_on_where_it_was(base, go, recipe, staged, tmp_path, monkeypatch):
+    overrides = with_critic(base, tmp_path, max_steps=60) | {"stages": ["rewards", "critic"]}
+    original = recipe.CriticWMTPRecipeDistributed._critic_loss
+    calls = []
+
+    def die(self, *args):
+        calls.append(1)
+        if len(calls) == 25:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(recipe.CriticWMTPRecipeDistributed, "_critic_loss", die)
+    with pytest.raises(KeyboardInterrupt):
+        go(overrides)
+    assert not (folder_of(overrides) / "critic.json").exists()
+    go(overrides)
+    assert len(calls) == 25 + 40  # from the evaluation at step 20
+    files = [folder_of(o) / "value_head.safetensors" for o in (overrides, staged[0])]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_policy_on_other_values_is_neither_done_nor_resumed(staged, go, base, tmp_path):
+    """The same config, but the critic that it names was trained anew and differently."""
+    first = with_critic(base, tmp_path)
+    go(first, tmp_path / "out")
+    for name in ("critic", "values"):
+        (tmp_path / name).rename(tmp_path / f"old_{name}")
+    again = with_critic(base, tmp_path, max_steps=50) | {"stages": ["critic", "values"]}
+    go(again)
+    resumed = first | {"stages": ["policy"], "resume_from_checkpoint": True}
+    with pytest.raises(SystemExit, match="was trained on other data, rewards or values"):
+        go(resumed, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_resumed_policy_equals_an_uninterrupted_one(staged, go, recipe, monkeypatch, tmp_path):
+    overrides = staged[0] | {"stages": ["policy"]}
+    original = recipe.CriticWMTPRecipeDistributed._log_step
+
+    def die(self, *args):
+        original(self, *args)
+        if self._step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.CriticWMTPRecipeDistributed, "_log_step", die)
+    with pytest.raises(KeyboardInterrupt):
+        go(overrides, tmp_path)
+    monkeypatch.undo()
+    _, summary = go(overrides | {"resume_from_checkpoint": True}, tmp_path)
+    assert_same_weights(tmp_path, staged[1])
+    assert summary["heldout_loss"] == staged[2]["heldout_loss"]
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A small reward model in Hugging Face's format, as tests/scoring makes it."""
+    spec = importlib.util.spec_from_file_location(
+        "reward_model_factory", ROOT / "tests" / "scoring" / "reward_model_factory.py"
+    )
+    factory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(factory)
+    return factory.make_reward_model(tmp_path_factory.mktemp("reward_model"))
+
+
+@pytest.mark.slow
+def test_rewards_of_a_reward_model(base, go, reward_model, recipe, monkeypatch, tmp_path):
+    overrides = with_critic(base, tmp_path, objective="regression", max_steps=10)
+    overrides["rewards"] |= {
+        "source": "reward_model",
+        "checkpointer": {"checkpoint_dir": str(reward_model)},
+    }
+    overrides |= {"stages": ["rewards", "critic"], "allow_uninformative_critic": True}
+    _, summary = go(overrides)
+    record = json.loads((tmp_path / "critic" / "critic.json").read_text())
+    assert record["rewards"]["std"] > 0
+    assert summary["critic"]["rows"] == 60
+    monkeypatch.delattr(recipe, "RewardModel")  # found done: it is not even loaded
+    go(overrides)
+
+
+# ------------------------------------------------------------------ auxiliary value loss
+
+
+def test_auxiliary_value_loss_trains_the_head_at_its_own_rate(staged, go, recipe, monkeypatch):
+    overrides, plain, _ = staged
+    overrides = overrides | {"stages": ["policy"]}
+    heads = []
+    original = recipe.CriticWMTPRecipeDistributed.save_checkpoint
+
+    def keep(self):
+        original(self)
+        state = self._model.value_head.state_dict()
+        heads.append({key: getattr(v, "full_tensor", lambda v=v: v)() for key, v in state.items()})
+
+    monkeypatch.setattr(recipe.CriticWMTPRecipeDistributed, "save_checkpoint", keep)
+    folder, _ = go(overrides | {"auxiliary_value_coef": 0.5, "auxiliary_value_lr": 0.0003})
+    assert all(line["value_loss"] > 0 for line in metrics_of(folder) if "loss" in line)
+    start = recipe.critics.load_value_head(folder_of(overrides), 32).state_dict()
+    moved = (heads[-1]["hidden.weight"] - start["hidden.weight"]).abs().max()
+    assert 0 < moved < 4 * 0.0003 * 1.1  # four steps of AdamW at its own rate, not at 0.003
+    assert torch.equal(heads[-1]["scale"], start["scale"])
+    assert not any("value_head" in key for key in weights_of(folder))
+    with pytest.raises(AssertionError):  # its gradient reaches the trunk
+        assert_same_weights(folder, plain, tolerance=1e-6)
+
+
+# -------------------------------------------------------------------------- refusals
+
+
+def check_error(recipe, base_config, overrides, match):
+    with pytest.raises(recipe.ConfigError, match=match):
+        recipe.check(OmegaConf.merge(base_config, overrides))
+
+
+def test_config_errors_come_before_anything_is_built(recipe, base_config, base, tmp_path):
+    full = with_critic(base, tmp_path)
+    for wrong, match in (
+        ({"stages": ["policy", "critic"]}, "some of rewards, critic, values, policy in that order"),
+        ({"stages": ["polcy"]}, "some of rewards"),
+        ({"stages": []}, "some of rewards"),
+        ({"rewards": None}, "rewards: missing"),
+        ({"critic": None}, "critic: missing"),
+        ({"value_table": None}, "value_table: missing"),
+        ({"checkpointer": None}, "a critic needs a trained trunk"),
+        ({"rewards": {"source": "reward_model"}}, r"rewards\.checkpointer: missing"),
+        ({"rewards": {"source": "human"}}, r"rewards\.source: has to be one of"),
+        ({"critic": {"objective": "gan"}}, r"critic\.objective: has to be one of"),
+        ({"auxiliary_value_coef": 0.1}, "needs auxiliary_value_lr with it"),
+        ({"stages": ["values"], "weighting": {"name": "uniform"}, "rewards": None}, "rewards: mis"),
+        (
+            {"stages": ["critic"], "weighting": {"name": "uniform"}, "checkpointer": None},
+            "a critic needs a trained trunk",
+        ),
+        ({"weighting": {"lamda": 1.0}}, "did you mean 'lam'"),
+        ({"controls": ["rho1"]}, "'rho1' is not one of critic"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            recipe.check(OmegaConf.merge(base_config, full, wrong))
+
+
+def test_a_uniform_run_needs_no_critic_and_no_threshold_without_rewards(recipe, base_config):
+    plain = {"stages": ["policy"], "weighting": {"name": "uniform"}}
+    recipe.check(OmegaConf.merge(base_config, plain))
+    above = plain | {"policy_rewards_above": 0.5}
+    check_error(recipe, base_config, above, "policy_rewards_above: there are no rewards")
+
+
+def test_a_reward_model_needs_transformers(recipe, base_config, base, tmp_path, monkeypatch):
+    model = {"source": "reward_model", "checkpointer": {"checkpoint_dir": "x"}}
+    cfg = OmegaConf.merge(base_config, with_critic(base, tmp_path), {"rewards": model})
+    recipe.check(cfg)
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(recipe.ConfigError, match=r"needs transformers: `uv sync --extra reward`"):
+        recipe.check(cfg)
+
+
+def test_heldout_rewards_that_do_not_differ(base, go, base_config, tmp_path):
+    good_only = str(Path(base_config.dataset.source).with_name("good_only.jsonl"))
+    overrides = with_critic(base, tmp_path) | {"dataset_val": {"source": good_only}}
+    with pytest.raises(SystemExit, match=r"dataset_val: every response has reward 1\.0"):
+        go(overrides)
+    assert not (tmp_path / "critic").exists()
+
+
+def test_constant_rewards_train_nothing(base, go, base_config, tmp_path):
+    good_only = str(Path(base_config.dataset.source).with_name("good_only.jsonl"))
+    overrides = with_critic(base, tmp_path) | {"dataset": {"source": good_only}}
+    with pytest.raises(SystemExit, match="needs good and bad responses"):
+        go(overrides, tmp_path / "out")
+    assert not (tmp_path / "critic").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_bad_response_to_the_same_problem(base, go, base_config, tmp_path):
+    """Rewards differ, but no problem has both kinds."""
+    source = tmp_path / "apart.jsonl"
+    lines = Path(base_config.dataset.source).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    kept = [row for i, row in enumerate(rows) if row["reward"] == (i // 2) % 2]
+    source.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with pytest.raises(SystemExit, match="dataset has no two responses to one problem"):
+        go(with_critic(base, tmp_path) | {"dataset": {"source": str(source)}})
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_missing_and_nan_rewards(base, go, base_config, tmp_path, bad):
+    source = tmp_path / "unrewarded.jsonl"
+    lines = Path(base_config.dataset.source).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[3]["reward"] = bad
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match=r"reward.*row"):
+        go(with_critic(base, tmp_path) | {"dataset": {"source": str(source)}})
+    assert not (tmp_path / "critic").exists()
+
+
+def test_a_critic_from_another_trunk(staged, go, base, tmp_path):
+    overrides, _, _ = staged
+    other = {"checkpointer": {"checkpoint_dir": str(staged[1] / "last")}}
+    for stages in (["values"], ["policy"], ["critic"]):
+        with pytest.raises(SystemExit, match=r"made from something else \(trunk: the critic has"):
+            go(OmegaConf.merge(overrides, other, {"stages": stages}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_value_cache_from_another_data_set(staged, go, base, base_config, tmp_path):
+    """Fewer responses, scored and judged anew, with the old values."""
+    source = tmp_path / "fewer.jsonl"
+    lines = Path(base_config.dataset.source).read_text().splitlines()
+    source.write_text("\n".join(lines[:300]) + "\n")
+    overrides = with_critic(base, tmp_path) | {"dataset": {"source": str(source)}}
+    overrides["value_table"] = staged[0]["value_table"]
+    with pytest.raises(SystemExit, match=r"made for something else \(.*dataset: the table has"):
+        go(overrides, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_critic_that_knows_nothing_stops_the_run(base, go, tmp_path):
+    """At a learning rate of nothing its values stay equal."""
+    ignorant = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 1e-12}, "max_steps": 10}
+    overrides = with_critic(base, tmp_path, **ignorant)
+    with pytest.raises(SystemExit, match=r"knows nothing of use.*allow_uninformative_critic: true"):
+        go(overrides, tmp_path / "out")
+    with pytest.raises(SystemExit, match="knows nothing of use"):  # also when it is found done
+        go(overrides | {"stages": ["policy"]}, tmp_path / "out")
+    assert not (tmp_path / "values").exists()
+    assert not (tmp_path / "out").exists()
+    go(overrides | {"allow_uninformative_critic": True}, tmp_path / "out")
+
+
+def test_stages_out_of_reach_say_what_to_add(base, go, tmp_path):
+    overrides = with_critic(base, tmp_path)
+    with pytest.raises(SystemExit, match="holds no complete score table"):
+        go(overrides | {"stages": ["critic"]})
+    go(overrides | {"stages": ["rewards"]})
+    with pytest.raises(SystemExit, match="add 'critic' to stages"):
+        go(overrides | {"stages": ["values"]})
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/critic/*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_are_valid(recipe, path):
+    recipe.check(OmegaConf.load(path))
