@@ -3,8 +3,10 @@
     uv run python benchmarks/train_step.py
 
 One process, CPU. The variants are stepped in turn, so that the ratios hold when the machine's
-speed drifts. The weighted step draws its reference losses from a table, as a run with cached
-scores does; the uniform one goes through the same per-token loss.
+speed drifts. A Rho-1 step draws its reference losses from a table, as a run with cached scores
+does, and is compared with a uniform one through the same per-token loss. A critic's step draws its
+values from a table, makes advantages and weights, and folds them into the forward, as the uniform
+step that it is compared with does with ones.
 """
 
 import argparse
@@ -17,7 +19,8 @@ from wmtp_modules.loss.mtp_loss import head_alphas, mtp_labels
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.scoring import align_reference
 from wmtp_modules.training.distributed import init_weights_
-from wmtp_modules.weighting import TokenWeighting
+from wmtp_modules.weighting import CriticWeighting, TokenWeighting
+from wmtp_modules.weighting.critic import advantages, standardise
 
 B, T = 2, 128
 
@@ -36,16 +39,24 @@ def build(args, n_future_tokens):
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
-def step(model, optimizer, weighting, tokens, doc, reference_BT):
-    """As in the recipe: forward, weights, backward, clip, update."""
+def step(model, optimizer, weighting, folded, tokens, doc, scores_BT):
+    """As in the recipes: forward, weights, backward, clip, update."""
     K = model.n_future_tokens
     labels = mtp_labels(tokens, doc >= 0, doc, K)
     mask = labels != -100
-    losses = model(tokens, labels)
-    reference = align_reference(reference_BT, K) if weighting.needs_scores else None
-    weights, _ = weighting(losses, mask, doc, reference, step=0)
-    loss = (head_alphas(K) * weights * losses).sum() / (mask.sum() / K)
-    loss.backward()
+    if folded:
+        z = None
+        if weighting.needs_scores:
+            a = advantages(scores_BT, torch.ones_like(scores_BT), doc >= 0, doc, lam=weighting.lam)
+            z = standardise(a, 0.0, 1.0)
+        weights, _ = weighting(None, mask, doc, z, step=0)
+        total, _ = model(tokens, labels, token_weights_BTK=head_alphas(K) * weights)
+    else:
+        losses = model(tokens, labels)
+        reference = align_reference(scores_BT, K) if weighting.needs_scores else None
+        weights, _ = weighting(losses, mask, doc, reference, step=0)
+        total = (head_alphas(K) * weights * losses).sum()
+    (total / (mask.sum() / K)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -69,16 +80,18 @@ def main():
     reference = torch.rand(B, T) * 8
     four, one = build(args, 4), build(args, 1)
     variants = {
-        "n=4 uniform": (*four, TokenWeighting("uniform")),
-        "n=4 rho1 topk": (*four, TokenWeighting("rho1", selection="topk")),
-        "n=4 rho1 soft": (*four, TokenWeighting("rho1", selection="soft")),
-        "n=1 uniform": (*one, TokenWeighting("uniform")),
+        "n=4 uniform": (*four, TokenWeighting("uniform"), False),
+        "n=4 rho1 topk": (*four, TokenWeighting("rho1", selection="topk"), False),
+        "n=4 rho1 soft": (*four, TokenWeighting("rho1", selection="soft"), False),
+        "n=1 uniform": (*one, TokenWeighting("uniform"), False),
+        "folded uniform": (*four, CriticWeighting("uniform"), True),
+        "folded critic": (*four, CriticWeighting("critic"), True),
     }
     seconds = {name: [] for name in variants}
     for round_ in range(args.rounds + 2):
-        for name, (model, optimizer, weighting) in variants.items():
+        for name, variant in variants.items():
             started = time.perf_counter()
-            step(model, optimizer, weighting, tokens, doc, reference)
+            step(*variant, tokens, doc, reference)
             if round_ >= 2:
                 seconds[name].append(time.perf_counter() - started)
     ok = True
@@ -86,13 +99,14 @@ def main():
         ("n=4 rho1 topk", "n=4 uniform", 1.03),
         ("n=4 rho1 soft", "n=4 uniform", 1.03),
         ("n=4 uniform", "n=1 uniform", 1.10),
+        ("folded critic", "folded uniform", 1.02),
     ):
         pairs = zip(seconds[name], seconds[base], strict=True)
         ratios = sorted(a / b for a, b in pairs)
         middle = ratios[len(ratios) // 2]
         quartiles = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
         print(
-            f"{name:14} / {base:12} {middle:.3f} (quartiles {quartiles[0]:.3f}-{quartiles[1]:.3f})"
+            f"{name:14} / {base:14} {middle:.3f} (quartiles {quartiles[0]:.3f}-{quartiles[1]:.3f})"
             f"  limit {limit}"
         )
         ok &= middle <= limit

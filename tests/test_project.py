@@ -169,6 +169,33 @@ def test_readme_test_command_is_the_one_of_ci():
     assert "uv run pytest" in (ROOT / "README.md").read_text()
 
 
+def test_every_download_pattern_has_its_flag():
+    """``hf download --include A B`` takes A as the pattern and B as the one file to fetch."""
+    for name in ("README.md", "docs/7b.md"):
+        (command,) = re.findall(r"hf download facebook.*", (ROOT / name).read_text())
+        assert re.findall(r'(\S+) "([^"]+)"', command) == [
+            ("--include", "7B_1T_4/*"),
+            ("--include", "tokenizer.model"),
+        ]
+
+
+def test_readme_commands_of_the_7b_model_are_those_of_the_configs():
+    section = (ROOT / "README.md").read_text().split("## The 7B model")[1].split("\n## ")[0]
+    for name in ("reference", "7b"):
+        path = f"configs/rho1/{name}.yaml"
+        (command,) = re.findall(rf"^uv run (tune run .* {path})$", section, re.MULTILINE)
+        assert f"#   {command}\n" in (ROOT / path).read_text()
+    assert len(re.findall(r"^(?:uv|vllm|cp) ", section, re.MULTILINE)) == 8
+
+
+def test_what_is_large_stays_out_of_git_and_images():
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {"/checkpoints/", "/data/", "/runs/", ".venv/"} <= set(ignored)
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {".venv/", "runs/", "checkpoints/", "/data/"} <= set(left_out)
+    assert not {".git", ".git/"} & set(left_out)  # the commit that a run is stamped with
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_library_only(tmp_path):
     """torchtune owns a top-level ``recipes``: a wheel of ours must not write into it."""

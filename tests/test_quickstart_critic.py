@@ -159,6 +159,7 @@ def assets(tmp_path_factory):
     return folder, rows
 
 
+@pytest.mark.slow
 def test_pairs_of_the_standard_library(assets):
     folder, rows = assets
     tokenizer = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -197,6 +198,7 @@ def test_pairs_of_the_standard_library(assets):
     assert 0.46 < (shorter + same / 2) / len(bodies) < 0.54
 
 
+@pytest.mark.slow
 def test_files_of_base_hold_no_function_of_a_pair(assets):
     _, rows = assets
     bodies = {row["response"] for name in ("train", "heldout") for row in rows[name]}
@@ -204,6 +206,7 @@ def test_files_of_base_hold_no_function_of_a_pair(assets):
         assert not bodies & {function.response for function in functions_of(row["text"])}
 
 
+@pytest.mark.slow
 def test_folder_is_made_once_and_foreign_folders_stay(assets, tmp_path):
     folder, _ = assets
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}

@@ -187,9 +187,8 @@ def folder_of(overrides) -> Path:
 # ------------------------------------------------------------------------------ stages
 
 
-@pytest.mark.parametrize(
-    "objective", ["pairwise", pytest.param("regression", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["pairwise", "regression"])
 def test_the_critic_beats_its_baselines(objective, staged, base, go, tmp_path):
     if objective == "pairwise":
         _, _, summary = staged
@@ -206,6 +205,7 @@ def test_the_critic_beats_its_baselines(objective, staged, base, go, tmp_path):
     assert summary["delta_near_mutation"]["rows"] == 30
 
 
+@pytest.mark.slow
 def test_what_the_stages_leave(staged):
     overrides, output, summary = staged
     folder = folder_of(overrides)
@@ -227,6 +227,7 @@ def test_what_the_stages_leave(staged):
         assert files == {"consolidated.pth", "params.json", "tokenizer.model"}
 
 
+@pytest.mark.slow
 def test_done_stages_are_skipped(staged, go):
     overrides, _, summary = staged
     parent = folder_of(overrides).parent
@@ -257,6 +258,7 @@ def test_only_good_responses_train_the_policy_by_default(staged, go, caplog):
     assert "Policy: 400 of 400 responses." in caplog.text
 
 
+@pytest.mark.slow
 def test_strength_zero_is_uniform(staged, go):
     overrides, weighted, _ = staged
     overrides = overrides | {"stages": ["policy"]}
@@ -365,6 +367,7 @@ def test_rewards_of_a_reward_model(base, go, reward_model, recipe, monkeypatch, 
 # ------------------------------------------------------------------ auxiliary value loss
 
 
+@pytest.mark.slow
 def test_auxiliary_value_loss_trains_the_head_at_its_own_rate(staged, go, recipe, monkeypatch):
     overrides, plain, _ = staged
     overrides = overrides | {"stages": ["policy"]}
@@ -478,6 +481,7 @@ def test_missing_and_nan_rewards(base, go, base_config, tmp_path, bad):
     assert not (tmp_path / "critic").exists()
 
 
+@pytest.mark.slow
 def test_a_critic_from_another_trunk(staged, go, base, tmp_path):
     overrides, _, _ = staged
     other = {"checkpointer": {"checkpoint_dir": str(staged[1] / "last")}}
@@ -500,6 +504,7 @@ def test_a_value_cache_from_another_data_set(staged, go, base, base_config, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_critic_that_knows_nothing_stops_the_run(base, go, tmp_path):
     """At a learning rate of nothing its values stay equal."""
     ignorant = {"optimizer": {"_component_": "torch.optim.SGD", "lr": 1e-12}, "max_steps": 10}
