@@ -1110,13 +1110,12 @@ def recipe_main(cfg: DictConfig) -> None:
         policy_cfg = OmegaConf.merge(cfg, made, {"stages": ["policy"]})
         heldout, metrics = {}, {}
         runs = [*control_runs(policy_cfg), policy_cfg]
-        for run_cfg in runs:
-            recipe = CriticWMTPRecipeDistributed(run_cfg, device, mesh)
-            if recipe.needs_critic:
-                with one_sentence(ValueError, OSError):
-                    recipe.setup()
-                    summary |= recipe.check_policy()
-                break
+        recipes = (CriticWMTPRecipeDistributed(run_cfg, device, mesh) for run_cfg in runs)
+        weighted = next((recipe for recipe in recipes if recipe.needs_critic), None)
+        if weighted is not None:
+            with one_sentence(ValueError, OSError):
+                weighted.setup()
+                summary |= weighted.check_policy()
         for run_cfg in runs:
             one = run(run_cfg, device, mesh, metrics)
             heldout |= one["heldout_loss"]
@@ -1124,9 +1123,11 @@ def recipe_main(cfg: DictConfig) -> None:
         summary = one | summary | {"heldout_loss": heldout}
     summary["seconds"] = round(time.perf_counter() - seconds, 1)
     if dist.get_rank() == 0:
-        if "policy" in cfg.stages:
-            write_summary(Path(cfg.output_dir), summary)
         report(cfg, summary)
+        written = Path(cfg.output_dir) / "summary.json"
+        if "policy" not in cfg.stages and written.exists():  # a policy's figures stay
+            summary = json.loads(written.read_text()) | summary
+        write_summary(Path(cfg.output_dir), summary)
     patient_barrier()  # a rank that leaves early would abort another's gloo threads
     dist.destroy_process_group()
 
