@@ -106,8 +106,8 @@ def test_two_ranks_equal_one_process(quickstart, tmp_path):
     for key in ("pair_accuracy", "value_loss", "auc"):
         got, want = (records[ranks]["report"][key] for ranks in (2, None))
         assert got == pytest.approx(want, rel=1e-5)
-    # A pairwise objective leaves the output's bias open: its gradient is rounding, which AdamW blows
-    # up, and the fitted shift takes it back. What counts is the constant that both make together.
+    # A pairwise objective leaves the output's bias open: its gradient is rounding, which AdamW
+    # blows up, and the fitted shift takes it back. What counts is the constant both make together.
     together = {ranks: x["scale"] * x["out.bias"] + x["shift"] for ranks, x in heads.items()}
     assert together[2].item() == pytest.approx(together[None].item(), rel=1e-3, abs=1e-6)
     for key, want in heads[None].items():
