@@ -1,0 +1,180 @@
+"""Turns this process into a fork server inside a tier's walls. Started by ``pool.py`` as a script.
+
+It gives up root, builds the walls, and becomes the interpreter that runs ``server.py``, whose
+source comes through standard input: nothing of the repository is readable inside.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+
+NOBODY = 65534
+SCRATCH = "/scratch"  # inside bubblewrap
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+SERVER_STACK = 8 << 20  # also the size of a thread's stack; a program's main one may grow further
+FLAGS = ("-P", "-s", "-S", "-B", "-")  # not -I: it would ignore PYTHONHASHSEED
+UNAVAILABLE = 3  # exit status: the reason is on standard error
+
+MS_BIND, MS_REC, MS_PRIVATE, CLONE_NEWNS = 0x1000, 0x4000, 0x40000, 0x20000
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_CAP_AMBIENT, PR_SET_CHILD_SUBREAPER = 1, 8, 47, 36
+CAP_DAC_READ_SEARCH, CAPABILITIES_V3 = 2, 0x20080522
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(function: str, *arguments) -> None:
+    if getattr(libc, function)(*arguments):
+        code = ctypes.get_errno()
+        raise OSError(code, f"{function}: {os.strerror(code)}")
+
+
+def environment(scratch: str) -> dict[str, str]:
+    return {
+        "PATH": "/usr/bin:/bin",
+        "HOME": scratch,
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        "MALLOC_ARENA_MAX": "1",  # else each thread takes 64 MB of the address space
+    }
+
+
+def interpreter(python: str, prefix: str) -> list[str]:
+    """What an interpreter needs of the machine: itself, its library, the system's libraries."""
+    own = [os.path.join(prefix, name) for name in ("lib", "lib64")]
+    paths = [python, *own, *LIBRARIES, "/etc/ld.so.cache"]
+    return list(dict.fromkeys(path for path in paths if os.path.exists(path)))
+
+
+def readable_by_nobody(paths: list[str]) -> bool:
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        needed = [(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0)) for path in paths]
+        return all(os.access(path, mode, effective_ids=True) for path, mode in needed)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def drop_root(keep_reading: bool = False) -> None:
+    """Becomes nobody, who may at most still read what the walls leave visible."""
+    os.setgroups([])
+    if keep_reading:
+        call("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0)
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    if keep_reading:
+        mask = 1 << CAP_DAC_READ_SEARCH
+        header = (ctypes.c_uint32 * 2)(CAPABILITIES_V3, 0)
+        call("capset", header, (ctypes.c_uint32 * 6)(mask, mask, mask, 0, 0, 0))
+        call("prctl", PR_CAP_AMBIENT, 2, CAP_DAC_READ_SEARCH, 0, 0)  # 2: raise
+
+
+def shown_elsewhere(paths: list[str]) -> dict[str, str]:
+    """Binds what nobody cannot reach to a place they can, in a mount namespace of this process."""
+    call("unshare", CLONE_NEWNS)
+    call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    sources = [os.open(path, os.O_PATH) for path in paths]  # the place may hide one of them
+    place = "/mnt" if os.path.isdir("/mnt") else "/tmp"
+    call("mount", b"tmpfs", place.encode(), b"tmpfs", 0, b"size=1m,mode=755")
+    shown = {}
+    for number, (path, source) in enumerate(zip(paths, sources, strict=True)):
+        shown[path] = f"{place}/{number}"
+        if os.path.isdir(path):
+            os.mkdir(shown[path])
+        else:
+            os.close(os.open(shown[path], os.O_CREAT | os.O_WRONLY, 0o600))
+        target = shown[path].encode()
+        call("mount", f"/proc/self/fd/{source}".encode(), target, None, MS_BIND | MS_REC, None)
+        os.close(source)
+    return shown
+
+
+def enter_bubblewrap(config: dict) -> None:
+    """A machine of its own: no network, no other process, no file but an interpreter."""
+    python = config["python"]
+    paths = interpreter(python, config["prefix"])
+    links = {path: os.readlink(path) for path in paths if os.path.islink(path)}
+    real = [path for path in paths if path not in links]
+    sources = {path: path for path in real}
+    if os.getuid() == 0:
+        if not readable_by_nobody(real):
+            sources = shown_elsewhere(real)
+        drop_root()
+    bwrap = [config["bwrap"], "--die-with-parent", "--new-session", "--clearenv"]
+    bwrap += ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    bwrap += ["--unshare-cgroup-try", "--disable-userns", "--uid", str(NOBODY), "--gid"]
+    bwrap += [str(NOBODY)]
+    for path, target in links.items():
+        bwrap += ["--symlink", target, path]
+    for path in sorted(real):  # a folder before what lies in it
+        bwrap += ["--ro-bind", sources[path], path]
+    for path in DEVICES:
+        bwrap += ["--dev-bind", path, path]
+    bwrap += ["--size", str(config["scratch_bytes"]), "--tmpfs", SCRATCH, "--remount-ro", "/"]
+    bwrap += ["--chdir", SCRATCH]
+    for name, value in environment(SCRATCH).items():
+        bwrap += ["--setenv", name, value]
+    os.execv(bwrap[0], [*bwrap, "--", python, *FLAGS])
+
+
+def enter_landlock(config: dict) -> None:
+    """This machine, but its files closed; seccomp, per program, closes the rest."""
+    import landlock
+
+    number = landlock.version()
+    if number < landlock.OLDEST:
+        raise OSError(
+            f"the kernel offers Landlock version {number}; {landlock.OLDEST} or later is needed "
+            "(Linux 5.19, with landlock among its security modules)"
+        )
+    paths = interpreter(config["python"], config["prefix"])
+    become_server(config, paths, lambda: landlock.restrict(paths, [config["scratch"], *DEVICES]))
+
+
+def enter_rlimits(config: dict) -> None:
+    """No walls, but the limits of each program."""
+    become_server(config, interpreter(config["python"], config["prefix"]), lambda: None)
+
+
+def become_server(config: dict, paths: list[str], build_walls) -> None:
+    if os.getuid() == 0:
+        drop_root(keep_reading=not readable_by_nobody(paths))
+    os.chdir(config["scratch"])
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    if os.getppid() != config["parent"]:
+        sys.exit(UNAVAILABLE)  # died before it could be watched
+    build_walls()
+    python = config["python"]
+    os.execve(python, [python, *FLAGS], environment(config["scratch"]))
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    os.chdir("/")
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # short of memory, the kernel ends programs before anything of the user
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = SERVER_STACK if hard == resource.RLIM_INFINITY else min(SERVER_STACK, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
+    enter = {
+        "bubblewrap": enter_bubblewrap,
+        "landlock": enter_landlock,
+        "rlimits": enter_rlimits,
+    }[config["tier"]]
+    try:
+        enter(config)
+    except OSError as error:
+        print(error.strerror or error, file=sys.stderr)
+        sys.exit(UNAVAILABLE)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    main()

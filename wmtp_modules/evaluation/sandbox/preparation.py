@@ -1,0 +1,87 @@
+"""Makes of tests what a judge runs: their code, and the names in it that are the program's."""
+
+import ast
+import builtins
+import functools
+import marshal
+import symtable
+import sys
+
+from wmtp_modules.evaluation.sandbox.wire import TESTS
+
+
+@functools.lru_cache(maxsize=256)
+def prepare(context: str, tests: str) -> bytes:
+    """Compiles tests, here, once for all the programs that they judge.
+
+    Args:
+        context: trusted source that runs first; its functions without a body are the program's.
+        tests: trusted source.
+
+    Returns:
+        What ``judge.judge`` takes.
+
+    Raises:
+        SyntaxError: if either is no Python.
+    """
+    tree = ast.parse(context)
+    stubs = _without_stubs(tree)
+    names, modules = _names_of_program(context, tests, stubs)
+    return marshal.dumps(
+        {
+            "parts": [compile(tree, "<context>", "exec"), compile(tests, TESTS, "exec")],
+            "names": sorted(names),
+            "modules": sorted(modules),
+            "source": tests,
+        }
+    )
+
+
+def _names_of(source: str) -> tuple[set[str], set[str]]:
+    """The global names that source uses, and those that it defines."""
+    top = symtable.symtable(source, TESTS, "exec")
+    used, defined = set(), set()
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if table is not top and not symbol.is_global():
+                continue
+            if symbol.is_referenced():
+                used.add(symbol.get_name())
+            if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace():
+                defined.add(symbol.get_name())
+    return used, defined
+
+
+def _without_stubs(context: ast.Module) -> set[str]:
+    """Takes out functions without a body, which are for the program to define; their names."""
+    stubs = [
+        node
+        for node in context.body
+        if isinstance(node, ast.FunctionDef)
+        and all(
+            isinstance(inner, ast.Pass)
+            or (isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant))
+            for inner in node.body
+        )
+    ]
+    context.body = [node for node in context.body if node not in stubs]
+    return {node.name for node in stubs}
+
+
+def _names_of_program(context: str, tests: str, stubs: set[str]) -> tuple[set[str], set[str]]:
+    """What is the program's, and which modules of the standard library the tests use unimported.
+
+    A module of the program could have been patched, so the judge imports its own. A built-in name
+    is the program's only where the tests use nothing else of it (MBPP 126 asks for a ``sum``):
+    else a ``set`` or ``abs`` of its own would decide about its answers.
+    """
+    used_context, defined_context = _names_of(context)
+    used_tests, defined_tests = _names_of(tests)
+    free = (used_context | used_tests) - (defined_context - stubs) - defined_tests
+    modules = free & sys.stdlib_module_names
+    free -= modules
+    own = {name for name in free if not hasattr(builtins, name)}
+    return own or free, modules

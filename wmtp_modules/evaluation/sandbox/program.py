@@ -1,0 +1,121 @@
+"""What runs a program, in its own process: as a script, or as functions that a judge calls.
+
+All here is in reach of hostile code, which may change any of it. So nothing that happens here
+makes a verdict ``pass``: a script is judged by its output, and functions by the judge, who holds
+the tests in another process. Runs inside the sandbox, hence the standard library only.
+"""
+
+import errno
+import linecache
+import os
+import sys
+import traceback
+import types
+
+import wire
+
+FILE = "<program>"
+LONGEST_TEXT = 2000  # of an error
+BY_ERRNO = {
+    **dict.fromkeys((errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EROFS), "policy"),
+    **dict.fromkeys((errno.ENOSPC, errno.EFBIG, errno.EDQUOT), "output_limit"),
+    errno.EAGAIN: "process_limit",
+    errno.ENOMEM: "memory",
+}
+
+
+def classify(error: BaseException) -> str:
+    """The verdict on a program that ends by an error."""
+    if isinstance(error, MemoryError):
+        return "memory"
+    if isinstance(error, wire.TooLarge):
+        return "output_limit"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "process_limit"
+    if isinstance(error, OSError):
+        return BY_ERRNO.get(error.errno, "crash")
+    return "crash"
+
+
+def execute(source: str, name: str) -> types.ModuleType:
+    """Runs source as a module, which pickle and dataclasses find by its name."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    linecache.cache[FILE] = (len(source), None, source.splitlines(True), FILE)  # for tracebacks
+    exec(compile(source, FILE, "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def run_script(source: str) -> None:
+    """Runs source as ``python program.py`` would; the interpreter's own end is left to come."""
+    try:
+        execute(source, "__main__")
+    except SystemExit:
+        raise
+    except BaseException as error:
+        status = wire.STATUSES[classify(error)]
+        frames = error.__traceback__.tb_next.tb_next  # without ours
+        try:
+            traceback.print_exception(type(error), error, frames)
+        finally:
+            sys.exit(status)
+
+
+def serve_functions(source: str, link: int) -> None:
+    """Runs source, then does what the judge asks with its functions, until it is killed.
+
+    Args:
+        source: of the program.
+        link: descriptor of the socket to the judge.
+    """
+    objects, numbers = [], {}
+
+    def refer(value) -> tuple[int, str]:
+        if id(value) not in numbers:
+            numbers[id(value)] = len(objects)
+            objects.append(value)
+        return numbers[id(value)], type(value).__name__
+
+    failure = module = None
+    try:
+        module = execute(source, "solution")
+    except BaseException as error:
+        failure = error
+
+    def find(name: str) -> tuple:
+        found = name in module.__dict__
+        return found, module.__dict__[name] if found else None
+
+    operations = {
+        "global": find,
+        "call": lambda function, arguments, named: function(*arguments, **named),
+        "getattr": getattr,
+        "setattr": setattr,
+        "getitem": lambda target, key: target[key],
+        "iter": iter,
+        "next": next,
+        "len": len,
+        "bool": bool,
+        "ping": lambda: None,
+    }
+    while True:
+        try:
+            nonce, operation, *forms = wire.receive(link)
+        except EOFError:
+            os._exit(0)  # the judge has ended
+        try:
+            if failure is not None:
+                raise failure
+            arguments = [wire.decode(form, lambda number, _: objects[number]) for form in forms]
+            result = operations[operation](*arguments)
+            wire.send(link, [nonce, "value", wire.encode(result, refer)])
+        except BaseException as error:
+            wire.send(link, [nonce, "error", *describe(error)])
+
+
+def describe(error: BaseException) -> tuple[str, str, str]:
+    """The nearest built-in class of an error, what it says and where, and the verdict on it."""
+    builtin = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == "builtins")
+    text = f"{type(error).__name__}: {error}"[:LONGEST_TEXT]
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == FILE]
+    return builtin, f"{text} (line {lines[-1]} of the program)" if lines else text, classify(error)

@@ -1,0 +1,70 @@
+"""The folder a program may write to: how much is in it, and how it becomes empty again.
+
+The program is hostile: links are never followed, a folder may be unreadable, and a path may be
+longer than the kernel takes. Runs inside the sandbox too, hence the standard library only.
+"""
+
+import errno
+import os
+
+MOST_BYTES = 128 << 20
+MOST_FILES = 2_000
+
+
+def empty(folder: int) -> None:
+    """Removes all that an open folder holds; no program that could change it is alive.
+
+    A folder in the folder gives its own folders away to the outermost one and is removed, so that
+    however deep they lie, no path has more than two names.
+    """
+    moved = 0
+    while names := os.listdir(folder):
+        for name in names:
+            if _unlink(name, folder):
+                continue
+            os.chmod(name, 0o700, dir_fd=folder)  # a real folder, or unlink would have removed it
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            try:
+                for entry in os.listdir(inner):
+                    if not _unlink(entry, inner):
+                        os.chmod(entry, 0o700, dir_fd=inner)
+                        moved += 1
+                        os.rename(
+                            entry, f".moved-{os.getpid()}-{moved}-{os.urandom(4).hex()}",
+                            src_dir_fd=inner, dst_dir_fd=folder,
+                        )  # fmt: skip
+            finally:
+                os.close(inner)
+            os.rmdir(name, dir_fd=folder)
+
+
+def _unlink(name: str, folder: int) -> bool:
+    """Removes a file or link; False if it is a folder."""
+    try:
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        return False
+    return True
+
+
+def overfull(folder: str) -> bool:
+    """Whether a folder holds more than a program may write; the program may be changing it."""
+    space = os.statvfs(folder)
+    if space.f_blocks * space.f_frsize <= MOST_BYTES:  # a sized tmpfs of its own counts for us
+        return space.f_files - space.f_ffree > MOST_FILES or space.f_bavail == 0
+    size = files = 0
+    pending = [folder]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    files += 1
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if files > MOST_FILES or size > MOST_BYTES:
+                        return True
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # these: removed meanwhile
+                return True  # too deep to look into, or unreadable
+    return False

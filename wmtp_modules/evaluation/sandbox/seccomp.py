@@ -1,0 +1,154 @@
+"""The system calls a program may make, as a filter that libseccomp compiles once.
+
+What is not named fails with ENOSYS, as on a kernel that is too old, and C libraries cope with that.
+A program is one process with threads: it starts no other, sends no signal but to itself, opens no
+socket but a pair of its own, and changes no mode, owner or time of a file, which Landlock alone
+would let it do.
+"""
+
+import ctypes
+import errno
+import os
+import struct
+
+PROCESS_ID = 0x5AFE1D5E  # stands in the filter for the program's own process id until it is known
+
+ALLOW = 0x7FFF0000
+ERRNO = 0x00050000
+NOT_EQUAL, EQUAL, MASKED_EQUAL = 1, 4, 7  # enum scmp_compare
+OPTIMIZE = 8  # enum scmp_filter_attr: 2 makes a tree of what else is a list of 200 comparisons
+
+CLONE_THREAD = 0x00010000
+AF_UNIX, SOCK_STREAM, SOCKET_TYPE = 1, 1, 0xF
+IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FION* FIOCLEX
+PRCTLS = (15, 16)  # PR_SET_NAME, PR_GET_NAME
+# Duplicates, flags, locks, sizes; not F_SETOWN or F_SETSIG, which send signals to any process.
+FCNTLS = (*range(0, 8), 12, 13, 14, 36, 37, 38, 1030, 1032, 1034)
+
+ALLOWED = """
+read readv pread64 preadv preadv2 write writev pwrite64 pwritev pwritev2 open openat close
+close_range lseek _llseek stat stat64 lstat lstat64 fstat fstat64 newfstatat fstatat64 statx statfs
+statfs64 fstatfs fstatfs64 access faccessat faccessat2 readlink readlinkat getdents getdents64
+getcwd chdir fchdir creat rmdir unlink unlinkat rename renameat renameat2 symlink symlinkat
+ftruncate ftruncate64 fallocate fadvise64 fadvise64_64 fsync fdatasync sync_file_range flock dup
+dup2 dup3 pipe pipe2 sendfile sendfile64 copy_file_range
+poll ppoll ppoll_time64 select _newselect pselect6 pselect6_time64 epoll_create epoll_create1
+epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd eventfd2
+send sendto sendmsg recv recvfrom recvmsg shutdown getsockopt setsockopt getsockname getpeername
+mmap mmap2 munmap mremap mprotect brk madvise mincore msync
+exit exit_group getpid gettid getppid getpgrp getpgid getsid setsid setpgid getuid getuid32 geteuid
+geteuid32 getgid getgid32 getegid getegid32 getresuid getresuid32 getresgid getresgid32 getgroups
+getgroups32 set_tid_address set_robust_list rseq futex futex_time64 wait4 waitid uname sysinfo
+getrusage times getrlimit ugetrlimit setrlimit getpriority sched_yield sched_getaffinity getcpu
+getrandom membarrier set_thread_area set_tls restart_syscall
+rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait
+rt_sigtimedwait_time64 sigreturn sigaltstack pause alarm setitimer getitimer
+clock_gettime clock_gettime64 clock_getres clock_getres_time64 gettimeofday time clock_nanosleep
+clock_nanosleep_time64 nanosleep
+"""
+PRETENDED = "chmod fchmod fchmodat fchmodat2 utime utimes utimensat utimensat_time64 futimesat"
+REFUSED = {
+    errno.EAGAIN: "fork vfork",
+    errno.ENOTSUP: """setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr llistxattr
+        flistxattr removexattr lremovexattr fremovexattr""",
+    errno.EPERM: """execve execveat socket socketcall bind connect listen accept accept4 ptrace
+        process_vm_readv process_vm_writev mount umount2 move_mount fsopen open_tree unshare setns
+        chroot pivot_root chown lchown fchown fchownat truncate truncate64 link linkat mknod mknodat
+        tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_open pidfd_send_signal pidfd_getfd
+        memfd_create memfd_secret shmget shmat semget msgget mq_open setuid setgid setreuid setregid
+        setresuid setresgid setgroups capset bpf perf_event_open keyctl add_key request_key
+        userfaultfd io_uring_setup open_by_handle_at sethostname reboot swapon init_module""",
+}  # fmt: skip
+
+
+class _Comparison(ctypes.Structure):
+    _fields_ = [
+        ("argument", ctypes.c_uint),
+        ("operator", ctypes.c_int),
+        ("first", ctypes.c_uint64),
+        ("second", ctypes.c_uint64),
+    ]
+
+
+def build_filter() -> bytes:
+    """The filter as the kernel takes it, with ``PROCESS_ID`` in place of the program's.
+
+    Raises:
+        OSError: if libseccomp is not installed or refuses a rule; the sentence says which.
+    """
+    try:
+        library = ctypes.CDLL("libseccomp.so.2", use_errno=True)
+    except OSError:
+        raise OSError("libseccomp.so.2 is missing: install libseccomp2 (or libseccomp)") from None
+    library.seccomp_init.restype = ctypes.c_void_p
+    library.seccomp_rule_add_array.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint),
+        ctypes.POINTER(_Comparison),
+    )
+    library.seccomp_attr_set.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32)
+    library.seccomp_export_bpf.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    library.seccomp_release.argtypes = (ctypes.c_void_p,)
+    context = library.seccomp_init(ERRNO | errno.ENOSYS)
+    if not context:
+        raise OSError("libseccomp knows no filter for this machine")
+
+    def rule(action: int, name: str, *comparisons: tuple) -> None:
+        number = library.seccomp_syscall_resolve_name(name.encode())
+        if number < 0:
+            return  # this architecture, or this libseccomp, has no such call: ENOSYS
+        array = (_Comparison * len(comparisons))(*[_Comparison(*c) for c in comparisons])
+        failed = library.seccomp_rule_add_array(context, action, number, len(array), array)
+        if failed:
+            raise OSError(f"libseccomp refuses a rule for {name}: {os.strerror(-failed)}")
+
+    try:
+        library.seccomp_attr_set(context, OPTIMIZE, 2)  # libseccomp before 2.5 goes without
+        for name in ALLOWED.split():
+            rule(ALLOW, name)
+        for name in PRETENDED.split():
+            rule(ERRNO, name)  # "error 0": shutil.copy works, and nothing changes
+        for code, names in REFUSED.items():
+            for name in names.split():
+                rule(ERRNO | code, name)
+        rule(ALLOW, "clone", (0, MASKED_EQUAL, CLONE_THREAD, CLONE_THREAD))
+        rule(ERRNO | errno.EAGAIN, "clone", (0, MASKED_EQUAL, CLONE_THREAD, 0))
+        for name in ("kill", "tgkill"):
+            rule(ALLOW, name, (0, EQUAL, PROCESS_ID))
+            rule(ERRNO | errno.EPERM, name, (0, NOT_EQUAL, PROCESS_ID))
+        for name in ("prlimit64", "sched_getparam", "sched_getscheduler"):
+            rule(ALLOW, name, (0, EQUAL, 0))
+            rule(ERRNO | errno.EPERM, name, (0, NOT_EQUAL, 0))
+        # Not a pair of datagram sockets: either can send to any named socket of the machine.
+        kind = (1, MASKED_EQUAL, SOCKET_TYPE, SOCK_STREAM)
+        rule(ALLOW, "socketpair", (0, EQUAL, AF_UNIX), kind)
+        for call, position, values in (
+            ("ioctl", 1, IOCTLS),
+            ("prctl", 0, PRCTLS),
+            ("fcntl", 1, FCNTLS),
+            ("fcntl64", 1, FCNTLS),
+        ):
+            for value in values:
+                rule(ALLOW, call, (position, EQUAL, value))
+        # A folder that its owner cannot read could not be measured while the program runs.
+        rule(ALLOW, "umask", (0, MASKED_EQUAL, 0o700, 0))
+        for call, position in (("mkdir", 1), ("mkdirat", 2)):
+            rule(ALLOW, call, (position, MASKED_EQUAL, 0o700, 0o700))
+            for mode in range(0, 0o700, 0o100):
+                rule(ERRNO | errno.EPERM, call, (position, MASKED_EQUAL, 0o700, mode))
+        return _export(library, context)
+    finally:
+        library.seccomp_release(context)
+
+
+def _export(library, context) -> bytes:
+    file = os.memfd_create("filter")
+    try:
+        failed = library.seccomp_export_bpf(context, file)
+        if failed:
+            raise OSError(f"libseccomp exports no filter: {os.strerror(-failed)}")
+        program = os.pread(file, 1 << 20, 0)
+    finally:
+        os.close(file)
+    if struct.pack("=I", PROCESS_ID) not in program:
+        raise OSError("libseccomp lost the rule for signals")
+    return program

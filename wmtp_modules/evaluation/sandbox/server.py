@@ -1,0 +1,225 @@
+"""The fork server: runs inside the walls of a tier, and each program is a fork of it.
+
+Nothing that a program must not know ever passes through this process, whose memory every program
+inherits: sources, inputs and outputs travel as descriptors. Standard library only.
+"""
+
+import _sitebuiltins
+import builtins
+import ctypes
+import fcntl
+import functools
+import gc
+import importlib
+import json
+import math
+import mmap
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+
+import judge
+import program
+import scratch
+
+# Imported before any program asks for them: a fork has them for nothing. Not random and threading:
+# what they do in every fork takes as long as the fork.
+READY = "bisect calendar cmath collections copy dataclasses datetime decimal enum fractions heapq"
+READY += " itertools operator re string typing"
+FILE_BYTES = 64 << 20
+OPEN_FILES = 64
+STACK_BYTES = 64 << 20
+LOOK = 0.05  # seconds between two looks at the scratch folder
+PDEATHSIG, SECCOMP, SECCOMP_FILTER = 1, 22, 2  # prctl
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def serve(control: int, config: dict) -> None:
+    """Forks for every request until the other side is gone.
+
+    Args:
+        control: descriptor of the socket to the trusted parent.
+        config: ``filter`` (seccomp, hexadecimal; empty for none), ``process_id`` (what stands in it
+            for a program's), ``processes`` (RLIMIT_NPROC), ``strays`` (whether programs can leave
+            processes behind).
+    """
+    config["filter"] = bytes.fromhex(config["filter"])
+    config["size"] = address_space()
+    for name in READY.split():
+        importlib.import_module(name)
+    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
+    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
+    for name in set(os.environ) - {"PATH", "HOME", "LANG", "PYTHONHASHSEED"}:
+        del os.environ[name]
+    sys.argv = ["program.py"]
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page
+    link = socket.socket(fileno=control)
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    scratch.empty(folder)
+    link.send(b'{"ready": true}')
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(link, 1 << 16, 8)
+        if not data:
+            return
+        request = json.loads(data)
+        if "kill" in request:
+            continue  # it had ended before the order came
+        started = time.monotonic()
+        parent = os.getpid()
+        try:
+            child = os.fork()
+        except OSError as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            link.send(json.dumps({"failed": f"cannot fork: {error.strerror}"}).encode())
+            continue
+        if child == 0:
+            link.detach()  # closed below; must not close what gets its number later
+            return become_program(request, descriptors, config, parent)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        overfull = watch(child, link)
+        _, status, usage = os.wait4(child, 0)
+        seconds = time.monotonic() - started
+        if config["strays"]:
+            end_strays()
+        output = open_output(request["output_file"])
+        scratch.empty(folder)
+        reply = {"status": status, "overfull": overfull, "seconds": seconds}
+        reply |= {"peak_kb": usage.ru_maxrss, "output": len(output)}
+        socket.send_fds(link, [json.dumps(reply).encode()], output)
+        for descriptor in output:
+            os.close(descriptor)
+
+
+def watch(child: int, link: socket.socket) -> bool:
+    """Waits for the end of a program, which the parent may order; whether it wrote too much."""
+    ended = os.pidfd_open(child)
+    poller = select.poll()
+    poller.register(ended, select.POLLIN)
+    poller.register(link, select.POLLIN)
+    overfull = False
+    while True:
+        ready = [descriptor for descriptor, _ in poller.poll(LOOK * 1000)]
+        if ended in ready:
+            os.close(ended)
+            return overfull
+        if ready and not link.recv(1 << 16):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os._exit(0)  # the parent is gone
+        overfull = overfull or scratch.overfull(".")
+        if ready or overfull:
+            os.kill(child, signal.SIGKILL)
+
+
+def open_output(name: str | None) -> list[int]:
+    """The file a program was to write, if it is one."""
+    if name is None:
+        return []
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return []  # not written, or a link
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return [descriptor]
+    os.close(descriptor)
+    return []
+
+
+def end_strays() -> None:
+    """Ends what a program left behind; orphans become children of this process (subreaper)."""
+    while True:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            for child in file.read().split():
+                os.kill(int(child), signal.SIGKILL)
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
+
+
+def become_program(request: dict, descriptors: list[int], config: dict, server: int) -> None:
+    """Turns a fork into a program: its descriptors, its limits, its filter, then its source."""
+    libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != server:
+        os._exit(1)
+    os.setpgid(0, 0)
+    copies = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 64) for descriptor in descriptors]
+    for target, copy_ in enumerate(copies):
+        os.dup2(copy_, target)  # 0-2 standard streams, 3 source, 4 link, 5 the judge's result
+    os.closerange(len(copies), 1 << 16)
+    with open(3, "rb") as file:
+        source = file.read()
+    if request["input_file"]:
+        with open(request["input_file"], "wb") as file, open(0, "rb", closefd=False) as given:
+            shutil.copyfileobj(given, file)
+            given.seek(0)
+    limit(request, config)
+    if config["filter"]:
+        install_filter(config["filter"], config["process_id"])
+    if request["role"] == "judge":
+        judge.judge(source, 4, 5)
+    text = functools.partial(open, encoding="utf-8", closefd=False)
+    sys.stdin = sys.__stdin__ = text(0)
+    sys.stdout = sys.__stdout__ = text(1, "w")
+    sys.stderr = sys.__stderr__ = text(2, "w", buffering=1, errors="backslashreplace")
+    source = source.decode("utf-8", "surrogatepass")
+    if request["role"] == "functions":
+        program.serve_functions(source, 4)
+    program.run_script(source)
+
+
+def limit(request: dict, config: dict) -> None:
+    """The kernel's limits of this process, which it cannot raise again."""
+    size = config["size"] + (request["memory_mb"] << 20)
+    # Processor time of all threads; the wall clock, which the parent holds, comes first.
+    seconds = math.ceil(request["seconds"]) * 4 + 5
+    for name, soft in (
+        (resource.RLIMIT_AS, size),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, FILE_BYTES),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_NPROC, config["processes"]),
+    ):
+        hard = resource.getrlimit(name)[1]
+        soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+        resource.setrlimit(name, (soft, soft))
+    # Its hard limit stays: programs raise this one themselves, and the address space bounds it.
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
+
+
+def install_filter(code: bytes, process_id: int) -> None:
+    """Seccomp, with this process's id where the filter has a placeholder."""
+    code = code.replace(struct.pack("=I", process_id), struct.pack("=I", os.getpid()))
+    buffer = ctypes.create_string_buffer(code, len(code))
+    header = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
+    if libc.prctl(SECCOMP, SECCOMP_FILTER, header, 0, 0):
+        os._exit(1)
+
+
+def address_space() -> int:
+    """Bytes of this process's address space, found without /proc: the limit that just holds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    low, high = 0, 1 << 46
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        resource.setrlimit(resource.RLIMIT_AS, (middle, hard))
+        try:
+            mmap.mmap(-1, mmap.PAGESIZE).close()
+            high = middle
+        except (OSError, MemoryError):
+            low = middle
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return high
