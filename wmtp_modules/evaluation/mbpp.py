@@ -1,0 +1,86 @@
+"""MBPP (Austin et al. 2021, arXiv 2108.07732) as an evaluation: three shots, three assertions."""
+
+from dataclasses import dataclass, replace
+
+from wmtp_modules.data.mbpp import END, mbpp_prompt
+from wmtp_modules.data.rows import text_field
+from wmtp_modules.data.sources import BadRow
+from wmtp_modules.evaluation.sandbox import FunctionJob, Limits
+from wmtp_modules.evaluation.task import Task, string_field, strings_field
+
+TEST_IDS = range(11, 511)  # the authors' division
+SHOT_IDS = (2, 3, 4)  # of the paper's three-shot prompt
+BETWEEN_SHOTS = "\n\n"
+# The reference of task 123 takes several seconds, all others together less than that.
+SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class MBPPTask(Task):
+    """One MBPP task; its completion is a whole program."""
+
+    text: str
+    tests: tuple[str, ...]
+    imports: tuple[str, ...]  # of the tests; only the sanitized file has them
+    setup: str  # runs after the program, whose classes it may use; only the full file has it
+    shots: str | None = None  # solved tasks before this one; None if the source lacks them
+
+    stop = ("[DONE]",)
+
+    @property
+    def prompt(self) -> str:
+        """Three solved tasks and this one.
+
+        Raises:
+            ValueError: if the source lacks one of the three. Ready-made samples need no prompt.
+        """
+        if self.shots is None:
+            raise ValueError(
+                f"the MBPP prompt shows tasks {SHOT_IDS}, which the source does not have: add "
+                "their rows, or execute ready-made samples, which need no prompt"
+            )
+        return self.shots + mbpp_prompt(self.text, list(self.tests))
+
+    def job(self, completion: str, machine_factor: float = 1.0) -> FunctionJob:
+        return FunctionJob(
+            program=f"{completion}\n{self.setup}",
+            tests="\n".join((*self.imports, *self.tests)),
+            limits=Limits(seconds=SECONDS * machine_factor),
+        )
+
+
+def mbpp_task(record: dict) -> MBPPTask:
+    """A row of the full file (``text``, ``test_setup_code``) or the sanitized one (``prompt``,
+    ``test_imports``).
+
+    Raises:
+        BadRow: if a field is missing or of another type.
+    """
+    task_id = record.get("task_id")
+    if type(task_id) is not int:  # a bool is an int too
+        raise BadRow(f"task_id is {task_id!r}, not an integer")
+    sanitized = record.get("text") is None and record.get("prompt") is not None
+    tests = strings_field(record, "test_list")
+    if not tests:
+        raise BadRow("test_list is empty")
+    return MBPPTask(
+        task_id=task_id,
+        # The published code has Windows line ends.
+        reference=text_field(record, "code").replace("\r", ""),
+        text=text_field(record, "prompt" if sanitized else "text"),
+        tests=tuple(tests),
+        imports=tuple(strings_field(record, "test_imports")) if sanitized else (),
+        setup="" if sanitized else string_field(record, "test_setup_code").replace("\r", ""),
+    )
+
+
+def with_shots(tasks: list[MBPPTask]) -> list[MBPPTask]:
+    """The tasks with the solved ones that go before them, if all of those are there."""
+    by_id = {task.task_id: task for task in tasks}
+    if not by_id.keys() >= set(SHOT_IDS):
+        return tasks
+    shots = "".join(
+        mbpp_prompt(by_id[i].text, list(by_id[i].tests)) + by_id[i].reference + END + BETWEEN_SHOTS
+        for i in SHOT_IDS
+    )
+    return [replace(task, shots=shots) for task in tasks]

@@ -1,0 +1,73 @@
+"""What a benchmark's problem is to the rest of the evaluation, whichever benchmark it is of."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from wmtp_modules.data.sources import BadRow
+from wmtp_modules.evaluation.sandbox import FunctionJob, StdinJob
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """One problem of a benchmark.
+
+    Attributes:
+        task_id: as the benchmark has it; unique in a list of tasks.
+        reference: the benchmark's own solution in the form of a completion, None where it has
+            none in Python 3.
+        stop: strings at which a completion ends; the completion does not hold them.
+    """
+
+    task_id: int | str
+    reference: str | None
+
+    stop: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def prompt(self) -> str:
+        """What a model goes on from."""
+
+    @property
+    def reference_languages(self) -> tuple[str, ...]:
+        """Languages of the benchmark's own solutions."""
+        return ("PYTHON3",)
+
+    @abstractmethod
+    def job(self, completion: str, machine_factor: float = 1.0) -> FunctionJob | StdinJob:
+        """What the sandbox runs to judge a completion.
+
+        Args:
+            completion: what came after the prompt.
+            machine_factor: by which this machine is slower than the one that the limits of time
+                are meant for.
+        """
+
+
+def string_field(record: dict, field: str) -> str:
+    """A field that must be a string; it may be empty.
+
+    Raises:
+        BadRow: if it is missing or no string.
+    """
+    value = record.get(field)
+    if value is None:
+        raise BadRow(f"{field} is missing")
+    if not isinstance(value, str):
+        raise BadRow(f"{field} is {type(value).__name__}, not a string")
+    return value
+
+
+def strings_field(record: dict, field: str) -> list[str]:
+    """A field that must be a list of strings; it may be empty.
+
+    Raises:
+        BadRow: if it is missing or no list of strings.
+    """
+    value = record.get(field)
+    if value is None:
+        raise BadRow(f"{field} is missing")
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise BadRow(f"{field} is not a list of strings")
+    return value

@@ -1,0 +1,199 @@
+"""The benchmarks, read from local files or the Hugging Face hub."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from wmtp_modules.data.sources import ROW_SUFFIXES, SPLIT_NAMES, BadRow, Source
+from wmtp_modules.evaluation.code_contests import code_contests_task
+from wmtp_modules.evaluation.humaneval import humaneval_task
+from wmtp_modules.evaluation.mbpp import TEST_IDS, mbpp_task, with_shots
+from wmtp_modules.evaluation.task import Task
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How the rows of a benchmark are read.
+
+    Attributes:
+        title: as people write it.
+        mark: a column that only this benchmark has.
+        columns: of all that ``to_task`` reads.
+        to_task: makes a task of a row, or raises ``BadRow``.
+        hub_config: configuration on the hub.
+    """
+
+    title: str
+    mark: str
+    columns: tuple[str, ...]
+    to_task: Callable[[dict], Task]
+    hub_config: str | None = None
+
+
+# fmt: off
+TASKS = {
+    "mbpp": Benchmark(
+        "MBPP", "test_list",
+        ("task_id", "text", "prompt", "code", "test_list", "test_setup_code", "test_imports"),
+        mbpp_task, hub_config="full",
+    ),
+    "humaneval": Benchmark(
+        "HumanEval", "entry_point",
+        ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+        humaneval_task,
+    ),
+    "code_contests": Benchmark(
+        "CodeContests", "generated_tests",
+        ("name", "description", "public_tests", "private_tests", "generated_tests", "solutions",
+         "time_limit", "memory_limit_bytes", "input_file", "output_file"),
+        code_contests_task,
+    ),
+}
+# fmt: on
+# Those of all benchmarks, and of samples, so that the wrong file is known for what it is.
+COLUMNS = (*{column for benchmark in TASKS.values() for column in benchmark.columns}, "completion")
+
+
+def load_tasks(task: str, source: str | Path, split: str) -> list[Task]:
+    """The problems of a benchmark, in the order of the source.
+
+    Args:
+        task: "mbpp", "humaneval" or "code_contests".
+        source: .jsonl or .parquet file, .json file with one list (``sanitized-mbpp.json``), folder
+            of .jsonl and .parquet files, or hub name ``owner/name``, which is downloaded whole.
+        split: "test" or "all". For MBPP the ids decide (11-510 are the test set); for the others
+            "test" takes the files or the hub split of that name where there is one. In "all" of
+            MBPP the prompts of tasks 2, 3 and 4 show these tasks' own solutions.
+
+    Returns:
+        The tasks.
+
+    Raises:
+        ValueError: if the source is missing or unreadable, a row is damaged, incomplete or of
+            another benchmark, a task is there twice, or there is none.
+    """
+    benchmark = TASKS[task]
+    by_id: dict[int | str, tuple[Task, str]] = {}
+    for where, record in _records(str(source), split, benchmark):
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            made = benchmark.to_task(record)
+        except BadRow as error:
+            hint = _other_file(record, benchmark) or f"mend that row of {source}, or get it again"
+            raise ValueError(f"{where}: {error}: {hint}") from error
+        if made.task_id in by_id:
+            raise ValueError(
+                f"{where}: task {made.task_id!r} is there already, in {by_id[made.task_id][1]}: "
+                f"remove one of them, or give one file of {source}"
+            )
+        by_id[made.task_id] = made, where
+    tasks = [made for made, _ in by_id.values()]
+    if not tasks:
+        raise ValueError(f"{source} is empty: give a file with {benchmark.title} tasks")
+    if task == "mbpp":
+        tasks = with_shots(tasks)
+        if split == "test":
+            tasks = [made for made in tasks if made.task_id in TEST_IDS]
+            if not tasks:
+                raise ValueError(
+                    f"{source} has none of the MBPP test tasks 11-510, {len(by_id)} others: set "
+                    "split=all to take those"
+                )
+    return tasks
+
+
+def _records(source: str, split: str, benchmark: Benchmark) -> Iterator[tuple[str, dict | BadRow]]:
+    path = Path(source).expanduser()
+    if not path.exists():
+        parts = _hub_parts(source, split, benchmark)
+    elif path.suffix.lower() == ".json" and path.is_file():
+        parts = [_json_list(path)]
+    else:
+        files = _files(path, split, benchmark)
+        root = path if path.is_dir() else path.parent
+        parts = _source("rows", source, files=tuple(files), root=root).parts()
+        parts = (records for _, records in parts)
+    for records in parts:
+        yield from records
+
+
+def _source(kind: str, name: str, **content) -> Source:
+    return Source(name, kind, own_split=False, fingerprint="", note="", columns=COLUMNS, **content)
+
+
+def _files(path: Path, split: str, benchmark: Benchmark) -> list[Path]:
+    """The row files of a path: where some are named after the test split, only those."""
+    if path.is_file():
+        if path.suffix.lower() not in ROW_SUFFIXES:
+            raise ValueError(f"{path}: expected a .jsonl, .parquet or .json file")
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in ROW_SUFFIXES)
+    files = [p for p in files if not any(part[0] == "." for part in p.relative_to(path).parts)]
+    if not files:
+        raise ValueError(f"{path} holds no .jsonl or .parquet file: name a file itself")
+    if split == "test" and benchmark.title != "MBPP":
+        pattern = re.compile(rf"({'|'.join(SPLIT_NAMES['test'])})(?![a-z])", re.IGNORECASE)
+        named = [p for p in files if any(map(pattern.match, p.relative_to(path).parts))]
+        files = named or files
+    return files
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, dict | BadRow]]:
+    """The rows of a file that is one JSON list; a row is named by its place, from 1."""
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not JSON, or is cut off ({error}): get the file again"
+        ) from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} is not one JSON list of rows: name a .jsonl file .jsonl")
+    for number, row in enumerate(rows, start=1):
+        ok = isinstance(row, dict)
+        yield f"{path.name}, row {number}", row if ok else BadRow("not a JSON object")
+
+
+def _hub_parts(name: str, split: str, benchmark: Benchmark) -> Iterator[Iterator]:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or Path(name).suffix in (
+        ".json",
+        *ROW_SUFFIXES,
+    ):
+        raise ValueError(
+            f"{name} does not exist: give a .jsonl, .json or .parquet file, a folder, or a Hugging "
+            "Face hub name (owner/name)"
+        )
+    try:
+        splits = datasets.load_dataset(name, benchmark.hub_config)
+    except (OSError, ValueError) as error:  # includes not found, no access and no network
+        raise ValueError(
+            f"{name} is no local path, and as a Hugging Face data set it cannot be read "
+            f"({type(error).__name__}: {error}): check the name and the network, or download it "
+            "and give a file"
+        ) from error
+    names = list(splits)
+    if split == "test" and benchmark.title != "MBPP":
+        names = [own for own in names if own in SPLIT_NAMES["test"]] or names
+    for own in names:
+        present = [column for column in COLUMNS if column in splits[own].column_names]
+        hub = splits[own].select_columns(present)
+        yield from (records for _, records in _source("hub", f"{name}:{own}", hub=hub).parts())
+
+
+def _other_file(record: object, benchmark: Benchmark) -> str | None:
+    """What a row is if it is none of this benchmark."""
+    if not isinstance(record, dict) or record.get(benchmark.mark) is not None:
+        return None
+    for name, other in TASKS.items():
+        if record.get(other.mark) is not None:
+            return f"this looks like {other.title}: set task={name}"
+    if "completion" in record:
+        return "this looks like samples: give the file as samples, and the tasks as source"
+    return (
+        f"{benchmark.title} needs the columns {', '.join(benchmark.columns)}; this row has "
+        f"{', '.join(record) or 'none of them'}"
+    )
