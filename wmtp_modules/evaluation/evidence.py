@@ -1,0 +1,264 @@
+"""Samples and their results, kept as they come: append-only JSON lines keyed by content.
+
+A row's key is a hash of all that shaped it, so that a run that is started again, or another run
+into the same folder, finds what is done already and never takes another's for its own.
+"""
+
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from wmtp_modules.evaluation.task import Task
+
+BLOCK = 1 << 16  # bytes read at once in search of the last line's end
+
+
+class EvidenceStore:
+    """A file of JSON lines that several processes may append to at once.
+
+    A line counts from its newline on. A process that is killed while it writes leaves at most one
+    incomplete line at the end, which is cut off when the file is opened or next appended to.
+    Rows that others append after the opening are not seen: open it again.
+
+    Args:
+        path: the file; made, with its folder, if it is not there.
+
+    Attributes:
+        dropped_bytes: of an incomplete last line that the opening cut off.
+
+    Raises:
+        ValueError: if a line is damaged; names file and line.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._places: dict[str, tuple[int, int]] = {}  # key: where its line starts, its length
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as fd:
+            self.dropped_bytes = _cut_incomplete_line(fd)
+            with open(fd, "rb", closefd=False) as file:
+                self._read(file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, key: str) -> dict:
+        """The row of a key; of several rows the one that was appended last."""
+        start, length = self._places[key]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return json.loads(file.read(length))
+
+    def append(self, rows: Sequence[Mapping]) -> None:
+        """Append rows, each with its ``key``, and wait until the disk has them.
+
+        Raises:
+            OSError: if the disk is full or fails. What was there before stays as it was.
+        """
+        if not rows:
+            return
+        lines = [json.dumps(row).encode() + b"\n" for row in rows]
+        with self._locked() as fd:
+            # Another process may have been killed in mid-write since this one opened the file.
+            _cut_incomplete_line(fd)
+            start = os.fstat(fd).st_size
+            try:
+                _write(fd, b"".join(lines))
+                os.fsync(fd)
+            except OSError as error:
+                os.ftruncate(fd, start)  # needs no space, even on a full disk
+                raise OSError(
+                    error.errno,
+                    f"{self.path}: {len(rows)} rows could not be written ({error.strerror}); the "
+                    "rows before them are kept: make room and start the same command again",
+                ) from error
+        for row, line in zip(rows, lines, strict=True):
+            self._places[row["key"]] = (start, len(line))
+            start += len(line)
+
+    def _read(self, file) -> None:
+        start = 0
+        for number, line in enumerate(file, start=1):
+            try:
+                key = json.loads(line)["key"]
+                if not isinstance(key, str):
+                    raise TypeError("its key is no string")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{self.path}:{number}: this line is damaged ({type(error).__name__}: "
+                    f"{error}): delete it and what it held is made again"
+                ) from error
+            self._places[key] = (start, len(line))
+            start += len(line)
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The file, which no other process writes to meanwhile."""
+        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield fd
+        finally:
+            os.close(fd)  # gives the lock back, as the end of a killed process does
+
+
+def sample_key(settings: Mapping, task: Task, temperature: float, seed: int) -> str:
+    """The key of a generated sample.
+
+    Args:
+        settings: all else that shapes it: the checkpoint's fingerprint, top_p, top_k, and so on.
+        task: its id, prompt and stops.
+        temperature: of the sampling.
+        seed: of this very sample, so that its number needs no mention.
+    """
+    return _hash(
+        "sample", dict(settings), task.task_id, task.prompt, task.stop, float(temperature), seed
+    )
+
+
+def result_key(task: Task, row: Mapping, tier: str) -> str:
+    """The key of a sample's result: its program, tests and limits, and the sandbox's tier.
+
+    Limits are taken at machine factor 1: the measured factor is never twice the same, and a run
+    that goes on must find what it has.
+
+    Args:
+        task: the sample's problem.
+        row: of the sample: ``completion``, ``sample`` and, if any, ``temperature``, so that two
+            samples with one text have a result each.
+        tier: of the sandbox.
+    """
+    sample = (row["sample"], row.get("temperature"), row["completion"])
+    return _hash("result", _task_content(task), *sample, tier)
+
+
+def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
+    """Ready-made samples, rows ``{"task_id", "completion"}``, or those that a run generated.
+
+    A completion may be any string: what no program can be (a NUL, half a surrogate pair) fails
+    when it is executed, as that is what its model made.
+
+    Args:
+        path: a .jsonl file.
+        tasks: the problems that it may name.
+
+    Returns:
+        {"task_id", "sample", "temperature", "completion"} in the order of the file; the
+        temperature is the row's, None if it has none, and ``sample`` counts a task's rows of one
+        temperature from 0.
+
+    Raises:
+        ValueError: if the file is missing or empty, a line is damaged, or a row lacks its task or
+            completion; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"samples: {path} is no file: give a .jsonl file, or 'reference'")
+    known = {task.task_id for task in tasks}
+    counts: Counter[tuple] = Counter()
+    samples = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON, or cut off ({error}): mend that line") from error
+        _check_sample(row, where, known)
+        task_id, temperature = row["task_id"], row.get("temperature")
+        samples.append(
+            {
+                "task_id": task_id,
+                "sample": counts[task_id, temperature],
+                "temperature": temperature,
+                "completion": row["completion"],
+            }
+        )
+        counts[task_id, temperature] += 1
+    if not samples:
+        raise ValueError(f'{path} is empty: give rows {{"task_id", "completion"}}, one a line')
+    return samples
+
+
+def _check_sample(row: object, where: str, known: set) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: not an object {{"task_id", "completion"}}')
+    for field in ("task_id", "completion"):
+        if row.get(field) is None:
+            raise ValueError(
+                f"{where}: {field} is missing, the row has {', '.join(row) or 'no field'}"
+            )
+    task_id, completion = row["task_id"], row["completion"]
+    if not isinstance(completion, str):
+        raise ValueError(f"{where}: completion is {type(completion).__name__}, not a string")
+    temperature = row.get("temperature")
+    if temperature is not None and type(temperature) not in (int, float):
+        raise ValueError(f"{where}: temperature is {temperature!r}, not a number")
+    # type: True and 1.0 equal 1 and would be found.
+    if type(task_id) not in (int, str) or task_id not in known:
+        raise ValueError(
+            f"{where}: no task {task_id!r} in the source{_did_you_mean(task_id, known)}"
+        )
+
+
+def _did_you_mean(task_id: object, known: set) -> str:
+    """A known task's id that is nearly this one, as a question."""
+    digits = str(task_id).rpartition("/")[2]
+    if digits.isdecimal() and int(digits[:9]) in known:
+        return f": write the number, {int(digits[:9])}"
+    by_text = {str(other): other for other in known}
+    close = difflib.get_close_matches(str(task_id)[:100], by_text, n=1)
+    if close:
+        return f" (did you mean {by_text[close[0]]!r}?)"
+    return f", which has {len(known)} tasks such as {sorted(by_text)[0]!r}"
+
+
+def _cut_incomplete_line(fd: int) -> int:
+    """Cut off what follows the last newline; returns how many bytes that was."""
+    size = end = os.fstat(fd).st_size
+    while end > 0:
+        start = max(0, end - BLOCK)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(fd, end)
+    return size - end
+
+
+def _write(fd: int, data: bytes) -> None:
+    """All of it. A disk that fills up takes a part, and says why only when asked again."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+@functools.cache  # tests may be megabytes, and each task has hundreds of samples
+def _task_content(task: Task) -> str:
+    """Hash of what a sample's job holds beside the sample."""
+    job = task.job("", 1.0)
+    fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
+    fields["limits"] = dataclasses.asdict(job.limits)
+    if "compare" in fields:
+        fields["compare"] = fields["compare"].__qualname__
+    return _hash(task.task_id, type(job).__name__, fields)
+
+
+def _hash(*parts: object) -> str:
+    # ASCII with escapes, so that half a surrogate pair hashes as well.
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
