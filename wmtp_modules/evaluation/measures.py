@@ -1,0 +1,366 @@
+"""What each head of a model knows of held-out text: loss, accuracy and calibration.
+
+Shapes: N targets, K heads, C token classes, S sums, M calibration bins, V vocabulary.
+
+Each text is BOS + tokens + EOS, one row a document; a row longer than the context is split into
+consecutive documents. Head k (0-based) at position t predicts token t + k + 1 of its document, so a
+document of n tokens has max(0, n - 1 - k) targets for it. No text is left out or cut.
+"""
+
+import io
+import keyword
+import tokenize as python_tokenize
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from token import EXACT_TOKEN_TYPES
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchtune.models.llama2 import Llama2Tokenizer
+from tqdm import tqdm
+
+from wmtp_modules.data.packing import pad_rows
+from wmtp_modules.data.rows import text_field
+from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, open_source
+from wmtp_modules.data.tokenize import encode_with_offsets
+from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
+from wmtp_modules.models import MTPTransformer
+
+# Of a target token; Python's own token types, names divided into keywords and identifiers.
+TOKEN_CLASSES = (
+    "keyword",
+    "identifier",
+    "number",
+    "string",
+    "operator",
+    "comment",
+    "layout",  # whitespace between Python's tokens, line ends and indentation among it
+    "other",  # none of Python's tokens, as the backslash that joins two lines
+    "unparsed",  # from where the text is no Python
+    "eos",
+)
+CLASS = {name: i for i, name in enumerate(TOKEN_CLASSES)}
+CLASS_OF_TYPE = {
+    "NUMBER": "number",
+    "STRING": "string",
+    "FSTRING_START": "string",  # Python 3.12 divides f-strings
+    "FSTRING_MIDDLE": "string",
+    "FSTRING_END": "string",
+    "OP": "operator",
+    "COMMENT": "comment",
+}
+SUMS = ("tokens", "loss", "top1", "top5")
+TOP = 5
+BINS = 15  # of equal width, as in Guo et al. 2017 (arXiv 1706.04599)
+
+
+class HeldoutSums(NamedTuple):
+    """Sums over targets, fp64: those of several shards of the texts add up, field by field."""
+
+    tokens: torch.Tensor  # scalar: all tokens of the rows, BOS and EOS among them
+    classes_KCS: torch.Tensor  # SUMS of the targets of each head and class
+    bins_KMS: torch.Tensor  # targets, confidence, top-1 hits of each head and confidence bin
+    kept_K: torch.Tensor  # positions with a target for all heads; those where heads 1..k agree
+
+    def result(self) -> dict:
+        """Means of all targets.
+
+        Returns:
+            ``tokens``; ``per_head``: for each head ``head``, ``tokens`` (its targets), ``loss``
+            (nats), ``top1``, ``top5`` (share of targets among the 1 and 5 likeliest), ``ece`` (see
+            ``_calibration``) and ``calibration``, the bins that are not empty, each with
+            ``low``, ``high``, ``tokens``, ``confidence`` and ``accuracy``; ``acceptance_length``:
+            1 + the mean number of heads 1, 2, ... in a row whose likeliest token is the one that
+            head 0, when it has read so far, finds likeliest there (what self-speculative greedy
+            decoding would keep, were the text the model's own); ``by_token_class``: for
+            each class that head 0 met ``class``, ``share`` of head 0's targets, and for each head
+            ``tokens``, ``loss`` and ``top1``. A mean of nothing is None.
+
+        Raises:
+            ValueError: if a loss is not finite.
+        """
+        heads_KS = self.classes_KCS.sum(1)
+        if not heads_KS.isfinite().all():
+            raise ValueError(
+                "a held-out loss is not finite: check the checkpoint, its tokenizer and dtype"
+            )
+        per_head = []
+        for k, (sums_S, bins_MS) in enumerate(zip(heads_KS, self.bins_KMS, strict=True)):
+            means = dict(zip(SUMS, _means(sums_S), strict=True))
+            ece, calibration = _calibration(bins_MS)
+            per_head.append({"head": k, **means, "ece": ece, "calibration": calibration})
+        by_class = []
+        for name, sums_KS in zip(TOKEN_CLASSES, self.classes_KCS.transpose(0, 1), strict=True):
+            if sums_KS[0, 0] == 0:
+                continue
+            tokens, loss, top1, _ = map(list, zip(*map(_means, sums_KS), strict=True))
+            share = float(sums_KS[0, 0] / heads_KS[0, 0])
+            by_class.append(
+                {"class": name, "share": share, "tokens": tokens, "loss": loss, "top1": top1}
+            )
+        return {
+            "tokens": int(self.tokens),
+            "per_head": per_head,
+            "acceptance_length": float(self.kept_K.sum() / self.kept_K[0])
+            if self.kept_K[0]
+            else None,
+            "by_token_class": by_class,
+        }
+
+
+class _Document(NamedTuple):
+    tokens: np.ndarray  # int64, at most the context long
+    classes: np.ndarray  # int64, class of each token
+
+
+def read_texts(source: str) -> list[str]:
+    """Texts of a file of rows ``{"text": ...}``; other fields are not looked at.
+
+    Args:
+        source: .jsonl or .parquet file.
+
+    Returns:
+        The texts in the order of the file, empty ones too.
+
+    Raises:
+        ValueError: if there is no such file or no row in it, or a row cannot be used.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file() or path.suffix.lower() not in ROW_SUFFIXES:
+        what = "is neither .jsonl nor .parquet" if path.is_file() else "is no file"
+        raise ValueError(f'{source} {what}: give a .jsonl or .parquet file of rows {{"text": ...}}')
+    texts = []
+    for _, records in open_source(path, "validation", ("text",)).parts():
+        for where, record in records:
+            try:
+                if isinstance(record, BadRow):
+                    raise record
+                text = record.get("text")
+                is_blank = isinstance(text, str) and not text.strip()
+                texts.append(text if is_blank else text_field(record, "text"))
+            except BadRow as error:
+                raise ValueError(
+                    f"{path.parent / where}: {error}. Held-out rows are not left out: mend or "
+                    "delete it"
+                ) from error
+    if not texts:
+        raise ValueError(f"{source} holds no row")
+    return texts
+
+
+@torch.inference_mode()
+def heldout_sums(
+    model: MTPTransformer,
+    tokenizer: Llama2Tokenizer,
+    texts: Sequence[str],
+    *,
+    device: torch.device | str,
+    batch_tokens: int,
+    show_progress: bool = False,
+) -> HeldoutSums:
+    """Run a model over texts and sum what ``HeldoutSums.result`` divides.
+
+    Documents of a batch are padded on the right, where causal attention cannot see, and padding
+    is no target: the batching changes nothing but rounding. Logits are made for one head and a
+    chunk of targets at a time, and leave nothing but sums.
+
+    Args:
+        model: whole on ``device``, not sharded, without KV caches.
+        tokenizer: its ``max_seq_len``, if there is one, or the model's is where texts are split,
+            whichever is smaller.
+        texts: of this rank; none gives sums of zero.
+        device: where the model is.
+        batch_tokens: tokens of a batch with its padding; a longer document is one by itself.
+        show_progress: with a bar.
+
+    Returns:
+        The sums, on ``device``.
+    """
+    K = model.n_future_tokens
+    zeros = {"dtype": torch.float64, "device": device}
+    classes_KCS = torch.zeros(K, len(TOKEN_CLASSES), len(SUMS), **zeros)
+    bins_KMS = torch.zeros(K, BINS, 3, **zeros)
+    kept_K = torch.zeros(K, **zeros)
+    context = min(tokenizer.max_seq_len or model.max_seq_len, model.max_seq_len)
+    documents = [document for text in texts for document in _documents(tokenizer, text, context)]
+    n_tokens = sum(len(document.tokens) for document in documents)
+    documents.sort(key=lambda document: len(document.tokens), reverse=True)
+
+    with tqdm(
+        total=n_tokens, desc="held-out tokens", unit="tok", disable=not show_progress
+    ) as progress:
+        while documents:
+            n_rows = max(1, batch_tokens // len(documents[0].tokens))
+            batch, documents = documents[:n_rows], documents[n_rows:]
+            tokens_BT, doc_BT = (x.to(device) for x in pad_rows([row.tokens for row in batch]))
+            classes_BT = pad_rows([row.classes for row in batch])[0].to(device)
+            hidden_BTD = model.trunk(tokens_BT)
+            choices_KBT = []
+            for k, head in enumerate(model.heads):
+                is_target_BT = (doc_BT >= 0)[:, k + 1 :]
+                head_BTD = head(hidden_BTD)[:, : is_target_BT.shape[1]]
+                choices_BT = torch.full_like(is_target_BT, -1, dtype=torch.int64)
+                choices_BT[is_target_BT] = _add_targets(
+                    model,
+                    head_BTD[is_target_BT],
+                    tokens_BT[:, k + 1 :][is_target_BT],
+                    classes_BT[:, k + 1 :][is_target_BT],
+                    classes_KCS[k],
+                    bins_KMS[k],
+                )
+                choices_KBT.append(choices_BT)
+            kept_K += _kept(choices_KBT)
+            progress.update(sum(len(row.tokens) for row in batch))
+    return HeldoutSums(torch.tensor(n_tokens, **zeros), classes_KCS, bins_KMS, kept_K)
+
+
+def _documents(tokenizer: Llama2Tokenizer, text: str, context: int) -> list[_Document]:
+    ids, spans = encode_with_offsets(tokenizer, text)
+    classes = [CLASS["other"], *token_classes(text, spans), CLASS["eos"]]  # BOS is no target
+    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int64)
+    cuts = range(0, len(tokens), context)
+    return [
+        _Document(tokens[cut : cut + context], np.array(classes[cut : cut + context], np.int64))
+        for cut in cuts
+    ]
+
+
+def _add_targets(
+    model: MTPTransformer,
+    hidden_ND: torch.Tensor,
+    labels_N: torch.Tensor,
+    classes_N: torch.Tensor,
+    classes_CS: torch.Tensor,
+    bins_MS: torch.Tensor,
+) -> torch.Tensor:
+    """Add some targets of one head to its sums; returns the likeliest token of each.
+
+    A target's rank counts the logits above its own, and equal ones of lower id: rank 0 is what
+    greedy decoding draws, and ties, which are common in bf16, count the same everywhere.
+    """
+    proj = model.output.proj
+    V, device = proj.out_features, hidden_ND.device
+    chunk = max(1, (CHUNK_LOGITS_CUDA if device.type == "cuda" else CHUNK_LOGITS_CPU) // V)
+    ids_V = torch.arange(V, device=device)
+    choices = [labels_N[:0]]
+    for hidden, labels, classes in zip(
+        *(x.split(chunk) for x in (hidden_ND, labels_N, classes_N)), strict=True
+    ):
+        logits_NV = proj(model.output.norm(hidden)).float()
+        lse_N = logits_NV.logsumexp(-1)
+        own_N1 = logits_NV.gather(1, labels[:, None])
+        ahead_NV = (logits_NV > own_N1) | ((logits_NV == own_N1) & (ids_V < labels[:, None]))
+        rank_N = ahead_NV.sum(-1)
+        loss_N = lse_N - own_N1.squeeze(1)
+        likeliest_N, choice_N = logits_NV.max(-1)
+        confidence_N = (likeliest_N - lse_N).exp()
+        choices.append(choice_N)
+        top1_N, top5_N = rank_N < 1, rank_N < TOP
+        one_N = torch.ones_like(loss_N)
+        sums_NS = torch.stack([one_N, loss_N, top1_N, top5_N], dim=1).double()
+        classes_CS.index_add_(0, classes, sums_NS)
+        bin_N = ((confidence_N * BINS).ceil().long() - 1).clamp(0, BINS - 1)  # (low, high]
+        bins_MS.index_add_(0, bin_N, torch.stack([one_N, confidence_N, top1_N], dim=1).double())
+    return torch.cat(choices)
+
+
+def _kept(choices_KBT: list[torch.Tensor]) -> torch.Tensor:
+    """How often heads in a row chose what head 0 chose k positions later.
+
+    Args:
+        choices_KBT: each head's choice, [B, T - 1 - k], -1 where there is no target.
+
+    Returns:
+        For k = 0 the positions where all heads have a target; for k > 0 those of them where heads
+        1..k all agree with head 0.
+    """
+    n = choices_KBT[-1].shape[1]
+    kept_BT = choices_KBT[-1] >= 0
+    kept = [kept_BT.sum()]
+    for k, choices_BT in enumerate(choices_KBT[1:], start=1):
+        kept_BT = kept_BT & (choices_BT[:, :n] == choices_KBT[0][:, k : n + k])
+        kept.append(kept_BT.sum())
+    return torch.stack(kept)
+
+
+def token_classes(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Class of each token: that of its first character that is no whitespace.
+
+    A token of whitespace alone has the class of its first character, which is ``layout`` but in
+    strings, comments and what is no Python. A token without a character (the space that Llama-2's
+    tokenizer puts before a text) is ``layout``.
+
+    Args:
+        text: of any kind.
+        spans: [begin, end) of each token in characters of ``text``.
+
+    Returns:
+        Index into ``TOKEN_CLASSES`` of each token.
+    """
+    classes = _character_classes(text)
+    token_classes = []
+    for begin, end in spans:
+        first = next((at for at in range(begin, end) if not text[at].isspace()), begin)
+        token_classes.append(classes[first] if begin < end else CLASS["layout"])
+    return token_classes
+
+
+def _character_classes(text: str) -> bytearray:
+    """Class of each character, by Python's own tokenizer."""
+    layout, other = CLASS["layout"], CLASS["other"]
+    classes = bytearray(layout if character.isspace() else other for character in text)
+    # Lines as the tokenizer reads them: only a newline ends one, a carriage return stays.
+    lines = io.StringIO(text, newline="\n")
+    starts = np.cumsum([0, *(len(line) + 1 for line in text.split("\n"))]).tolist()
+    parsed = 0  # characters up to the end of the last token that is Python
+    with suppress(python_tokenize.TokenError, SyntaxError):  # no Python from there on
+        for token in python_tokenize.generate_tokens(lines.readline):
+            # Python 3.12 calls what is no token of Python, as a question mark, an operator.
+            is_operator = token.type == python_tokenize.OP
+            if token.type == python_tokenize.ERRORTOKEN or (
+                is_operator and token.string not in EXACT_TOKEN_TYPES
+            ):
+                break
+            begin, end = (min(starts[row - 1] + column, len(text)) for row, column in token[2:4])
+            if token.type == python_tokenize.NAME:
+                name = "keyword" if keyword.iskeyword(token.string) else "identifier"
+            else:
+                name = CLASS_OF_TYPE.get(python_tokenize.tok_name[token.type])
+            if name is not None:
+                classes[begin:end] = bytes([CLASS[name]]) * (end - begin)
+            parsed = end
+        else:
+            return classes
+    rest = len(text) - len(text[parsed:].lstrip())
+    classes[rest:] = bytes([CLASS["unparsed"]]) * (len(text) - rest)
+    return classes
+
+
+def _means(sums_S: torch.Tensor) -> tuple[int, float | None, float | None, float | None]:
+    """Number of targets, and the means of the other ``SUMS``."""
+    n, *sums = sums_S.tolist()
+    return int(n), *(x / n if n else None for x in sums)
+
+
+def _calibration(bins_MS: torch.Tensor) -> tuple[float | None, list[dict]]:
+    """Expected calibration error and the bins that are not empty.
+
+    The error is the mean over targets of |accuracy - confidence| of the target's bin (Guo et al.
+    2017, eq. 3), where confidence is the probability of the likeliest token, in (low, high].
+    """
+    n_targets, error, bins = float(bins_MS[:, 0].sum()), 0.0, []
+    for m, (n, confidence, hits) in enumerate(bins_MS.tolist()):
+        if n:
+            error += abs(hits - confidence)
+            bins.append(
+                {
+                    "low": m / BINS,
+                    "high": (m + 1) / BINS,
+                    "tokens": int(n),
+                    "confidence": confidence / n,
+                    "accuracy": hits / n,
+                }
+            )
+    return (error / n_targets if n_targets else None), bins
