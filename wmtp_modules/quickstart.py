@@ -133,7 +133,7 @@ def assets_folder(folder: Path, made_from: dict) -> Iterator[Path | None]:
     if found == made_from:
         yield None
         return
-    log.info(f"Making a tokenizer and corpora from the standard library in {folder} ...")
+    log.info(f"Making a tokenizer and corpora in {folder} ...")
     with new_folder(folder) as partial:
         yield partial
         (partial / "manifest.json").write_text(json.dumps(made_from, indent=1))
