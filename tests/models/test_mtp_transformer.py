@@ -101,6 +101,33 @@ def test_rolled_back_keys_are_never_seen(model, tokens):
     torch.testing.assert_close(logits, full[:, 5:7], rtol=1e-4, atol=1e-5)
 
 
+def test_cache_rows_may_be_dropped_repeated_and_reordered(model, tokens):
+    full = model(tokens)
+    position = torch.arange(20).expand(3, -1)
+    model.setup_caches(2, torch.float32, cache_len=32)
+    model(tokens[:, :8], input_pos=position[:2, :8])
+    rows = torch.tensor([1, 0, 1])
+    model.select_cache_rows(rows)
+    logits = model(tokens[rows, 8:12], input_pos=position[:, 8:12])
+    torch.testing.assert_close(logits, full[rows, 8:12], rtol=1e-4, atol=1e-5)
+    model.select_cache_rows(rows[:1])
+    logits = model(tokens[:1, 12:14], input_pos=position[:1, 12:14])
+    torch.testing.assert_close(logits, full[:1, 12:14], rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_look_at_the_cache_up_to_its_end_only(model, tokens):
+    """Trunk and a head by hand; what lies behind ``end`` may even be NaN."""
+    full = model(tokens)
+    position = torch.arange(9).expand(2, -1)
+    model.setup_caches(2, torch.float32, cache_len=32)
+    for block in (*model.layers, *model.heads):
+        block.attn.kv_cache.v_cache[:, :, 9:] = float("nan")
+    mask = model.place_in_caches(position, 9)
+    hidden = model.trunk(tokens[:, :9], mask=mask, input_pos=position)
+    logits = model.output(model.heads[2](hidden, mask=mask, input_pos=position))
+    torch.testing.assert_close(logits, full[:, :9, 2], rtol=1e-4, atol=1e-5)
+
+
 def test_errors(model, tokens, tiny_model_args):
     with pytest.raises(ValueError, match="exceeds the model's max_seq_len 64"):
         model(torch.zeros(1, 65, dtype=torch.long))

@@ -12,9 +12,9 @@ from torch import nn
 class RowKVCache(nn.Module):
     """Keys and values stored at the position of their token.
 
-    The model sets ``input_pos`` (int64 [B, S]) before each forward. Rolling a row back means
-    calling again with smaller positions: what lies behind them is overwritten before any query
-    may see it, because a query at position p attends to positions <= p only.
+    The model sets ``input_pos`` (int64 [B, S]) and ``end`` before each forward. Rolling a row back
+    means calling again with smaller positions: what lies behind them is overwritten before any
+    query may see it, because a query at position p attends to positions <= p only.
 
     Args:
         batch_size: rows.
@@ -37,11 +37,17 @@ class RowKVCache(nn.Module):
         self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype), persistent=False)
         self.input_pos: torch.Tensor | None = None
+        self.end = cache_len
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k and v, both [B, heads, S, head_dim], and return the whole cache."""
+        """Write k and v, both [B, heads, S, head_dim], and return the positions before ``end``."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         # Advanced indices around a slice put their dimensions first: [B, S, heads, head_dim].
         self.k_cache[rows, :, self.input_pos] = k.transpose(1, 2)
         self.v_cache[rows, :, self.input_pos] = v.transpose(1, 2)
-        return self.k_cache, self.v_cache
+        return self.k_cache[:, :, : self.end], self.v_cache[:, :, : self.end]
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep these rows, int64, in this order; a row may be named several times."""
+        self.k_cache = self.k_cache[rows]
+        self.v_cache = self.v_cache[rows]

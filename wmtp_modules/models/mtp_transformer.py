@@ -124,11 +124,7 @@ class MTPTransformer(nn.Module):
         if self.caches_are_setup():
             if input_pos is None:
                 raise ValueError("with KV caches the model needs input_pos, int64 [B, T]")
-            # Keys sit in the cache at their own position, so a query sees what is not later.
-            cache_pos = torch.arange(self.cache_len, device=tokens_BT.device)
-            mask = cache_pos[None, None, :] <= input_pos[:, :, None]
-            for block in (*self.layers, *self.heads):
-                block.attn.kv_cache.input_pos = input_pos
+            mask = self.place_in_caches(input_pos, self.cache_len)
 
         hidden_BTD = self.trunk(tokens_BT, mask=mask, input_pos=input_pos)
         hidden_BTKD = torch.stack(
@@ -166,10 +162,32 @@ class MTPTransformer(nn.Module):
         self.cache_len = cache_len
         for block in (*self.layers, *self.heads):
             attn = block.attn
-            attn.kv_cache = RowKVCache(
-                batch_size, cache_len, attn.num_kv_heads, attn.head_dim, dtype
-            ).to(self.tok_embeddings.weight.device)
+            with self.tok_embeddings.weight.device:  # made there: it may not fit in host memory
+                attn.kv_cache = RowKVCache(
+                    batch_size, cache_len, attn.num_kv_heads, attn.head_dim, dtype
+                )
             attn.cache_enabled = True
+
+    def place_in_caches(self, input_pos: torch.Tensor, end: int) -> torch.Tensor:
+        """Tell every cache where the next tokens go; done by ``forward``, not by ``trunk``.
+
+        Args:
+            input_pos: position of each token, int64 [B, S], below ``end``.
+            end: cache positions that the blocks look at, at most ``cache_len``.
+
+        Returns:
+            mask for the blocks, bool [B, S, end]. Keys sit in the cache at their own position, so
+            a query sees what is not later.
+        """
+        for block in (*self.layers, *self.heads):
+            block.attn.kv_cache.input_pos = input_pos
+            block.attn.kv_cache.end = end
+        return torch.arange(end, device=input_pos.device) <= input_pos[:, :, None]
+
+    def select_cache_rows(self, rows: torch.Tensor) -> None:
+        """Keep these rows, int64, of every cache, in this order; one may be named several times."""
+        for block in (*self.layers, *self.heads):
+            block.attn.kv_cache.select_rows(rows)
 
     def delete_caches(self) -> None:
         """Drop the KV caches, e.g. to train or score again."""

@@ -1,0 +1,157 @@
+"""Whether both decodings agree, and how fast they are."""
+
+import time
+from statistics import median
+
+import torch
+from torchtune.models.llama2 import Llama2Tokenizer
+
+from wmtp_modules.generation.generate import DECODINGS, Generation, Request, generate
+from wmtp_modules.models.mtp_transformer import MTPTransformer
+
+
+@torch.inference_mode()
+def compare_decodings(
+    model: MTPTransformer,
+    requests: list[Request],
+    plain: list[Generation],
+    self_speculative: list[Generation],
+) -> dict:
+    """Where two decodings of the same requests part.
+
+    In fp32 they do not. In bf16 the logits of one position depend in their last bits on how many
+    positions are computed together, so tokens whose logits all but tie may change places: the gap
+    says whether that is all.
+
+    Args:
+        model: that made them.
+        requests: what was asked.
+        plain: completions in plain decoding.
+        self_speculative: completions in self-speculative decoding.
+
+    Returns:
+        ``identical`` and ``differences``, at most one for each request: ``request`` (its index),
+        ``position`` (index of the first new token that differs), ``plain`` and
+        ``self_speculative`` (the two tokens, None where the completion had ended), ``logit_gap``
+        (absolute difference of head 0's logits of the two, in a forward without caches; None
+        where a completion had ended).
+    """
+    differences = []
+    for i, (request, one, other) in enumerate(zip(requests, plain, self_speculative, strict=True)):
+        if one.tokens == other.tokens:
+            continue
+        shorter = min(len(one.tokens), len(other.tokens))
+        pairs = zip(one.tokens, other.tokens, strict=False)
+        at = next((j for j, (a, b) in enumerate(pairs) if a != b), shorter)
+        a, b = (tokens[at] if at < len(tokens) else None for tokens in (one.tokens, other.tokens))
+        gap = None
+        if a is not None and b is not None:
+            device = model.tok_embeddings.weight.device
+            tokens_BT = torch.tensor([[*request.prompt, *one.tokens[:at]]], device=device)
+            logits_V = model(tokens_BT)[0, -1, 0].float()
+            gap = (logits_V[a] - logits_V[b]).abs().item()
+        differences.append(
+            {"request": i, "position": at, "plain": a, "self_speculative": b, "logit_gap": gap}
+        )
+    return {"identical": not differences, "differences": differences}
+
+
+def measure_decoding(
+    model: MTPTransformer,
+    tokenizer: Llama2Tokenizer,
+    requests: list[Request],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    stop: tuple[str, ...],
+    dtype: torch.dtype,
+    repeats: int = 3,
+) -> dict:
+    """Time both decodings on the same requests, batch by batch in one run.
+
+    Seconds are wall-clock of ``generate``: prefill, caches and text included.
+
+    Args:
+        model: see ``generate``.
+        tokenizer: see ``generate``.
+        requests: decoded ``batch_size`` at a time.
+        batch_size: rows of a batch.
+        max_new_tokens: see ``generate``.
+        temperature: see ``generate``.
+        top_p: see ``generate``.
+        top_k: see ``generate``.
+        stop: see ``generate``.
+        dtype: see ``generate``.
+        repeats: times that all requests are decoded in either way, after one batch to warm up.
+
+    Returns:
+        ``identical`` and ``differences`` as ``compare_decodings`` gives them;
+        ``tokens_per_forward``: new tokens of a row per forward of the row in self-speculative
+        decoding, without the prefill and its token, None if nothing came after the prefill;
+        ``acceptance_per_head``: for heads 1..K - 1 the share of forwards that kept the guesses of
+        all heads up to this one, so that tokens_per_forward is 1 + their sum;
+        ``plain_seconds``, ``self_speculative_seconds``: of each repeat;
+        ``plain_tokens_per_s``, ``self_speculative_tokens_per_s``: new tokens by the median;
+        ``speedup``: the second by the first.
+
+    Raises:
+        ValueError: if there are no requests, ``batch_size`` or ``repeats`` is below 1, or
+            ``generate`` refuses.
+    """
+    if not requests:
+        raise ValueError("there are no requests to measure decoding with")
+    if batch_size < 1 or repeats < 1:
+        raise ValueError(f"batch_size {batch_size} and repeats {repeats} must be at least 1")
+    on_cuda = model.tok_embeddings.weight.is_cuda
+    settings = dict(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=stop,
+        dtype=dtype,
+    )
+
+    def decode(decoding: str, batch: list[Request]) -> tuple[list[Generation], float]:
+        start = time.perf_counter()
+        done = generate(model, tokenizer, batch, decoding=decoding, **settings)
+        if on_cuda:
+            torch.cuda.synchronize()
+        return done, time.perf_counter() - start
+
+    for decoding in DECODINGS:
+        decode(decoding, requests[:batch_size])
+    seconds: dict[str, list[float]] = {decoding: [] for decoding in DECODINGS}
+    turn = 0
+    for _ in range(repeats):
+        done: dict[str, list[Generation]] = {decoding: [] for decoding in DECODINGS}
+        spent = dict.fromkeys(DECODINGS, 0.0)
+        for first in range(0, len(requests), batch_size):
+            # By turns, and by turns first, so that a machine that slows down favours neither.
+            turn += 1
+            for decoding in DECODINGS if turn % 2 else reversed(DECODINGS):
+                generations, elapsed = decode(decoding, requests[first : first + batch_size])
+                done[decoding] += generations
+                spent[decoding] += elapsed
+        for decoding in DECODINGS:
+            seconds[decoding].append(spent[decoding])
+    per_s = {
+        name: sum(len(g.tokens) for g in done[name]) / median(seconds[name]) for name in DECODINGS
+    }
+    fast = done["self_speculative"]
+    forwards = sum(g.forwards for g in fast)
+    tokens = sum(len(g.tokens) - 1 for g in fast)
+    accepted = [sum(counts) for counts in zip(*(g.accepted for g in fast), strict=True)]
+    return {
+        **compare_decodings(model, requests, done["plain"], fast),
+        "tokens_per_forward": tokens / forwards if forwards else None,
+        "acceptance_per_head": [n / forwards if forwards else None for n in accepted],
+        "plain_seconds": seconds["plain"],
+        "self_speculative_seconds": seconds["self_speculative"],
+        "plain_tokens_per_s": per_s["plain"],
+        "self_speculative_tokens_per_s": per_s["self_speculative"],
+        "speedup": per_s["self_speculative"] / per_s["plain"],
+    }

@@ -1,0 +1,108 @@
+"""From logits to a token: temperature, top-k, top-p, and one uniform number per token.
+
+Shapes: B rows, S positions, V vocabulary, N new tokens.
+
+A token is drawn by inverting the cumulative distribution at a uniform number that depends on the
+request's seed and the token's index only. A sample is therefore the same whatever the batch, the
+device or the decoding mode, up to the rounding of the logits: a token changes only if its number
+lies within that rounding of a border between two tokens.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Refuse what has no meaning.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature {temperature} must be 0 (greedy) or a positive number")
+    if top_k < 0:
+        raise ValueError(f"top_k {top_k} must be 0 (off) or the number of tokens to keep")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must be above 0 and at most 1 (off)")
+
+
+def request_uniforms(seeds: Sequence[int], n_tokens: int) -> torch.Tensor:
+    """The uniform numbers of some requests, each from a generator of its own.
+
+    Args:
+        seeds: one for each request; torch's generator looks at the lowest 32 bits only.
+        n_tokens: numbers of each request.
+
+    Returns:
+        uniforms_BN, fp64 in [0, 1), on the CPU. Fewer tokens give the same first numbers.
+    """
+    uniforms_BN = torch.empty(len(seeds), n_tokens, dtype=torch.float64)
+    for row, seed in zip(uniforms_BN, seeds, strict=True):
+        row.uniform_(generator=torch.Generator(device="cpu").manual_seed(seed))
+    return uniforms_BN
+
+
+def next_token_probs(
+    logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float
+) -> torch.Tensor:
+    """The distribution that a token is drawn from.
+
+    The temperature comes first, then top-k, then top-p over what top-k left, as in Hugging Face.
+    Of equal logits the lower ids are kept.
+
+    Args:
+        logits: [..., V].
+        temperature: above 0.
+        top_k: tokens kept; 0 keeps all.
+        top_p: the fewest most likely tokens that together have this probability are kept, the one
+            that reaches it included; 1 keeps all.
+
+    Returns:
+        fp64 [..., V], sum 1.
+    """
+    logits = logits.double()
+    # Subtracted first: logits / temperature overflows where the temperature is tiny.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k == 0 and top_p == 1:
+        return scaled.softmax(-1)
+    scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        scaled[..., top_k:] = -math.inf
+    probs = scaled.softmax(-1)
+    if top_p < 1:
+        above = probs.cumsum(-1) - probs  # of all likelier tokens; 0 for the first, which stays
+        probs = probs.masked_fill(above >= top_p, 0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter(-1, ids, probs)
+
+
+def draw_tokens(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor | None,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> torch.Tensor:
+    """One token for each distribution.
+
+    Args:
+        logits: [..., V].
+        uniforms: fp64 [...], in [0, 1); not read at temperature 0.
+        temperature: 0 takes the most likely token, of several the lowest id.
+        top_k: see ``next_token_probs``.
+        top_p: see ``next_token_probs``.
+
+    Returns:
+        ids [...], int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = next_token_probs(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    cdf = probs.cumsum(-1)
+    # The first id whose cumulative probability exceeds the number, so never one of probability 0.
+    # Scaled by the last value, which is 1 up to rounding only; the product stays below it.
+    target = uniforms[..., None] * cdf[..., -1:]
+    return torch.searchsorted(cdf, target, right=True)[..., 0]
