@@ -129,6 +129,7 @@ def test_nothing_to_score(tmp_path):
 
 HELDOUT = {
     "tokens": 1000,
+    "acceptance_length": 2.346,
     "per_head": [
         {
             "head": k,
@@ -200,6 +201,7 @@ def test_files(tmp_path, full):
         "1 problem came without a Python 3 solution",
         "| 3 | 897 | 4.0000 | 30.0% | 60.0% | 0.0500 |",
         "| keyword | 25.0% | 1.0000 |  |",
+        "Acceptance length 2.35: one and",
         "| acceptance of head 3 | 30.0% |",
         "| same text as plain decoding | yes |",
     ):
@@ -226,6 +228,14 @@ def test_report_of_a_model_alone(tmp_path, part, capsys):
     assert bool(capsys.readouterr().out) == measured
 
 
+def test_a_difference_in_decoding_comes_with_its_gap(tmp_path):
+    gaps = [{"logit_gap": 0.0156}, {"logit_gap": None}, {"logit_gap": 0.25}]
+    write_report({**DECODING, "identical": False, "differences": gaps}, tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "| same text as plain decoding | no |" in page
+    assert "| places where they part, largest logit gap | 3, 0.2500 |" in page
+
+
 def test_what_was_there_stays_if_writing_fails(tmp_path, monkeypatch):
     write_report(DECODING, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -247,6 +257,7 @@ def test_print(full, capsys):
     assert "humaneval: 2 problems, tier bubblewrap, 4 pass, 1 wrong, 1 memory" in out
     assert "pass@1 at temperature 0.1: 50.0 % [50.0, 50.0]" in out
     assert "omitted, too few samples: pass@5" in out
+    assert "acceptance length on held-out text: 2.35" in out
     assert "not scored, its reference fails here: HumanEval/3: wrong" in out
 
 

@@ -159,6 +159,8 @@ def print_report(report: Mapping) -> None:
                 f"head {row['head']}: loss {row['loss']:.4f} nats, top-1 {row['top1']:.1%}, "
                 f"top-5 {row['top5']:.1%}, {row['tokens']} tokens"
             )
+    if report.get("acceptance_length") is not None:
+        print(f"acceptance length on held-out text: {report['acceptance_length']:.2f}")
     if report.get("tokens_per_forward"):
         same = "the same text" if report["identical"] else "NOT the same text"
         print(

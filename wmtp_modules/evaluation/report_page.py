@@ -152,6 +152,11 @@ def _heads(report: Mapping) -> list[str]:
         f"{report['tokens']} tokens. Head 0 predicts the next token, head k the one k further on. "
         "Losses are in nats; ece is the expected calibration error over bins of confidence.",
     ]
+    if report.get("acceptance_length") is not None:
+        sections.append(
+            f"Acceptance length {report['acceptance_length']:.2f}: one and the mean number of "
+            "heads in a row that choose what head 0 chooses once it has read so far."
+        )
     if "by_token_class" in report:
         heads = range(len(report["per_head"]))
         rows = [
@@ -163,16 +168,6 @@ def _heads(report: Mapping) -> list[str]:
     return sections
 
 
-def _acceptance(report: Mapping) -> str:
-    length = report.get("acceptance_length")
-    if length is None:
-        return "no text was long enough."
-    return (
-        f"{length:.2f}, one and the heads in a row that choose what head 0 chooses when it has "
-        "read so far."
-    )
-
-
 def _decoding(report: Mapping) -> list[str]:
     names = ("tokens_per_forward", "plain_tokens_per_s", "self_speculative_tokens_per_s")
     rows = [[name.replace("_", " "), _number(report[name], ".2f")] for name in names]
@@ -181,6 +176,12 @@ def _decoding(report: Mapping) -> list[str]:
         for head, share in enumerate(report["acceptance_per_head"], start=1)
     ]
     rows.append(["same text as plain decoding", "yes" if report["identical"] else "no"])
+    differences = report.get("differences", ())
+    if differences:
+        # In bf16 the texts may part where two logits all but tie; a large gap would be an error.
+        # It is None where one text had ended.
+        gap = max(row["logit_gap"] or 0.0 for row in differences)
+        rows.append(["places where they part, largest logit gap", f"{len(differences)}, {gap:.4f}"])
     return ["## Self-speculative decoding", _table(["", ""], rows)]
 
 

@@ -1,0 +1,514 @@
+"""Evaluation of a multi-token-prediction model: pass@k by running code, and what each head knows.
+
+    tune run --nproc_per_node 8 recipes/eval_mtp.py --config configs/eval/7b_mbpp.yaml
+
+``stages`` names what is done, in this order whatever theirs:
+
+- ``generate``: samples for every task, data-parallel over the samples;
+- ``execute``: every sample in a sandbox, after the tasks' own solutions; pass@k;
+- ``heldout``: loss, accuracy and calibration of each head on held-out text;
+- ``decode_speed``: plain against self-speculative decoding.
+
+All is appended to files of ``output_dir`` as it comes: started again, a run goes on where it was.
+Copy this file and edit it: nothing imports it.
+"""
+
+import hashlib
+import os
+import platform
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config, training, utils
+from tqdm import tqdm
+
+from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples, result_key, sample_key
+from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_texts
+from wmtp_modules.evaluation.report import FILES as REPORTS
+from wmtp_modules.evaluation.report import (
+    build_report,
+    print_report,
+    write_report,
+)
+from wmtp_modules.evaluation.sandbox import Sandbox
+from wmtp_modules.evaluation.task import Task
+from wmtp_modules.evaluation.tasks import TASKS, load_tasks
+from wmtp_modules.generation import Request, generate, measure_decoding
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.scoring import fingerprint_checkpoint
+from wmtp_modules.training.checkpoint import (
+    Checkpoint,
+    check_same_vocabulary,
+    load_into,
+    model_args_from_folder,
+)
+from wmtp_modules.training.config import Above, AtLeast, Component, Optional, check_config
+from wmtp_modules.training.distributed import (
+    all_reduce_sum,
+    cast_parameters_,
+    init_process_group,
+    patient_barrier,
+    rank_zero_first,
+)
+from wmtp_modules.training.metric_logging import code_version
+from wmtp_modules.training.runs import one_sentence
+from wmtp_modules.training.training_state import resolved
+
+log = utils.get_logger("INFO")
+# torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STAGES = ("generate", "execute", "heldout", "decode_speed")
+REFERENCE = "reference"  # samples=reference: the tasks' own solutions
+TOO_LONG = "prompt_too_long"  # finish reason of a sample that was not made
+
+# Every key of a config; what a component takes is read from its signature.
+SCHEMA = {
+    "output_dir": str,
+    "stages": list[str],
+    "device": ("cuda", "cpu"),
+    "dtype": ("bf16", "fp32"),
+    "seed": AtLeast(int, 0),
+    "checkpointer": Optional({"checkpoint_dir": str}),
+    "tokenizer": Optional(
+        Component(keys={"path": str, "max_seq_len": Optional(AtLeast(int, 2))})  # null: the model's
+    ),
+    "task": Optional(tuple(TASKS)),
+    "source": Optional(str),
+    "split": Optional(("test", "all")),
+    "samples": Optional(str),  # a file to execute, or "reference"; null: those that are generated
+    "generation": Optional(
+        {
+            "samples_per_task": AtLeast(int, 1),
+            "temperatures": list[float],
+            "top_p": Above(float, 0),
+            "top_k": AtLeast(int, 0),
+            "max_new_tokens": AtLeast(int, 1),
+            "batch_size": AtLeast(int, 1),
+            "decoding": ("plain", "self_speculative"),
+        }
+    ),
+    "execution": Optional(
+        {
+            "tier": ("auto", "bubblewrap", "landlock", "rlimits"),
+            "workers": Optional(AtLeast(int, 1)),
+        }
+    ),
+    "k": Optional(list[int]),
+    "heldout": Optional({"source": str, "batch_tokens": AtLeast(int, 1)}),
+    "decode_speed": Optional(
+        {
+            "source": str,
+            "prompts": AtLeast(int, 1),
+            "prompt_tokens": AtLeast(int, 1),
+            "max_new_tokens": AtLeast(int, 1),
+            "batch_size": AtLeast(int, 1),
+        }
+    ),
+    "metric_logger": Optional(Component()),
+    # What comes before the evaluation: the quickstart makes its data and its model.
+    "assets_dir": Optional(str),
+    "prepare": Optional(Component()),
+}
+NEEDS = {
+    "generate": ("task", "source", "split", "generation", "checkpointer", "tokenizer"),
+    "execute": ("task", "source", "split", "execution", "k"),
+    "heldout": ("heldout", "checkpointer", "tokenizer"),
+    "decode_speed": ("decode_speed", "checkpointer", "tokenizer"),
+}
+
+
+def _stages_have_what_they_need(
+    stages, task, source, split, generation, execution, k, heldout, decode_speed, checkpointer,
+    tokenizer,
+) -> str | None:  # fmt: skip
+    given = locals()
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        return f"stages: {unknown[0] if unknown else 'none'!r} is none of {', '.join(STAGES)}"
+    for stage in stages:
+        for key in NEEDS[stage]:
+            if given[key] is None:
+                return f"{key}: missing, the stage {stage} needs it"
+    return None
+
+
+def _samples_come_from_one_place(stages, samples) -> str | None:
+    if "generate" in stages and samples is not None:
+        return f"samples: {samples!r} are there already: leave generate out of stages, or set null"
+    if "execute" in stages and "generate" not in stages and samples is None:
+        return (
+            "samples: missing, nothing to execute: a file of samples (samples.jsonl of an earlier "
+            f"run is one), or {REFERENCE}"
+        )
+    return None
+
+
+def _lists_are_usable(generation, k) -> str | None:
+    temperatures = (generation or {"temperatures": [0.0]})["temperatures"]
+    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+        return f"generation.temperatures: {temperatures} has to be different numbers, 0 or above"
+    if k is not None and (not k or min(k) < 1):
+        return f"k: {k} has to be numbers of samples, 1 or above"
+    return None
+
+
+def check(cfg: DictConfig) -> None:
+    """Everything that can be wrong with a config before a process group or a model exists."""
+    rules = (_stages_have_what_they_need, _samples_come_from_one_place, _lists_are_usable)
+    check_config(cfg, SCHEMA, rules)
+
+
+class EvalMTPRecipe:
+    """The stages of one evaluation, on every rank. ``recipe_main`` calls them."""
+
+    def __init__(self, cfg: DictConfig, device: torch.device) -> None:
+        self._cfg = cfg
+        self._device = device
+        self._dtype = DTYPES[cfg.dtype]
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._output_dir = Path(cfg.output_dir)
+        self._stages = [stage for stage in STAGES if stage in cfg.stages]
+        self._report: dict = {}
+
+    # ---------------------------------------------------------------- setup
+
+    def setup(self) -> None:
+        cfg = self._cfg
+        training.set_seed(cfg.seed)
+        if self._rank == 0:
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            # What an earlier run left here must not look like this one's.
+            for name in REPORTS:
+                (self._output_dir / name).unlink(missing_ok=True)
+            OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
+        if {"generate", "execute"} & set(self._stages):
+            self._tasks = load_tasks(cfg.task, cfg.source, cfg.split)
+        if "execute" in self._stages and self._rank == 0:
+            with Sandbox(cfg.execution.tier, workers=1):
+                pass  # its self-test now, not after hours of generation
+        if self._stages != ["execute"]:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        """The model, whole on each rank and in compute precision: ranks share the work."""
+        cfg = self._cfg
+        checkpoint = Checkpoint(cfg.checkpointer.checkpoint_dir)
+        check_same_vocabulary(cfg.tokenizer.path, checkpoint.tokenizer_path)
+        max_seq_len = cfg.tokenizer.max_seq_len or checkpoint.args["max_seq_len"]
+        args = model_args_from_folder(cfg.checkpointer.checkpoint_dir, max_seq_len=max_seq_len)
+        self._tokenizer = config.instantiate(cfg.tokenizer, max_seq_len=max_seq_len)
+        with torch.device("meta"):
+            self._model = mtp_llama2(**args)
+        cast_parameters_(self._model, self._dtype)
+        load_into(self._model, cfg.checkpointer.checkpoint_dir, device=self._device)
+        self._model.eval().requires_grad_(False)
+
+    def _shared(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on every rank."""
+        box = [make() if self._rank == 0 else None]
+        patient_barrier()  # making may take longer than a collective waits
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    # ------------------------------------------------------------- generate
+
+    def generate(self) -> list[dict]:
+        """Make every sample that ``samples.jsonl`` lacks; returns all of this config's."""
+        cfg, folder = self._cfg.generation, self._cfg.checkpointer.checkpoint_dir
+        self._checkpoint = self._shared(lambda: fingerprint_checkpoint(folder))
+        path = self._output_dir / "samples.jsonl"
+        with rank_zero_first():  # which mends what a killed run left half-written
+            store = EvidenceStore(path)
+        wanted = list(self._wanted_samples())
+        missing = [(row, task) for row, task in wanted if row["key"] not in store]
+        log_zero(f"generate: {len(wanted)} samples, {len(wanted) - len(missing)} there already")
+        patient_barrier()  # nobody appends before everybody has read
+        mine = missing[self._rank :: self._world]
+        with tqdm(total=len(mine), unit="sample", disable=self._rank != 0) as bar:
+            for temperature in cfg.temperatures:
+                todo = [item for item in mine if item[0]["temperature"] == temperature]
+                for start in range(0, len(todo), cfg.batch_size):
+                    batch = todo[start : start + cfg.batch_size]
+                    store.append(self._generate_batch(batch, temperature))
+                    bar.update(len(batch))
+        patient_barrier()
+        if self._rank != 0:
+            return []
+        store = EvidenceStore(path)  # the other ranks' rows too
+        samples = [store[row["key"]] for row, _ in wanted]
+        self._report["generation"] = generation_figures(samples)
+        return samples
+
+    def _wanted_samples(self) -> Iterator[tuple[dict, Task]]:
+        """What names each sample of this config, and its task."""
+        cfg = self._cfg.generation
+        # All that shapes a sample beside its task, temperature and seed. Ranks and batches do not.
+        settings = {
+            "checkpoint": self._checkpoint,
+            "dtype": self._cfg.dtype,
+            "max_seq_len": self._model.max_seq_len,
+            **{name: cfg[name] for name in ("top_p", "top_k", "max_new_tokens", "decoding")},
+        }
+        for temperature in cfg.temperatures:
+            for task in self._tasks:
+                for sample in range(cfg.samples_per_task):
+                    seed = sample_seed(self._cfg.seed, task.task_id, temperature, sample)
+                    yield (
+                        {
+                            "key": sample_key(settings, task, temperature, seed),
+                            "task_id": task.task_id,
+                            "sample": sample,
+                            "temperature": temperature,
+                            "seed": seed,
+                        },
+                        task,
+                    )
+
+    def _generate_batch(self, batch: list[tuple[dict, Task]], temperature: float) -> list[dict]:
+        """The rows of a batch, filled."""
+        cfg = self._cfg.generation
+        prompts = [self._tokenizer.encode(task.prompt, add_eos=False) for _, task in batch]
+        room = self._model.max_seq_len - cfg.max_new_tokens
+        fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+        # A prompt that leaves no room has an empty sample, which fails: the report counts them.
+        rows = [row | {"completion": "", "finish_reason": TOO_LONG} for row, _ in batch]
+        made = generate(
+            self._model,
+            self._tokenizer,
+            [Request(tuple(prompts[i]), batch[i][0]["seed"]) for i in fit],
+            temperature=temperature,
+            stop=batch[0][1].stop,
+            dtype=self._dtype,
+            **{name: cfg[name] for name in ("decoding", "top_p", "top_k", "max_new_tokens")},
+        )
+        for i, generation in zip(fit, made, strict=True):
+            rows[i] |= {
+                "completion": generation.text,
+                "finish_reason": generation.finish_reason,
+                "tokens": len(generation.tokens),
+                "forwards": generation.forwards,
+                "accepted": generation.accepted,
+            }
+        return rows
+
+    # -------------------------------------------------------------- execute
+
+    def execute(self, samples: list[dict]) -> None:
+        """Run the tasks' own solutions, then the samples that have no result; on one rank."""
+        cfg = self._cfg
+        by_id = {task.task_id: task for task in self._tasks}
+        sampled = [by_id[task_id] for task_id in dict.fromkeys(row["task_id"] for row in samples)]
+        workers = cfg.execution.workers or len(os.sched_getaffinity(0))
+        with Sandbox(cfg.execution.tier, workers) as sandbox:
+            log.info(f"execute: sandbox tier {sandbox.tier}, {workers} workers")
+            if cfg.samples == REFERENCE:
+                references = results = self._run(sandbox, samples, "results.jsonl")
+            else:
+                references = self._run(sandbox, reference_samples(sampled), "references.jsonl")
+                results = self._run(sandbox, samples, "results.jsonl")
+            self._report |= build_report(
+                task=cfg.task,
+                tasks=self._tasks,
+                results=results,
+                references=references,
+                ks=cfg.k,
+                seed=cfg.seed,
+                tier=sandbox.tier,
+                self_test=sandbox.self_test,
+                machine_factor=sandbox.machine_factor,
+            )
+
+    def _ready_samples(self) -> list[dict]:
+        if self._cfg.samples == REFERENCE:
+            return reference_samples(self._tasks)
+        return read_samples(self._cfg.samples, self._tasks)
+
+    def _run(self, sandbox: Sandbox, samples: list[dict], name: str) -> list[dict]:
+        """The results of samples, from the file of that name or by running them."""
+        store = EvidenceStore(self._output_dir / name)
+        by_id = {task.task_id: task for task in self._tasks}
+        keys = [result_key(by_id[row["task_id"]], row, sandbox.tier) for row in samples]
+        # What met a fault of the machine is tried again.
+        missing = [
+            i
+            for i, key in enumerate(keys)
+            if key not in store or store[key]["verdict"] == "infrastructure"
+        ]
+        log.info(f"{name}: {len(samples)} programs, {len(samples) - len(missing)} done already")
+        jobs = (
+            (i, by_id[samples[i]["task_id"]].job(samples[i]["completion"], sandbox.machine_factor))
+            for i in missing
+        )
+        verdicts = Counter()
+        with tqdm(total=len(missing), unit="program") as bar:
+            for i, outcome in sandbox.run(jobs):
+                row = {"key": keys[i], "task_id": samples[i]["task_id"]}
+                row |= {"sample": samples[i]["sample"], "temperature": samples[i]["temperature"]}
+                store.append([row | asdict(outcome)])
+                verdicts[outcome.verdict] += 1
+                bar.set_postfix(verdicts, refresh=False)
+                bar.update()
+        return [store[key] for key in keys]
+
+    # ------------------------------------------------------------ the heads
+
+    def heldout(self) -> None:
+        """Loss, accuracy and calibration of each head, over the texts of all ranks."""
+        cfg = self._cfg.heldout
+        texts = read_texts(cfg.source)
+        sums = heldout_sums(
+            self._model,
+            self._tokenizer,
+            texts[self._rank :: self._world],
+            device=self._device,
+            batch_tokens=cfg.batch_tokens,
+            show_progress=self._rank == 0,
+        )
+        self._report |= HeldoutSums(*all_reduce_sum(*sums)).result()
+
+    def decode_speed(self) -> None:
+        """Plain against self-speculative decoding, greedy, by turns; on one rank."""
+        cfg = self._cfg.decode_speed
+        requests = []
+        for text in read_texts(cfg.source):
+            tokens = self._tokenizer.encode(text, add_eos=False)
+            prompt = tokens[: min(cfg.prompt_tokens, len(tokens) // 2)]
+            if prompt and len(requests) < cfg.prompts:
+                requests.append(Request(tuple(prompt), seed=0))
+        self._report |= measure_decoding(
+            self._model,
+            self._tokenizer,
+            requests,
+            batch_size=cfg.batch_size,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=0.0,
+            top_p=1.0,
+            top_k=0,
+            stop=(),
+            dtype=self._dtype,
+        )
+
+    # --------------------------------------------------------------- report
+
+    def run(self) -> None:
+        """All stages of the config, then the report."""
+        samples = self.generate() if "generate" in self._stages else None
+        if "execute" in self._stages and self._rank == 0:
+            self.execute(samples or self._ready_samples())
+        patient_barrier()
+        if "heldout" in self._stages:
+            self.heldout()
+        if "decode_speed" in self._stages and self._rank == 0:
+            self.decode_speed()
+        patient_barrier()
+        if self._rank == 0:
+            self.report()
+
+    def report(self) -> None:
+        """Write and print what the stages found, and send it to the logger."""
+        report = self._report | {"settings": resolved(self._cfg), "machine": machine(self._device)}
+        write_report(report, self._output_dir)
+        if self._cfg.get("metric_logger"):
+            logger = config.instantiate(self._cfg.metric_logger)
+            logger.log_config(self._cfg)
+            logger.log_dict(report_metrics(report), step=0)
+            if hasattr(logger, "log_artifact"):
+                for path in sorted(self._output_dir.glob("*.*")):
+                    logger.log_artifact(path)
+            logger.close()
+        print_report(report)
+        for name in REPORTS:
+            if (self._output_dir / name).exists():
+                print(self._output_dir / name)
+
+
+def reference_samples(tasks: list[Task]) -> list[dict]:
+    """The tasks' own solutions, as samples."""
+    return [
+        {"task_id": task.task_id, "sample": 0, "temperature": None, "completion": task.reference}
+        for task in tasks
+        if task.reference is not None
+    ]
+
+
+def sample_seed(seed: int, task_id: int | str, temperature: float, sample: int) -> int:
+    """A seed for each sample of a run, whatever rank and batch it falls to."""
+    text = f"{seed} {task_id} {temperature} {sample}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
+
+
+def generation_figures(samples: list[dict]) -> dict:
+    """How the samples were made, of all temperatures."""
+    made = [row for row in samples if row["finish_reason"] != TOO_LONG]
+    forwards = sum(row["forwards"] for row in made)
+    accepted = [sum(heads) for heads in zip(*(row["accepted"] for row in made), strict=True)]
+    return {
+        "samples": len(samples),
+        "finish_reasons": dict(Counter(row["finish_reason"] for row in samples)),
+        "tokens": sum(row["tokens"] for row in made),
+        # Without the prefill and the token that it gives.
+        "tokens_per_forward": 1 + sum(accepted) / forwards if forwards else None,
+        "acceptance_per_head": [n / forwards if forwards else None for n in accepted],
+    }
+
+
+def report_metrics(report: dict) -> dict[str, float]:
+    """The figures of a report by names that MLflow takes."""
+    metrics = {}
+    for at in report.get("by_temperature", ()):
+        where = "" if at["temperature"] is None else f"/T{at['temperature']}"
+        metrics |= {f"pass_at_{k}{where}": v["value"] for k, v in at["pass_at_k"].items()}
+    for row in report.get("per_head", ()):
+        names = ("loss", "top1", "top5", "ece")
+        metrics |= {f"heldout/{name}_head_{row['head']}": row[name] for name in names}
+    names = ("acceptance_length", "tokens_per_forward")
+    names += ("plain_tokens_per_s", "self_speculative_tokens_per_s")
+    metrics |= {name: report.get(name) for name in names}
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def machine(device: torch.device) -> dict:
+    """What a figure of speed or a limit of time was measured on."""
+    is_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "ranks": dist.get_world_size(),
+        "python": platform.python_version(),
+        **code_version(),
+    }
+
+
+def log_zero(message: str) -> None:
+    if dist.get_rank() == 0:
+        log.info(message)
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    with one_sentence(ValueError, OSError):
+        check(cfg)
+        device, _ = init_process_group(cfg.device)
+        if cfg.get("prepare") and dist.get_rank() == 0:
+            config.instantiate(cfg.prepare)
+    patient_barrier()
+    with one_sentence(ValueError, OSError):
+        recipe = EvalMTPRecipe(cfg, device)
+        recipe.setup()
+        recipe.run()
+    patient_barrier()  # a rank that leaves early would abort another's gloo threads
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

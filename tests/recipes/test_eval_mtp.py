@@ -1,0 +1,416 @@
+"""The evaluation's recipe on one process: a tiny random model, real programs, every stage."""
+
+import importlib.util
+import json
+import os
+import socket
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from omegaconf import OmegaConf
+from torchtune.models.llama2 import llama2_tokenizer
+
+from wmtp_modules.evaluation.sandbox import Sandbox, SandboxError
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.training.checkpoint import save_meta
+from wmtp_modules.training.config import ConfigError
+from wmtp_modules.training.distributed import init_weights_
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = [*sorted((ROOT / "configs/eval").glob("*.yaml")), ROOT / "configs/quickstart/eval.yaml"]
+TASKS = [
+    {
+        "task_id": f"Own/{n}",
+        "prompt": f'def add_{n}(x):\n    """Add {n}."""\n',
+        "entry_point": f"add_{n}",
+        "canonical_solution": f"    return x + {n}\n",
+        "test": f"def check(candidate):\n    assert candidate(1) == {n + 1}\n",
+    }
+    for n in range(3)
+]
+
+
+def import_recipe():
+    """The recipe's module; tests are its only importer."""
+    spec = importlib.util.spec_from_file_location("eval_recipe", ROOT / "recipes/eval_mtp.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return import_recipe()
+
+
+@pytest.fixture(scope="module")
+def device(recipe):
+    """Of a process that torchrun did not start."""
+    yield recipe.init_process_group("cpu")[0]
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def tier():
+    """A tier that this machine has."""
+    try:
+        with Sandbox(workers=1) as sandbox:
+            return sandbox.tier
+    except SandboxError as error:
+        pytest.skip(f"no sandbox here: {error}")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_tokenizer_path, device):
+    """A folder with a checkpoint, tasks and texts, and a config that takes them."""
+    folder = tmp_path_factory.mktemp("eval")
+    model = mtp_llama2(
+        vocab_size=512,
+        num_layers=6,
+        n_future_tokens=4,
+        num_heads=2,
+        num_kv_heads=2,
+        embed_dim=32,
+        max_seq_len=64,
+    )
+    init_weights_(model, seed=3)
+    save_meta(model, folder / "model", tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    write_rows(folder / "tasks.jsonl", TASKS)
+    write_rows(
+        folder / "texts.jsonl", [{"text": text} for text in ("x = 1\n", "def f():\n    y\n")]
+    )
+    return OmegaConf.create(
+        {
+            "stages": ["generate"],
+            "task": "humaneval",
+            "source": str(folder / "tasks.jsonl"),
+            "split": "all",
+            "samples": None,
+            "device": "cpu",
+            "dtype": "fp32",
+            "seed": 0,
+            "checkpointer": {"checkpoint_dir": str(folder / "model")},
+            "tokenizer": {
+                "_component_": "torchtune.models.llama2.llama2_tokenizer",
+                "path": "${checkpointer.checkpoint_dir}/tokenizer.model",
+                "max_seq_len": None,
+            },
+            "generation": {
+                "samples_per_task": 2,
+                "temperatures": [0.0, 1.0],
+                "top_p": 1.0,
+                "top_k": 0,
+                "max_new_tokens": 8,
+                "batch_size": 2,
+                "decoding": "self_speculative",
+            },
+            "execution": {"tier": "auto", "workers": 2},
+            "k": [1, 2, 5],
+            "heldout": {"source": str(folder / "texts.jsonl"), "batch_tokens": 64},
+            "decode_speed": {
+                "source": str(folder / "texts.jsonl"),
+                "prompts": 2,
+                "prompt_tokens": 4,
+                "max_new_tokens": 8,
+                "batch_size": 1,
+            },
+        }
+    )
+
+
+@pytest.fixture
+def run(recipe, device, base, tmp_path):
+    """run(key=value, ...) -> (report, output folder); keys as on the command line."""
+
+    def go(output_dir=tmp_path / "out", **overrides):
+        dotted = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+        cfg = OmegaConf.merge(base, OmegaConf.from_dotlist(dotted), {"output_dir": str(output_dir)})
+        recipe.check(cfg)
+        done = recipe.EvalMTPRecipe(cfg, device)
+        done.setup()
+        done.run()
+        return json.loads((Path(output_dir) / "report.json").read_text()), Path(output_dir)
+
+    return go
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_pass_the_check(recipe, path):
+    cfg = OmegaConf.load(path)
+    for key in [key for key in cfg if OmegaConf.is_missing(cfg, key)]:
+        cfg[key] = "humaneval" if key == "task" else "rows.jsonl"  # what its user has to give
+    recipe.check(cfg)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"stages": ["generate", "exekute"]}, r"stages: 'exekute' is none of generate, execute"),
+        ({"stages": []}, "stages: 'none' is none of"),
+        ({"stages": ["execute"]}, "samples: missing, nothing to execute"),
+        ({"samples": "reference"}, "samples: 'reference' are there already"),
+        ({"checkpointer": None, "tokenizer": None}, "checkpointer: missing, the stage generate"),
+        ({"generation": {"temperatures": []}}, "generation.temperatures: .* different numbers"),
+        ({"generation": {"temperatures": [0.5, 0.5]}}, "generation.temperatures"),
+        ({"generation": {"temperatures": [-1.0]}}, "generation.temperatures"),
+        ({"k": [0]}, r"k: \[0\] has to be numbers"),
+        ({"generation": {"temperature": 1.0}}, "generation.temperature: unknown key"),
+        ({"task": "humaneva"}, "task: has to be one of 'mbpp'"),
+    ],
+)
+def test_the_check_says_what_is_wrong(recipe, base, overrides, message):
+    cfg = OmegaConf.merge(base, {"output_dir": "out"}, overrides)
+    with pytest.raises(ConfigError, match=message):
+        recipe.check(cfg)
+
+
+# ---------------------------------------------------------------------------- generation
+
+
+def test_samples_depend_on_no_batch(run, tmp_path):
+    """Greedy ones are equal, others are not, and neither knows its batch or decoding."""
+    keys = ("task_id", "sample", "temperature", "seed", "completion")
+
+    def samples(folder, **overrides):
+        run(tmp_path / folder, **overrides)
+        return [
+            [row[key] for key in keys] for row in read_rows(tmp_path / folder / "samples.jsonl")
+        ]
+
+    two, five = samples("two"), samples("five", generation__batch_size=5)
+    assert sorted(two) == sorted(five)
+    assert sorted(two) == sorted(samples("plain", generation__decoding="plain"))
+    assert len(two) == 3 * 2 * 2
+    greedy = {(row[0], row[4]) for row in two if row[2] == 0.0}
+    drawn = {(row[0], row[4]) for row in two if row[2] == 1.0}
+    assert (len(greedy), len(drawn)) == (3, 6)
+    assert sorted(two) != sorted(samples("seed", seed=1))
+
+
+def test_nothing_is_generated_twice(run, recipe, monkeypatch):
+    """A killed run leaves half a line; the next one makes what is missing, and the same."""
+    asked = []
+    generate = recipe.generate
+    monkeypatch.setattr(
+        recipe, "generate", lambda m, t, r, **k: asked.extend(r) or generate(m, t, r, **k)
+    )
+    report, out = run()
+    whole = (out / "samples.jsonl").read_bytes()
+    assert len(asked) == 12
+    lines = whole.splitlines(keepends=True)
+    (out / "samples.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    asked.clear()
+    again, _ = run()
+    assert len(asked) == 7
+    assert sorted((out / "samples.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert again["generation"] == report["generation"]
+    asked.clear()
+    run()
+    assert asked == []
+    # Another temperature is another sample; those that are there stay.
+    run(generation__temperatures=[1.0, 0.5])
+    assert len(asked) == 6
+
+
+def test_a_prompt_without_room_is_a_failing_sample(run):
+    report, out = run(generation__max_new_tokens=50)
+    rows = read_rows(out / "samples.jsonl")
+    assert {row["completion"] for row in rows} == {""}
+    assert report["generation"]["finish_reasons"] == {"prompt_too_long": 12}
+    assert report["generation"]["tokens_per_forward"] is None
+
+
+def test_generation_figures_are_sums_over_samples(recipe):
+    rows = [
+        {"finish_reason": "eos", "tokens": 7, "forwards": 2, "accepted": [2, 1, 1]},
+        {"finish_reason": "length", "tokens": 5, "forwards": 4, "accepted": [0, 0, 0]},
+        {"finish_reason": "prompt_too_long"},
+    ]
+    figures = recipe.generation_figures(rows)
+    assert figures["tokens_per_forward"] == pytest.approx((7 + 5 - 2) / 6)
+    assert figures["acceptance_per_head"] == pytest.approx([2 / 6, 1 / 6, 1 / 6])
+    assert (figures["samples"], figures["tokens"]) == (3, 12)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_samples_of_one(run, base, tmp_path):
+    _, out = run()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cfg = OmegaConf.merge(
+        base, {"output_dir": str(tmp_path / "two"), "stages": ["generate", "heldout"]}
+    )
+    mp.start_processes(on_a_rank, (port, cfg), nprocs=2, start_method="spawn")
+    two = read_rows(tmp_path / "two" / "samples.jsonl")
+    assert sorted(map(json.dumps, two)) == sorted(map(json.dumps, read_rows(out / "samples.jsonl")))
+    one, _ = run(tmp_path / "one", stages="[heldout]")
+    shared = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert shared["tokens"] == one["tokens"]
+    for ours, theirs in zip(shared["per_head"], one["per_head"], strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+def on_a_rank(rank, port, cfg):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    recipe = import_recipe()
+    device, _ = recipe.init_process_group("cpu")
+    done = recipe.EvalMTPRecipe(cfg, device)
+    done.setup()
+    done.run()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------- execution
+
+
+def test_ready_made_samples(run, tier, tmp_path):
+    """Right and wrong ones by verdict; the report has what scripts rely on."""
+    samples = [
+        {"task_id": "Own/0", "completion": "    return x\n"},
+        {"task_id": "Own/0", "completion": "    return x + 1\n"},
+        {"task_id": "Own/2", "completion": "    return x + 2\n"},
+        {"task_id": "Own/2", "completion": "    raise KeyError\n"},
+    ]
+    path = write_rows(tmp_path / "samples.jsonl", samples)
+    report, out = run(stages="[execute]", samples=path)
+    rows = {(row["task_id"], row["sample"]): row for row in read_rows(out / "results.jsonl")}
+    verdicts = [rows[key]["verdict"] for key in [("Own/0", 0), ("Own/0", 1), ("Own/2", 0)]]
+    assert verdicts == ["pass", "wrong", "pass"]
+    assert rows["Own/2", 1]["verdict"] == "crash"
+    assert "KeyError" in rows["Own/2", 1]["detail"]
+    for row in rows.values():
+        assert {"task_id", "sample", "verdict", "seconds", "peak_mb", "detail"} <= row.keys()
+    assert (report["task"], report["tier"]) == ("humaneval", tier)
+    assert (report["problems"], report["samples"], report["omitted_k"]) == (2, 4, [5])
+    assert report["verdicts"] == {"pass": 2, "wrong": 1, "crash": 1}
+    assert report["pass_at_k"]["1"]["value"] == pytest.approx(0.5)
+    assert report["pass_at_k"]["2"]["value"] == pytest.approx(1.0)
+    assert report["reference_failures"] == []
+    assert report["tasks_without_samples"] == 1
+    for name in ("report.md", "report.png", "config.yaml"):
+        assert (out / name).stat().st_size > 0
+
+
+def test_nothing_is_executed_twice(run, recipe, tier, monkeypatch):
+    _, out = run(stages="[execute]", samples="reference")
+    results = (out / "results.jsonl").read_bytes()
+    assert len(results.splitlines()) == 3
+    started = []
+    monkeypatch.setattr(recipe, "asdict", lambda outcome: started.append(1) or asdict(outcome))
+    run(stages="[execute]", samples="reference")
+    assert started == []
+    lines = results.splitlines(keepends=True)
+    (out / "results.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:9])
+    run(stages="[execute]", samples="reference")
+    assert len(started) == 1
+    assert len(read_rows(out / "results.jsonl")) == 3
+
+
+def test_a_task_whose_reference_fails_is_not_scored(run, base, tier, tmp_path):
+    broken = TASKS[0] | {"canonical_solution": "    return None\n"}
+    source = write_rows(tmp_path / "tasks.jsonl", [broken, *TASKS[1:]])
+    rows = [{"task_id": f"Own/{n}", "completion": f"    return x + {n}\n"} for n in range(2)]
+    samples = write_rows(tmp_path / "samples.jsonl", rows)
+    report, _ = run(stages="[execute]", source=source, samples=samples, k="[1]")
+    assert [row["task_id"] for row in report["reference_failures"]] == ["Own/0"]
+    assert report["problems"] == 1
+
+
+def test_generated_samples_are_executed(run, tier):
+    report, out = run(stages="[execute,generate]")
+    assert report["samples"] == 12
+    assert report["generation"]["samples"] == 12
+    assert [at["temperature"] for at in report["by_temperature"]] == [0.0, 1.0]
+    assert len(read_rows(out / "results.jsonl")) == 12
+    assert len(read_rows(out / "references.jsonl")) == 3
+    # The file of one run's samples is another's input, each temperature by itself.
+    again, _ = run(out.parent / "again", stages="[execute]", samples=out / "samples.jsonl")
+    assert again["by_temperature"] == report["by_temperature"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "is empty"),
+        ([{"task_id": "Own/7", "completion": ""}], r"samples.jsonl:1: no task 'Own/7'"),
+        ([{"completion": ""}], r"samples.jsonl:1: task_id is missing"),
+    ],
+)
+def test_bad_samples_are_one_sentence(run, tier, tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        run(stages="[execute]", samples=write_rows(tmp_path / "samples.jsonl", rows))
+
+
+def test_an_earlier_report_does_not_outlive_a_failing_run(run, tier, tmp_path):
+    _, out = run(stages="[heldout]")
+    with pytest.raises(ValueError, match="no file"):
+        run(stages="[execute]", samples=tmp_path / "none.jsonl")
+    assert not (out / "report.json").exists()
+
+
+# -------------------------------------------------------------------------- heads, speed
+
+
+def test_heldout_counts_are_those_of_the_documents(run, base):
+    report, _ = run(stages="[heldout]")
+    tokenizer = llama2_tokenizer(base.tokenizer.path)
+    lengths = [len(tokenizer.encode(row["text"])) for row in read_rows(Path(base.heldout.source))]
+    assert report["tokens"] == sum(lengths)
+    assert [row["head"] for row in report["per_head"]] == [0, 1, 2, 3]
+    for head, row in enumerate(report["per_head"]):
+        assert row["tokens"] == sum(max(0, n - 1 - head) for n in lengths)
+        assert {"loss", "top1", "top5"} <= row.keys()
+
+
+def test_decoding_speed_and_its_control(run):
+    report, _ = run(stages="[decode_speed]")
+    assert report["identical"] is True
+    assert report["tokens_per_forward"] >= 1
+    assert report["plain_tokens_per_s"] > 0
+    assert report["self_speculative_tokens_per_s"] > 0
+    assert len(report["acceptance_per_head"]) == 3
+
+
+@pytest.mark.slow
+def test_metrics_have_names_that_mlflow_takes(recipe, run, base, tier, tmp_path):
+    """A real MLflow store gets the figures and the files."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    logger = {
+        "_component_": "wmtp_modules.training.metric_logging.MLflowLogger",
+        "tracking_uri": uri,
+        "experiment_name": "eval",
+    }
+    OmegaConf.update(base, "metric_logger", logger)
+    try:
+        report, _ = run(stages="[execute,heldout]", samples="reference", k="[1]")
+    finally:
+        del base["metric_logger"]
+    client = MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("eval").experiment_id])
+    assert found.data.metrics["pass_at_1"] == 1.0
+    assert found.data.metrics["heldout/loss_head_3"] == report["per_head"][3]["loss"]
+    names = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
+    assert {"report.json", "report.md", "report.png", "results.jsonl"} <= names
