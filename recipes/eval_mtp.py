@@ -19,10 +19,9 @@ import platform
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,11 +32,7 @@ from tqdm import tqdm
 from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples, result_key, sample_key
 from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_texts
 from wmtp_modules.evaluation.report import FILES as REPORTS
-from wmtp_modules.evaluation.report import (
-    build_report,
-    print_report,
-    write_report,
-)
+from wmtp_modules.evaluation.report import build_report, print_report, write_report
 from wmtp_modules.evaluation.sandbox import Sandbox
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.evaluation.tasks import TASKS, load_tasks
@@ -153,10 +148,15 @@ def _samples_come_from_one_place(stages, samples) -> str | None:
     return None
 
 
-def _lists_are_usable(generation, k) -> str | None:
-    temperatures = (generation or {"temperatures": [0.0]})["temperatures"]
-    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
-        return f"generation.temperatures: {temperatures} has to be different numbers, 0 or above"
+def _numbers_are_usable(generation, k) -> str | None:
+    if generation is not None:
+        temperatures, top_p = generation["temperatures"], generation["top_p"]
+        if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+            return (
+                f"generation.temperatures: {temperatures} has to be different numbers, 0 or above"
+            )
+        if top_p > 1:
+            return f"generation.top_p: {top_p} has to be at most 1, which is off"
     if k is not None and (not k or min(k) < 1):
         return f"k: {k} has to be numbers of samples, 1 or above"
     return None
@@ -164,7 +164,7 @@ def _lists_are_usable(generation, k) -> str | None:
 
 def check(cfg: DictConfig) -> None:
     """Everything that can be wrong with a config before a process group or a model exists."""
-    rules = (_stages_have_what_they_need, _samples_come_from_one_place, _lists_are_usable)
+    rules = (_stages_have_what_they_need, _samples_come_from_one_place, _numbers_are_usable)
     check_config(cfg, SCHEMA, rules)
 
 
@@ -192,7 +192,8 @@ class EvalMTPRecipe:
                 (self._output_dir / name).unlink(missing_ok=True)
             OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
         if {"generate", "execute"} & set(self._stages):
-            self._tasks = load_tasks(cfg.task, cfg.source, cfg.split)
+            with rank_zero_first():  # who may have to download them
+                self._tasks = load_tasks(cfg.task, cfg.source, cfg.split)
         if "execute" in self._stages and self._rank == 0:
             with Sandbox(cfg.execution.tier, workers=1):
                 pass  # its self-test now, not after hours of generation
@@ -213,23 +214,18 @@ class EvalMTPRecipe:
         load_into(self._model, cfg.checkpointer.checkpoint_dir, device=self._device)
         self._model.eval().requires_grad_(False)
 
-    def _shared(self, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes, on every rank."""
-        box = [make() if self._rank == 0 else None]
-        patient_barrier()  # making may take longer than a collective waits
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     # ------------------------------------------------------------- generate
 
     def generate(self) -> list[dict]:
         """Make every sample that ``samples.jsonl`` lacks; returns all of this config's."""
         cfg, folder = self._cfg.generation, self._cfg.checkpointer.checkpoint_dir
-        self._checkpoint = self._shared(lambda: fingerprint_checkpoint(folder))
+        fingerprint = [fingerprint_checkpoint(folder) if self._rank == 0 else None]
+        patient_barrier()  # reading 27 GB may take longer than a collective waits
+        dist.broadcast_object_list(fingerprint, src=0)
         path = self._output_dir / "samples.jsonl"
         with rank_zero_first():  # which mends what a killed run left half-written
             store = EvidenceStore(path)
-        wanted = list(self._wanted_samples())
+        wanted = list(self._wanted_samples(fingerprint[0]))
         missing = [(row, task) for row, task in wanted if row["key"] not in store]
         log_zero(f"generate: {len(wanted)} samples, {len(wanted) - len(missing)} there already")
         patient_barrier()  # nobody appends before everybody has read
@@ -249,12 +245,12 @@ class EvalMTPRecipe:
         self._report["generation"] = generation_figures(samples)
         return samples
 
-    def _wanted_samples(self) -> Iterator[tuple[dict, Task]]:
+    def _wanted_samples(self, fingerprint: str) -> Iterator[tuple[dict, Task]]:
         """What names each sample of this config, and its task."""
         cfg = self._cfg.generation
         # All that shapes a sample beside its task, temperature and seed. Ranks and batches do not.
         settings = {
-            "checkpoint": self._checkpoint,
+            "checkpoint": fingerprint,
             "dtype": self._cfg.dtype,
             "max_seq_len": self._model.max_seq_len,
             **{name: cfg[name] for name in ("top_p", "top_k", "max_new_tokens", "decoding")},

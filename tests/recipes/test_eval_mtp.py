@@ -169,6 +169,7 @@ def test_shipped_configs_pass_the_check(recipe, path):
         ({"generation": {"temperatures": []}}, "generation.temperatures: .* different numbers"),
         ({"generation": {"temperatures": [0.5, 0.5]}}, "generation.temperatures"),
         ({"generation": {"temperatures": [-1.0]}}, "generation.temperatures"),
+        ({"generation": {"top_p": 1.5}}, "generation.top_p: 1.5 has to be at most 1"),
         ({"k": [0]}, r"k: \[0\] has to be numbers"),
         ({"generation": {"temperature": 1.0}}, "generation.temperature: unknown key"),
         ({"task": "humaneva"}, "task: has to be one of 'mbpp'"),
