@@ -184,8 +184,8 @@ def main() -> None:
     tokens = sum(len(g.tokens) for g in done) / len(done)
     print(f"held out: {right} of {len(done)} written exactly, {tokens:.0f} tokens each")
     print(
-        f"{N_PROMPTS} held-out prompts, {REPEATS} repeats: medians, and the range of the ratio; "
-        "prefill included"
+        f"{N_PROMPTS} held-out prompts (random weights: 4), {REPEATS} repeats: medians, and the "
+        "range of the ratio; prefill included"
     )
     print(
         f"{'':34}{'tokens/':>8}   {'kept guesses of':15}{'plain':>9}{'self-spec.':>12}"
