@@ -374,19 +374,22 @@ class EvalMTPRecipe:
 
     def decode_speed(self) -> None:
         """Plain against self-speculative decoding, greedy, by turns; on one rank."""
-        cfg = self._cfg.decode_speed
+        cfg, context = self._cfg.decode_speed, self._model.max_seq_len
         requests = []
         for text in read_texts(cfg.source):
             tokens = self._tokenizer.encode(text, add_eos=False)
-            prompt = tokens[: min(cfg.prompt_tokens, len(tokens) // 2)]
+            prompt = tokens[: min(cfg.prompt_tokens, len(tokens) // 2, context // 2)]
             if prompt and len(requests) < cfg.prompts:
                 requests.append(Request(tuple(prompt), seed=0))
+        room = context - max((len(request.prompt) for request in requests), default=0)
+        if room < cfg.max_new_tokens:
+            log.info(f"decode_speed: {room} new tokens, where the context of {context} ends")
         self._report |= measure_decoding(
             self._model,
             self._tokenizer,
             requests,
             batch_size=cfg.batch_size,
-            max_new_tokens=cfg.max_new_tokens,
+            max_new_tokens=min(cfg.max_new_tokens, room),
             temperature=0.0,
             top_p=1.0,
             top_k=0,

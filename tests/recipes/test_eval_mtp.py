@@ -393,6 +393,12 @@ def test_decoding_speed_and_its_control(run):
     assert len(report["acceptance_per_head"]) == 3
 
 
+def test_decoding_speed_of_a_model_with_a_short_context(run):
+    """What configs/eval/decode_speed.yaml asks for is more than these 64 positions."""
+    report, _ = run(stages="[decode_speed]", decode_speed__max_new_tokens=128)
+    assert report["identical"] is True
+
+
 @pytest.mark.slow
 def test_metrics_have_names_that_mlflow_takes(recipe, run, base, tier, tmp_path):
     """A real MLflow store gets the figures and the files."""
