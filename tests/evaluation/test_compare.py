@@ -138,3 +138,10 @@ def test_any_text_is_judged(expected, actual):
     reason = compare_outputs(expected, actual)
     assert reason is None or reason.isprintable()
     assert right(expected, expected)
+
+
+def test_a_long_hostile_token_takes_no_long_time():
+    """It is compared in the process that all workers share: one pass over it, and no second try."""
+    began = time.process_time()
+    assert compare_outputs("1.5", "1" * (8 << 20) + "x")
+    assert time.process_time() - began < 1.5  # 3 s if tried again at every digit, 0.05 s if not

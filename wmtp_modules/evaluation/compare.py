@@ -5,10 +5,10 @@ import re
 
 TOLERANCE = 1e-5  # either of the absolute and the relative difference may be within it
 SHOWN = 40  # characters of a token in a reason
-# Less than float() takes: nan, inf, 1_000 and digits of other scripts are text. No two neighbouring
-# parts match the same characters, or a long hostile token would take quadratic time.
+# Less than float() takes: nan, inf, 1_000 and digits of other scripts are text. Possessive (++), so
+# that a long hostile token is not tried again at every digit.
 INTEGER = re.compile(r"[+-]?[0-9]+")
-DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+DECIMAL = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 
 
 def compare_outputs(expected: str, actual: str, ignore_case: bool = False) -> str | None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -401,3 +402,83 @@ def test_an_ordinary_user_has_the_same_walls(tier, require_tier):
         "process_limit",
         "held",
     ]
+
+
+@pytest.mark.parametrize("switch", ["-O", "-OO"])
+def test_assertions_count_in_an_optimised_interpreter(require_tier, switch):
+    """``python -O`` would drop the assertions of the tests, and every program would pass."""
+    require_tier("landlock")
+    script = (
+        "from wmtp_modules.evaluation.sandbox import FunctionJob, Sandbox\n"
+        "with Sandbox('landlock', 1) as sandbox:\n"
+        "    job = FunctionJob('def f(): return 1', 'assert f() == 2')\n"
+        "    print(next(sandbox.run([(0, job)]))[1].verdict)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, switch, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout == "wrong\n", done.stderr
+
+
+def test_a_function_with_nothing_but_imports_is_the_programs(sandbox):
+    """HumanEval/115: the prompt's function imports before its docstring."""
+    context = 'def f(x):\n    import math\n    """Round up."""\n    pass\n'
+    program = "def f(x):\n    import math\n    return math.ceil(x)\n"
+    assert run_one(sandbox, FunctionJob(program, "assert f(1.5) == 2", context)).verdict == "pass"
+
+
+def test_a_function_may_be_named_like_a_module(sandbox):
+    program = "def bisect(x): return x + 1"
+    assert run_one(sandbox, FunctionJob(program, "assert bisect(1) == 2")).verdict == "pass"
+
+
+def test_a_message_that_cannot_be_written_is_a_wrong_answer(sandbox):
+    job = FunctionJob("def f(): return 10 ** 9000", "assert f() == 1, f()")
+    outcome = run_one(sandbox, job)
+    assert (outcome.verdict, outcome.detail.splitlines()[0]) == (
+        "wrong",
+        "AssertionError (its message cannot be written)",
+    )
+
+
+def test_a_parent_with_many_open_files(sandbox):
+    """``select`` takes no descriptor above 1,023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with Sandbox(sandbox.tier, 1) as another:
+            job = FunctionJob("def f(): return 1", "assert f() == 1")
+            assert run_one(another, job).verdict == "pass"
+            endless = FunctionJob("def f():\n    while True: pass", "f()", limits=Limits(0.2))
+            assert run_one(another, endless).verdict == "timeout"
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_socket_tells_nothing_of_who_made_it(sandbox):
+    """SO_PEERPIDFD would be a handle on the process at the other end."""
+    program = (
+        "import socket\na, b = socket.socketpair()\na.send(b'x')\n"
+        "try:\n    a.getsockopt(socket.SOL_SOCKET, 77)\nexcept OSError:\n    print('refused')\n"
+    )
+    job = StdinJob(program, (("", "refused"),), same_words)
+    assert run_one(sandbox, job).verdict == "pass"
+
+
+def test_what_came_while_the_parent_had_no_turn_counts(open_sandbox):
+    """Another worker's comparison may hold the interpreter; the program was in time."""
+    with open_sandbox("auto", 1) as sandbox:
+        (worker,) = sandbox._live
+        attend = worker._attend
+
+        def late(server, streams, seconds):
+            time.sleep(0.6)
+            return attend(server, streams, 0.0)
+
+        worker._attend = late
+        assert run_one(sandbox, StdinJob("print(1)", (("", "1"),), same_words)).verdict == "pass"

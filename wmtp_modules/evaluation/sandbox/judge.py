@@ -177,7 +177,11 @@ def _explain(error, program: Program, missing: set[str], source: str) -> tuple[s
         f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == wire.TESTS
     ]
     line = source.splitlines()[lines[-1] - 1].strip() if lines else ""
-    text = type(error).__name__ + (f": {error}" if error.args else "")
+    text = type(error).__name__
+    try:
+        text += f": {error}" if error.args else ""
+    except ValueError:  # an integer of more digits than Python writes
+        text += " (its message cannot be written)"
     return "wrong", f"{text}\n{line}"[:LONGEST_TEXT]
 
 

@@ -92,7 +92,7 @@ class Server:
         try:
             self._process.stdin.write(text.encode())
             self._process.stdin.close()
-            ready = select.select([self.link], [], [], START_SECONDS)[0] and self.link.recv(100)
+            ready = self._answers(START_SECONDS) and self.link.recv(100)
         except OSError:  # it ended before it read all
             ready = None
         if not ready:
@@ -135,9 +135,15 @@ class Server:
             self.link.send(b'{"kill": true}')
         except OSError as error:
             raise ServerLost(f"a fork server is gone: {error}") from None
-        if not select.select([self.link], [], [], BACKSTOP_SECONDS)[0]:
+        if not self._answers(BACKSTOP_SECONDS):
             raise ServerLost(f"a fork server did not answer within {BACKSTOP_SECONDS} s")
         self.receive()
+
+    def _answers(self, seconds: float) -> bool:
+        """Whether something comes within a time. Not by ``select``, which stops at 1,024 files."""
+        poller = select.poll()
+        poller.register(self.link, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
 
     def abandon(self) -> None:
         """Cuts the connection, from any thread: the server ends, and who waits for it is told."""

@@ -4,6 +4,7 @@ The program is hostile: links are never followed, a folder may be unreadable, an
 longer than the kernel takes. Runs inside the sandbox too, hence the standard library only.
 """
 
+import contextlib
 import errno
 import os
 
@@ -59,7 +60,8 @@ def overfull(folder: str) -> bool:
             with os.scandir(pending.pop()) as entries:
                 for entry in entries:
                     files += 1
-                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        size += entry.stat(follow_symlinks=False).st_blocks * 512
                     if files > MOST_FILES or size > MOST_BYTES:
                         return True
                     if entry.is_dir(follow_symlinks=False):

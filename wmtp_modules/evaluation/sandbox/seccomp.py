@@ -22,6 +22,7 @@ CLONE_THREAD = 0x00010000
 AF_UNIX, SOCK_STREAM, SOCKET_TYPE = 1, 1, 0xF
 IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FION* FIOCLEX
 PRCTLS = (15, 16)  # PR_SET_NAME, PR_GET_NAME
+SOCKET_OPTIONS = (3, 4, 38, 39)  # type, error, protocol, domain; not a pidfd of the peer
 # Duplicates, flags, locks, sizes; not F_SETOWN or F_SETSIG, which send signals to any process.
 FCNTLS = (*range(0, 8), 12, 13, 14, 36, 37, 38, 1030, 1032, 1034)
 
@@ -34,7 +35,7 @@ ftruncate ftruncate64 fallocate fadvise64 fadvise64_64 fsync fdatasync sync_file
 dup2 dup3 pipe pipe2 sendfile sendfile64 copy_file_range
 poll ppoll ppoll_time64 select _newselect pselect6 pselect6_time64 epoll_create epoll_create1
 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd eventfd2
-send sendto sendmsg recv recvfrom recvmsg shutdown getsockopt setsockopt getsockname getpeername
+send sendto sendmsg recv recvfrom recvmsg shutdown getsockname getpeername
 mmap mmap2 munmap mremap mprotect brk madvise mincore msync
 exit exit_group getpid gettid getppid getpgrp getpgid getsid setsid setpgid getuid getuid32 geteuid
 geteuid32 getgid getgid32 getegid getegid32 getresuid getresuid32 getresgid getresgid32 getgroups
@@ -126,6 +127,7 @@ def build_filter() -> bytes:
             ("prctl", 0, PRCTLS),
             ("fcntl", 1, FCNTLS),
             ("fcntl64", 1, FCNTLS),
+            ("getsockopt", 2, SOCKET_OPTIONS),
         ):
             for value in values:
                 rule(ALLOW, call, (position, EQUAL, value))
