@@ -185,20 +185,30 @@ class EvalMTPRecipe:
     def setup(self) -> None:
         cfg = self._cfg
         training.set_seed(cfg.seed)
+        # Whatever a user may have mistyped comes first, not after hours of generation.
+        if {"generate", "execute"} & set(self._stages):
+            with rank_zero_first():  # who may have to download them
+                self._tasks = load_tasks(cfg.task, cfg.source, cfg.split)
+        if "generate" in self._stages:
+            self._prompts = {task.task_id: task.prompt for task in self._tasks}
+        elif "execute" in self._stages:
+            self._samples = self._ready_samples()
+        self._texts = {
+            stage: read_texts(cfg[stage].source)
+            for stage in ("heldout", "decode_speed")
+            if stage in self._stages
+        }
+        if "execute" in self._stages and self._rank == 0:
+            with Sandbox(cfg.execution.tier, workers=1):
+                pass  # its self-test
+        if self._stages != ["execute"]:
+            self._setup_model()
         if self._rank == 0:
             self._output_dir.mkdir(parents=True, exist_ok=True)
             # What an earlier run left here must not look like this one's.
             for name in REPORTS:
                 (self._output_dir / name).unlink(missing_ok=True)
             OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
-        if {"generate", "execute"} & set(self._stages):
-            with rank_zero_first():  # who may have to download them
-                self._tasks = load_tasks(cfg.task, cfg.source, cfg.split)
-        if "execute" in self._stages and self._rank == 0:
-            with Sandbox(cfg.execution.tier, workers=1):
-                pass  # its self-test now, not after hours of generation
-        if self._stages != ["execute"]:
-            self._setup_model()
 
     def _setup_model(self) -> None:
         """The model, whole on each rank and in compute precision: ranks share the work."""
@@ -208,6 +218,19 @@ class EvalMTPRecipe:
         max_seq_len = cfg.tokenizer.max_seq_len or checkpoint.args["max_seq_len"]
         args = model_args_from_folder(cfg.checkpointer.checkpoint_dir, max_seq_len=max_seq_len)
         self._tokenizer = config.instantiate(cfg.tokenizer, max_seq_len=max_seq_len)
+        drafts = "decode_speed" in self._stages or (
+            "generate" in self._stages and cfg.generation.decoding == "self_speculative"
+        )
+        if drafts and args["n_future_tokens"] == 1:
+            raise ValueError(
+                f"{cfg.checkpointer.checkpoint_dir} has one head, which drafts nothing: set "
+                "generation.decoding=plain and leave decode_speed out of stages"
+            )
+        if "generate" in self._stages and cfg.generation.max_new_tokens >= max_seq_len:
+            raise ValueError(
+                f"generation.max_new_tokens {cfg.generation.max_new_tokens} leaves no room for a "
+                f"prompt in a context of {max_seq_len} tokens: lower it"
+            )
         with torch.device("meta"):
             self._model = mtp_llama2(**args)
         cast_parameters_(self._model, self._dtype)
@@ -259,21 +282,21 @@ class EvalMTPRecipe:
             for task in self._tasks:
                 for sample in range(cfg.samples_per_task):
                     seed = sample_seed(self._cfg.seed, task.task_id, temperature, sample)
-                    yield (
-                        {
-                            "key": sample_key(settings, task, temperature, seed),
-                            "task_id": task.task_id,
-                            "sample": sample,
-                            "temperature": temperature,
-                            "seed": seed,
-                        },
-                        task,
-                    )
+                    row = {
+                        "key": sample_key(settings, task, temperature, seed),
+                        "task_id": task.task_id,
+                        "sample": sample,
+                        "temperature": temperature,
+                        "seed": seed,
+                        "checkpoint": fingerprint,
+                    }
+                    yield row, task
 
     def _generate_batch(self, batch: list[tuple[dict, Task]], temperature: float) -> list[dict]:
         """The rows of a batch, filled."""
         cfg = self._cfg.generation
-        prompts = [self._tokenizer.encode(task.prompt, add_eos=False) for _, task in batch]
+        texts = [self._prompts[task.task_id] for _, task in batch]
+        prompts = [self._tokenizer.encode(text, add_eos=False) for text in texts]
         room = self._model.max_seq_len - cfg.max_new_tokens
         fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
         # A prompt that leaves no room has an empty sample, which fails: the report counts them.
@@ -361,11 +384,10 @@ class EvalMTPRecipe:
     def heldout(self) -> None:
         """Loss, accuracy and calibration of each head, over the texts of all ranks."""
         cfg = self._cfg.heldout
-        texts = read_texts(cfg.source)
         sums = heldout_sums(
             self._model,
             self._tokenizer,
-            texts[self._rank :: self._world],
+            self._texts["heldout"][self._rank :: self._world],
             device=self._device,
             batch_tokens=cfg.batch_tokens,
             show_progress=self._rank == 0,
@@ -376,7 +398,7 @@ class EvalMTPRecipe:
         """Plain against self-speculative decoding, greedy, by turns; on one rank."""
         cfg, context = self._cfg.decode_speed, self._model.max_seq_len
         requests = []
-        for text in read_texts(cfg.source):
+        for text in self._texts["decode_speed"]:
             tokens = self._tokenizer.encode(text, add_eos=False)
             prompt = tokens[: min(cfg.prompt_tokens, len(tokens) // 2, context // 2)]
             if prompt and len(requests) < cfg.prompts:
@@ -400,23 +422,24 @@ class EvalMTPRecipe:
     # --------------------------------------------------------------- report
 
     def run(self) -> None:
-        """All stages of the config, then the report."""
-        samples = self.generate() if "generate" in self._stages else None
-        if "execute" in self._stages and self._rank == 0:
-            self.execute(samples or self._ready_samples())
-        patient_barrier()
-        if "heldout" in self._stages:
-            self.heldout()
-        if "decode_speed" in self._stages and self._rank == 0:
-            self.decode_speed()
-        patient_barrier()
+        """All stages of the config; after each of them the report has what it found."""
+        self._report = {"settings": resolved(self._cfg), "machine": machine(self._device)}
+        for stage in self._stages:
+            if stage == "generate":
+                self._samples = self.generate()
+            elif stage == "heldout":
+                self.heldout()
+            elif self._rank == 0:
+                self.execute(self._samples) if stage == "execute" else self.decode_speed()
+            if self._rank == 0:
+                write_report(self._report, self._output_dir)
+            patient_barrier()
         if self._rank == 0:
-            self.report()
+            self.tell()
 
-    def report(self) -> None:
-        """Write and print what the stages found, and send it to the logger."""
-        report = self._report | {"settings": resolved(self._cfg), "machine": machine(self._device)}
-        write_report(report, self._output_dir)
+    def tell(self) -> None:
+        """Print the report and send it to the logger."""
+        report = self._report
         if self._cfg.get("metric_logger"):
             logger = config.instantiate(self._cfg.metric_logger)
             logger.log_config(self._cfg)
@@ -442,7 +465,7 @@ def reference_samples(tasks: list[Task]) -> list[dict]:
 
 def sample_seed(seed: int, task_id: int | str, temperature: float, sample: int) -> int:
     """A seed for each sample of a run, whatever rank and batch it falls to."""
-    text = f"{seed} {task_id} {temperature} {sample}"
+    text = f"{seed} {task_id} {float(temperature)} {sample}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
 
 

@@ -350,6 +350,16 @@ def test_samples_are_counted_for_each_task(write):
     ]
 
 
+def test_generated_samples_keep_their_numbers(write):
+    """Ranks write in any order, and results are joined to samples by these numbers."""
+    rows = [
+        {"task_id": 11, "temperature": temperature, "sample": sample, "completion": str(sample)}
+        for temperature, sample in [(0.8, 1), (0.2, 1), (0.8, 0), (0.2, 0)]
+    ]
+    keyed = [row | {"key": str(i), "checkpoint": "a"} for i, row in enumerate(rows)]
+    assert read_samples(write(*keyed, keyed[0]), [mbpp(11)]) == rows
+
+
 GOOD = {"task_id": 601, "completion": "x"}
 
 
@@ -371,6 +381,16 @@ GOOD = {"task_id": 601, "completion": "x"}
         ),
         ({"task_id": "9" * 5000, "completion": ""}, "no task "),
         ({"completion": ""}, "task_id is missing, the row has completion"),
+        ({"task_id": 601, "completion": "", "temperature": "0.8"}, "temperature is '0.8', not a"),
+        ({"task_id": 601, "completion": "", "sample": "0"}, "sample is '0', not an integer"),
+        (
+            {"task_id": 601, "completion": "", "sample": 0},
+            "these are samples of several checkpoints",
+        ),
+        (
+            {"task_id": 601, "completion": "", "checkpoint": "b"},
+            "these are samples of several checkpoints",
+        ),
         ({"task_id": 601}, "completion is missing, the row has task_id"),
         ({"task_id": 601, "completion": None}, "completion is missing"),
         ({"task_id": 601, "completion": ["x"]}, "completion is list, not a string"),

@@ -237,6 +237,23 @@ def test_a_prompt_without_room_is_a_failing_sample(run):
     assert report["generation"]["tokens_per_forward"] is None
 
 
+def test_no_room_for_any_prompt_is_an_error(run):
+    with pytest.raises(ValueError, match="max_new_tokens 64 leaves no room for a prompt"):
+        run(generation__max_new_tokens=64)
+
+
+def test_one_head_drafts_nothing(run, tmp_path, tiny_tokenizer_path):
+    args = dict(num_layers=2, n_future_tokens=1, num_heads=2, num_kv_heads=2, embed_dim=32)
+    model = mtp_llama2(vocab_size=512, max_seq_len=64, **args)
+    init_weights_(model, seed=3)
+    one = tmp_path / "one"
+    save_meta(model, one, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    with pytest.raises(ValueError, match="has one head, which drafts nothing"):
+        run(checkpointer__checkpoint_dir=one)
+    report, _ = run(checkpointer__checkpoint_dir=one, generation__decoding="plain")
+    assert report["generation"]["acceptance_per_head"] == []
+
+
 def test_generation_figures_are_sums_over_samples(recipe):
     rows = [
         {"finish_reason": "eos", "tokens": 7, "forwards": 2, "accepted": [2, 1, 1]},
@@ -345,9 +362,19 @@ def test_generated_samples_are_executed(run, tier):
     assert [at["temperature"] for at in report["by_temperature"]] == [0.0, 1.0]
     assert len(read_rows(out / "results.jsonl")) == 12
     assert len(read_rows(out / "references.jsonl")) == 3
-    # The file of one run's samples is another's input, each temperature by itself.
+    # The file of one run's samples is another's input, each temperature by itself, in any order.
+    rows = read_rows(out / "samples.jsonl")
+    write_rows(out / "samples.jsonl", [*rows[1::2], *rows[::2], rows[0]])
     again, _ = run(out.parent / "again", stages="[execute]", samples=out / "samples.jsonl")
-    assert again["by_temperature"] == report["by_temperature"]
+    figures = {at["temperature"]: at for at in again["by_temperature"]}
+    assert figures == {at["temperature"]: at for at in report["by_temperature"]}
+    completions = {(row["task_id"], row["temperature"], row["sample"]): row for row in rows}
+    for row in read_rows(out.parent / "again" / "results.jsonl"):
+        assert (row["task_id"], row["temperature"], row["sample"]) in completions
+    # Another run's samples in the same file would be counted as this one's.
+    run(out, generation__top_p=0.5)
+    with pytest.raises(ValueError, match="samples of several checkpoints or settings"):
+        run(out.parent / "mixed", stages="[execute]", samples=out / "samples.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -363,11 +390,30 @@ def test_bad_samples_are_one_sentence(run, tier, tmp_path, rows, message):
         run(stages="[execute]", samples=write_rows(tmp_path / "samples.jsonl", rows))
 
 
-def test_an_earlier_report_does_not_outlive_a_failing_run(run, tier, tmp_path):
+def test_an_earlier_report_outlives_a_typo_and_no_failing_run(run, recipe, tmp_path, monkeypatch):
     _, out = run(stages="[heldout]")
-    with pytest.raises(ValueError, match="no file"):
-        run(stages="[execute]", samples=tmp_path / "none.jsonl")
+    for mistyped in ("heldout__source", "decode_speed__source"):
+        with pytest.raises(ValueError, match="is no file"):
+            run(stages="[heldout,decode_speed]", **{mistyped: tmp_path / "none.jsonl"})
+        assert (out / "report.json").exists()
+
+    def fail(*_, **__):
+        raise ValueError("at once")
+
+    monkeypatch.setattr(recipe, "heldout_sums", fail)
+    with pytest.raises(ValueError, match="at once"):
+        run(stages="[heldout]")
     assert not (out / "report.json").exists()
+
+
+def test_what_a_stage_found_is_there_if_the_next_one_fails(run, recipe, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("at once")
+
+    monkeypatch.setattr(recipe, "measure_decoding", fail)
+    with pytest.raises(ValueError, match="at once"):
+        run(stages="[heldout,decode_speed]")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["per_head"]
 
 
 # -------------------------------------------------------------------------- heads, speed

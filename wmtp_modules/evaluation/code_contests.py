@@ -109,7 +109,10 @@ def _file_name(record: dict, field: str) -> str | None:
 def _seconds(limit: object) -> float:
     if limit is None:
         return SECONDS
-    parts = [limit.get("seconds"), limit.get("nanos")] if isinstance(limit, dict) else [None]
+    # A part that is null is 0, as `datasets` may write it.
+    parts = (
+        [limit.get(part) or 0 for part in ("seconds", "nanos")] if type(limit) is dict else [None]
+    )
     if not all(type(part) is int and part >= 0 for part in parts):
         raise BadRow(f"time_limit is {limit!r}, not {{seconds, nanos}}")
     return parts[0] + parts[1] / 1e9 or SECONDS

@@ -139,7 +139,9 @@ def result_key(task: Task, row: Mapping, tier: str) -> str:
             samples with one text have a result each.
         tier: of the sandbox.
     """
-    sample = (row["sample"], row.get("temperature"), row["completion"])
+    temperature = row.get("temperature")
+    temperature = None if temperature is None else float(temperature)
+    sample = (row["sample"], temperature, row["completion"])
     return _hash("result", _task_content(task), *sample, tier)
 
 
@@ -154,20 +156,21 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
         tasks: the problems that it may name.
 
     Returns:
-        {"task_id", "sample", "temperature", "completion"} in the order of the file; the
-        temperature is the row's, None if it has none, and ``sample`` counts a task's rows of one
-        temperature from 0.
+        {"task_id", "sample", "temperature", "completion"} in the order of the file. Temperature
+        and sample are the row's, so that results can be joined to generated samples; without, the
+        temperature is None and ``sample`` counts a task's rows from 0. Of rows with one key, as
+        two runs into one folder leave them, the first counts.
 
     Raises:
-        ValueError: if the file is missing or empty, a line is damaged, or a row lacks its task or
-            completion; names file and line.
+        ValueError: if the file is missing or empty, a line is damaged, a row lacks its task or
+            completion, or the rows come from several checkpoints or settings; names file and line.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"samples: {path} is no file: give a .jsonl file, or 'reference'")
     known = {task.task_id for task in tasks}
     counts: Counter[tuple] = Counter()
-    samples = []
+    samples, keys, names, checkpoints = [], set(), set(), set()
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
@@ -177,16 +180,29 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON, or cut off ({error}): mend that line") from error
         _check_sample(row, where, known)
+        if row.get("key") is not None:
+            if row["key"] in keys:
+                continue
+            keys.add(row["key"])
         task_id, temperature = row["task_id"], row.get("temperature")
+        temperature = None if temperature is None else float(temperature)
+        sample = row.get("sample", counts[task_id, temperature])
+        counts[task_id, temperature] += 1
+        checkpoints.add(row.get("checkpoint"))
+        if (task_id, temperature, sample) in names or len(checkpoints) > 1:
+            raise ValueError(
+                f"{where}: these are samples of several checkpoints or settings, generated into "
+                "one folder: generate each into an output_dir of its own"
+            )
+        names.add((task_id, temperature, sample))
         samples.append(
             {
                 "task_id": task_id,
-                "sample": counts[task_id, temperature],
+                "sample": sample,
                 "temperature": temperature,
                 "completion": row["completion"],
             }
         )
-        counts[task_id, temperature] += 1
     if not samples:
         raise ValueError(f'{path} is empty: give rows {{"task_id", "completion"}}, one a line')
     return samples
@@ -203,9 +219,11 @@ def _check_sample(row: object, where: str, known: set) -> None:
     task_id, completion = row["task_id"], row["completion"]
     if not isinstance(completion, str):
         raise ValueError(f"{where}: completion is {type(completion).__name__}, not a string")
-    temperature = row.get("temperature")
+    temperature, sample = row.get("temperature"), row.get("sample", 0)
     if temperature is not None and type(temperature) not in (int, float):
         raise ValueError(f"{where}: temperature is {temperature!r}, not a number")
+    if type(sample) is not int:
+        raise ValueError(f"{where}: sample is {sample!r}, not an integer")
     # type: True and 1.0 equal 1 and would be found.
     if type(task_id) not in (int, str) or task_id not in known:
         raise ValueError(

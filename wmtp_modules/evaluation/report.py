@@ -28,6 +28,7 @@ PUBLISHED = {
         ("7B, 200B tokens of code, n=4", (24.0, 40.1, 66.1)),
     ),
 }
+PUBLISHED_PROBLEMS = {"mbpp": 500, "humaneval": 164}  # of the test sets
 HUMANEVAL_ID = re.compile(r"HumanEval/\d+")
 
 
@@ -153,6 +154,9 @@ def print_report(report: Mapping) -> None:
             print(f"  omitted, too few samples: {omitted}")
         for row in report["reference_failures"]:
             print(f"  not scored, its reference fails here: {row['task_id']}: {row['verdict']}")
+    too_long = report.get("generation", {}).get("finish_reasons", {}).get("prompt_too_long", 0)
+    if too_long:
+        print(f"  {too_long} samples were not made and fail: their prompts leave no room")
     for row in report.get("per_head", ()):
         if row["tokens"]:
             print(
@@ -199,6 +203,7 @@ def _published(task: str, tasks: Sequence[Task]) -> list[dict]:
     return [
         {
             "model": model,
+            "problems": PUBLISHED_PROBLEMS[task],
             "pass_at_k": {
                 k: round(value / 100, 4) for k, value in zip(PUBLISHED_K, values, strict=True)
             },

@@ -88,9 +88,10 @@ def _pass_at_k(report: Mapping) -> list[str]:
         )
     if published:
         notes.append(
-            "The published rows are table 1 of Gloeckle et al. 2024 (arXiv 2404.19737): 200 "
-            "samples a problem, the temperature an oracle for each k. The paper states neither the "
-            "number of shots nor top-p for them, so that the prompt may not be the one used here."
+            "The published rows are table 1 of Gloeckle et al. 2024 (arXiv 2404.19737): "
+            f"{published[0]['problems']} problems ({report['problems']} here), 200 samples each, "
+            "the temperature an oracle for each k. The paper states neither the number of shots "
+            "nor top-p for them, so that the prompt may not be the one used here."
         )
     return ["## pass@k", _table(["", *(f"pass@{k}" for k in columns)], rows), *notes]
 
