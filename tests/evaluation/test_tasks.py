@@ -187,6 +187,9 @@ def test_code_contests_limits_and_files(write):
     zero = contest_row(time_limit={"seconds": 0, "nanos": 0}, memory_limit_bytes=0)
     (task,) = load_tasks("code_contests", write(zero), "all")
     assert task.job("", 1.0).limits == Limits(seconds=10.0, memory_mb=1024)
+    for limit, seconds in (({"seconds": None, "nanos": None}, 10.0), ({"seconds": 3}, 3.0)):
+        (task,) = load_tasks("code_contests", write(contest_row(time_limit=limit)), "all")
+        assert task.job("", 1.0).limits.seconds == seconds
 
 
 def test_code_contests_without_a_python3_solution(write):
