@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from wmtp_modules.evaluation.sandbox.jobs import Limits, SandboxError, StdinJob
@@ -137,6 +137,13 @@ def measure_machine(sandbox, workers: int) -> float:
     return max(1.0, statistics.median(map(float, times.values())) / NOMINAL_SECONDS)
 
 
+def _remove(name: str, folders: list[str]) -> None:
+    """What a tier that does not hold let a program write."""
+    for folder in folders:
+        with suppress(OSError):
+            os.unlink(f"{folder}/{name}")
+
+
 def _keep(outputs: dict):
     """A comparison that accepts everything and keeps it under the name it expects."""
     return outputs.__setitem__
@@ -154,6 +161,7 @@ def _probes(stack: ExitStack, tier: str) -> tuple[dict, dict]:
     os.chmod(shared, 0o777)
     folders = [shared, tempfile.gettempdir(), "/tmp", "/dev/shm", "/", str(Path.home())]
     name = f"escaped-{os.urandom(8).hex()}"
+    stack.callback(_remove, name, folders)
     victim = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"])
     stack.callback(victim.wait)
     stack.callback(victim.kill)
