@@ -247,7 +247,7 @@ class EvalMTPRecipe:
         dist.broadcast_object_list(fingerprint, src=0)
         path = self._output_dir / "samples.jsonl"
         with rank_zero_first():  # which mends what a killed run left half-written
-            store = EvidenceStore(path)
+            store = open_store(path)
         wanted = list(self._wanted_samples(fingerprint[0]))
         missing = [(row, task) for row, task in wanted if row["key"] not in store]
         log_zero(f"generate: {len(wanted)} samples, {len(wanted) - len(missing)} there already")
@@ -354,7 +354,7 @@ class EvalMTPRecipe:
 
     def _run(self, sandbox: Sandbox, samples: list[dict], name: str) -> list[dict]:
         """The results of samples, from the file of that name or by running them."""
-        store = EvidenceStore(self._output_dir / name)
+        store = open_store(self._output_dir / name)
         by_id = {task.task_id: task for task in self._tasks}
         keys = [result_key(by_id[row["task_id"]], row, sandbox.tier) for row in samples]
         # What met a fault of the machine is tried again.
@@ -429,8 +429,10 @@ class EvalMTPRecipe:
                 self._samples = self.generate()
             elif stage == "heldout":
                 self.heldout()
-            elif self._rank == 0:
-                self.execute(self._samples) if stage == "execute" else self.decode_speed()
+            elif stage == "execute" and self._rank == 0:
+                self.execute(self._samples)
+            elif stage == "decode_speed" and self._rank == 0:
+                self.decode_speed()
             if self._rank == 0:
                 write_report(self._report, self._output_dir)
             patient_barrier()
@@ -509,6 +511,14 @@ def machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         **code_version(),
     }
+
+
+def open_store(path: Path) -> EvidenceStore:
+    """What is done already, without the half line that a killed run may have left."""
+    store = EvidenceStore(path)
+    if store.dropped_bytes:
+        log.info(f"{path}: {store.dropped_bytes} bytes of an unfinished last line were cut off")
+    return store
 
 
 def log_zero(message: str) -> None:

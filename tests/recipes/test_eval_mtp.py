@@ -204,7 +204,7 @@ def test_samples_depend_on_no_batch(run, tmp_path):
     assert sorted(two) != sorted(samples("seed", seed=1))
 
 
-def test_nothing_is_generated_twice(run, recipe, monkeypatch):
+def test_nothing_is_generated_twice(run, recipe, monkeypatch, caplog):
     """A killed run leaves half a line; the next one makes what is missing, and the same."""
     asked = []
     generate = recipe.generate
@@ -219,6 +219,7 @@ def test_nothing_is_generated_twice(run, recipe, monkeypatch):
     asked.clear()
     again, _ = run()
     assert len(asked) == 7
+    assert "samples.jsonl: 20 bytes of an unfinished last line were cut off" in caplog.text
     assert sorted((out / "samples.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
     assert again["generation"] == report["generation"]
     asked.clear()
@@ -343,6 +344,13 @@ def test_nothing_is_executed_twice(run, recipe, tier, monkeypatch):
     run(stages="[execute]", samples="reference")
     assert len(started) == 1
     assert len(read_rows(out / "results.jsonl")) == 3
+    # What met a fault of the machine is tried again, and the new row counts.
+    rows = read_rows(out / "results.jsonl")
+    write_rows(out / "results.jsonl", [rows[0] | {"verdict": "infrastructure"}, *rows[1:]])
+    started.clear()
+    report, _ = run(stages="[execute]", samples="reference")
+    assert len(started) == 1
+    assert report["verdicts"] == {"pass": 3}
 
 
 def test_a_task_whose_reference_fails_is_not_scored(run, base, tier, tmp_path):
