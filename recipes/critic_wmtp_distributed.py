@@ -19,6 +19,7 @@ the value after token t, so the value before token u is V[u - 1].
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 import time
 import warnings
@@ -37,8 +38,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from torchtune import config, training, utils
+from torchtune.models.llama2 import Llama2Tokenizer
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.attention_utils import packed_block_causal_mask
+from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
 from wmtp_modules.data.packing import PackedDataset, collate
@@ -49,6 +52,7 @@ from wmtp_modules.loss.value_loss import (
     response_mask,
     row_means,
 )
+from wmtp_modules.models import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.scoring import (
     ScoreTable,
@@ -64,6 +68,16 @@ from wmtp_modules.scoring.rewards import (
     reward_fingerprint,
     reward_rows,
 )
+from wmtp_modules.training.bad_steps import (
+    BadSteps,
+    bad_gradients,
+    bad_rows,
+    first_bad_module,
+    print_replay,
+    row_ids,
+    rows_of_ranks,
+    what_is_wrong,
+)
 from wmtp_modules.training.checkpoint import check_model, load_into, save_meta
 from wmtp_modules.training.config import (
     Above,
@@ -75,6 +89,7 @@ from wmtp_modules.training.config import (
     check_config,
 )
 from wmtp_modules.training.curves import plot_calibration, plot_curves
+from wmtp_modules.training.disk import new_file
 from wmtp_modules.training.distributed import (
     all_reduce_sum,
     cast_parameters_,
@@ -86,7 +101,6 @@ from wmtp_modules.training.distributed import (
 )
 from wmtp_modules.training.loop import (
     TrainingError,
-    check_finite,
     epoch_dataloader,
     heldout_batches,
     heldout_losses,
@@ -101,22 +115,25 @@ from wmtp_modules.training.runs import (
     control_runs,
     is_done,
     one_sentence,
+    parse,
     print_losses,
     print_places,
     required_runs,
     write_summary,
 )
+from wmtp_modules.training.stopping import Stopped, StopRequests, clear_exit, exit_code
 from wmtp_modules.training.training_state import (
+    TrainingStates,
+    check_not_begun,
     check_same_run,
-    drop_training_states,
-    load_training_state,
-    newest_training_state,
+    notes_on_resume,
+    packs_per_step,
     random_state,
     resolved,
     resume_schedule_,
-    save_training_state,
     set_random_state,
 )
+from wmtp_modules.training.watchdog import Watchdog
 from wmtp_modules.weighting import CriticWeighting
 from wmtp_modules.weighting.critic import (
     advantages,
@@ -136,6 +153,10 @@ FIT_ROWS = 4096  # training rows from which a pairwise critic's scale is fitted
 HELDOUT_BATCH = 32  # rows at a time
 PAGE_PAIRS = 4  # held-out pairs shown with their weights
 
+OPTIMIZER = Component(
+    given=("params",), keys={"lr": Optional(Above(float, 0))}, makes=torch.optim.Optimizer
+)
+
 # Every key of a config; what a component takes is read from its signature.
 SCHEMA = {
     "output_dir": str,
@@ -145,11 +166,13 @@ SCHEMA = {
     "seed": AtLeast(int, 0),
     "stages": list[str],
     "resume_from_checkpoint": bool,
-    "model": Component(),
+    "model": Component(makes=MTPTransformer),
     "checkpointer": Nullable({"checkpoint_dir": str}),  # null: start from nothing
-    "tokenizer": Component(keys={"path": str, "max_seq_len": AtLeast(int, 2)}),
-    "dataset": Component(given=("tokenizer",)),
-    "dataset_val": Component(given=("tokenizer",)),
+    "tokenizer": Component(
+        keys={"path": str, "max_seq_len": AtLeast(int, 2)}, makes=Llama2Tokenizer
+    ),
+    "dataset": Component(given=("tokenizer",), makes=Dataset),
+    "dataset_val": Component(given=("tokenizer",), makes=Dataset),
     "batch_size": AtLeast(int, 1),  # packed rows of a rank's micro-batch
     "gradient_accumulation_steps": AtLeast(int, 1),
     "rewards": Optional(
@@ -164,7 +187,7 @@ SCHEMA = {
         {
             "objective": ("regression", "pairwise"),
             "checkpoint_dir": str,
-            "optimizer": Component(given=("params",), keys={"lr": Optional(Above(float, 0))}),
+            "optimizer": OPTIMIZER,
             "batch_size": AtLeast(int, 1),  # rows, or pairs of rows, of a rank
             "max_steps": AtLeast(int, 1),
             "eval_every_n_steps": AtLeast(int, 1),
@@ -177,16 +200,21 @@ SCHEMA = {
     "auxiliary_value_coef": Optional(AtLeast(float, 0)),  # the value loss beside the policy's
     "auxiliary_value_lr": Optional(Above(float, 0)),
     "weighting": CriticWeighting,
-    "optimizer": Component(given=("params",), keys={"lr": Optional(Above(float, 0))}),
+    "optimizer": OPTIMIZER,
     "num_warmup_steps": AtLeast(int, 0),
     "clip_grad_norm": Above(float, 0),
     "max_steps": AtLeast(int, 1),
     "run_val_every_n_steps": AtLeast(int, 1),
     "save_every_n_steps": AtLeast(int, 1),
+    "keep_last": AtLeast(int, 1),  # training states
+    "max_skipped_steps": AtLeast(int, 1),  # in a row, without an update
+    "collective_timeout_s": Above(float, 0),  # a rank that does nothing for longer hangs
+    "max_hours": Optional(Above(float, 0)),  # the run saves and ends before
+    "replay": Optional(str),  # bad_step/ of a run: look at its last step again, train nothing
     "log_every_n_steps": AtLeast(int, 1),
     "enable_activation_checkpointing": bool,
     "compile": bool,
-    "metric_logger": Component(),
+    "metric_logger": Component(makes=MetricLoggerInterface),
     "profiler": training.setup_torch_profiler,
     # What comes before the run, and beside it for comparison.
     "assets_dir": Optional(str),
@@ -199,6 +227,8 @@ SCHEMA = {
 def check(cfg: DictConfig) -> None:
     """Everything that can be wrong with a config before a process group or a model exists."""
     check_config(cfg, SCHEMA, TRAINING_RULES)
+    if "name" not in cfg.weighting:
+        raise ConfigError("weighting.name: missing")
     stages = list(cfg.stages)
     if not stages or stages != [stage for stage in STAGES if stage in stages]:
         raise ConfigError(f"stages: {stages}, has to be some of {', '.join(STAGES)} in that order")
@@ -242,10 +272,13 @@ def make_weighting(cfg: DictConfig) -> CriticWeighting:
 class CriticWMTPRecipeDistributed:
     """The stages of one run. ``recipe_main`` makes the runs of a config, controls included."""
 
-    def __init__(self, cfg: DictConfig, device: torch.device, mesh: DeviceMesh) -> None:
+    def __init__(
+        self, cfg: DictConfig, device: torch.device, mesh: DeviceMesh, stops: StopRequests
+    ) -> None:
         self._cfg = cfg
         self._device = device
         self._mesh = mesh
+        self._stops = stops
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._output_dir = Path(cfg.output_dir)
         self._dtype = DTYPES[cfg.dtype]
@@ -258,6 +291,9 @@ class CriticWMTPRecipeDistributed:
         self._epoch = 0
         self._best_loss = float("inf")
         self._heldout: dict[str, list[float]] = {}  # "base" before training, "last" since
+        self._statistics: tuple[float, float] | None = None  # of the advantages
+        self._bad_steps = BadSteps(self._output_dir, cfg.max_skipped_steps)
+        self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
     # ---------------------------------------------------------------- setup
 
@@ -283,6 +319,8 @@ class CriticWMTPRecipeDistributed:
     def setup_policy(self) -> None:
         """The model that is fine-tuned, on the responses good enough to learn from."""
         cfg = self._cfg
+        if not (cfg.resume_from_checkpoint or cfg.get("replay")):
+            check_not_begun(self._output_dir)
         self._setup_data()
         self._setup_model()
         groups = [
@@ -295,8 +333,15 @@ class CriticWMTPRecipeDistributed:
         self._lr_scheduler = training.get_cosine_schedule_with_warmup(
             self._optimizer, num_warmup_steps=cfg.num_warmup_steps, num_training_steps=cfg.max_steps
         )
-        run_id = self._resume() if cfg.resume_from_checkpoint else None
-        self._setup_loggers(run_id)
+        if cfg.get("replay"):
+            self._states = TrainingStates(Path(cfg.replay), keep_last=1)
+            self._resume()
+        else:
+            self._states = TrainingStates(self._output_dir / "training_state", cfg.keep_last)
+            run_id = self._resume() if cfg.resume_from_checkpoint else None
+            if self._states.last_step is None:  # what lies there is another run's
+                self._states.drop_all()
+            self._setup_loggers(run_id)
 
     def _setup_model(self) -> None:
         cfg = self._cfg
@@ -360,8 +405,9 @@ class CriticWMTPRecipeDistributed:
 
     def _start_epoch(self) -> None:
         self._dataset.set_epoch(self._epoch)
+        packs = packs_per_step(self._cfg, self._world)
         self._dataloader = epoch_dataloader(
-            self._dataset, self._cfg.batch_size, self._rank, self._world
+            self._dataset, self._cfg.batch_size, self._rank, self._world, packs
         )
 
     def _setup_loggers(self, run_id: str | None) -> None:
@@ -372,9 +418,10 @@ class CriticWMTPRecipeDistributed:
             self._output_dir.mkdir(parents=True, exist_ok=True)
             # What an earlier run left here must not look like this one's.
             (self._output_dir / "summary.json").unlink(missing_ok=True)
-            if self._step == 0:
-                drop_training_states(self._output_dir / "training_state")
-            OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
+            clear_exit(self._output_dir)
+            self._bad_steps.write_files()
+            with new_file(self._output_dir / "config.yaml") as unfinished:
+                OmegaConf.save(cfg, unfinished, resolve=True)
             jsonl = JSONLLogger(self._output_dir / "metrics.jsonl", resume_step=self._step)
             known = {"run_id": run_id} if run_id else {}
             self._metric_loggers = [jsonl, config.instantiate(cfg.metric_logger, **known)]
@@ -382,26 +429,30 @@ class CriticWMTPRecipeDistributed:
                 logger.log_config(cfg)
 
     def _resume(self) -> str | None:
-        """Go on where the newest training state of ``output_dir`` stands."""
-        folder = newest_training_state(self._output_dir / "training_state")
+        """Go on where the newest sound training state stands."""
+        folder = self._states.newest()
         if folder is None:
             log_zero(f"Nothing to resume in {self._output_dir}: starting from step 0.")
             return None
-        check_same_run(folder, self._cfg)
-        own = load_training_state(folder, self._model, self._optimizer)
-        if own["made_from"] != self.made_from:
+        run = check_same_run(folder, self._cfg, self._world)
+        if run["made_from"] != self.made_from:
             raise ValueError(
                 f"{folder} was trained on other data, rewards or values than these: start another "
                 "run with resume_from_checkpoint: false and another output_dir"
             )
-        self._step, self._micro_step, self._epoch = own["step"], own["micro_step"], own["epoch"]
-        self._best_loss, self._heldout = own["best_loss"], own["heldout"]
-        resume_schedule_(self._lr_scheduler, own["lr_scheduler"])
+        notes = notes_on_resume(run, self._cfg, self._world, len(self._dataset))
+        run, own = self._states.load(folder, self._model, self._optimizer)
+        self._step, self._micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
+        self._best_loss, self._heldout = run["best_loss"], run["heldout"]
+        self._statistics = run["statistics"]
+        self._bad_steps.load_state_dict(run["bad_steps"])
+        resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
         self._start_epoch()
-        self._dataloader.load_state_dict(own["dataloader"])
-        set_random_state(own["rng"], self._device)
-        log_zero(f"Resumed {folder} after step {self._step}.")
-        return own["run_id"]
+        self._dataloader.load_state_dict(run["dataloader"])
+        if run["world"] == self._world:
+            set_random_state(own["rng"], self._device)
+        log_zero(" ".join([f"Resumed {folder} after step {self._step}.", *notes]))
+        return run["run_id"]
 
     # -------------------------------------------------------------- rewards
 
@@ -556,7 +607,10 @@ class CriticWMTPRecipeDistributed:
             loss, count = self._critic_loss(replica, items[joint[self._rank :: self._world]])
             loss.backward()
             loss, count = all_reduce_sum(loss, count)
-            check_finite(state.step + 1, {"critic's loss": loss})
+            if problem := what_is_wrong({"critic's loss": loss}, count):
+                raise TrainingError(
+                    f"{problem} in step {state.step + 1}: lower critic.optimizer.lr"
+                )
             training.scale_grads(head, self._world / count)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -564,7 +618,11 @@ class CriticWMTPRecipeDistributed:
             bar.update()
             if state.step % cfg.eval_every_n_steps == 0 or state.step == cfg.max_steps:
                 heldout = self._critic_heldout_loss(head, pairs_val)
-                check_finite(state.step, {"critic's held-out loss": torch.tensor(heldout)})
+                if not math.isfinite(heldout):
+                    raise TrainingError(
+                        f"the critic's held-out loss after step {state.step} is {heldout}: lower "
+                        "critic.optimizer.lr"
+                    )
                 bar.set_postfix_str(f"loss {float(loss / count):.4f} held-out {heldout:.4f}")
                 state.evaluated(heldout, head, optimizer)
         bar.close()
@@ -827,7 +885,7 @@ class CriticWMTPRecipeDistributed:
 
     def train(self) -> None:
         cfg = self._cfg
-        if self._step == 0:
+        if "base" not in self._heldout:
             self._heldout["base"] = self.validate()
         bar = tqdm(
             total=cfg.max_steps,
@@ -843,15 +901,22 @@ class CriticWMTPRecipeDistributed:
         profiler.start()
         window_tokens, window_start = 0, time.perf_counter()  # since the last logged step
         while self._step < cfg.max_steps:
-            sums = {}
+            self._position = self._where()  # a stop before the update goes on from here
+            sums, rows = {}, []
             for _ in range(cfg.gradient_accumulation_steps):
-                loss, micro_sums, stats = self._loss_step(next(batches))
+                self.watchdog.beat(f"step {self._step + 1}", self._step)
+                if reason := self._stops.agreed():
+                    self._stop(reason)
+                batch = next(batches)
+                rows.append(batch["row"])
+                loss, micro_sums, stats = self._loss_step(batch)
                 loss.backward()
                 sums = {name: sums.get(name, 0) + value for name, value in micro_sums.items()}
                 self._micro_step += 1
 
             # Sum first, divide once: n' counts the targets of all ranks and micro-batches.
             # FSDP2 averages gradients over ranks, hence the factor world.
+            sums["failed_saves"] = loss.new_tensor(self._states.has_failed)
             sums = dict(zip(sums, all_reduce_sum(*sums.values()), strict=True))
             n_prime = (self._alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
             training.scale_grads(self._model, self._world / n_prime)
@@ -860,16 +925,14 @@ class CriticWMTPRecipeDistributed:
                 torch.nn.utils.clip_grad_norm_(group["params"], cfg.clip_grad_norm)
                 for group in self._optimizer.param_groups
             ]
-            check_finite(
-                self._step + 1,
-                {
-                    "loss": sums["objective"],
-                    "value loss": sums["value_loss"],
-                    "gradient norm": grad_norm,
-                },
-            )
+            figures = {"loss": sums["objective"], "value loss": sums["value_loss"]}
+            problem = what_is_wrong(figures | {"gradient norm": grad_norm}, sums["n_K"])
             lr = self._lr_scheduler.get_last_lr()[0]
-            self._optimizer.step()
+            if problem:
+                self._skip(problem, rows)
+            else:
+                self._optimizer.step()
+                self._look_for_spike(sums, rows)
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._step += 1
@@ -887,11 +950,18 @@ class CriticWMTPRecipeDistributed:
             if last or self._step % cfg.run_val_every_n_steps == 0:
                 self._heldout["last"] = self.validate()
                 self._save_best()
-            if last or self._step % cfg.save_every_n_steps == 0:
-                self.save_checkpoint()
+            if sums["failed_saves"]:
+                self._states.wait()  # raises
+            # Not in a row of skipped steps: what is kept shall be from before them.
+            if last or (self._step % cfg.save_every_n_steps == 0 and not problem):
+                self._position = self._where()
+                self.save_checkpoint(self._states)
             window_start += time.perf_counter() - paused
         profiler.stop()
         bar.close()
+        self._export("last")
+        with self.watchdog.paused():
+            self._states.wait()
 
     def _batches(self) -> Iterator[dict]:
         """Micro-batches on the device, epoch after epoch, each packed in an order of its own."""
@@ -908,6 +978,7 @@ class CriticWMTPRecipeDistributed:
             "grad_norm": float(grad_norm),
             "tokens_per_s": tokens_per_s,
             "memory_gib": peak_memory_gib(self._device),
+            "skipped_steps": len(self._bad_steps.skipped),
         }
         if self._auxiliary:  # per response token, of which head 0 has one target each
             metrics["value_loss"] = (sums["value_loss"] / sums["n_K"][0]).item()
@@ -921,11 +992,36 @@ class CriticWMTPRecipeDistributed:
             refresh=False,
         )
 
+    def _skip(self, problem: str, rows: list[torch.Tensor]) -> None:
+        """Count a step that updates nothing; after too many in a row the run stops.
+
+        ``bad_step/`` then holds the state from before this very step, for ``replay``.
+        """
+        step = self._step + 1
+        self._optimizer.zero_grad(set_to_none=True)
+        self._bad_steps.skip(step, problem, rows_of_ranks(rows))
+        log_zero(f"Step {step} is skipped on all ranks: {problem}.")
+        if self._bad_steps.is_over_limit:
+            kept = TrainingStates(self._output_dir / "bad_step", keep_last=1)
+            kept.drop_all()
+            self.save_checkpoint(kept)
+            kept.close()
+            raise TrainingError(self._bad_steps.why_stopped())
+
+    def _look_for_spike(self, sums: dict, rows: list[torch.Tensor]) -> None:
+        """Write down a step whose unweighted loss is far above those before it."""
+        losses_K = sums["loss_K"] / sums["n_K"].clamp(min=1)
+        loss = losses_K.mean().item()
+        if self._bad_steps.is_spike(loss):
+            self._bad_steps.note_spike(self._step + 1, loss, rows_of_ranks(rows))
+            log_zero(f"Step {self._step + 1} is a loss spike: {loss:.3f}.")
+
     def validate(self) -> list[float]:
         """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
         batches = heldout_batches(
             self._dataset_val, self._cfg.batch_size, self._rank, self._world, self._device
         )
+        batches = self.watchdog.beating(batches, f"validation after step {self._step}", self._step)
         heldout = heldout_losses(self._model, batches)
         metrics = {f"val_loss_head_{k}": loss for k, loss in enumerate(heldout)}
         metrics["val_loss"] = sum(heldout) / len(heldout)
@@ -948,33 +1044,66 @@ class CriticWMTPRecipeDistributed:
 
     def _export(self, name: str) -> None:
         """A folder in Meta's format, in the dtype that computed the losses."""
-        save_meta(
-            self._model,
-            self._output_dir / name,
-            tokenizer_path=self._cfg.tokenizer.path,
-            dtype=self._dtype,
-        )
+        with self.watchdog.paused():
+            save_meta(
+                self._model,
+                self._output_dir / name,
+                tokenizer_path=self._cfg.tokenizer.path,
+                dtype=self._dtype,
+            )
 
-    def save_checkpoint(self) -> None:
-        """``last/`` to use, and the training state to resume from."""
-        self._export("last")
-        logger = self._metric_loggers[-1] if self._rank == 0 else None
-        own = {
-            "step": self._step,
+    def _where(self) -> dict:
+        """The position of this rank: what the next micro-step reads and draws."""
+        return {
             "micro_step": self._micro_step,
             "epoch": self._epoch,
-            "best_loss": self._best_loss,
-            "heldout": self._heldout,
-            "lr_scheduler": self._lr_scheduler.state_dict(),
             "dataloader": self._dataloader.state_dict(),
             "rng": random_state(self._device),
-            "config": resolved(self._cfg),
+        }
+
+    def save_checkpoint(self, states: TrainingStates) -> None:
+        """The training state to resume from, written while training goes on."""
+        logger = self._metric_loggers[-1] if self._rank == 0 else None
+        position = dict(self._position)
+        own = {"rng": position.pop("rng")}
+        run = position | {
+            "step": self._step,
+            "best_loss": self._best_loss,
+            "heldout": dict(self._heldout),
             "made_from": self.made_from,
+            "statistics": self._statistics,
+            "lr_scheduler": self._lr_scheduler.state_dict(),
+            "bad_steps": self._bad_steps.state_dict(),
+            "config": resolved(self._cfg),
             "run_id": getattr(logger, "run_id", None),
         }
-        save_training_state(
-            self._output_dir / "training_state", self._step, self._model, self._optimizer, own
-        )
+        with self.watchdog.paused():  # the disk may be slow with the one before
+            states.save(self._step, self._model, self._optimizer, run, own)
+        self._stops.note_save(states.seconds)
+
+    def _stop(self, reason: str) -> None:
+        """Save what the last whole step left, and end all runs of this process."""
+        if self._states.last_step != self._step:
+            self.save_checkpoint(self._states)
+        with self.watchdog.paused():
+            self._states.wait()
+            if self._rank == 0 and hasattr(self._metric_loggers[-1], "run_id"):
+                self._metric_loggers[-1].close("KILLED")
+        raise Stopped(reason, self._step)
+
+    def replay(self) -> None:
+        """The step at which a run stopped, once more: where what is no number comes from."""
+        batches, findings = self._batches(), []
+        for _ in range(self._cfg.gradient_accumulation_steps):
+            batch = next(batches)
+            found = {"rows": row_ids(batch["row"]), "bad_rows": bad_rows(self._model, batch)}
+            with first_bad_module(self._model) as modules:
+                loss, _, _ = self._loss_step(batch)
+            loss.backward()
+            found |= {"modules": modules[:1], "gradients": bad_gradients(self._model)}
+            findings.append(found)
+            self._micro_step += 1
+        print_replay(self._step + 1, findings)
 
     def summary(self) -> dict:
         """Held-out loss per head before and after."""
@@ -989,6 +1118,7 @@ class CriticWMTPRecipeDistributed:
         return summary
 
     def cleanup(self, curves: Path) -> None:
+        self._states.close()
         pictures = [curves]
         if self._cfg.get("critic"):
             folder = Path(self._cfg.critic.checkpoint_dir)
@@ -1027,9 +1157,11 @@ def log_zero(message: str) -> None:
 # ------------------------------------------------------------------ the runs of a config
 
 
-def run_stages(cfg: DictConfig, device: torch.device, mesh: DeviceMesh) -> dict:
+def run_stages(
+    cfg: DictConfig, device: torch.device, mesh: DeviceMesh, stops: StopRequests
+) -> dict:
     """Everything that comes before the policy; a stage whose result is there is skipped."""
-    recipe = CriticWMTPRecipeDistributed(cfg, device, mesh)
+    recipe = CriticWMTPRecipeDistributed(cfg, device, mesh, stops)
     with one_sentence(ValueError, OSError, TrainingError):
         recipe.setup()
         if "critic" in cfg.stages:
@@ -1042,7 +1174,11 @@ def run_stages(cfg: DictConfig, device: torch.device, mesh: DeviceMesh) -> dict:
 
 
 def run(
-    cfg: DictConfig, device: torch.device, mesh: DeviceMesh, beside: dict[str, Path] | None = None
+    cfg: DictConfig,
+    device: torch.device,
+    mesh: DeviceMesh,
+    stops: StopRequests,
+    beside: dict[str, Path] | None = None,
 ) -> dict:
     """One policy run, or the summary of one that is complete already.
 
@@ -1050,11 +1186,15 @@ def run(
         cfg: its config.
         device: this rank's device.
         mesh: data-parallel mesh.
+        stops: what may end it early.
         beside: metrics files of other runs, drawn in the same picture.
+
+    Raises:
+        Stopped: when it has saved and has to end.
     """
     output_dir = Path(cfg.output_dir)
     started = time.perf_counter()
-    recipe = CriticWMTPRecipeDistributed(cfg, device, mesh)
+    recipe = CriticWMTPRecipeDistributed(cfg, device, mesh, stops)
     with one_sentence(ValueError, OSError):
         recipe.setup()
         if cfg.resume_from_checkpoint and is_done(cfg):
@@ -1063,14 +1203,15 @@ def run(
                 return summary
         log_zero(f"{cfg.weighting.name}: {cfg.max_steps} steps, output in {output_dir}")
         recipe.setup_policy()
-    with one_sentence(TrainingError):
+    with one_sentence(TrainingError, OSError), stops.step_by_step(), recipe.watchdog:
         recipe.train()
     summary = recipe.summary() | {"seconds": round(time.perf_counter() - started, 1)}
-    if dist.get_rank() == 0:
-        metrics = (beside or {}) | {cfg.weighting.name: output_dir / "metrics.jsonl"}
-        plot_curves(metrics, output_dir / "curves.png")
-        write_summary(output_dir, summary)
-    recipe.cleanup(output_dir / "curves.png")
+    with one_sentence(OSError):
+        if dist.get_rank() == 0:
+            metrics = (beside or {}) | {cfg.weighting.name: output_dir / "metrics.jsonl"}
+            plot_curves(metrics, output_dir / "curves.png")
+            write_summary(output_dir, summary)
+        recipe.cleanup(output_dir / "curves.png")
     return summary
 
 
@@ -1085,24 +1226,37 @@ def report(cfg: DictConfig, summary: dict) -> None:
         print_places(Path(cfg.output_dir), summary)
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     with one_sentence(ValueError, OSError):
         check(cfg)
         required = list(required_runs(cfg))
         for one in required:
             check(one)
-        device, mesh = init_process_group(cfg.device)
-        if cfg.get("prepare") and dist.get_rank() == 0:
+    with StopRequests(cfg.get("max_hours"), cfg.output_dir) as stops, exit_code(stops):
+        with one_sentence(ValueError, OSError):
+            device, mesh = init_process_group(cfg.device, cfg.collective_timeout_s)
+        if cfg.get("replay"):
+            replay(cfg, device, mesh, stops)
+        else:
+            make_runs(cfg, required, device, mesh, stops)
+    patient_barrier()  # a rank that leaves early would abort another's gloo threads
+    dist.destroy_process_group()
+
+
+def make_runs(cfg: DictConfig, required: list[DictConfig], device, mesh, stops) -> None:
+    """What comes before the run, its stages, controls, the policy, and their figures."""
+    if cfg.get("prepare") and dist.get_rank() == 0:
+        with one_sentence(ValueError, OSError):
             config.instantiate(cfg.prepare)
     patient_barrier()
     for required_cfg in required:
-        run(required_cfg, device, mesh)
+        run(required_cfg, device, mesh, stops)
 
     before = [stage for stage in cfg.stages if stage != "policy"]
     summary, seconds = {}, time.perf_counter()
     if before:
-        summary |= run_stages(OmegaConf.merge(cfg, {"stages": before}), device, mesh)
+        summary |= run_stages(OmegaConf.merge(cfg, {"stages": before}), device, mesh, stops)
     if "policy" in cfg.stages:
         # Controls first, then the run itself: a claim about weighting is a claim against them.
         # What the stages made stays where it is, also where ${output_dir} is a control's.
@@ -1110,14 +1264,14 @@ def recipe_main(cfg: DictConfig) -> None:
         policy_cfg = OmegaConf.merge(cfg, made, {"stages": ["policy"]})
         heldout, metrics = {}, {}
         runs = [*control_runs(policy_cfg), policy_cfg]
-        recipes = (CriticWMTPRecipeDistributed(run_cfg, device, mesh) for run_cfg in runs)
+        recipes = (CriticWMTPRecipeDistributed(run_cfg, device, mesh, stops) for run_cfg in runs)
         weighted = next((recipe for recipe in recipes if recipe.needs_critic), None)
         if weighted is not None:
             with one_sentence(ValueError, OSError):
                 weighted.setup()
                 summary |= weighted.check_policy()
         for run_cfg in runs:
-            one = run(run_cfg, device, mesh, metrics)
+            one = run(run_cfg, device, mesh, stops, metrics)
             heldout |= one["heldout_loss"]
             metrics[run_cfg.weighting.name] = Path(run_cfg.output_dir) / "metrics.jsonl"
         summary = one | summary | {"heldout_loss": heldout}
@@ -1128,8 +1282,16 @@ def recipe_main(cfg: DictConfig) -> None:
         if "policy" not in cfg.stages and written.exists():  # a policy's figures stay
             summary = json.loads(written.read_text()) | summary
         write_summary(Path(cfg.output_dir), summary)
-    patient_barrier()  # a rank that leaves early would abort another's gloo threads
-    dist.destroy_process_group()
+
+
+def replay(cfg: DictConfig, device, mesh, stops) -> None:
+    """Look at the step at which a run stopped, and leave its files as they are."""
+    cfg = OmegaConf.merge(cfg, {"compile": False})  # compiled blocks have no hooks
+    recipe = CriticWMTPRecipeDistributed(cfg, device, mesh, stops)
+    with one_sentence(ValueError, OSError):
+        recipe.setup()
+        recipe.setup_policy()
+    recipe.replay()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
+from torchtune.models.llama2 import Llama2Tokenizer
+from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
 from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples, result_key, sample_key
@@ -54,7 +56,8 @@ from wmtp_modules.training.distributed import (
     rank_zero_first,
 )
 from wmtp_modules.training.metric_logging import code_version
-from wmtp_modules.training.runs import one_sentence
+from wmtp_modules.training.runs import one_sentence, parse
+from wmtp_modules.training.stopping import StopRequests, clear_exit, exit_code
 from wmtp_modules.training.training_state import resolved
 
 log = utils.get_logger("INFO")
@@ -75,7 +78,10 @@ SCHEMA = {
     "seed": AtLeast(int, 0),
     "checkpointer": Optional({"checkpoint_dir": str}),
     "tokenizer": Optional(
-        Component(keys={"path": str, "max_seq_len": Optional(AtLeast(int, 2))})  # null: the model's
+        Component(
+            keys={"path": str, "max_seq_len": Optional(AtLeast(int, 2))},  # null: the model's
+            makes=Llama2Tokenizer,
+        )
     ),
     "task": Optional(tuple(TASKS)),
     "source": Optional(str),
@@ -109,7 +115,7 @@ SCHEMA = {
             "batch_size": AtLeast(int, 1),
         }
     ),
-    "metric_logger": Optional(Component()),
+    "metric_logger": Optional(Component(makes=MetricLoggerInterface)),
     # What comes before the evaluation: the quickstart makes its data and its model.
     "assets_dir": Optional(str),
     "prepare": Optional(Component()),
@@ -208,6 +214,7 @@ class EvalMTPRecipe:
             # What an earlier run left here must not look like this one's.
             for name in REPORTS:
                 (self._output_dir / name).unlink(missing_ok=True)
+            clear_exit(self._output_dir)
             OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
 
     def _setup_model(self) -> None:
@@ -526,18 +533,24 @@ def log_zero(message: str) -> None:
         log.info(message)
 
 
-@config.parse
+@parse
 def recipe_main(cfg: DictConfig) -> None:
     with one_sentence(ValueError, OSError):
         check(cfg)
-        device, _ = init_process_group(cfg.device)
-        if cfg.get("prepare") and dist.get_rank() == 0:
-            config.instantiate(cfg.prepare)
-    patient_barrier()
-    with one_sentence(ValueError, OSError):
-        recipe = EvalMTPRecipe(cfg, device)
-        recipe.setup()
-        recipe.run()
+    # Every stage goes on where it was ended: a signal ends it at once.
+    with (
+        StopRequests(output_dir=cfg.output_dir, again="the same command") as stops,
+        exit_code(stops),
+    ):
+        with one_sentence(ValueError, OSError):
+            device, _ = init_process_group(cfg.device)
+            if cfg.get("prepare") and dist.get_rank() == 0:
+                config.instantiate(cfg.prepare)
+        patient_barrier()
+        with one_sentence(ValueError, OSError):
+            recipe = EvalMTPRecipe(cfg, device)
+            recipe.setup()
+            recipe.run()
     patient_barrier()  # a rank that leaves early would abort another's gloo threads
     dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from wmtp_modules import quickstart_eval
 from wmtp_modules.quickstart_eval import PROBES, deal_members, prepare_functions
+from wmtp_modules.training.stopping import die_with_parent
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart/eval_base.yaml"
 ARGUMENTS = {"vocab_size": 384, "seed": 0, "model_config": str(CONFIG)}
@@ -24,7 +25,8 @@ def trainings():
 def no_training(trainings):
     """The recipe's place is taken by a few lines that leave what it leaves."""
 
-    def run(command, env, check):
+    def run(command, env, check, preexec_fn):
+        assert preexec_fn is die_with_parent  # a kill -9 of this process ends the training too
         trainings.append((command, env))
         cfg = OmegaConf.load(command[command.index("--config") + 1])
         cfg.assets_dir = command[-1].removeprefix("assets_dir=")

@@ -1,4 +1,4 @@
-"""`tune run` of a recipe in the current folder, past torchtune's own package named recipes."""
+"""`tune run` of our recipes, past torchtune's package of that name; what its launcher is told."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import config_from_args, get_args_parser
 
 from wmtp_modules import tune_plugin
 
@@ -33,13 +34,50 @@ def user_folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "toy.yaml").write_text("x: 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["elsewhere"])
+    for name in tune_plugin.LAUNCHER_DEFAULTS:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     return tmp_path
+
+
+def launcher_settings() -> dict[str, str]:
+    return {name: os.environ[name] for name in tune_plugin.LAUNCHER_DEFAULTS if name in os.environ}
 
 
 def test_tune_run_gets_the_current_folder_first(user_folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/some/bin/tune", "run", "recipes/toy.py"])
     tune_plugin.activate()
     assert sys.path == [str(user_folder), "elsewhere"]
+    assert launcher_settings() == tune_plugin.LAUNCHER_DEFAULTS
+
+
+def test_the_module_of_tune_gets_the_launchers_settings(user_folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["-m", "run", "recipes/toy.py"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "torchtune._cli.tune", "run"])
+    tune_plugin.activate()
+    assert sys.path == ["elsewhere"]
+    assert launcher_settings() == tune_plugin.LAUNCHER_DEFAULTS
+
+
+def test_what_the_user_set_stays(user_folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tune", "run", "recipes/toy.py"])
+    for name in tune_plugin.LAUNCHER_DEFAULTS:
+        monkeypatch.setenv(name, "7")
+    tune_plugin.activate()
+    assert set(launcher_settings().values()) == {"7"}
+
+
+def test_torchrun_reads_the_launchers_settings(user_folder, monkeypatch):
+    """Under these names, and its own options come first."""
+    monkeypatch.setattr(sys, "argv", ["tune", "run", "recipes/toy.py"])
+    tune_plugin.activate()
+    for options, signals, seconds in (
+        ([], "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", 300),
+        (["--signals-to-handle", "SIGTERM", "--shutdown-timeout", "5"], "SIGTERM", 5),
+    ):
+        config, _, _ = config_from_args(get_args_parser().parse_args([*options, "script.py"]))
+        assert config.signals_to_handle == signals
+        assert config.shutdown_timeout == seconds
 
 
 @pytest.mark.parametrize(
@@ -58,6 +96,7 @@ def test_other_processes_are_left_alone(user_folder, monkeypatch, argv):
     monkeypatch.setattr(sys, "argv", argv)
     tune_plugin.activate()
     assert sys.path == ["elsewhere"]
+    assert launcher_settings() == {}
 
 
 def test_embedded_interpreter_without_argv(user_folder, monkeypatch):

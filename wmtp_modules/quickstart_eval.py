@@ -22,6 +22,7 @@ from torchtune.utils import get_logger
 
 from wmtp_modules.quickstart import assets_folder, train_tokenizer
 from wmtp_modules.training.runs import is_done, required_runs
+from wmtp_modules.training.stopping import die_with_parent
 
 log = get_logger("INFO")
 
@@ -194,7 +195,8 @@ def _train_model(model_config: str, assets_dir: str) -> None:
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
     }
-    done = subprocess.run(command, env=environment, check=False)
+    # However this process ends, the launcher ends with it and its workers save.
+    done = subprocess.run(command, env=environment, check=False, preexec_fn=die_with_parent)
     if done.returncode:
         raise ValueError(
             f"training the quickstart's model ended with exit code {done.returncode}; what it said "

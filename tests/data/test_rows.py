@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from itertools import chain
@@ -310,3 +311,47 @@ def test_rows_are_memory_mapped(tokenizer, make_jsonl):
     rows = rows_dataset(tokenizer, source=make_jsonl({"text": "one"}))
     assert rows.cache_files
     assert np.array_equal(rows[0]["tokens"], tokenizer.encode("one"))
+
+
+# ------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("name", ["report.json", "dataset_info.json", "generator-train.arrow"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"\xff" * 200])
+def test_a_damaged_cache_says_which_folder_to_delete(
+    tokenizer, make_jsonl, cache_folder, name, content
+):
+    source = make_jsonl({"text": "x = 1"})
+    rows_dataset(tokenizer, source=source)
+    (file,) = cache_folder.rglob(name)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="are damaged: delete that folder and they are made") as e:
+        rows_dataset(tokenizer, source=source)
+    (folder,) = (cache_folder / "wmtp").iterdir()
+    assert str(folder) in str(e.value)
+    shutil.rmtree(folder)
+    assert len(rows_dataset(tokenizer, source=source)) == 1
+
+
+def test_a_full_disk_is_told_with_the_folder(tokenizer, make_jsonl, cache_folder, monkeypatch):
+    from datasets.arrow_writer import ArrowWriter
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ArrowWriter, "finalize", full)
+    with pytest.raises(OSError, match=r"cached \(No space left on device\): make room for .*wmtp"):
+        rows_dataset(tokenizer, source=make_jsonl({"text": "x = 1"}))
+
+
+def test_an_empty_source_does_not_mean_the_current_folder(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "secret.py").write_text("x = 1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="source is empty: give a file"):
+        rows_dataset(tokenizer, source=" ")
+
+
+def test_a_line_nested_too_deeply_is_a_bad_row(tokenizer, make_jsonl, report):
+    rows = rows_dataset(tokenizer, source=make_jsonl(b"[" * 100_000, {"text": "x = 1"}))
+    assert len(rows) == 1
+    assert "rows.jsonl:1: not JSON (nested too deeply)" in report()

@@ -172,6 +172,14 @@ def test_collectives_of_one_backward(two_ranks, fold):
     assert counts["reduce_scatter_single"] == 8
 
 
+@pytest.mark.parametrize(("timeout_s", "of_collectives"), [(5, 65), (None, 30 * 60)])
+def test_the_watchdog_speaks_before_collectives_give_up(timeout_s, of_collectives):
+    device, mesh = init_process_group("cpu", timeout_s)
+    group = mesh.get_group()._get_backend(device)
+    dist.destroy_process_group()
+    assert group.options._timeout.total_seconds() == of_collectives
+
+
 def test_unknown_device():
     with pytest.raises(ValueError, match="device 'tpu' is not cuda or cpu"):
         init_process_group("tpu")

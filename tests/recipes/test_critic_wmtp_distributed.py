@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from wmtp_modules.training.stopping import StopRequests
+
 ROOT = Path(__file__).parents[2]
 TABLES = ("rewards", "critic", "values")
 
@@ -94,6 +96,9 @@ def base_config(tmp_path_factory, tiny_tokenizer_path):
             "max_steps": 4,
             "run_val_every_n_steps": 2,
             "save_every_n_steps": 2,
+            "keep_last": 1,
+            "max_skipped_steps": 1,
+            "collective_timeout_s": 300,
             "log_every_n_steps": 1,
             "enable_activation_checkpointing": False,
             "compile": False,
@@ -109,6 +114,7 @@ def base_config(tmp_path_factory, tiny_tokenizer_path):
 @pytest.fixture(scope="module")
 def go(recipe, one_process, base_config, tmp_path_factory):
     """go(overrides) -> (output folder, summary of all stages)."""
+    stops = StopRequests()
 
     def run(overrides=None, output_dir=None):
         output_dir = output_dir or tmp_path_factory.mktemp("run")
@@ -118,10 +124,10 @@ def go(recipe, one_process, base_config, tmp_path_factory):
         summary = {}
         if before:
             stages_cfg = OmegaConf.merge(cfg, {"stages": before})
-            summary = recipe.run_stages(stages_cfg, *one_process)
+            summary = recipe.run_stages(stages_cfg, *one_process, stops)
         if "policy" in cfg.stages:
             policy_cfg = OmegaConf.merge(cfg, {"stages": ["policy"]})
-            summary |= recipe.run(policy_cfg, *one_process)
+            summary |= recipe.run(policy_cfg, *one_process, stops)
         return Path(output_dir), summary
 
     return run

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from wmtp_modules.models import mtp_llama2
 from wmtp_modules.training.checkpoint import save_meta
 from wmtp_modules.training.distributed import init_weights_
 from wmtp_modules.training.runs import cpp_compiler
+from wmtp_modules.training.stopping import StopRequests
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
@@ -98,6 +101,9 @@ def base_config(tmp_path_factory, tiny_tokenizer_path):
             "max_steps": 6,
             "run_val_every_n_steps": 3,
             "save_every_n_steps": 3,
+            "keep_last": 1,
+            "max_skipped_steps": 1,
+            "collective_timeout_s": 300,
             "log_every_n_steps": 1,
             "enable_activation_checkpointing": False,
             "compile": False,
@@ -111,14 +117,20 @@ def base_config(tmp_path_factory, tiny_tokenizer_path):
 
 
 @pytest.fixture(scope="module")
-def run(recipe, one_process, base_config, tmp_path_factory):
+def stops():
+    """Nobody asks for a stop, unless a test does."""
+    return StopRequests()
+
+
+@pytest.fixture(scope="module")
+def run(recipe, one_process, base_config, tmp_path_factory, stops):
     """run(overrides) -> (output folder, summary)."""
 
     def go(overrides=None, output_dir=None):
         output_dir = output_dir or tmp_path_factory.mktemp("run")
         cfg = OmegaConf.merge(base_config, overrides or {}, {"output_dir": str(output_dir)})
         recipe.check(cfg)
-        return Path(output_dir), recipe.run(cfg, *one_process)
+        return Path(output_dir), recipe.run(cfg, *one_process, stops)
 
     return go
 
@@ -378,21 +390,99 @@ def test_a_run_resumed_under_another_config(run, uniform, tmp_path):
     assert (folder / "summary.json").exists()
 
 
-def test_a_diverging_run_stops_before_it_saves(run, tmp_path):
-    """At this rate the first update ruins the model; step 2 finds out."""
-    optimizer = {"_component_": "torch.optim.SGD", "lr": 1e30}
-    folder = tmp_path / "diverged"
-    with pytest.raises(
-        SystemExit, match=r"TrainingError: the loss of step 2 is (nan|inf): the run"
-    ):
-        run(
-            {"optimizer": optimizer, "num_warmup_steps": 0, "save_every_n_steps": 1}
-            | {"run_val_every_n_steps": 6},
-            folder,
-        )
+@pytest.fixture(scope="module")
+def diverged(run, tmp_path_factory):
+    """At this rate the first update ruins the model; from step 2 on no loss is a number."""
+    folder = tmp_path_factory.mktemp("diverged") / "run"
+    overrides = {
+        "optimizer": {"_component_": "torch.optim.SGD", "lr": 1e30},
+        "num_warmup_steps": 0,
+        "run_val_every_n_steps": 6,
+        "save_every_n_steps": 1,
+        "max_skipped_steps": 2,
+    }
+    with pytest.raises(SystemExit) as end:
+        run(overrides, folder)
+    return folder, overrides, str(end.value)
+
+
+def test_a_diverging_run_stops_and_keeps_what_was_saved_before(diverged):
+    folder, _, sentence = diverged
+    assert re.match(r"TrainingError: the loss is (nan|inf) in step 3, and the run stops", sentence)
+    assert f"--config {folder}/config.yaml replay={folder}/bad_step" in sentence
     assert [path.name for path in (folder / "training_state").iterdir()] == ["step_000001"]
-    assert [line["step"] for line in metrics_of(folder) if "loss" in line] == [1]
+    assert [line["step"] for line in metrics_of(folder) if "loss" in line] == [1, 2]
     assert not (folder / "summary.json").exists()
+
+
+def test_skipped_steps_name_their_rows(diverged, base_config):
+    folder, _, _ = diverged
+    lines = (folder / "skipped_steps.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [step["step"] for step in steps] == [2, 3]
+    rows = rows_dataset(
+        llama2_tokenizer(base_config.tokenizer.path, max_seq_len=64),
+        source=base_config.dataset.source,
+    )
+    packs = PackedDataset(rows, max_seq_len=64, seed=base_config.seed)
+    for step, packed in zip(steps, (range(4, 8), range(8, 12)), strict=True):
+        expected = {row for i in packed for row in packs[i]["row"].tolist()} - {-1}
+        assert step["rows"] == [[sorted(expected)]]
+
+
+def test_a_stopped_step_is_replayed(diverged, main, capsys):
+    """The state is from before the step: its own rows, and the first module that fails."""
+    folder, overrides, _ = diverged
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    main(overrides | {"output_dir": str(folder), "replay": str(folder / "bad_step")})
+    printed = capsys.readouterr().out
+    assert "Replay of step 3" in printed
+    last = json.loads((folder / "skipped_steps.jsonl").read_text().splitlines()[-1])
+    first_rows = ", ".join(map(str, last["rows"][0][0][:8]))
+    assert f"rank 0, micro-batch 1: rows {first_rows}" in printed
+    assert re.search(r"losses that are no numbers in rows \d", printed)
+    assert re.search(r"first output that is not finite: \w", printed)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_step_that_is_no_number_changes_nothing(run, recipe, uniform, monkeypatch):
+    """One NaN at step 4 of 6: parameters and moments stay, the run goes on and ends well."""
+    original = recipe.Rho1WMTPRecipeDistributed._loss_step
+    seen = []
+
+    def broken(self, batch):
+        if self._step in (3, 4):
+            seen.append([p.to_local().clone() for p in self._model.parameters()])
+        loss, sums, stats = original(self, batch)
+        if self._step == 3:
+            loss = loss * torch.nan
+        return loss, sums | {"objective": loss.detach()}, stats
+
+    monkeypatch.setattr(recipe.Rho1WMTPRecipeDistributed, "_loss_step", broken)
+    folder, summary = run({"max_skipped_steps": 2})
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert summary["steps"] == 6
+    assert math.isfinite(sum(summary["heldout_loss"]["uniform"]))
+    (step,) = map(json.loads, (folder / "skipped_steps.jsonl").read_text().splitlines())
+    assert (step["step"], step["reason"]) == (4, "the loss is nan")
+    line = next(line for line in metrics_of(folder) if line["step"] == 4)
+    assert line["skipped_steps"] == 1
+    assert not (uniform[0] / "skipped_steps.jsonl").exists()
+
+
+def test_a_loss_spike_is_written_down(run, recipe, monkeypatch):
+    original = recipe.Rho1WMTPRecipeDistributed._loss_step
+
+    def spiked(self, batch):
+        loss, sums, stats = original(self, batch)
+        return loss, sums | {"loss_K": sums["loss_K"] * (3 if self._step == 19 else 1)}, stats
+
+    monkeypatch.setattr(recipe.Rho1WMTPRecipeDistributed, "_loss_step", spiked)
+    folder, _ = run({"max_steps": 22, "run_val_every_n_steps": 22, "save_every_n_steps": 22})
+    (spike,) = map(json.loads, (folder / "loss_spikes.jsonl").read_text().splitlines())
+    assert spike["step"] == 20
+    assert spike["loss"] > 2 * spike["mean_before"]
+    assert len(spike["rows"][0][0]) > 4
 
 
 def test_an_online_reference_that_gives_no_number(run, recipe, rho1, monkeypatch):
@@ -404,7 +494,7 @@ def test_an_online_reference_that_gives_no_number(run, recipe, rho1, monkeypatch
         return q_BT
 
     monkeypatch.setattr(recipe, "reference_losses", broken)
-    with pytest.raises(SystemExit, match="TrainingError: the reference loss of step 1 is inf"):
+    with pytest.raises(SystemExit, match="TrainingError: the reference loss is inf in step 1"):
         run(OmegaConf.merge(rho1, {"reference": {"mode": "online"}}))
 
 
@@ -417,7 +507,7 @@ def test_heldout_text_too_short_for_the_heads(run, tmp_path):
 @pytest.fixture
 def main(recipe, one_process, base_config, monkeypatch):
     """main(overrides): ``recipe_main`` of a config, in the group of this process."""
-    monkeypatch.setattr(recipe, "init_process_group", lambda device: one_process)
+    monkeypatch.setattr(recipe, "init_process_group", lambda *_: one_process)
     monkeypatch.setattr(recipe.dist, "destroy_process_group", lambda: None)
     return lambda overrides: recipe.recipe_main.__wrapped__(OmegaConf.merge(base_config, overrides))
 
@@ -443,7 +533,7 @@ def test_a_finished_comparison_is_not_made_again(main, recipe, tmp_path, monkeyp
 
 
 def test_what_fails_before_the_run_is_one_sentence(main, tmp_path):
-    with pytest.raises(SystemExit, match=r"ConfigError: requires: '.*none.yaml' cannot be read"):
+    with pytest.raises(SystemExit, match=r"ConfigError: requires: .*none.yaml cannot be read"):
         main({"requires": [str(tmp_path / "none.yaml")]})
     with pytest.raises(SystemExit, match="ConfigError: requires: has to be a list"):
         main({"requires": 3})
@@ -459,51 +549,165 @@ def test_what_fails_before_the_run_is_one_sentence(main, tmp_path):
         main({"prepare": prepare})
 
 
-def rank_main(rank, cfg, folder, port):
-    """One of two ranks: a run, the same run killed at step 5, and resumed."""
+def rank_main(rank, world, port, scenario, cfg, folder):
+    """One of some ranks."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     recipe = import_recipe()
-    place = recipe.init_process_group("cpu")
-    recipe.run(OmegaConf.merge(cfg, {"output_dir": f"{folder}/whole"}), *place)
-    cfg = OmegaConf.merge(cfg, {"output_dir": f"{folder}/killed"})
+    scenario(recipe, (*recipe.init_process_group("cpu"), StopRequests()), cfg, Path(folder))
+    recipe.patient_barrier()
+    dist.destroy_process_group()
+
+
+def spawn(world, scenario, cfg, folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(rank_main, args=(world, port, scenario, cfg, str(folder)), nprocs=world)
+
+
+def killed_and_resumed(recipe, place, cfg, folder):
+    """A run, and the same run killed after step 5 and gone on with."""
+    recipe.run(OmegaConf.merge(cfg, {"output_dir": str(folder / "whole")}), *place)
+    cfg = OmegaConf.merge(cfg, {"output_dir": str(folder / "killed")})
     original = recipe.Rho1WMTPRecipeDistributed._log_step
 
     def die(self, *args):
         original(self, *args)
         if self._step == 5:
+            self._states.wait()
             raise KeyboardInterrupt
 
     recipe.Rho1WMTPRecipeDistributed._log_step = die
     with pytest.raises(KeyboardInterrupt):
         recipe.run(cfg, *place)
     recipe.Rho1WMTPRecipeDistributed._log_step = original
-    recipe.run(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), *place)
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "killed", folder / "other")
     recipe.patient_barrier()
-    dist.destroy_process_group()
+    recipe.run(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), *place)
+
+
+def odd_batches(recipe, place, cfg, folder):
+    """At step 2 rank 1 has nothing to learn from, at step 3 nobody; at step 4 rank 1 has a NaN."""
+    original = recipe.Rho1WMTPRecipeDistributed._loss_step
+
+    def odd(self, batch):
+        if (self._rank, self._step) in [(1, 1), (0, 2), (1, 2)]:
+            batch["keep"].zero_()
+        loss, sums, stats = original(self, batch)
+        if (self._rank, self._step) == (1, 3):
+            loss = loss * torch.nan
+        return loss, sums, stats
+
+    recipe.Rho1WMTPRecipeDistributed._loss_step = odd
+    recipe.run(OmegaConf.merge(cfg, {"output_dir": str(folder / "odd")}), *place)
+
+
+def trained(folder):
+    strip = ("tokens_per_s", "memory_gib")
+    return [{k: v for k, v in line.items() if k not in strip} for line in metrics_of(folder)]
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_and_one_cannot_go_on_for_them(run, rho1, base_config, tmp_path):
+def test_two_ranks_resume_to_the_bit(rho1, base_config, tmp_path):
     table = {"table_dir": str(tmp_path / "scores")}
     more = rho1 | {"max_steps": 6, "save_every_n_steps": 4, "batch_size": 8}
     cfg = OmegaConf.merge(base_config, more, {"reference": table})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(rank_main, args=(cfg, str(tmp_path), port), nprocs=2)
+    spawn(2, killed_and_resumed, cfg, tmp_path)
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
-    for got, want in zip(
-        metrics_of(tmp_path / "killed"), metrics_of(tmp_path / "whole"), strict=True
-    ):
-        strip = ("tokens_per_s", "memory_gib")
-        assert {k: v for k, v in got.items() if k not in strip} == {
-            k: v for k, v in want.items() if k not in strip
-        }
-    longer = {"resume_from_checkpoint": True, "max_steps": 8}
-    with pytest.raises(SystemExit, match="written by 2 ranks and cannot be resumed by 1"):
-        run(OmegaConf.merge(more, {"reference": table}, longer), tmp_path / "whole")
+    assert trained(tmp_path / "killed") == trained(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4)])
+def test_another_number_of_ranks_goes_on_with_the_same_data(
+    run, base_config, tmp_path, batch_size, accumulation
+):
+    """Saved at step 4 by two ranks x 4, gone on with by one, through the end of an epoch."""
+    more = {"max_steps": 14, "save_every_n_steps": 4, "batch_size": 4, "keep_last": 9}
+    spawn(2, killed_and_resumed, OmegaConf.merge(base_config, more), tmp_path)
+    alone = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    run(more | alone | {"resume_from_checkpoint": True}, tmp_path / "other")
+    whole = trained(tmp_path / "whole")
+    other = trained(tmp_path / "other")
+    assert [line["step"] for line in other] == [line["step"] for line in whole]
+    for got, want in zip(other, whole, strict=True):
+        for key in ("loss", "val_loss", "weighted_loss"):
+            if key in want:
+                assert got[key] == pytest.approx(want[key], abs=1e-6), (key, want["step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["uniform", "dft"])
+def test_ranks_with_nothing_to_learn_from_or_a_nan(base_config, tmp_path, name):
+    """None hangs; what is no step is skipped on both, and their parameters stay equal."""
+    more = {"weighting": {"name": name}, "max_skipped_steps": 3, "collective_timeout_s": 120}
+    spawn(2, odd_batches, OmegaConf.merge(base_config, more), tmp_path)
+    folder = tmp_path / "odd"
+    steps = map(json.loads, (folder / "skipped_steps.jsonl").read_text().splitlines())
+    assert [(step["step"], step["reason"]) for step in steps] == [
+        (3, "no token is supervised"),
+        (4, "the gradient norm is nan"),
+    ]
+    lines = [line for line in metrics_of(folder) if "loss" in line]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
+    assert lines[-1]["loss"] < lines[1]["loss"]
+    assert all(value.isfinite().all() for value in weights_of(folder).values())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(kib): a file system of that size; grown by a second call."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def make(kib):
+        again = ["-o", f"remount,size={kib}k"] if os.path.ismount(disk) else ["-o", f"size={kib}k"]
+        command = ["mount", "-t", "tmpfs", *again, "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a small disk is a mounted tmpfs, which takes root")
+        return disk
+
+    yield make
+    if os.path.ismount(disk):
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a log may be open
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_write(run, rho1, small_disk, tmp_path):
+    """From a disk for nothing to one for all of it, in steps finer than any file but the shards.
+
+    Scores, config, metrics, best/, training states, last/, picture and summary all meet the end of
+    some disk. What was complete stays so, nothing else looks it, and with room the run ends as if
+    nothing had been.
+    """
+    overrides = OmegaConf.merge(rho1, {"max_steps": 4, "save_every_n_steps": 2, "keep_last": 2})
+    whole, summary = run(overrides, tmp_path / "whole")
+    needed = sum(file.stat().st_size for file in whole.rglob("*") if file.is_file()) // 1024
+    ended, kib = set(), 4
+    while True:
+        disk = small_disk(kib)
+        shutil.rmtree(disk / "run", ignore_errors=True)
+        table = {"reference": {"table_dir": str(disk / "run" / "scores")}}
+        try:
+            run(OmegaConf.merge(overrides, table), disk / "run")
+            break
+        except SystemExit as end:
+            sentence = str(end.code)
+        assert "No space left on device" in sentence
+        ended.add(re.sub(r"[\d.]+|/\S*", "", sentence)[:60])
+        assert not (disk / "run" / "summary.json").exists()
+        small_disk(2 * needed + 4096)
+        resume = OmegaConf.merge(overrides, table, {"resume_from_checkpoint": True})
+        _, again = run(resume, disk / "run")
+        assert again["heldout_loss"] == summary["heldout_loss"]
+        assert_same_weights(disk / "run", whole)
+        shutil.rmtree(disk / "run")
+        kib += max(8, needed // 14)
+    assert len(ended) >= 4, ended
+    assert kib < 3 * needed
 
 
 def test_noise_is_reported(rho1_run):

@@ -309,3 +309,44 @@ def test_training_state_resumes_and_keeps_the_best(head, tmp_path, gloo_group):
     other = critics.TrainingState(tmp_path, {"trunk": "b"})
     other.resume(ValueHead(16), optimizer)
     assert other.step == 0
+
+
+# ------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04\x95", b"[" * 1000, b"\xff\xfe"])
+def test_a_damaged_state_of_training_says_what_to_do(tmp_path, content):
+    (tmp_path / "state.pt").write_bytes(content)
+    head = ValueHead(8)
+    state = critics.TrainingState(tmp_path, {"trunk": "t"})
+    with pytest.raises(ValueError, match=r"state\.pt is damaged .*: delete it, and the critic is"):
+        state.resume(head, torch.optim.AdamW(head.parameters()))
+
+
+def test_a_state_of_training_that_runs_code_is_refused(tmp_path):
+    class RunsCode:
+        def __reduce__(self):
+            return (type(tmp_path).touch, (tmp_path / "spy",))
+
+    torch.save({"fingerprint": {"trunk": "t"}, "head": RunsCode()}, tmp_path / "state.pt")
+    head = ValueHead(8)
+    state = critics.TrainingState(tmp_path, {"trunk": "t"})
+    with pytest.raises(ValueError, match="damaged or no state of a critic's training"):
+        state.resume(head, torch.optim.AdamW(head.parameters()))
+    assert not (tmp_path / "spy").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"fingerprint": [], "settings": {}, "report": {}}',
+        '{"fingerprint": {}, "settings": null, "report": {}}',
+    ],
+)
+def test_a_damaged_record_of_a_critic(tmp_path, content):
+    (tmp_path / "critic.json").write_text(content)
+    with pytest.raises(ValueError, match=r"critic\.json is damaged: train the critic again"):
+        critics.check_critic(tmp_path, {"trunk": "t"}, {"seed": 1})

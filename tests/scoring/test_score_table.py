@@ -1,5 +1,6 @@
 """A table survives kills, restarts with other world sizes and damage, and refuses strangers."""
 
+import json
 import os
 import signal
 import subprocess
@@ -398,3 +399,129 @@ def test_checkpoint_and_tokenizer_fingerprints(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no weight file"):
         fingerprint_checkpoint(tmp_path / "empty")
+
+
+# ------------------------------------------------------------------------------- damage
+
+
+def open_table(folder, rows):
+    return ScoreTable.open(folder, FINGERPRINT, rows)
+
+
+def flip(path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_one_flipped_bit_is_found_and_its_part_scored_again(tmp_path, share, caplog):
+    """Most bits of a part are inside a score, where nothing but the hash can see one."""
+    rows = make_rows()
+    build(tmp_path, rows)
+    part = tmp_path / "part-000002.arrow"
+    flip(part, int(share * part.stat().st_size))
+    with pytest.raises(
+        ValueError, match=r"part-000002\.arrow is damaged.*score again, sound parts"
+    ):
+        ScoreTable.open(tmp_path, FINGERPRINT, rows)
+    scored = []
+    build(tmp_path, rows, lambda batch: (scored.extend(batch), score(batch))[1])
+    assert len(scored) == PART_ROWS
+    assert "part-000002.arrow is damaged" in caplog.text
+    assert_complete(tmp_path, rows)
+
+
+def test_a_part_of_another_table_is_not_taken(tmp_path):
+    """Of equal rows, so that only the hash tells them apart."""
+    rows = make_rows()
+    build(tmp_path / "a", rows)
+    build(tmp_path / "b", rows, lambda batch: [-s for s in score(batch)])
+    for name in ("part-000001.arrow", "part-000001.json"):
+        (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+    with pytest.raises(ValueError, match=r"part-000001\.arrow is damaged"):
+        ScoreTable.open(tmp_path / "a", FINGERPRINT, rows)
+
+
+def test_a_killed_run_does_not_keep_a_damaged_part(tmp_path):
+    rows = make_rows()
+    build(tmp_path, rows)
+    (tmp_path / "manifest.json").unlink()
+    flip(tmp_path / "part-000000.arrow", 300)
+    (tmp_path / "part-000001.json").unlink()  # killed between the part and its record
+    (tmp_path / "part-000002.json").write_text("{")
+    scored = []
+    build(tmp_path, rows, lambda batch: (scored.extend(batch), score(batch))[1])
+    assert len(scored) == 3 * PART_ROWS
+    assert_complete(tmp_path, rows)
+
+
+def test_a_manifest_that_is_older_than_its_parts_is_written_again(tmp_path):
+    rows = make_rows()
+    build(tmp_path, rows)
+    record = json.loads((tmp_path / "manifest.json").read_text())
+    del record["parts"]  # as an earlier version wrote it
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"manifest\.json does not hold the hashes of its 6 parts"):
+        ScoreTable.open(tmp_path, FINGERPRINT, rows)
+    build(tmp_path, rows, None)
+    assert_complete(tmp_path, rows)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("part_rows", 0), ("part_rows", -4), ("part_rows", 10**30), ("part_rows", True),
+        ("part_rows", None), ("rows", "23"), ("fingerprint", []), ("fingerprint", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["fingerprint.json", "manifest.json"])
+def test_a_damaged_record_is_one_error(tmp_path, name, key, value):
+    rows = make_rows()
+    build(tmp_path, rows)
+    record = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps(record | {key: value}))
+    read = build if name == "fingerprint.json" else open_table
+    with pytest.raises(ValueError, match=rf"{name} is damaged, so what the scores beside it"):
+        read(tmp_path, rows)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b"null"])
+def test_a_record_that_is_none(tmp_path, content):
+    rows = make_rows()
+    build(tmp_path, rows)
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        ScoreTable.open(tmp_path, FINGERPRINT, rows)
+
+
+def test_a_scorer_that_refuses_names_its_rows(tmp_path):
+    def refuse(batch):
+        raise ValueError("a loss is not finite")
+
+    with pytest.raises(ValueError, match=r"not finite \(one of these rows of the data: \d+"):
+        build(tmp_path, make_rows(), refuse)
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_a_full_disk_keeps_the_parts_before(tmp_path, monkeypatch):
+    rows, calls = make_rows(), []
+    from wmtp_modules.scoring import score_table
+
+    class Full(score_table.ArrowWriter):
+        def finalize(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                raise OSError(28, "No space left on device")
+            return super().finalize(*args, **kwargs)
+
+    monkeypatch.setattr(score_table, "ArrowWriter", Full)
+    with pytest.raises(OSError, match=r"part-000002\.arrow could not be written \(No space left"):
+        build(tmp_path, rows)
+    assert sorted(path.name for path in tmp_path.glob("*.arrow")) == [
+        "part-000000.arrow",
+        "part-000001.arrow",
+    ]
+    assert not list(tmp_path.glob("*.tmp"))
+    build(tmp_path, rows)
+    assert_complete(tmp_path, rows)

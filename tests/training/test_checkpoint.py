@@ -840,3 +840,129 @@ def test_other_llamas(hf_folder, fields, message):
     edit_json(hf_folder / "config.json", **fields)
     with pytest.raises(ValueError, match=message):
         Checkpoint(hf_folder)
+
+
+# ------------------------------------------------------------ files that mean harm, or are odd
+
+
+class RunsCode:
+    """Unpickled by an ordinary ``torch.load``, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "it ran"))
+
+
+def test_code_in_a_torch_file_does_not_run(meta_folder, tmp_path):
+    spy = tmp_path / "spy"
+    torch.save({"tok_embeddings.weight": RunsCode(spy)}, meta_folder / "consolidated.pth")
+    with pytest.raises(ValueError, match=r"consolidated\.pth carries Python code or objects"):
+        Checkpoint(meta_folder)
+    assert not spy.exists()
+    torch.load(meta_folder / "consolidated.pth", weights_only=False)
+    assert spy.exists()  # it would have
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/b", "..", "", 3])
+def test_an_index_cannot_name_a_file_elsewhere(hf_folder, shard):
+    (hf_folder / "model.safetensors").rename(hf_folder.parent / "secret.safetensors")
+    index = hf_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    with pytest.raises(ValueError, match=r"index\.json names the shard .* no file in its folder"):
+        Checkpoint(hf_folder)
+
+
+@pytest.mark.parametrize(
+    ("odd", "match"),
+    [
+        (lambda x: x.to(torch.int64), r"is a tensor of torch\.int64"),
+        (lambda x: x.to(torch.complex64), r"is a tensor of torch\.complex64"),
+        (lambda x: x.to(torch.float8_e4m3fn), r"is a tensor of torch\.float8_e4m3fn"),
+        (lambda x: x.to_sparse(), r"torch\.sparse_coo: weights are plain"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), r"carries Python|qint8"),
+        (lambda x: x.to("meta"), r"was saved without its values|carries Python"),
+        (lambda x: [x], "does not hold a dictionary of tensors"),
+    ],
+)
+def test_a_weight_that_is_no_plain_number(meta_folder, odd, match):
+    file = meta_folder / "consolidated.pth"
+    with edited_weights(file) as state:
+        state["norm.weight"] = odd(state["norm.weight"])
+    with pytest.raises(ValueError, match=match):
+        Checkpoint(meta_folder)
+
+
+def test_views_of_one_storage_are_read_as_what_they_are(meta_folder, args):
+    """As torch.save writes heads that were cut out of one tensor."""
+    file = meta_folder / "consolidated.pth"
+    with edited_weights(file) as state:
+        both = torch.stack([state["norm.weight"], torch.arange(32.0)])
+        state["norm.weight"] = both[1]
+    assert torch.equal(Checkpoint(meta_folder).read("output.norm.scale"), torch.arange(32.0))
+
+
+def test_more_layers_than_tensors_is_told_at_once(meta_folder):
+    edit_json(meta_folder / "params.json", n_layers=10**9)
+    with pytest.raises(ValueError, match=r"1000000000 layers cannot be in .*consolidated\.pth"):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize("value", [10**400, 2**31, True, "32", [32], 3.0])
+def test_a_size_beyond_reason(meta_folder, value):
+    edit_json(meta_folder / "params.json", dim=value)
+    with pytest.raises(ValueError, match=r"params\.json: dim is .*, it has to be a whole number"):
+        Checkpoint(meta_folder)
+
+
+def test_a_folder_that_a_kill_left_aside_is_found(meta_folder):
+    meta_folder.rename(meta_folder.with_name("m.old"))
+    Checkpoint(meta_folder)
+    assert [path.name for path in meta_folder.parent.glob("m*")] == ["m"]
+
+
+@pytest.mark.parametrize("write", [save_meta, save_hf])
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    model, meta_folder, tiny_tokenizer_path, monkeypatch, write
+):
+    before = {path.name: path.read_bytes() for path in meta_folder.iterdir()}
+
+    def full(*args, **kwargs):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:  # as torch does
+            raise RuntimeError("unexpected pos 768 vs 662") from error.with_traceback(None)
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", full)
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    with pytest.raises(OSError, match=r"m could not be written \(No space left on device\); what"):
+        write(model, meta_folder, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    assert {path.name: path.read_bytes() for path in meta_folder.iterdir()} == before
+    assert not list(meta_folder.parent.glob("*.partial"))
+
+
+def test_a_tokenizer_with_a_piece_that_is_no_text(meta_folder):
+    path = meta_folder / "tokenizer.model"
+    data = path.read_bytes()
+    damaged = data.replace(b"def", b"d\xfff", 1)
+    assert damaged != data
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"tokenizer\.model is (damaged|not a SentencePie)"):
+        Checkpoint(meta_folder)
+
+
+def test_a_tokenizer_without_bos_is_not_exported(model, tmp_path, tiny_tokenizer_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(tiny_tokenizer_path.read_bytes())
+    proto.trainer_spec.bos_id = -1
+    (tmp_path / "t.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(ValueError, match=r"t\.model has no bos piece \(its id is -1 of 512\)"):
+        save_hf(model, tmp_path / "h", tokenizer_path=tmp_path / "t.model", dtype=torch.float32)
+    (tmp_path / "t.model").write_bytes(b"\xff" * 50)
+    from wmtp_modules.models.hf_tokenizer import write_hf_tokenizer
+
+    with pytest.raises(ValueError, match=r"t\.model is not a SentencePiece model, or is damaged"):
+        write_hf_tokenizer(tmp_path / "t.model", tmp_path, max_seq_len=8)

@@ -65,6 +65,12 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+def test_resume_of_damaged_bytes_names_the_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": \xff}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is no JSON object with a step"):
+        JSONLLogger(tmp_path / "metrics.jsonl", resume_step=3)
+
+
 def test_resume_step_0_starts_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JSONLLogger(path).log("val_loss", 1.0, step=0)
@@ -172,6 +178,28 @@ def test_unknown_run_id(store):
 def test_no_store_is_an_error():
     with pytest.raises(ValueError, match=r"set metric_logger.tracking_uri"):
         MLflowLogger("figures")
+
+
+@pytest.mark.parametrize(
+    ("uri", "match"),
+    [
+        ("nonsense://x", r"store nonsense://x cannot be used \(.*MLFLOW_TRACKING_URI"),
+        ("mysql+foo://me:secret@host/y", r"store mysql\+foo://\*\*\*@host/y cannot be used"),
+        ("sqlite:///", "is a folder: name a file in it"),
+        ("sqlite:////proc/none/x.db", "cannot be used"),
+    ],
+)
+def test_a_store_that_is_none(uri, match, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ValueError, match=match) as caught:
+        MLflowLogger("experiment")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_that_is_no_store(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"something else entirely" * 100)
+    with pytest.raises(ValueError, match=r"mlflow.db cannot be used \(.*not a database"):
+        MLflowLogger("experiment", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def test_environment_names_the_store(store, monkeypatch):

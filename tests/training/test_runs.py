@@ -63,9 +63,9 @@ def test_required_runs_inherit_the_place_and_resume(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"requires: '.*base.yaml' cannot be read \(.*No such file"),
-        ("a: [", r"requires: '.*base.yaml' cannot be read"),
-        ("- a\n", r"requires: '.*base.yaml' is a list, not the config of a run"),
+        (None, r"requires: .*base.yaml cannot be read as a config: No such file"),
+        ("a: [", r"requires: .*base.yaml is not the YAML of a config"),
+        ("- a\n", r"requires: .*base.yaml is a list, not the config of a run"),
     ],
 )
 def test_required_run_that_cannot_be_read(tmp_path, content, message):

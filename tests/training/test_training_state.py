@@ -1,91 +1,408 @@
-from functools import partial
+import errno
+import json
+import os
+import pickle
+import random
+import shutil
+import threading
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from torchtune.training import get_cosine_schedule_with_warmup
 
+from wmtp_modules.training import training_state
 from wmtp_modules.training.training_state import (
+    TrainingStates,
+    check_not_begun,
     check_same_run,
-    drop_training_states,
-    load_training_state,
-    newest_training_state,
+    notes_on_resume,
     random_state,
     resolved,
     resume_schedule_,
-    save_training_state,
     set_random_state,
 )
 
+CFG = OmegaConf.create(
+    {
+        "seed": 1,
+        "max_steps": 8,
+        "optimizer": {"lr": 0.1},
+        "weighting": {"name": "rho1"},
+        "output_dir": "a",
+        "compile": False,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 3,
+    }
+)
 
-def test_only_states_are_dropped(tmp_path):
-    for name in ("step_000001", "step_000002.partial", "step_notes", "mine"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "readme.txt").touch()
-    drop_training_states(tmp_path, keep=tmp_path / "step_000001")
-    left = {"step_000001", "step_notes", "mine", "readme.txt"}
-    assert {path.name for path in tmp_path.iterdir()} == left
-    drop_training_states(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == left - {"step_000001"}
-    drop_training_states(tmp_path / "none")
 
+class Trained:
+    """A model whose parameters tell the step, its optimizer and its states."""
 
-def test_newest_is_by_number(tmp_path):
-    assert newest_training_state(tmp_path) is None
-    for name in ("step_999999", "step_1000000", "step_2000000.partial", "step_notes"):
-        (tmp_path / name).mkdir()
-    assert newest_training_state(tmp_path) == tmp_path / "step_1000000"
+    def __init__(self, parent, keep_last=2, optimizer=torch.optim.AdamW):
+        self.model = torch.nn.Linear(40, 50)
+        self.optimizer = optimizer(self.model.parameters(), lr=0.1)
+        self.parent = parent
+        self.states = TrainingStates(parent, keep_last)
+
+    def step(self):
+        for parameter in self.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer.step()
+
+    def save(self, step):
+        run = {"step": step, "config": resolved(CFG)}
+        own = {"rng": random_state(torch.device("cpu"))}
+        self.states.save(step, self.model, self.optimizer, run, own)
+        return self.parent / f"step_{step:06d}"
+
+    def saved(self, step):
+        folder = self.save(step)
+        self.states.wait()
+        return folder
+
+    def values(self):
+        """Everything that the next update depends on."""
+        moments = [self.optimizer.state[p] for p in self.model.parameters()]
+        flat = [value for state in moments for value in state.values()]
+        return [x.detach().clone() for x in (*self.model.parameters(), *flat)]
 
 
 @pytest.fixture
-def state(tmp_path, gloo_group):
-    """A state of 5 steps, its model and its config."""
-    model = torch.nn.Linear(2, 2)
-    cfg = OmegaConf.create(
-        {"seed": 1, "max_steps": 8, "optimizer": {"lr": 0.1}, "output_dir": "a", "compile": False}
-    )
-    optimizer = torch.optim.AdamW(model.parameters())
-    (tmp_path / "states").mkdir()
-    (tmp_path / "states" / "mine.txt").touch()
-    own = {"step": 5, "config": resolved(cfg)}
-    folder = save_training_state(tmp_path / "states", 5, model, optimizer, own)
-    assert (tmp_path / "states" / "mine.txt").exists()
-    return folder, cfg, model, optimizer
+def trained(tmp_path, gloo_group):
+    made = []
+
+    def make(keep_last=2, **given):
+        made.append(Trained(tmp_path / "states", keep_last, **given))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.states._writer.shutdown()
+
+
+def names(trained):
+    return sorted(path.name for path in trained.parent.iterdir())
+
+
+# ------------------------------------------------------------------------- writing
+
+
+def test_a_state_is_that_of_its_step_though_training_goes_on(trained, monkeypatch):
+    """The files are written only after two more steps."""
+    one, gate = trained(), threading.Event()
+    write = dcp.FileSystemWriter.write_data
+
+    def late(*args):
+        assert gate.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", late)
+    one.step()
+    at_save = one.values()
+    folder = one.save(1)
+    one.step()
+    one.step()
+    assert names(one) == ["step_000001.partial"]
+    gate.set()
+    one.states.wait()
+    run, own = one.states.load(folder, one.model, one.optimizer)
+    assert run["step"] == 1
+    assert own is not None
+    for got, want in zip(one.values(), at_save, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_that_has_not_stepped_is_saved_as_it_is(trained, kind):
+    """Asked for its state, DCP would step it: Adam's bias correction would be one ahead."""
+    one = trained(optimizer=kind)
+    folder = one.saved(0)
+    assert not one.optimizer.state
+    two = Trained(one.parent, optimizer=kind)
+    two.states.load(folder, two.model, two.optimizer)
+    assert not two.optimizer.state
+    for each in (one, two):
+        each.step()
+    assert all(map(torch.equal, one.values(), two.values()))
+
+
+def test_every_file_is_in_the_manifest_and_synced_before_the_name(trained, monkeypatch):
+    one, done = trained(), []
+    fsync, rename = os.fsync, type(one.parent).rename
+
+    def note_fsync(fd):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def note_rename(self, target):
+        done.append(f"rename {self.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(type(one.parent), "rename", note_rename)
+    one.step()
+    folder = one.saved(1)
+    files = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == files
+    assert {"rank_0.pt", "run.pt", ".metadata", "__0_0.distcp"} == files
+    named = done.index("rename step_000001.partial")
+    synced = {name.removesuffix(".tmp") for name in done[:named]}
+    assert files | {"manifest.json", "step_000001.partial"} <= synced
+    assert "states" in done[named:]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_older_states_go_and_nothing_else(trained, keep_last):
+    one = trained(keep_last)
+    one.parent.mkdir()
+    for name in ("step_notes", "mine", "step_000001.partial", "step_000001.dropped"):
+        (one.parent / name).mkdir()
+    one.step()
+    for step in (1, 2, 3):
+        one.saved(step)
+    kept = ["step_000002", "step_000003"][-keep_last:]
+    assert names(one) == ["mine", *kept, "step_notes"]
+    one.states.drop_all()
+    assert names(one) == ["mine", "step_notes"]
+
+
+def test_the_only_sound_state_stays_beside_damaged_newer_ones(trained):
+    """Counted by number alone, keep_last: 1 would keep the damaged one and drop the other."""
+    one = trained(keep_last=1)
+    one.step()
+    later = shutil.copytree(one.saved(9), one.parent.with_name("later"))
+    one.states.drop_all()
+    one.saved(1)
+    shutil.copytree(later, one.parent / "step_000009")
+    (one.parent / "step_000009" / "run.pt").write_bytes(b"damaged")
+    assert one.states.newest().name == "step_000001"
+    one.saved(2)
+    assert names(one) == ["step_000002", "step_000009"]
+    one.saved(9)
+    assert names(one) == ["step_000009", "step_000009.kept0"]
+    assert one.states.newest().name == "step_000009"
+
+
+def test_a_full_disk_is_one_sentence_and_costs_nothing(trained, monkeypatch):
+    one = trained()
+    one.step()
+    folder = one.saved(1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*args, **given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module, name in ((torch, "save"), (type(one.parent), "write_text"), (os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            one.save(2)
+            with pytest.raises(OSError, match=r"step_000002 could not be written .*No space left"):
+                one.states.wait()
+        assert names(one) == ["step_000001"], name
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert one.states.newest() == folder
+    one.saved(3)
+
+
+def test_a_failed_save_shows_before_the_next(trained, monkeypatch):
+    one = trained()
+    one.step()
+    assert not one.states.has_failed
+    monkeypatch.setattr(TrainingStates, "_publish", lambda *args: 1 / 0)
+    one.save(1)
+    one.states._writing.exception()
+    assert one.states.has_failed
+    with pytest.raises(OSError, match="rank 0: division by zero"):
+        one.save(2)
+
+
+# ------------------------------------------------------------------------- reading
+
+
+def test_newest_is_by_number(trained):
+    one = trained(keep_last=9)
+    assert one.states.newest() is None
+    one.step()
+    for step in (999999, 1000000):
+        one.saved(step)
+    (one.parent / "step_2000000.partial").mkdir()
+    assert one.states.newest() == one.parent / "step_1000000"
+
+
+def damage(folder, how):
+    file = folder / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    if how == "a flipped bit":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif how == "a cut file":
+        file.write_bytes(data[:-1])
+    elif how == "a missing file":
+        (folder / "run.pt").unlink()
+    elif how == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif how == "a cut manifest":
+        text = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(text[:-20])
+    elif how == "a manifest that leads out":
+        (folder.parent / "other").write_bytes(b"")
+        entry = {"size": 0, "sha256": training_state.file_hash(folder.parent / "other")}
+        (folder / "manifest.json").write_text(json.dumps({"files": {"../other": entry}}))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("a flipped bit", "the content of __0_0.distcp has changed"),
+        ("a cut file", "__0_0.distcp has [0-9]+ bytes, not [0-9]+"),
+        ("a missing file", "run.pt is missing"),
+        ("no manifest", "it has no manifest.json"),
+        ("a cut manifest", "manifest.json cannot be read: JSONDecodeError"),
+        ("a manifest that leads out", "'../other' is no file name"),
+    ],
+)
+def test_a_damaged_state_is_named_passed_over_and_kept(trained, caplog, how, said):
+    one = trained()
+    one.step()
+    sound, damaged = one.saved(1), one.saved(2)
+    damage(damaged, how)
+    assert one.states.newest() == sound
+    (record,) = (r for r in caplog.records if r.name == training_state.__name__)
+    assert f"{damaged} is damaged" in record.message
+    assert "passed over and kept" in record.message
+    assert damaged.exists()
+    damage(sound, how)
+    with pytest.raises(ValueError, match=f"no training state can be resumed: .*{said}.*; .*{said}"):
+        one.states.newest()
+
+
+@pytest.mark.parametrize("name", [".metadata", "run.pt", "rank_0.pt"])
+def test_a_state_that_carries_code_is_refused_and_does_not_run_it(trained, tmp_path, name):
+    """With a manifest of its own: hashes prove that nothing changed, not who wrote it."""
+    one = trained()
+    one.step()
+    folder = one.saved(1)
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {ran}",)
+
+    data = pickle.dumps(Evil())
+    if name != ".metadata":
+        torch.save({"step": 1, "optimizer": Evil()}, folder / name)
+    else:
+        (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name} (carries Python code|was not opened: .*system)"):
+        one.states.load(folder, one.model, one.optimizer)
+    assert not ran.exists()
+
+
+def test_metadata_that_leads_out_of_the_folder(trained):
+    one = trained()
+    one.step()
+    folder = one.saved(1)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../other"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"'\.\./other' is no file name"):
+        one.states.load(folder, one.model, one.optimizer)
+
+
+def test_shards_hold_tensors_only(trained):
+    one = trained()
+    one.step()
+    folder = one.saved(1)
+    dcp.save({"model": {"weight": "text", "bias": "text"}, "optimizer": {}}, checkpoint_id=folder)
+    one.optimizer.state.clear()
+    run = torch.load(folder / "run.pt", weights_only=True)
+    torch.save(run | {"optimizer": {}}, folder / "run.pt")
+    with pytest.raises(ValueError, match="does not hold this model and optimizer"):
+        one.states.load(folder, one.model, one.optimizer)
+
+
+def test_a_state_of_another_model(trained):
+    one = trained()
+    one.step()
+    folder = one.saved(1)
+    one.model = torch.nn.Linear(40, 51)
+    one.optimizer = torch.optim.AdamW(one.model.parameters())
+    with pytest.raises(ValueError, match="does not hold this model and optimizer"):
+        one.states.load(folder, one.model, one.optimizer)
+
+
+# ------------------------------------------------------------------------- whose it is
+
+
+@pytest.fixture
+def state(trained):
+    """A state of 5 steps, saved by one rank."""
+    one = trained()
+    one.step()
+    return one.saved(5)
 
 
 def test_a_run_goes_on_under_its_own_config(state):
-    folder, cfg, model, optimizer = state
-    check_same_run(folder, cfg)
-    check_same_run(folder, OmegaConf.merge(cfg, {"max_steps": 5, "output_dir": "b"}))
-    check_same_run(folder, OmegaConf.merge(cfg, {"compile": True, "controls": ["dft"]}))
-    assert load_training_state(folder, model, optimizer)["step"] == 5
+    assert check_same_run(state, CFG, 1)["step"] == 5
+    for free in (
+        {"max_steps": 5, "output_dir": "b"},
+        {"compile": True, "controls": ["dft"]},
+        {"keep_last": 5, "max_hours": 2.0, "collective_timeout_s": 9},
+    ):
+        check_same_run(state, OmegaConf.merge(CFG, free), 1)
 
 
 def test_a_changed_config_is_named_with_both_values(state):
-    folder, cfg, *_ = state
-    other = OmegaConf.merge(cfg, {"optimizer": {"lr": 0.2}, "max_steps": 9, "dtype": "bf16"})
+    other = OmegaConf.merge(CFG, {"optimizer": {"lr": 0.2}, "max_steps": 9, "dtype": "bf16"})
     message = r"another config \(dtype was None and is 'bf16'; optimizer.lr was 0.1 and is 0.2\): "
     with pytest.raises(ValueError, match=message):
-        check_same_run(folder, other)
+        check_same_run(state, other, 1)
 
 
 def test_fewer_steps_than_done(state):
-    folder, cfg, *_ = state
     with pytest.raises(ValueError, match="has 5 steps done, more than max_steps 4: raise it"):
-        check_same_run(folder, OmegaConf.merge(cfg, {"max_steps": 4}))
+        check_same_run(state, OmegaConf.merge(CFG, {"max_steps": 4}), 1)
 
 
-def test_another_number_of_ranks(state):
-    folder, cfg, model, optimizer = state
-    torch.save({}, folder / "rank_1.pt")
-    for ask in (
-        partial(check_same_run, folder, cfg),
-        partial(load_training_state, folder, model, optimizer),
+def test_another_number_of_ranks_needs_as_many_packs_in_a_step(state):
+    for world, batch_size, accumulation in ((1, 1, 6), (2, 1, 3), (3, 2, 1)):
+        sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        check_same_run(state, OmegaConf.merge(CFG, sizes), world)
+    with pytest.raises(
+        ValueError,
+        match="was written with 6 packs in a step, and 2 ranks x batch_size 2 x "
+        "gradient_accumulation_steps 3 are 12: choose them so that it stays 6",
     ):
-        with pytest.raises(
-            ValueError, match="written by 2 ranks and cannot be resumed by 1: start as many"
-        ):
-            ask()
+        check_same_run(state, CFG, 2)
+
+
+def test_notes_say_what_another_number_of_ranks_changes(state):
+    run = check_same_run(state, CFG, 1)
+    assert notes_on_resume(run, CFG, 1, 99) == []
+    (ranks,) = notes_on_resume(run, OmegaConf.merge(CFG, {"batch_size": 1}), 2, 99)
+    assert ranks.startswith("It was saved by 1 ranks and goes on with 2: the packs come in the")
+    three = OmegaConf.merge(CFG, {"batch_size": 1})
+    _, joint = notes_on_resume(run, three, 3, 99)
+    assert joint.startswith("Joint micro-batches have 3 packs, before 2: the weights of rho1 do,")
+    assert "epoch" not in joint
+    assert "now ends at another pack" in notes_on_resume(run, three, 3, 8)[1]
+    uniform = OmegaConf.merge(three, {"weighting": {"name": "uniform"}})
+    assert notes_on_resume(run, uniform, 3, 99)[1].endswith("uniform weights do not depend on that")
+
+
+def test_an_interrupted_run_is_not_started_over(state, tmp_path):
+    (tmp_path / "training_state").symlink_to(state.parent)
+    message = r"interrupted after step 5 or later: set resume_from_checkpoint=true"
+    with pytest.raises(ValueError, match=message):
+        check_not_begun(tmp_path)
+    (tmp_path / "summary.json").touch()
+    check_not_begun(tmp_path)
+    check_not_begun(tmp_path / "none")
 
 
 def schedule(steps):
@@ -120,11 +437,16 @@ def test_a_resumed_schedule_has_the_rates_of_the_new_length(steps):
     assert (first + after == whole) == (steps == 6)
 
 
-def test_random_state_goes_back():
-    state = random_state(torch.device("cpu"))
-    drawn = torch.rand(3)
+def test_random_states_go_back_through_a_file(tmp_path):
+    def draw():
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    torch.save(random_state(torch.device("cpu")), tmp_path / "rng.pt")
+    drawn = draw()
+    assert draw() != drawn
+    state = torch.load(tmp_path / "rng.pt", weights_only=True)
     set_random_state(state, torch.device("cpu"))
-    assert torch.equal(torch.rand(3), drawn)
+    assert draw() == drawn
 
 
 def test_random_state_of_a_gpu_goes_back_too(monkeypatch):

@@ -123,7 +123,9 @@ def build_rows(
         The rows, memory-mapped.
 
     Raises:
-        ValueError: if an argument or the source is unusable, or no row is left.
+        ValueError: if an argument or the source is unusable, no row is left, or what was cached is
+            damaged.
+        OSError: if the source cannot be read, or the disk is full.
     """
     max_seq_len = tokenizer.max_seq_len
     if max_seq_len is None or max_seq_len < 2:
@@ -178,13 +180,29 @@ def build_rows(
                 unused=unused,
             ),
         )
+        report = json.loads(report_path.read_text())
+        text, unset = report["text"], [name for name in OPTIONAL if not report["has"].get(name)]
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise ValueError(f"{source} ({split}): {error.__cause__}") from error
+        cause = error.__cause__
+        if isinstance(cause, ValueError):
+            raise ValueError(f"{source} ({split}): {cause}") from error
+        if isinstance(cause, OSError):
+            raise OSError(
+                cause.errno,
+                f"{source} ({split}): its rows could not be read or cached "
+                f"({cause.strerror or cause}): make room for {cache_dir}, or set HF_HOME to a "
+                "folder on another disk",
+            ) from error
         raise
-    report = json.loads(report_path.read_text())
-    log_rank_zero(log, f"{source} ({split}): {report['text']}")
-    return rows.remove_columns([column for column in OPTIONAL if not report["has"].get(column)])
+    except Exception as error:  # datasets has no class of its own for what is damaged
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(
+            f"{source} ({split}): its cached rows in {cache_dir} are damaged: delete that folder "
+            "and they are made again"
+        ) from error
+    log_rank_zero(log, f"{source} ({split}): {text}")
+    return rows.remove_columns(unset)
 
 
 def text_field(record: dict, field: str) -> str:

@@ -14,6 +14,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wmtp_modules.json_fault import json_fault
+
 ROW_SUFFIXES = {".jsonl", ".parquet"}
 # fmt: off
 TEXT_SUFFIXES = {
@@ -78,7 +80,7 @@ class Source:
         try:
             return where, {"text": path.read_bytes().decode("utf-8-sig")}
         except UnicodeDecodeError as error:
-            return where, BadRow(f"not UTF-8 ({error.reason} at byte {error.start})")
+            return where, BadRow(json_fault(error))
 
 
 def open_source(
@@ -101,6 +103,8 @@ def open_source(
     Raises:
         ValueError: if there is no such path or hub data set, or it holds no supported file.
     """
+    if not str(source).strip():
+        raise ValueError("source is empty: give a file, a folder, or a hub name (owner/name)")
     path = Path(source).expanduser()
     if not path.exists():
         return _open_hub(str(source), split, columns, hub_config)
@@ -215,9 +219,9 @@ def _jsonl_records(path: Path, name: str, columns: tuple[str, ...]) -> Iterator:
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
-                yield where, BadRow(f"not UTF-8 ({error.reason} at byte {error.start})")
+                yield where, BadRow(json_fault(error))
             except (ValueError, RecursionError) as error:
-                yield where, BadRow(f"not JSON ({error})")
+                yield where, BadRow(f"not JSON ({json_fault(error)})")
             else:
                 yield where, (record if isinstance(record, dict) else BadRow("not a JSON object"))
 
@@ -231,5 +235,5 @@ def _parquet_records(path: Path, name: str, columns: tuple[str, ...]) -> Iterato
             for record in batch.to_pylist():
                 number += 1
                 yield f"{name}:{number}", record
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error})") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable parquet file ({json_fault(error)})") from error

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp_modules.evaluation.task import Task
+from wmtp_modules.json_fault import json_fault
 
 BLOCK = 1 << 16  # bytes read at once in search of the last line's end
 
@@ -91,13 +92,15 @@ class EvidenceStore:
         start = 0
         for number, line in enumerate(file, start=1):
             try:
-                key = json.loads(line)["key"]
-                if not isinstance(key, str):
-                    raise TypeError("its key is no string")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row["key"], str):
+                    raise ValueError("no row with a key that is text")
+                key = row["key"]
+            except (ValueError, KeyError, RecursionError) as error:
+                what = "no key" if isinstance(error, KeyError) else json_fault(error)
                 raise ValueError(
-                    f"{self.path}:{number}: this line is damaged ({type(error).__name__}: "
-                    f"{error}): delete it and what it held is made again"
+                    f"{self.path}:{number}: this line is damaged ({what}): delete it and what it "
+                    "held is made again"
                 ) from error
             self._places[key] = (start, len(line))
             start += len(line)
@@ -178,7 +181,9 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON, or cut off ({error}): mend that line") from error
+            raise ValueError(
+                f"{where}: not JSON, or cut off ({json_fault(error)}): mend that line"
+            ) from error
         _check_sample(row, where, known)
         if row.get("key") is not None:
             if row["key"] in keys:

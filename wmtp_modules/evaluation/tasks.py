@@ -13,6 +13,7 @@ from wmtp_modules.evaluation.code_contests import code_contests_task
 from wmtp_modules.evaluation.humaneval import humaneval_task
 from wmtp_modules.evaluation.mbpp import TEST_IDS, mbpp_task, with_shots
 from wmtp_modules.evaluation.task import Task
+from wmtp_modules.json_fault import json_fault
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _json_list(path: Path) -> Iterator[tuple[str, dict | BadRow]]:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not JSON, or is cut off ({error}): get the file again"
+            f"{path} is not JSON, or is cut off ({json_fault(error)}): get the file again"
         ) from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} is not one JSON list of rows: name a .jsonl file .jsonl")

@@ -9,6 +9,7 @@ agree, and the reader needs neither sentencepiece nor protobuf.
 import json
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 # ModelProto.SentencePiece.Type and TrainerSpec.ModelType of sentencepiece_model.proto.
@@ -26,10 +27,16 @@ def write_hf_tokenizer(tokenizer_path: str | Path, folder: Path, *, max_seq_len:
         max_seq_len: longest input in tokens, for the config.
 
     Raises:
-        ValueError: if the model is not BPE, or it rewrites text before it is encoded.
+        ValueError: if the file is damaged, the model is not BPE or lacks bos, eos or unk, or it
+            rewrites text before it is encoded.
     """
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(Path(tokenizer_path).read_bytes())
+    try:
+        proto.ParseFromString(Path(tokenizer_path).read_bytes())
+    except DecodeError as error:
+        raise ValueError(
+            f"{tokenizer_path} is not a SentencePiece model, or is damaged: copy it again"
+        ) from error
     normalizer = proto.normalizer_spec
     if proto.trainer_spec.model_type != _BPE:
         raise ValueError(f"{tokenizer_path} is not a BPE model, as Llama's tokenizers are")
@@ -39,10 +46,14 @@ def write_hf_tokenizer(tokenizer_path: str | Path, folder: Path, *, max_seq_len:
             "train it with normalization_rule_name=identity and remove_extra_whitespaces=false"
         )
     pieces = proto.pieces
-    bos, eos, unk = (
-        pieces[i].piece
-        for i in (proto.trainer_spec.bos_id, proto.trainer_spec.eos_id, proto.trainer_spec.unk_id)
-    )
+    special = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk")}
+    for name, i in special.items():
+        if not 0 <= i < len(pieces):
+            raise ValueError(
+                f"{tokenizer_path} has no {name} piece (its id is {i} of {len(pieces)}): take a "
+                "tokenizer with bos, eos and unk, as Llama's have"
+            )
+    bos, eos, unk = (pieces[i].piece for i in special.values())
     prefix = normalizer.add_dummy_prefix
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []

@@ -42,13 +42,24 @@ def mtp_llama2(
         rope_base: base of the rotary embedding.
 
     Raises:
-        ValueError: if no trunk block is left, or the widths do not divide.
+        ValueError: if no trunk block is left, a size is below 1, or the widths do not divide.
     """
     if not 1 <= n_future_tokens < num_layers:
         raise ValueError(
             f"n_future_tokens {n_future_tokens} must be at least 1 and below num_layers "
             f"{num_layers}, which counts trunk and head blocks together"
         )
+    sizes = {
+        "vocab_size": vocab_size,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "embed_dim": embed_dim,
+        "max_seq_len": max_seq_len,
+        "intermediate_dim": 1 if intermediate_dim is None else intermediate_dim,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"model.{name} {size} must be at least 1")
     if embed_dim % num_heads or num_heads % num_kv_heads:
         raise ValueError(
             f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads}, and num_heads "

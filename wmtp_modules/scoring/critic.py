@@ -6,7 +6,6 @@ after token t; ``sums_N3`` holds ``value_sums`` of every row.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from wmtp_modules.loss.mtp_loss import shift_to_heads
 from wmtp_modules.loss.value_loss import response_mask, value_sums, values_before
 from wmtp_modules.models import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
+from wmtp_modules.training.disk import new_file
 from wmtp_modules.training.weights_page import token_texts, write_weights_page
 from wmtp_modules.weighting import CriticWeighting
 from wmtp_modules.weighting.critic import advantages, critic_weights, standardise
@@ -519,16 +519,27 @@ class TrainingState:
         self.best_head: dict[str, torch.Tensor] = {}
 
     def resume(self, head: ValueHead, optimizer: torch.optim.Optimizer) -> None:
-        """Go on with a state of the same fingerprint, if there is one."""
+        """Go on with a state of the same fingerprint, if there is one.
+
+        Raises:
+            ValueError: if the file is damaged or carries code, which is not run.
+        """
         if not self._path.exists():
             return
-        state = torch.load(self._path, map_location="cpu", weights_only=True)
-        if state["fingerprint"] == self._fingerprint:
+        try:
+            state = torch.load(self._path, map_location="cpu", weights_only=True)
+            if state["fingerprint"] != self._fingerprint:
+                return
             head.load_state_dict(state["head"])
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.heldout_losses = state["step"], state["heldout_losses"]
             self.evaluations_since_best = state["evaluations_since_best"]
             self.best_head = state["best_head"]
+        except Exception as error:  # of a pickle with flipped bits, there is no telling which
+            raise ValueError(
+                f"{self._path} is damaged or no state of a critic's training: delete it, and the "
+                "critic is trained from its start"
+            ) from error
 
     def evaluated(
         self, heldout_loss: float, head: ValueHead, optimizer: torch.optim.Optimizer
@@ -551,8 +562,8 @@ class TrainingState:
                 "best_head": self.best_head,
                 "optimizer": optimizer.state_dict(),
             }
-            torch.save(state, self._path.with_suffix(".tmp"))
-            os.replace(self._path.with_suffix(".tmp"), self._path)
+            with new_file(self._path) as unfinished, unfinished.open("wb") as file:
+                torch.save(state, file)
 
 
 def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
@@ -566,10 +577,10 @@ def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
-    save_file(state, folder / f"{HEAD_FILE}.tmp")
-    os.replace(folder / f"{HEAD_FILE}.tmp", folder / HEAD_FILE)
-    (folder / f"{RECORD_FILE}.tmp").write_text(json.dumps(record, indent=1))
-    os.replace(folder / f"{RECORD_FILE}.tmp", folder / RECORD_FILE)
+    with new_file(folder / HEAD_FILE) as unfinished:
+        save_file(state, unfinished)
+    with new_file(folder / RECORD_FILE) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1))
 
 
 def read_critic(folder: Path) -> dict | None:
@@ -583,9 +594,11 @@ def read_critic(folder: Path) -> dict | None:
         return None
     try:
         record = json.loads(path.read_text())
-        record["fingerprint"], record["settings"], record["report"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: train the critic again in another folder") from error
+    except (ValueError, RecursionError):
+        record = None
+    blocks = ("fingerprint", "settings", "report")
+    if not isinstance(record, dict) or not all(isinstance(record.get(b), dict) for b in blocks):
+        raise ValueError(f"{path} is damaged: train the critic again in another folder")
     return record
 
 

@@ -9,15 +9,14 @@ is often the token that ends a text as well, and says nothing about where the te
 
 import hashlib
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 
+from wmtp_modules.json_fault import json_fault
 from wmtp_modules.scoring.score_table import (
     fingerprint_checkpoint,
     fingerprint_rows,
@@ -72,27 +71,25 @@ class RewardModel:
         local = dict(local_files_only=True, trust_remote_code=False)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no tokenizer that can be read ({error})") from error
+        except Exception as error:  # of transformers or tokenizers: of no common class
+            raise ValueError(
+                f"{folder} holds no tokenizer that can be read ({_told(error)})"
+            ) from error
         if self._tokenizer.chat_template is None:
             raise ValueError(
                 f"the tokenizer in {folder} has no chat template: add the one that the reward "
                 "model was trained with as chat_template.jinja"
             )
+        self._folder = folder
+        self._text(("a prompt", "a response"))  # a template that is broken is told before all else
         try:
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, **local
             )
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            EOFError,
-            SafetensorError,
-            pickle.UnpicklingError,
-        ) as error:
+        except Exception as error:  # also of safetensors, pickle and huggingface_hub
             raise ValueError(
-                f"{folder} is no reward model that can be read, or its weights are damaged: {error}"
+                f"{folder} is no reward model that can be read, or its weights are damaged "
+                f"({_told(error)})"
             ) from error
         # A key that is missing was initialised at random: its scores would be noise.
         missing = sorted(loading["missing_keys"], key=lambda key: (key != "score.weight", key))
@@ -115,6 +112,21 @@ class RewardModel:
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
 
+    def _text(self, pair: tuple[str, str]) -> str:
+        """The conversation as the model reads it, special tokens and all."""
+        prompt, response = pair
+        conversation = [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": response},
+        ]
+        try:
+            return self._tokenizer.apply_chat_template(conversation, tokenize=False)
+        except Exception as error:  # whatever the template's own text raises
+            raise ValueError(
+                f"the chat template in {self._folder} cannot be used ({_told(error)}): get the one "
+                "that the reward model was trained with"
+            ) from error
+
     @torch.no_grad()
     def score(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Rewards of some responses, scored together.
@@ -129,16 +141,7 @@ class RewardModel:
             ValueError: if a conversation is too long for the model, has tokens that the model does
                 not know, or gets a score that is not finite.
         """
-        texts = [
-            self._tokenizer.apply_chat_template(
-                [
-                    {"role": "user", "content": prompt},
-                    {"role": "assistant", "content": response},
-                ],
-                tokenize=False,
-            )
-            for prompt, response in pairs
-        ]
+        texts = [self._text(pair) for pair in pairs]
         # The template writes the special tokens, BOS included.
         ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         lengths = [len(row) for row in ids]
@@ -150,10 +153,11 @@ class RewardModel:
                     f"{_shown(pair)} has {len(row)} tokens of the reward model, which takes "
                     f"{limit}: leave out rows of that length, or use a reward model that takes them"
                 )
-            if max(row) >= n_embeddings:
+            if not row or max(row) >= n_embeddings:
+                found = f"has token {max(row)}" if row else "becomes no token at all"
                 raise ValueError(
-                    f"{_shown(pair)} has token {max(row)}, the reward model has {n_embeddings}: "
-                    "its folder holds the tokenizer of another model"
+                    f"{_shown(pair)} {found}, the reward model has {n_embeddings}: "
+                    f"{self._folder} holds the tokenizer or chat template of another model"
                 )
         # Padded here, on the right, with any token: causal attention does not see it.
         tokens_BT = torch.zeros(len(ids), max(lengths), dtype=torch.int64)
@@ -336,6 +340,13 @@ def _check_finite(rewards_N: np.ndarray, what: str) -> None:
             f"{len(bad)} of {len(rewards_N)} {what} are missing or not finite, the first in row "
             f"{bad[0]}: give every response a reward, or leave those rows out"
         )
+
+
+def _told(error: Exception) -> str:
+    """What a library says of a damaged file, in one line; Python's own errors say nothing."""
+    if isinstance(error, TypeError | KeyError | AttributeError | IndexError):
+        return "a value in it is of the wrong kind"
+    return " ".join(json_fault(error).split())
 
 
 def _shown(pair: tuple[str, str]) -> str:

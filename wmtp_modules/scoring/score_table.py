@@ -5,16 +5,16 @@ per token, one per token and head, or, where the fingerprint says ``"per": "row"
 What the floats mean is up to the caller and named by ``kind`` in the fingerprint.
 
 On disk a table is a folder of Arrow files: part p holds rows [p * part_rows, (p + 1) * part_rows).
-A part appears under its name only when it is complete, so a killed run is continued by scoring
-the parts that are missing, on any number of ranks. ``fingerprint.json`` is written first and keeps
-a continued run from mixing scores of two checkpoints or data sets; ``manifest.json`` is written
-last and marks the table as complete.
+A part appears under its name only when it is complete, with its size and hash in a file beside it,
+so a killed run is continued by scoring the parts that are missing, on any number of ranks.
+``fingerprint.json`` is written first and keeps a continued run from mixing scores of two
+checkpoints or data sets; ``manifest.json``, with the size and hash of every part, is written last
+and marks the table as complete.
 """
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 from wmtp_modules.data.packing import row_lengths
+from wmtp_modules.training.disk import new_file
 from wmtp_modules.training.distributed import patient_barrier
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ class ScoreTable:
     def open(cls, folder: str | Path, fingerprint: dict, rows: Dataset) -> "ScoreTable":
         """Open a table and prove that it belongs to these rows.
 
+        Reads every byte to compare it with its hash: a flipped bit of a score would show nowhere.
+
         Args:
             folder: where ``compute_scores`` wrote it.
             fingerprint: what this run expects, as given to ``compute_scores``.
@@ -117,12 +120,19 @@ class ScoreTable:
         if not manifest.exists():
             raise ValueError(f"{folder} holds no complete score table: score this data set first")
         sizes = _row_sizes(row_lengths(rows), fingerprint)
-        part_rows = _check_record(manifest, fingerprint, len(sizes))
+        record = _read_record(manifest, fingerprint, len(sizes))
+        part_rows, stamps = record["part_rows"], record.get("parts")
+        n_parts = _n_parts(len(sizes), part_rows)
+        if not isinstance(stamps, list) or len(stamps) != n_parts:
+            raise ValueError(
+                f"{manifest} does not hold the hashes of its {n_parts} parts, it is damaged or of "
+                "an earlier version: delete that folder to score again"
+            )
         parts = []
-        for part in range(_n_parts(len(sizes), part_rows)):
+        for part, stamp in enumerate(stamps):
             expected = sizes[part * part_rows : (part + 1) * part_rows]
             try:
-                parts.append(_read_part(_part_path(folder, part), expected))
+                parts.append(_read_part(_part_path(folder, part), expected, stamp))
             except ValueError as error:
                 raise ValueError(f"{error}: score again, sound parts are kept") from error
         return cls(
@@ -183,7 +193,9 @@ def compute_scores(
         desc: text of the progress bar.
 
     Raises:
-        ValueError: if the folder holds a table for anything else, or there are no rows.
+        ValueError: if the folder holds a table for anything else or a damaged record, there are no
+            rows, or ``score_batch`` raises it; names the rows.
+        OSError: if the disk is full or fails; the parts before are kept.
     """
     folder = Path(folder)
     lengths = row_lengths(rows)
@@ -193,8 +205,9 @@ def compute_scores(
     begun = folder / "fingerprint.json"
     if not begun.exists():
         record = {"fingerprint": fingerprint, "rows": len(lengths), "part_rows": part_rows}
-        _write_json(begun, record, rank)
-    part_rows = _check_record(begun, fingerprint, len(lengths))
+        _write_json(begun, record)
+    begun_record = _read_record(begun, fingerprint, len(lengths))
+    part_rows = begun_record["part_rows"]
     sizes, n_heads = _row_sizes(lengths, fingerprint), fingerprint["n_heads"]
 
     mine = range(rank, _n_parts(len(lengths), part_rows), world)
@@ -206,7 +219,7 @@ def compute_scores(
             part_sizes = sizes[start : start + part_rows]
             if path.exists():
                 try:
-                    _read_part(path, part_sizes)
+                    _read_part(path, part_sizes, _read_stamp(path))
                     bar.update(len(part_lengths))
                     continue
                 except ValueError as error:
@@ -216,9 +229,12 @@ def compute_scores(
             assert len(items) == len(part_lengths), (len(items), len(part_lengths))
             scores = [None] * len(items)
             for batch in _batches(part_lengths, batch_tokens):
-                for i, row_scores in zip(
-                    batch, score_batch([items[i] for i in batch]), strict=True
-                ):
+                try:
+                    scored = score_batch([items[i] for i in batch])
+                except ValueError as error:
+                    named = ", ".join(str(start + i) for i in sorted(batch))
+                    raise ValueError(f"{error} (one of these rows of the data: {named})") from error
+                for i, row_scores in zip(batch, scored, strict=True):
                     shape = (part_sizes[i],) if n_heads == 1 else (part_lengths[i], n_heads)
                     assert row_scores.shape == shape, (row_scores.shape, shape)
                     scores[i] = row_scores.astype(np.float32).ravel()
@@ -227,9 +243,11 @@ def compute_scores(
 
     if world > 1 and dist.is_initialized():
         patient_barrier()
-    complete = all(_part_path(folder, p).exists() for p in range(_n_parts(len(lengths), part_rows)))
-    if rank == 0 and complete and not (folder / "manifest.json").exists():
-        _write_json(folder / "manifest.json", json.loads(begun.read_text()), rank)
+    paths = [_part_path(folder, part) for part in range(_n_parts(len(lengths), part_rows))]
+    if rank == 0 and all(_stamp_path(path).exists() for path in paths):
+        manifest = begun_record | {"parts": [_read_stamp(path) for path in paths]}
+        if _read_json(folder / "manifest.json") != manifest:
+            _write_json(folder / "manifest.json", manifest)
     if world > 1 and dist.is_initialized():
         patient_barrier()  # nobody opens the table before the manifest is there
 
@@ -282,22 +300,48 @@ def _part_path(folder: Path, part: int) -> Path:
     return folder / f"part-{part:06d}.arrow"
 
 
+def _stamp_path(part: Path) -> Path:
+    return part.with_suffix(".json")
+
+
+def _stamp(path: Path) -> dict:
+    """What a part is known by: its size, which is quick to compare, and its hash."""
+    return {"size": path.stat().st_size, "sha256": _hash_file(path)}
+
+
+def _read_stamp(path: Path) -> dict | None:
+    """What was written beside a part; None where that is missing or damaged."""
+    return _read_json(_stamp_path(path))
+
+
 def _write_part(path: Path, scores: list[np.ndarray]) -> None:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in scores])]).astype(np.int32)
     column = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(scores)))
-    unfinished = path.with_suffix(".tmp")
-    with ArrowWriter(features=FEATURES, path=str(unfinished)) as writer:
-        writer.write_table(pa.table({"scores": column}))
-        writer.finalize()
-    os.replace(unfinished, path)
+    # Of the part that it replaces; a part without one is scored again.
+    _stamp_path(path).unlink(missing_ok=True)
+    with new_file(path) as unfinished:
+        with ArrowWriter(features=FEATURES, path=str(unfinished)) as writer:
+            writer.write_table(pa.table({"scores": column}))
+            writer.finalize()
+        stamp = _stamp(unfinished)
+    _write_json(_stamp_path(path), stamp)
 
 
-def _read_part(path: Path, expected_lengths: np.ndarray) -> Dataset:
+def _read_part(path: Path, expected_lengths: np.ndarray, stamp: dict | None) -> Dataset:
     """Memory-map a part; ValueError if it is not what was written for rows of these lengths."""
     try:
+        # The size first: it is known without reading, and most damage shows in it.
+        if (
+            not isinstance(stamp, dict)
+            or path.stat().st_size != stamp.get("size")
+            or _stamp(path) != stamp
+        ):
+            raise ValueError(f"score part {path} is damaged: it is not what was written there")
         part = Dataset.from_file(str(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"score part {path} is missing or damaged ({error})") from error
+    if part.features != FEATURES:
+        raise ValueError(f"score part {path} does not hold scores but {part.features}")
     lengths = pc.list_value_length(part.data.column("scores")).to_numpy()
     if not np.array_equal(lengths, expected_lengths):
         raise ValueError(
@@ -307,11 +351,17 @@ def _read_part(path: Path, expected_lengths: np.ndarray) -> Dataset:
     return part
 
 
-def _check_record(path: Path, fingerprint: dict, n_rows: int) -> int:
-    """Compare a table's record with what this run expects; returns the table's part_rows."""
-    record = json.loads(path.read_text())
-    found, expected = dict(record["fingerprint"]), dict(fingerprint)
-    found["rows"], expected["rows"] = record["rows"], n_rows
+def _read_record(path: Path, fingerprint: dict, n_rows: int) -> dict:
+    """A table's record, compared with what this run expects; its ``part_rows`` is sound."""
+    record = _read_json(path) or {}
+    found, part_rows = record.get("fingerprint"), record.get("part_rows")
+    is_sound = isinstance(found, dict) and type(part_rows) is int and 0 < part_rows < 2**31
+    if not is_sound or type(record.get("rows")) is not int:
+        raise ValueError(
+            f"{path} is damaged, so what the scores beside it are of is not known: delete that "
+            "folder to score again"
+        )
+    found, expected = found | {"rows": record["rows"]}, fingerprint | {"rows": n_rows}
     differences = [
         f"{key}: the table has {found.get(key)!r}, this run {expected.get(key)!r}"
         for key in sorted(found.keys() | expected.keys())
@@ -323,10 +373,18 @@ def _check_record(path: Path, fingerprint: dict, n_rows: int) -> int:
             + "; ".join(differences)
             + "): delete that folder to score again, or name another one"
         )
-    return record["part_rows"]
+    return record
 
 
-def _write_json(path: Path, record: dict, rank: int) -> None:
-    unfinished = path.with_suffix(f".tmp{rank}")
-    unfinished.write_text(json.dumps(record, indent=2))
-    os.replace(unfinished, path)
+def _read_json(path: Path) -> dict | None:
+    """The object in a file; None where there is no sound one."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _write_json(path: Path, record: dict) -> None:
+    with new_file(path) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2))

@@ -6,7 +6,6 @@ rank finds the same error by itself, before any memory is spent.
 """
 
 import json
-import math
 import pickle
 import re
 import shutil
@@ -26,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchtune.modules import RotaryPositionalEmbeddings
 from tqdm import tqdm
 
+from wmtp_modules.json_fault import json_fault
 from wmtp_modules.models.convert_weights import (
     hf_key,
     is_extra_head,
@@ -36,6 +36,7 @@ from wmtp_modules.models.convert_weights import (
     rows_to_hf,
 )
 from wmtp_modules.models.hf_tokenizer import write_hf_tokenizer
+from wmtp_modules.training.disk import disk_errors, new_folder, recover_folder
 from wmtp_modules.training.distributed import patient_barrier
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
@@ -43,6 +44,8 @@ HF_SHARD_BYTES = 5_000_000_000  # the usual size of Hugging Face's shards
 # Meta's params.json does not name the context length; Llama-2 and the multi-token release have
 # 4096. Another one is written as max_seq_len, which Meta's own loader would not take.
 META_CONTEXT = 4096
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST = 2**31 - 1  # in a config: a size beyond it is a slip, and would be tried
 # Tables that some exporters store beside the weights; the model computes them.
 _KNOWN_BUFFERS = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -66,12 +69,14 @@ class Checkpoint:
 
     Raises:
         ValueError: if the folder is of neither format or incomplete, a file is truncated or
-            carries code, a key is missing, unknown or mis-shaped, ``n_future_tokens`` is not what
-            the folder has, or the vocabulary is not the tokenizer's.
+            carries code, an index names a file outside of the folder, a key is missing, unknown,
+            mis-shaped or no plain floating-point tensor, ``n_future_tokens`` is not what the folder
+            has, or the vocabulary is not the tokenizer's.
     """
 
     def __init__(self, folder: str | Path, n_future_tokens: int | None = None) -> None:
         folder = Path(folder)
+        recover_folder(folder)
         if (folder / "params.json").exists():
             self.is_hf = False
             self.config_file = folder / "params.json"
@@ -210,6 +215,11 @@ class Checkpoint:
     def _name_keys(self, config: dict) -> dict[str, str]:
         name = hf_key if self.is_hf else meta_key
         n_trunk = self.args["num_layers"] - self.args["n_future_tokens"]
+        if self.args["num_layers"] > len(self._tensors) + self.args["n_future_tokens"]:
+            raise ValueError(
+                f"{self.config_file}: {self.args['num_layers']} layers cannot be in "
+                f"{_names(self._files)}, which holds {len(self._tensors)} tensors"
+            )
         names = {key: name(key, n_trunk) for key in parameter_shapes(self.args)}
         if self.is_hf and config.get("tie_word_embeddings", False):
             self._tensors.pop(names["output.proj.weight"], None)
@@ -226,6 +236,15 @@ class Checkpoint:
                     problems.append(
                         f"key {key} in {self._file_of[key].name} has shape "
                         f"{list(tensor.shape)}, not {list(expected[key])}"
+                    )
+                elif tensor.layout != torch.strided or tensor.dtype not in WEIGHT_DTYPES:
+                    problems.append(
+                        f"key {key} in {self._file_of[key].name} is a tensor of "
+                        f"{tensor.dtype}, {tensor.layout}: weights are plain floating-point numbers"
+                    )
+                elif tensor.is_meta:
+                    problems.append(
+                        f"key {key} in {self._file_of[key].name} was saved without its values"
                     )
             elif not _KNOWN_BUFFERS.fullmatch(key):
                 problems.append(f"extra key {key} in {self._file_of[key].name}")
@@ -447,6 +466,7 @@ def write_meta(
     bar = {"desc": "writing", "total": bar_bytes, "disable": bar_bytes is None}
     with _checkpoint_folder(folder, tokenizer_path) as partial:
         with (
+            disk_errors(),
             (partial / "consolidated.pth").open("wb") as file,
             tqdm.wrapattr(file, "write", **bar) as counted,
         ):
@@ -482,7 +502,8 @@ def write_hf(
         total = parameters = 0
 
         def flush(bar: tqdm) -> None:
-            save_file(shard, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            with disk_errors():
+                save_file(shard, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
             bar.update(sum(tensor.nbytes for tensor in shard.values()))
             shards.append(list(shard))
             shard.clear()
@@ -596,31 +617,6 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder beside ``folder`` that takes its name, and its place, when all is in it.
-
-    What is under the name stays as it is until then, also when the block raises; a half-filled
-    folder does not outlive it.
-
-    Args:
-        folder: the name to give.
-    """
-    folder = folder.absolute()
-    partial, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
 def _checkpoint_folder(folder: Path, tokenizer_path: Path) -> Iterator[Path]:
     """``new_folder`` in place of an earlier checkpoint only, holding the tokenizer."""
     _check_replaceable(folder)
@@ -660,16 +656,20 @@ def _pieces(path: Path) -> list[str]:
     """All pieces of a SentencePiece model, by id."""
     try:
         tokenizer = spm.SentencePieceProcessor(model_file=str(path))
+        return tokenizer.id_to_piece(list(range(tokenizer.get_piece_size())))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: a piece of it is no text, copy it again") from error
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
-    return tokenizer.id_to_piece(list(range(tokenizer.get_piece_size())))
+        raise ValueError(
+            f"{path} is not a SentencePiece model, or is damaged ({error}): copy it again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:  # also what is not UTF-8
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        raise ValueError(f"{path} is not valid JSON, copy it again: {json_fault(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return content
@@ -684,7 +684,7 @@ def _number(
     at_least: int = 1,
     default: float | None = None,
 ) -> Any:
-    """A field that has to be a whole number, or with ``kind`` float any number above 0.
+    """A field that has to be a whole number up to ``MOST``, or with ``kind`` float any above 0.
 
     With a default the field may be left out or null.
     """
@@ -695,9 +695,9 @@ def _number(
         raise ValueError(f"{file} has no {name!r}")
     is_number = isinstance(value, int if kind is int else int | float)
     fits = is_number and not isinstance(value, bool)
-    if not fits or not (value >= at_least if kind is int else 0 < value < math.inf):
+    if not fits or not (at_least <= value <= MOST if kind is int else 0 < value <= MOST):
         must = f"a whole number, at least {at_least}" if kind is int else "a number above 0"
-        raise ValueError(f"{file}: {name} is {json.dumps(value)}, it has to be {must}")
+        raise ValueError(f"{file}: {name} is {json.dumps(value)[:99]}, it has to be {must}")
     return value
 
 
@@ -724,7 +724,16 @@ def _hf_weight_files(folder: Path) -> list[Path]:
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no 'weight_map' from keys to files")
-            shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+            names = list(weight_map.values())
+            for shard in names:
+                # A plain name: "../other/x" or "/x" would read a file that is no part of this.
+                is_name = isinstance(shard, str) and shard == Path(shard).name
+                if not is_name or shard in ("", "..") or "\0" in shard:
+                    raise ValueError(
+                        f"{index} names the shard {str(shard)[:99]!r}, which is no file in its "
+                        "folder: download the index again, or mend it"
+                    )
+            shards = [folder / shard for shard in sorted(set(names))]
             missing = [shard.name for shard in shards if not shard.exists()]
             if missing:
                 raise ValueError(f"{index} names shards that are missing: {', '.join(missing)}")
@@ -737,7 +746,7 @@ def _map_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} is truncated or damaged, download or copy it again: {error}"
         ) from error
@@ -756,12 +765,15 @@ def _map_torch(file: Path) -> dict[str, torch.Tensor]:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} carries Python code or objects beside its tensors and was not opened: save a "
-            "plain dictionary of tensors"
+            f"{file} carries Python code or objects beside its tensors, or is damaged, and was not "
+            "opened: save a plain dictionary of tensors, or copy it again"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except Exception as error:  # of a pickle with flipped bits, there is no telling which
         raise ValueError(f"{file} is truncated or damaged, download or copy it again") from error
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+    is_state = isinstance(state, dict) and all(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()
+    )
+    if not is_state:
         raise ValueError(f"{file} does not hold a dictionary of tensors")
     return state
 

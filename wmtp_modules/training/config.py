@@ -14,8 +14,6 @@ may stand for a key:
 What keys have to be together is said by rules, functions whose parameters are named after keys.
 """
 
-import difflib
-import importlib
 import inspect
 import math
 import numbers
@@ -29,7 +27,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from wmtp_modules.training.components import NotAllowedError, closest, locate
+
 COMPONENT = "_component_"
+KEY_ERROR = "KeyError raised while resolving interpolation: "  # by omegaconf, of a variable
+SHOWN = 100  # characters of a value in an error
 LEAF_TYPES = (bool, int, float, str, list, dict, type(None))
 
 
@@ -74,10 +76,12 @@ class Component:
     Args:
         given: names of the positional arguments that the recipe passes, in their order.
         keys: what some of the other keys have to be, beyond what the signature says.
+        makes: class of what the call has to give, where the component says what it gives.
     """
 
     given: tuple[str, ...] = ()
     keys: Mapping[str, Any] = field(default_factory=dict)
+    makes: type | None = None
 
 
 def check_config(
@@ -118,6 +122,9 @@ def _resolve(node: Container, path: str) -> tuple[Any, list[str]]:
     keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
     values, errors = {}, []
     for key in keys:
+        if isinstance(node, DictConfig) and not isinstance(key, str):
+            errors.append(f"{_join(path, repr(key))}: a key has to be text, this one is none")
+            continue
         child_path = f"{path}[{key}]" if isinstance(node, ListConfig) else _join(path, key)
         try:
             value = node[key]
@@ -126,14 +133,34 @@ def _resolve(node: Container, path: str) -> tuple[Any, list[str]]:
             value = _Unresolved()
         except OmegaConfBaseException as error:
             raw = OmegaConf.to_container(node, resolve=False)[key]
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].removeprefix(KEY_ERROR)
             errors.append(f"{child_path}: {raw!r} does not resolve ({reason})")
             value = _Unresolved()
         if isinstance(value, Container):
             value, child_errors = _resolve(value, child_path)
             errors += child_errors
+        problem = _unusable(value)
+        if problem:
+            errors.append(f"{child_path}: {problem}")
+            value = _Unresolved()
         values[key] = value
     return (list(values.values()) if isinstance(node, ListConfig) else values), errors
+
+
+def _unusable(value: Any) -> str | None:
+    """What YAML can hold and no program can use, whatever the key."""
+    if isinstance(value, str):
+        if "\0" in value or (not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value)):
+            return f"{_show(value)} holds a character no text may have (NUL, or half a surrogate)"
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            return f"a whole number of {value.bit_length()} bits is too large, 63 are used"
+    elif isinstance(value, float):
+        if math.isnan(value):
+            return "has to be a number, it is nan"
+    elif not isinstance(value, (*LEAF_TYPES, _Unresolved)):
+        return f"has to be text, a number, a list or keys, it is a {type(value).__name__}"
+    return None
 
 
 def _join(path: str, key: Any) -> str:
@@ -154,7 +181,7 @@ def _check(value: Any, schema: Any, path: str) -> list[str]:
     if is_block and not isinstance(value, dict):
         return [f"{path}: has to be a block of keys, it is {_show(value)}"]
     if isinstance(schema, Component):
-        return _check_component(value, schema.given, path, schema.keys)
+        return _check_component(value, schema.given, path, schema.keys, schema.makes)
     if isinstance(schema, Mapping):
         return _check_block(value, schema, path)
     if is_block:
@@ -182,33 +209,23 @@ def _check_keys(values: dict, known: Any, required: Sequence[str], path: str) ->
     missing = [key for key in required if key not in values]
     for key in values:
         if key not in known:
-            match = _closest(str(key), [k for k in known if k not in values])
-            match = match or _closest(str(key), known)
+            match = closest(str(key), [k for k in known if k not in values])
+            match = match or closest(str(key), known)
             meant.add(match)
             hint = f"did you mean '{match}'?" if match else f"known: {', '.join(sorted(known))}"
             errors.append(f"{_join(path, key)}: unknown key ({hint})")
     return errors + [f"{_join(path, key)}: missing" for key in missing if key not in meant]
 
 
-def _closest(key: str, known: Any) -> str | None:
-    """The known key that was probably meant, by spelling or by initials (lr, learning_rate)."""
-
-    def initials(name: str) -> str:
-        return "".join(word[:1] for word in name.split("_"))
-
-    for name in known:
-        if name.casefold() == key.casefold():
-            return name
-    for match in difflib.get_close_matches(key, known, n=1):
-        return match
-    return next((name for name in known if initials(key) == name or initials(name) == key), None)
-
-
 # ------------------------------------------------------------------ components
 
 
 def _check_component(
-    values: dict, given: tuple[str, ...] | None, path: str, keys: Mapping[str, Any] | None = None
+    values: dict,
+    given: tuple[str, ...] | None,
+    path: str,
+    keys: Mapping[str, Any] | None = None,
+    makes: type | None = None,
 ) -> list[str]:
     """``given=None``: someone else passes arguments of which nothing is known here."""
     if COMPONENT not in values:
@@ -221,10 +238,15 @@ def _check_component(
         return [f"{here}: has to be a dotted path, it is {_show(target)}"]
     try:
         component = locate(target)
+    except NotAllowedError as error:
+        return [f"{here}: {target!r} is not allowed: {error}"]
     except ImportError as error:
         return [f"{here}: {target!r} does not import: {error}"]
     if not callable(component):
         return [f"{here}: {target!r} is a {type(component).__name__}, nothing to call"]
+    made = _made_by(component)
+    if makes is not None and made is not None and makes not in made.__mro__:
+        return [f"{here}: {target!r} makes a {made.__name__}, needed is: {makes.__name__}"]
     arguments = {key: value for key, value in values.items() if key != COMPONENT}
     errors = _check_call(arguments, component, given, path)
     said = {error.partition(":")[0] for error in errors}
@@ -237,41 +259,15 @@ def _check_component(
     return errors
 
 
-def locate(dotted_path: str) -> Any:
-    """The object at a dotted path, its modules imported as needed.
-
-    Args:
-        dotted_path: such as ``torch.optim.AdamW``.
-
-    Raises:
-        ImportError: if a module is not there or fails, or has no such attribute.
-    """
-    first, *rest = dotted_path.split(".")
-    if not all((first, *rest)):
-        raise ImportError("it is not a dotted path")
-    found, name = _import(first), first
-    for part in rest:
-        if not hasattr(found, part):
-            known = [n for n in dir(found) if not n.startswith("_")]
-            match = _closest(part, known)
-            hint = f" (did you mean '{match}'?)" if match else ""
-            problem = f"'{name}' has no '{part}'{hint}"
-            if not isinstance(found, types.ModuleType) or not hasattr(found, "__path__"):
-                raise ImportError(problem)
-            _import(f"{found.__name__}.{part}", problem)
-        found, name = getattr(found, part), f"{name}.{part}"
-    return found
-
-
-def _import(module: str, not_found: str | None = None) -> types.ModuleType:
+def _made_by(component: Callable) -> type | None:
+    """Class of what a call gives, None where it is not said."""
+    if isinstance(component, type):
+        return component
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:  # it is there, and itself imports something that is not
-            raise ImportError(f"'{module}' needs '{error.name}', which is not installed") from error
-        raise ImportError(not_found or f"no module '{module}'") from error
-    except Exception as error:  # any code runs at import; whatever it raises belongs in the report
-        raise ImportError(f"importing '{module}' raises {error!r}") from error
+        made = inspect.signature(component, eval_str=True).return_annotation
+    except Exception:  # no signature, or an annotation that does not evaluate
+        return None
+    return made if isinstance(made, type) and made is not inspect.Signature.empty else None
 
 
 def _check_call(
@@ -435,13 +431,16 @@ def _show(value: Any) -> str:
     if isinstance(value, dict):
         return "a block of keys"
     spelled = {True: "true", False: "false", None: "null"}
-    return spelled[value] if value is None or isinstance(value, bool) else repr(value)
+    if value is None or isinstance(value, bool):
+        return spelled[value]
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _hint(value: Any, kind: Any) -> str:
     """What to write instead, where a number was meant."""
     wanted = {kind, *get_args(kind)} & {int, float}
-    if wanted and isinstance(value, float) and value.is_integer():
+    if wanted and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return f" (write {int(value)})"
     if wanted and isinstance(value, str):
         try:

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from wmtp_modules.training.disk import new_file
+
 # Okabe and Ito's palette, told apart with any colour vision; markers tell the runs apart without
 # colour. Black comes last: a picture has seldom that many runs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,7 +32,8 @@ def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -
     if figure is None:
         raise ValueError(f"no loss to draw in {', '.join(map(str, metrics_by_run.values()))}")
     Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, dpi=130)
+    with new_file(Path(out_png)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
 
 
 def _curves(runs: Mapping[str, list[dict]]) -> Figure | None:
@@ -81,7 +84,8 @@ def plot_calibration(
     """
     figure = _calibration(predicted, rewards, bins)
     Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, dpi=130)
+    with new_file(Path(out_png)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
 
 
 def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> Figure:

@@ -13,16 +13,25 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp_modules.models import MTPTransformer
+from wmtp_modules.training.stopping import Stopped, die_with_parent
+
+# The process group's own time-outs name no rank, so the watchdog has this many seconds to speak.
+WATCHDOG_FIRST_S = 60.0
 
 
-def init_process_group(device_type: str) -> tuple[torch.device, DeviceMesh]:
+def init_process_group(
+    device_type: str, timeout_s: float | None = None
+) -> tuple[torch.device, DeviceMesh]:
     """Join torchrun's process group, or make one of a single process.
 
     ``tune run recipes/x.py`` without torchrun options starts the recipe with no RANK in its
-    environment; the recipe still runs the same FSDP2 code, with one rank.
+    environment; the recipe still runs the same FSDP2 code, with one rank. A worker of torchrun
+    ends with its launcher.
 
     Args:
         device_type: "cuda" or "cpu".
+        timeout_s: the watchdog's time-out; a collective gives up a minute later. None: torch's
+            defaults, 30 minutes on CPU and 10 on GPU.
 
     Returns:
         This rank's device and the one-dimensional data-parallel mesh.
@@ -39,10 +48,14 @@ def init_process_group(device_type: str) -> tuple[torch.device, DeviceMesh]:
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s + WATCHDOG_FIRST_S)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # before joining, which fails where the launcher has ended already
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     return device, init_device_mesh(device_type, (dist.get_world_size(),))
 
 
@@ -122,6 +135,11 @@ def rank_zero_first() -> Iterator[None]:
         patient_barrier()
     try:
         yield
-    finally:
+    except Stopped:
+        raise  # the others stop as well, and may have left
+    except BaseException:
         if dist.get_rank() == 0:
             patient_barrier()
+        raise
+    if dist.get_rank() == 0:
+        patient_barrier()

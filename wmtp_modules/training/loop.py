@@ -5,12 +5,12 @@ Shapes: B packed rows of a rank's micro-batch, T positions, K heads.
 
 import math
 import resource
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.data.packing import PackedDataset, collate
@@ -37,27 +37,63 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def epoch_dataloader(
-    dataset: PackedDataset, batch_size: int, rank: int, world: int
-) -> StatefulDataLoader:
+class PackSampler(Sampler[int]):
     """One epoch of a rank, which reads packs r, r + world, ...
 
     Together the ranks see the packs in order, so the joint micro-batch does not depend on how many
-    share it. Make a new one each epoch: packing anew changes the number of packs a little.
+    share it. The state is the number of packs that all ranks together have read: another number of
+    ranks goes on at the same pack.
+
+    Args:
+        n_packs: of the epoch.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(self, n_packs: int, rank: int, world: int) -> None:
+        self._n_packs, self._rank, self._world = n_packs, rank, world
+        self._read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(self._read + self._rank, self._n_packs, self._world):
+            self._read += self._world
+            yield index
+
+    def state_dict(self) -> dict[str, int]:
+        return {"packs": self._read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._read = state["packs"]
+
+
+def epoch_dataloader(
+    dataset: PackedDataset, batch_size: int, rank: int, world: int, packs_per_step: int
+) -> StatefulDataLoader:
+    """One epoch of a rank, of whole optimizer steps; its state goes on with any number of ranks.
+
+    Make a new one each epoch: packing anew changes the number of packs a little.
+
+    Args:
+        dataset: packs of the epoch.
+        batch_size: packs of a rank's micro-batch.
+        rank: of this process.
+        world: number of processes.
+        packs_per_step: packs of an optimizer step. An epoch that has fewer is one of whole joint
+            micro-batches.
 
     Raises:
         ValueError: if the data set has fewer packs than one joint micro-batch.
     """
-    if len(dataset) < world * batch_size:
+    n_packs, joint = len(dataset), world * batch_size
+    if n_packs < joint:
         raise ValueError(
-            f"the dataset packs into {len(dataset)} rows of {dataset.max_seq_len} tokens, fewer "
+            f"the dataset packs into {n_packs} rows of {dataset.max_seq_len} tokens, fewer "
             f"than one joint micro-batch of {world} ranks x {batch_size}: lower batch_size or add "
             "data"
         )
-    sampler = StatefulDistributedSampler(dataset, world, rank, shuffle=False, drop_last=True)
-    return StatefulDataLoader(
-        dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=True
-    )
+    whole = packs_per_step if n_packs >= packs_per_step else joint
+    sampler = PackSampler(n_packs // whole * whole, rank, world)
+    return StatefulDataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate)
 
 
 def heldout_batches(
@@ -118,27 +154,6 @@ def heldout_losses(model: nn.Module, batches: Iterable[dict]) -> list[float]:
             f"the held-out losses of the heads are {losses}: check the checkpoint and the dtype"
         )
     return losses
-
-
-def check_finite(step: int, figures: Mapping[str, torch.Tensor | None]) -> None:
-    """Stop a run before an update with what is no number; waits for the device.
-
-    Args:
-        step: the optimizer step that comes.
-        figures: scalars by name, equal on all ranks, so that all stop together. None is passed
-            over.
-
-    Raises:
-        TrainingError: if one is NaN or infinite.
-    """
-    for name, figure in figures.items():
-        value = 0.0 if figure is None else float(figure)
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the {name} of step {step} is {value}: the run stops before this update, "
-                "and what was saved before is untouched. Lower optimizer.lr, or look at the data "
-                "and the checkpoints"
-            )
 
 
 def step_metrics(

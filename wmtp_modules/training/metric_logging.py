@@ -8,6 +8,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -55,15 +56,14 @@ class JSONLLogger(MetricLoggerInterface):
         self._line_start = end - (len(json.dumps(self._line)) + 1 if lines else 0)
 
     def _kept_lines(self, resume_step: int) -> list[dict]:
-        text = self._path.read_text(encoding="utf-8")
-        complete, _, _ = text.rpartition("\n")
+        complete, _, _ = self._path.read_bytes().rpartition(b"\n")
         kept = []
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 record = json.loads(line)
                 if record["step"] <= resume_step:
                     kept.append(record)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{self._path} line {number} is no JSON object with a step: {line[:80]!r}; "
                     "mend or move the file to resume"
@@ -113,7 +113,7 @@ class MLflowLogger(MetricLoggerInterface):
             twice, at their own times.
 
     Raises:
-        ValueError: if no tracking URI is known, or the run is not there.
+        ValueError: if no tracking URI is known, the store cannot be used, or the run is not there.
     """
 
     def __init__(
@@ -139,21 +139,29 @@ class MLflowLogger(MetricLoggerInterface):
         from mlflow.exceptions import MlflowException
 
         database = _sqlite_file(uri)
-        if database:
-            uri = f"sqlite:///{database}"
-            with _lock_beside(database):
-                self._client = MlflowClient(tracking_uri=uri)
-        else:
-            self._client = MlflowClient(tracking_uri=uri)
-        self.tracking_uri = uri
         self._resumed = run_id is not None
-        if run_id is None:
-            artifacts = (database.parent / "mlflow_artifacts").as_uri() if database else None
-            experiment_id = self._experiment_id(experiment_name, artifacts)
-            self.run_id = self._client.create_run(
-                experiment_id, run_name=run_name, tags=code_version()
-            ).info.run_id
-        else:
+        try:
+            if database:
+                uri = f"sqlite:///{database}"
+                with _lock_beside(database):
+                    self._client = MlflowClient(tracking_uri=uri)
+            else:
+                self._client = MlflowClient(tracking_uri=uri)
+            if run_id is None:
+                artifacts = (database.parent / "mlflow_artifacts").as_uri() if database else None
+                experiment_id = self._experiment_id(experiment_name, artifacts)
+                self.run_id = self._client.create_run(
+                    experiment_id, run_name=run_name, tags=code_version()
+                ).info.run_id
+        except Exception as error:  # of MLflow, SQLAlchemy, a driver, or what the server answers
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"the MLflow store {_without_password(uri)} cannot be used "
+                f"({_without_password(reason)}): check metric_logger.tracking_uri, or the "
+                "environment variable MLFLOW_TRACKING_URI, which goes before it"
+            ) from error
+        self.tracking_uri = uri
+        if run_id is not None:
             try:
                 self._client.update_run(run_id, status="RUNNING")
             except MlflowException as error:
@@ -183,10 +191,8 @@ class MLflowLogger(MetricLoggerInterface):
         """Where the run is and the command that shows it; empty on other ranks than 0."""
         if self._client is None:
             return ""
-        return (
-            f"run {self.run_id} in {self.tracking_uri} "
-            f"(mlflow ui --backend-store-uri {self.tracking_uri})"
-        )
+        uri = _without_password(self.tracking_uri)  # it is printed, and written to summary.json
+        return f"run {self.run_id} in {uri} (mlflow ui --backend-store-uri {uri})"
 
     def log_config(self, config: DictConfig) -> None:
         """Store the resolved config as the artifact ``config.yaml`` and its keys as parameters.
@@ -246,7 +252,20 @@ class MLflowLogger(MetricLoggerInterface):
 def _sqlite_file(uri: str) -> Path | None:
     """Absolute path of the file of an SQLite URI; None for another store."""
     prefix = "sqlite:///"
-    return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None
+    if not uri.startswith(prefix):
+        return None
+    file = Path(uri.removeprefix(prefix)).absolute()
+    if file.is_dir():  # SQLAlchemy would try for two minutes
+        raise ValueError(
+            f"the MLflow store {uri} is a folder: name a file in it, such as "
+            "sqlite:///runs/mlflow.db"
+        )
+    return file
+
+
+def _without_password(text: str) -> str:
+    """A URI, or an error that quotes one, to be shown."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 @contextmanager

@@ -1,19 +1,20 @@
 """The runs that one config asks for: required ones, controls, and the table of their figures."""
 
+import functools
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from wmtp_modules.training.config import ConfigError
+from wmtp_modules.training.config_file import load_config, read_config
+from wmtp_modules.training.disk import new_file
 
 # A rank reports what it alone found after this many seconds; torchrun ends it before where rank 0
 # found the same, reported and left.
@@ -39,6 +40,18 @@ def one_sentence(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(sentence)
 
 
+def parse(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+    """Decorator of a recipe's main: the config that the command line names, or one sentence."""
+
+    @functools.wraps(main)
+    def wrapper() -> None:
+        with one_sentence(ValueError, OSError):
+            cfg = read_config(description=sys.modules[main.__module__].__doc__)
+        main(cfg)
+
+    return wrapper
+
+
 def required_runs(cfg: DictConfig) -> Iterator[DictConfig]:
     """Configs that ``requires`` names, on this run's device; done ones are not run again.
 
@@ -48,11 +61,9 @@ def required_runs(cfg: DictConfig) -> Iterator[DictConfig]:
     for path in cfg.get("requires") or []:
         inherited = {key: cfg[key] for key in ("device", "assets_dir") if key in cfg}
         try:
-            required = OmegaConf.load(path)
-        except (OSError, YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"requires: {path!r} cannot be read ({error})") from error
-        if not isinstance(required, DictConfig):
-            raise ConfigError(f"requires: {path!r} is a list, not the config of a run")
+            required = load_config(path)
+        except ConfigError as error:
+            raise ConfigError(f"requires: {error}") from error
         # Resuming makes a finished one a no-op and goes on with one that was killed.
         yield OmegaConf.merge(required, inherited, {"resume_from_checkpoint": True})
 
@@ -67,14 +78,15 @@ def control_runs(cfg: DictConfig) -> Iterator[DictConfig]:
 
 
 def write_summary(output_dir: Path, summary: dict) -> None:
-    """Write ``summary.json``.
+    """Write ``summary.json``, whole or not at all: its being there marks a run as complete.
 
     Raises:
         ValueError: if a figure is NaN or infinite, which JSON cannot hold.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(summary, indent=1, allow_nan=False)
-    (output_dir / "summary.json").write_text(text)
+    with new_file(output_dir / "summary.json") as unfinished:
+        unfinished.write_text(text)
 
 
 def is_done(cfg: DictConfig) -> bool:

@@ -1,105 +1,478 @@
-"""What a run needs to go on: sharded model and optimizer, and each rank's own position.
+"""What a run needs to go on: sharded model and optimizer, the run's position, each rank's own part.
 
-A state is a folder ``step_000123`` made by ``torch.distributed.checkpoint``; beside its shards
-each rank keeps its data position and random state. It is written under a temporary name and
-renamed when all ranks are done.
+A state is a folder ``step_000123`` on a file system that all ranks share:
+
+- shards and ``.metadata`` of ``torch.distributed.checkpoint``: tensors of model and optimizer;
+- ``run.pt``: what is the same on all ranks; ``rank_<r>.pt``: random state of one;
+- ``manifest.json``: size and sha256 of every other file.
+
+It is copied at once and written while training goes on, under a temporary name, every file
+synced, and renamed when all of it is there. So what has the name is complete, unless something
+damaged it since, which the manifest tells.
 """
 
+import hashlib
+import json
+import logging
+import pickle
+import random
 import re
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune.training.metric_logging import flatten_dict
 
-from wmtp_modules.training.distributed import patient_barrier
+from wmtp_modules.training.disk import disk_errors, sync
+
+log = logging.getLogger(__name__)
 
 # What may change when a run goes on: where it lies, its length, and what does not touch its sums.
 FREE_KEYS = (
-    *("output_dir", "resume_from_checkpoint", "max_steps", "run_val_every_n_steps"),
-    *("save_every_n_steps", "log_every_n_steps", "metric_logger", "profiler", "controls"),
-    *("requires", "prepare", "compile", "enable_activation_checkpointing"),
-    "allow_uninformative_critic",
+    *("output_dir", "resume_from_checkpoint", "max_steps", "run_val_every_n_steps", "replay"),
+    *("save_every_n_steps", "keep_last", "log_every_n_steps", "metric_logger", "profiler"),
+    *("max_hours", "collective_timeout_s", "max_skipped_steps", "controls", "requires", "prepare"),
+    *("compile", "enable_activation_checkpointing", "allow_uninformative_critic"),
+    # Only their product with the number of ranks counts, see ``check_same_run``.
+    *("batch_size", "gradient_accumulation_steps"),
 )
 # Where tables and critics lie: what is in them is proven when they are opened.
 FREE_PATHS = ("table_dir", "batch_tokens", "critic.checkpoint_dir")
 
+MANIFEST = "manifest.json"
 
-def save_training_state(
-    parent: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, own: dict[str, Any]
-) -> Path:
-    """Write ``parent/step_<step>`` on all ranks together and drop older states.
+
+class TrainingStates:
+    """The states of one run. Every rank makes one and calls the same methods in the same order.
 
     Args:
-        parent: folder of a run's states.
-        step: optimizer steps done.
-        model: sharded model.
-        optimizer: its optimizer.
-        own: this rank's part: plain values and tensors.
+        parent: their folder, shared by all ranks.
+        keep_last: states to keep. Damaged ones do not count and are never deleted.
     """
-    rank = dist.get_rank()
-    final = parent / f"step_{step:06d}"
-    partial = parent / f"step_{step:06d}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    patient_barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
-    torch.save(own, partial / f"rank_{rank}.pt")
-    patient_barrier()
-    if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
+
+    def __init__(self, parent: Path, keep_last: int) -> None:
+        self._parent = parent
+        self._keep_last = keep_last
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        # Threads that write talk over a group of their own, and may take long.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        pinned = torch.cuda.is_available()  # copies from the GPU at full speed, buffers kept
+        self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="training_state")
+        self._writing: Future | None = None
+        self._damaged: set[str] = set()
+        self.last_step: int | None = None  # of the newest that was saved or loaded
+        self.seconds = 0.0  # that the slowest took until it was on the disk
+
+    # --------------------------------------------------------------- writing
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict, own: dict
+    ) -> None:
+        """Copy a state; it is written while the caller goes on.
+
+        Waits for the one before. ``wait`` tells when, and whether, it is on the disk.
+
+        Args:
+            step: optimizer steps done.
+            model: sharded model.
+            optimizer: its optimizer.
+            run: plain values and tensors, the same on all ranks.
+            own: this rank's.
+
+        Raises:
+            OSError: if the one before could not be written.
+        """
+        self.wait()
+        started = time.perf_counter()
+        tensors, plain = _split(model, optimizer)
+        partial = self._parent / f"step_{step:06d}.partial"
+        self._on_rank_zero(lambda: _make_anew(partial))
+        run = {"world": self._world, "optimizer": plain, **run}
+        written = dcp.async_save(
+            tensors,
+            storage_writer=_Writer(partial),
+            async_stager=self._stager,
+            process_group=self._group,
+        )
+        self._writing = self._writer.submit(self._finish, written, partial, run, own, started)
+        self.last_step = step
+
+    def wait(self) -> None:
+        """Until what was saved last is complete under its name.
+
+        Raises:
+            OSError: if it could not be written, on all ranks; earlier states are untouched.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether ``wait`` would raise at once; ranks see it at different times."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
+    def drop_all(self) -> None:
+        """Delete the states, half-written ones too, and nothing else in their folder."""
+        self._on_rank_zero(lambda: _drop(self._parent, r"step_\d+(\.partial|\.dropped)?"))
+
+    def close(self) -> None:
+        """Wait, and give threads and buffers back."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            self._stager.close()
+
+    def _finish(self, written: Future, partial: Path, run: dict, own: dict, started: float) -> None:
+        """Everything after the shards, in the thread that writes."""
+
+        def own_files() -> dict[str, dict]:
+            try:
+                written.result()
+            except CheckpointException as error:  # DCP's text is the traceback of every rank
+                raise next(iter(error.failures.values()))[0] from error
+            _save(own, partial / f"rank_{self._rank}.pt")
+            mine = [*partial.glob(f"__{self._rank}_*"), partial / f"rank_{self._rank}.pt"]
+            if self._rank == 0:
+                _save(run, partial / "run.pt")
+                mine += [partial / ".metadata", partial / "run.pt"]
+            return {f.name: {"size": f.stat().st_size, "sha256": file_hash(f)} for f in mine}
+
+        final = partial.with_suffix("")
+        try:
+            files = self._together(own_files)
+            self._on_rank_zero(lambda: self._publish(partial, final, files))
+            self.seconds = max(self.seconds, time.perf_counter() - started)
+        except OSError as error:
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"the training state {final} could not be written ({error}). Earlier states are "
+                "untouched: make room or mend the disk, and go on with "
+                "resume_from_checkpoint=true"
+            ) from error
+
+    def _publish(self, partial: Path, final: Path, files: dict[str, dict]) -> None:
+        (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        sync(partial / MANIFEST)
+        sync(partial)
+        if final.exists():  # a damaged one, or one of a run that was taken back further
+            _set_aside(final)
         partial.rename(final)
-        drop_training_states(parent, keep=final)
-    patient_barrier()
-    return final
+        sync(self._parent)
+        step = _step_of(final)
+        older = sorted((p for p in _states(self._parent) if _step_of(p) < step), key=_step_of)
+        _drop(self._parent, r"step_\d+(\.partial|\.dropped)")  # what a kill left
+        sound = [path for path in older if path.name not in self._damaged]
+        for path in sound[: max(0, len(sound) - self._keep_last + 1)]:
+            _delete(path)
+
+    # --------------------------------------------------------------- reading
+
+    def newest(self) -> Path | None:
+        """The sound state with the most steps; None if there is none at all.
+
+        A damaged one is named in a warning, passed over and kept. All ranks share the reading.
+
+        Raises:
+            ValueError: if there are states and all of them are damaged.
+        """
+        found = sorted(self._on_rank_zero(lambda: _states(self._parent)), key=_step_of)
+        problems = []
+        for folder in reversed(found):
+            problem = self._damage(folder)
+            if problem is None:
+                return folder
+            self._damaged.add(folder.name)
+            problems.append(f"{folder} is damaged ({problem})")
+            if self._rank == 0:
+                log.warning("%s: it is passed over and kept", problems[-1])
+        if problems:
+            raise ValueError(
+                f"no training state can be resumed: {'; '.join(problems)}. Bring one back from a "
+                f"copy, or move {self._parent} away to start over"
+            )
+        return None
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with a state, the same on all ranks."""
+
+        def read_manifest() -> dict | str:
+            try:
+                files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+                return {_file_name(name): (f["size"], f["sha256"]) for name, f in files.items()}
+            except FileNotFoundError:
+                return f"it has no {MANIFEST}"
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+
+        files = self._on_rank_zero(read_manifest)
+        if isinstance(files, str):
+            return files
+        problem = None
+        for name, (size, digest) in [*files.items()][self._rank :: self._world]:
+            path = folder / name
+            if not path.is_file():
+                problem = f"{name} is missing"
+            elif path.stat().st_size != size:
+                problem = f"{name} has {path.stat().st_size} bytes, not {size}"
+            elif file_hash(path) != digest:
+                problem = f"the content of {name} has changed"
+        problems = [None] * self._world
+        dist.all_gather_object(problems, problem, group=self._group)
+        return next(filter(None, problems), None)
+
+    def load(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Fill model and optimizer in place, whatever the number of ranks that saved.
+
+        Args:
+            folder: a sound state.
+            model: the model, sharded as it will be trained.
+            optimizer: its optimizer.
+
+        Returns:
+            The run's part, and this rank's own; None if no rank of this number had saved.
+
+        Raises:
+            ValueError: if the state holds anything but tensors and plain values, or not those of
+                this model and optimizer.
+        """
+        run = read_run(folder)
+        if run["optimizer"]:
+            get_optimizer_state_dict(model, optimizer)  # makes the tensors that will be filled
+        tensors, _ = _split(model, optimizer)
+        try:
+            dcp.load(
+                tensors,
+                storage_reader=_SafeReader(folder),
+                planner=_TensorsOnly(),
+                process_group=self._group,
+            )
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise ValueError(
+                f"{folder} does not hold this model and optimizer ({cause}): it was written by "
+                "another run, or by something else"
+            ) from cause
+        _put_back(model, optimizer, tensors, run["optimizer"])
+        self.last_step = run["step"]
+        path = folder / f"rank_{self._rank}.pt"
+        return run, (_load_plain(path) if path.exists() else None)
+
+    # ---------------------------------------------------------- among the ranks
+
+    def _together(self, work: Callable[[], dict]) -> dict:
+        """Do a part on every rank; its union on all, or what went wrong on any, on all."""
+        error, outcome = None, {}
+        try:
+            outcome = work()
+        except Exception as caught:  # whatever it is, the others must not wait for ever
+            error, outcome = caught, f"rank {self._rank}: {caught or type(caught).__name__}"
+        outcomes = [None] * self._world
+        dist.all_gather_object(outcomes, outcome, group=self._group)
+        for one in outcomes:
+            if isinstance(one, str):
+                raise OSError(one) from error
+        return {key: value for one in outcomes for key, value in one.items()}
+
+    def _on_rank_zero(self, work: Callable[[], Any]) -> Any:
+        """Do it on rank 0; its result, or what went wrong, on all."""
+        done = self._together(lambda: {"result": work()} if self._rank == 0 else {})
+        return done["result"]
 
 
-def drop_training_states(parent: Path, keep: Path | None = None) -> None:
-    """Delete the states below ``parent``, half-written ones too, and nothing else there."""
+def read_run(folder: Path) -> dict[str, Any]:
+    """What is the same on all ranks in a state, such as its step and config."""
+    return _load_plain(folder / "run.pt")
+
+
+def _states(parent: Path) -> list[Path]:
+    return [path for path in parent.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep a state whose name is needed."""
+    n = 0
+    while (aside := folder.with_name(f"{folder.name}.kept{n}")).exists():
+        n += 1
+    folder.rename(aside)
+    log.warning("%s was there already and is kept as %s", folder, aside.name)
+
+
+def _drop(parent: Path, pattern: str) -> None:
     for folder in parent.glob("step_*"):
-        if folder != keep and re.fullmatch(r"step_\d+(\.partial)?", folder.name):
+        if re.fullmatch(pattern, folder.name):
             shutil.rmtree(folder)
 
 
-def newest_training_state(parent: Path) -> Path | None:
-    """The complete state with the most steps below ``parent``, or None."""
-    complete = [p for p in parent.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return max(complete, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+def _delete(folder: Path) -> None:
+    """Rename first: what a kill leaves must not look like a state."""
+    dropped = folder.with_name(f"{folder.name}.dropped")
+    folder.rename(dropped)
+    shutil.rmtree(dropped)
 
 
-def load_training_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Fill model and optimizer in place and return this rank's part.
-
-    Raises:
-        ValueError: if the state was written by another number of ranks.
-    """
-    own = _own_part(folder)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    return own
+def _save(value: dict, path: Path) -> None:
+    with path.open("wb") as file, disk_errors():
+        torch.save(value, file)
+    sync(path)
 
 
-def _own_part(folder: Path) -> dict[str, Any]:
-    """What this rank put into a state."""
-    saved_world = len(list(folder.glob("rank_*.pt")))
-    if saved_world != dist.get_world_size():
+def _load_plain(path: Path) -> dict[str, Any]:
+    """A file of plain values and tensors; a pickle that would run code is refused."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{folder} was written by {saved_world} ranks and cannot be resumed by "
-            f"{dist.get_world_size()}: start as many"
-        )
-    return torch.load(folder / f"rank_{dist.get_rank()}.pt", weights_only=True)
+            f"{path} carries Python code or objects and was not opened: it is not of this package"
+        ) from error
+
+
+def file_hash(path: Path) -> str:
+    """sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_name(name: str) -> str:
+    """A name from a file, which must not lead out of the folder."""
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is no file name")
+    return name
+
+
+# ------------------------------------------------------------- what DCP reads and writes
+
+
+def _split(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """Tensors of model and optimizer, each under a name of its own, and the optimizer's rest.
+
+    An optimizer that has not stepped yet has nothing to save. DCP would step it to see what it
+    will have, and Adam's count of steps would be one ahead.
+    """
+    if not optimizer.state:
+        return {"model": get_model_state_dict(model)}, {}
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    values = {
+        f"{parameter}/{name}": value
+        for parameter, state in optimizer_state["state"].items()
+        for name, value in state.items()
+    }
+    tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
+    plain = {
+        "values": {name: value for name, value in values.items() if name not in tensors},
+        "param_groups": optimizer_state["param_groups"],
+    }
+    return {"model": model_state, "optimizer": tensors}, plain
+
+
+def _put_back(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict, plain: dict
+) -> None:
+    if not plain:
+        set_model_state_dict(model, tensors["model"])
+        return
+    state: dict[str, dict] = {}
+    for key, value in (plain["values"] | tensors["optimizer"]).items():
+        parameter, name = key.rsplit("/", 1)
+        state.setdefault(parameter, {})[name] = value
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict={"state": state, "param_groups": plain["param_groups"]},
+    )
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, which syncs its files, with the reason where a disk is full."""
+
+    def write_data(self, *args: Any):
+        with disk_errors():
+            return super().write_data(*args)
+
+
+class _TensorsOnly(dcp.DefaultLoadPlanner):
+    """DCP unpickles anything that is no tensor without restriction; a state of ours has none."""
+
+    def load_bytes(self, read_item, value) -> None:
+        raise ValueError(f"{read_item.dest_index.fqn} is no tensor")
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_METADATA_PARTS = {
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+    *((_METADATA, name) for name in ("TensorStorageMetadata", "TensorProperties")),
+    *((_METADATA, name) for name in ("ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds what DCP's ``.metadata`` is made of and refuses anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) not in _METADATA_PARTS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is none of a state")
+        return super().find_class(module, name)
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """DCP's reader, which would run the code of a pickle and follow names out of the folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any):
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+            for info in metadata.storage_data.values():
+                _file_name(info.relative_path)
+        except Exception as error:  # whatever a damaged pickle raises
+            raise ValueError(f"{path} was not opened: {error}") from error
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+# -------------------------------------------------------------------- whose state it is
 
 
 def resolved(cfg: DictConfig) -> dict:
@@ -107,21 +480,32 @@ def resolved(cfg: DictConfig) -> dict:
     return OmegaConf.to_container(cfg, resolve=True)
 
 
-def check_same_run(folder: Path, cfg: DictConfig) -> None:
+def packs_per_step(config: dict | DictConfig, world: int) -> int:
+    """Packed rows of one optimizer step, over all ranks and micro-batches."""
+    return world * config["batch_size"] * config["gradient_accumulation_steps"]
+
+
+def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
     """Make sure that a state is of this very run, but for what may change (``FREE_KEYS``).
 
+    Another number of ranks is no other run where one step sees as many packs as before.
+
     Args:
-        folder: a state whose own parts hold ``step`` and the ``resolved`` ``config``.
+        folder: a state whose run's part holds ``step``, ``world`` and the ``resolved`` ``config``.
         cfg: config of the run that goes on.
+        world: ranks that go on.
+
+    Returns:
+        The run's part.
 
     Raises:
-        ValueError: if another key differs, more steps are done than the run shall have, or the
-            number of ranks is another.
+        ValueError: if another key differs, more steps are done than the run shall have, or a step
+            would see another number of packs.
     """
-    own = _own_part(folder)
+    run = read_run(folder)
     before, now = (
         flatten_dict({key: value for key, value in one.items() if key not in FREE_KEYS})
-        for one in (own["config"], resolved(cfg))
+        for one in (run["config"], resolved(cfg))
     )
     differences = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
@@ -133,9 +517,67 @@ def check_same_run(folder: Path, cfg: DictConfig) -> None:
             f"{folder} was written under another config ({'; '.join(differences)}): set these "
             "back, or start another run with resume_from_checkpoint: false and another output_dir"
         )
-    if own["step"] > cfg.max_steps:
+    packs_before, packs = packs_per_step(run["config"], run["world"]), packs_per_step(cfg, world)
+    if packs_before != packs:
         raise ValueError(
-            f"{folder} has {own['step']} steps done, more than max_steps {cfg.max_steps}: raise it"
+            f"{folder} was written with {packs_before} packs in a step, and {world} ranks x "
+            f"batch_size {cfg.batch_size} x gradient_accumulation_steps "
+            f"{cfg.gradient_accumulation_steps} are {packs}: choose them so that it stays "
+            f"{packs_before}"
+        )
+    if run["step"] > cfg.max_steps:
+        raise ValueError(
+            f"{folder} has {run['step']} steps done, more than max_steps {cfg.max_steps}: raise it"
+        )
+    return run
+
+
+def notes_on_resume(
+    run: dict[str, Any], cfg: DictConfig, world: int, epoch_packs: int
+) -> list[str]:
+    """What a user should know when ranks share the packs otherwise than before.
+
+    Args:
+        run: of ``check_same_run``.
+        cfg: config of the run that goes on.
+        world: ranks that go on.
+        epoch_packs: packs of an epoch, about.
+    """
+    notes = []
+    if run["world"] != world:
+        notes.append(
+            f"It was saved by {run['world']} ranks and goes on with {world}: the packs come in "
+            "the same order, random states begin anew"
+        )
+    before, now = run["world"] * run["config"]["batch_size"], world * cfg.batch_size
+    if before != now:
+        note = f"Joint micro-batches have {now} packs, before {before}: "
+        if cfg.weighting.name == "uniform":
+            note += "uniform weights do not depend on that"
+        else:
+            note += (
+                f"the weights of {cfg.weighting.name} do, so losses differ from those of an "
+                "uninterrupted run. Keep ranks x batch_size to have the same"
+            )
+        if epoch_packs < packs_per_step(cfg, world):
+            note += ". An epoch is shorter than a step and now ends at another pack"
+        notes.append(note)
+    return notes
+
+
+def check_not_begun(output_dir: Path) -> None:
+    """Make sure that a run which starts over does not delete one that was interrupted.
+
+    Raises:
+        ValueError: if ``output_dir`` holds states of a run that did not come to its end.
+    """
+    parent = output_dir / "training_state"
+    if _states(parent) and not (output_dir / "summary.json").exists():
+        steps = max(map(_step_of, _states(parent)))
+        raise ValueError(
+            f"{output_dir} holds a run that was interrupted after step {steps} or later: set "
+            "resume_from_checkpoint=true to go on with it, take another output_dir, or delete "
+            f"{parent} to start over"
         )
 
 
@@ -149,16 +591,24 @@ def resume_schedule_(scheduler: LRScheduler, state: dict) -> None:
     scheduler.step()
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """States of the generators that dropout and the like draw from on a device."""
-    state = {"cpu": torch.get_rng_state()}
+def random_state(device: torch.device) -> dict[str, Any]:
+    """States of the generators of Python, NumPy and torch, on the CPU and on a GPU."""
+    name, keys, *numbers = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *numbers),
+        "cpu": torch.get_rng_state(),
+    }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put the generators where ``random_state`` found them."""
+    random.setstate(state["python"])
+    name, keys, *numbers = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,127 @@
+"""Folders and files that appear under their names only when the disk has all of them."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder beside ``folder`` that takes its name, and its place, when all is on the disk.
+
+    What is under the name stays as it is until then, also when the block raises or the process is
+    killed; a half-filled folder does not outlive it.
+
+    Args:
+        folder: the name to give.
+
+    Raises:
+        OSError: if the disk is full or fails; says so, with the folder's name.
+    """
+    folder = folder.absolute()
+    recover_folder(folder)
+    partial, old = _beside(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        shutil.rmtree(old, ignore_errors=True)
+        while partial.exists():
+            if folder.exists():
+                folder.rename(old)
+            try:
+                partial.rename(folder)
+            except OSError as error:  # a reader has just put the old one back
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder} could not be written ({error.strerror or error}); what was there before is "
+            "untouched: make room and start the same command again",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover_folder(folder: str | Path) -> None:
+    """Put back what ``new_folder`` had moved aside when it was killed before the new one came.
+
+    Safe beside a process that is writing the folder: it finds its own way again.
+
+    Args:
+        folder: the name that ``new_folder`` was given.
+    """
+    folder = Path(folder).absolute()
+    _, old = _beside(folder)
+    if old.is_dir() and not folder.exists():
+        with suppress(OSError):  # another rank, or the writer, was faster
+            old.rename(folder)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where a new folder is filled, and where the earlier one is while they change places."""
+    return folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """What torch and safetensors make of a full disk, as the OSError that it was.
+
+    torch raises RuntimeError ("unexpected pos") while it handles the OSError of the file below:
+    give it an open file, as of a path it keeps no reason. safetensors raises an error of its own
+    that ends in the number.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number:
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file beside ``path`` that takes its name when the disk has it.
+
+    Raises:
+        OSError: if the disk is full or fails; says so, with the file's name.
+    """
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        with disk_errors():
+            yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror or error}); what was there before is "
+            "untouched: make room and start the same command again",
+        ) from error
