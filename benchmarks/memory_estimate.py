@@ -5,7 +5,7 @@
 Every row trains the Rho-1 recipe in fresh processes on the CPU and measures its second and third
 optimizer step, each from the end of the update before to the end of its own. Measured is what the
 kernel says: the high-water mark of resident memory, reset before the step, less file pages, less
-anonymous memory before ``setup``. glibc is told to give memory back at once
+anonymous memory before the recipe starts. glibc is told to give memory back at once
 (MALLOC_MMAP_THRESHOLD_). One row is measured a second way, by the allocations that torch's profiler
 records. Predicted is what ``wmtp_modules.estimate_memory`` says of the same config.
 
@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 from common import anonymous_bytes, hardware
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from wmtp_modules.models.convert_weights import parameter_shapes
 from wmtp_modules.quickstart import stdlib_files, train_tokenizer
@@ -60,7 +61,7 @@ ROWS = [
 PROFILED = ROWS[0][0]
 
 
-def make_assets(folder: Path) -> dict:
+def make_assets(folder: Path) -> DictConfig:
     """Tokenizer, data and a next-token reference; the config that all rows start from."""
     texts = [file.read_text(errors="replace") for file in stdlib_files()[:60]]
     train_tokenizer(folder, texts, VOCABULARY)
@@ -81,45 +82,31 @@ def make_assets(folder: Path) -> dict:
     shapes = parameter_shapes(reference).items()
     tensors = ((key, torch.empty(shape).normal_(std=0.02)) for key, shape in shapes)
     write_meta(tensors, reference, folder / "reference", folder / "tokenizer.model")
+
+    cfg = OmegaConf.load(ROOT / "configs" / "quickstart" / "base.yaml")
+    for key in ("prepare", "requires", "controls", "metric_logger"):
+        cfg.pop(key, None)
     rows_of = {"_component_": "wmtp_modules.data.rows_dataset"}
-    return {
-        "device": "cpu",
-        "dtype": "fp32",
-        "fp32_master_weights": True,
-        "seed": 0,
-        "resume_from_checkpoint": False,
+    return cfg | {
+        "assets_dir": str(folder),  # where the tokenizer is
         "model": {"_component_": "wmtp_modules.models.mtp_llama2", **args},
-        "checkpointer": None,
-        "tokenizer": {
-            "_component_": "torchtune.models.llama2.llama2_tokenizer",
-            "path": str(folder / "tokenizer.model"),
-            "max_seq_len": 512,
-        },
-        "dataset": rows_of | {"source": str(folder / "train.jsonl")},
-        "dataset_val": rows_of | {"source": str(folder / "heldout.jsonl")},
+        "tokenizer": {"max_seq_len": 512},
+        "dataset": rows_of | {"source": f"{folder}/train.jsonl"},
+        "dataset_val": rows_of | {"source": f"{folder}/heldout.jsonl"},
         "batch_size": 4,
         "gradient_accumulation_steps": 1,
         "weighting": {"name": "uniform"},
         "reference": {
             "mode": "online",
-            "checkpointer": {"checkpoint_dir": str(folder / "reference")},
-            "table_dir": str(folder / "scores"),
+            "checkpointer": {"checkpoint_dir": f"{folder}/reference"},
+            "table_dir": f"{folder}/scores",
             "batch_tokens": 4096,
         },
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-4},
-        "num_warmup_steps": 1,
-        "clip_grad_norm": 1.0,
-        "max_steps": 4,
-        "run_val_every_n_steps": 100,
-        "save_every_n_steps": 100,
-        "log_every_n_steps": 100,
         "enable_activation_checkpointing": False,
-        "compile": False,
         "metric_logger": {
             "_component_": "torchtune.training.metric_logging.DiskLogger",
-            "log_dir": str(folder / "logs"),
+            "log_dir": f"{folder}/logs",
         },
-        "profiler": {"enabled": False},
     }
 
 
@@ -134,19 +121,12 @@ def status_bytes(*names: str) -> list[int]:
 
 def train_and_measure(config_file: str, out: Path, profiled: bool) -> None:
     """Train as one rank, write the peak of each step but the first and end the process."""
-    recipe = runpy.run_path(str(ROOT / "recipes" / "rho1_wmtp_distributed.py"), run_name="recipe")
-    cfg = OmegaConf.load(config_file)
-    recipe["check"](cfg)
-    device, mesh = recipe["init_process_group"]("cpu")
-    rank = int(os.environ.get("RANK", 0))
+    recipe = str(ROOT / "recipes" / "rho1_wmtp_distributed.py")
+    runpy.run_path(recipe, run_name="imported")  # what importing takes is not the step's
     before = anonymous_bytes()
     profiler = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     )
-    if profiled:
-        profiler.start()
-    run = recipe["Rho1WMTPRecipeDistributed"](cfg, device, mesh)
-    run.setup()
     peaks = []
 
     def after_update(*_) -> None:
@@ -158,11 +138,15 @@ def train_and_measure(config_file: str, out: Path, profiled: bool) -> None:
                 profiler.stop()
                 profiler.export_chrome_trace(f"{out}.trace")
                 peaks[1:] = largest_allocations(Path(f"{out}.trace"))
+            rank = os.environ.get("RANK", 0)
             Path(f"{out}.{rank}").write_text(json.dumps(peaks[1:]))
             os._exit(0)  # what comes after, saving included, is of no interest here
 
-    run._optimizer.register_step_post_hook(after_update)
-    run.train()
+    register_optimizer_step_post_hook(after_update)
+    if profiled:
+        profiler.start()
+    sys.argv = [recipe, "--config", config_file]
+    runpy.run_path(recipe, run_name="__main__")
 
 
 def largest_allocations(trace: Path) -> list[int]:
@@ -215,7 +199,7 @@ def main() -> int:
     good = True
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        base = OmegaConf.create(make_assets(folder))
+        base = make_assets(folder)
         for i, (name, ranks, changes) in enumerate(ROWS[: args.rows]):
             row = folder / f"row{i}"
             cfg = OmegaConf.merge(base, changes, {"output_dir": str(row)})

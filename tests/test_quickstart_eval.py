@@ -228,7 +228,7 @@ def test_a_failed_training_is_one_sentence(assets, monkeypatch):
 
 
 def test_a_missing_config_is_named(assets, monkeypatch):
-    with pytest.raises(ValueError, match=r"'gone\.yaml' cannot be read"):
+    with pytest.raises(ValueError, match=r"gone\.yaml cannot be read"):
         prepare_functions(str(assets), **ARGUMENTS | {"model_config": "gone.yaml"})
 
 

@@ -12,8 +12,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torchtune.models.llama2 import Llama2Tokenizer
 
+from wmtp_modules.models import MTPTransformer
 from wmtp_modules.training.config import (
     Above,
     AtLeast,
@@ -35,8 +38,10 @@ SCHEMA = {
     "dtype": ("bf16", "fp32"),
     "fp32_master_weights": bool,
     "seed": AtLeast(int, 0),
-    "model": Component(),
-    "tokenizer": Component(keys={"path": str, "max_seq_len": AtLeast(int, 2)}),
+    "model": Component(makes=MTPTransformer),
+    "tokenizer": Component(
+        keys={"path": str, "max_seq_len": AtLeast(int, 2)}, makes=Llama2Tokenizer
+    ),
     "batch_size": AtLeast(int, 1),
     "gradient_accumulation_steps": AtLeast(int, 1),
     "weighting": TokenWeighting,
@@ -48,7 +53,9 @@ SCHEMA = {
             "batch_tokens": AtLeast(int, 1),
         }
     ),
-    "optimizer": Component(given=("params",), keys={"lr": Optional(Above(float, 0))}),
+    "optimizer": Component(
+        given=("params",), keys={"lr": Optional(Above(float, 0))}, makes=torch.optim.Optimizer
+    ),
     "clip_grad_norm": Above(float, 0),
     "enable_activation_checkpointing": bool,
 }
@@ -83,18 +90,17 @@ def check(cfg: DictConfig, ranks: int, added: Iterable[str] = ()) -> None:
         raise ConfigError("fp32_master_weights: false is for one rank: give --ranks 1 or keep them")
 
 
-def estimates(cfg: DictConfig, ranks: int) -> tuple[Estimate, dict[str, Estimate]]:
-    """Of a config, and of the settings that need least, each with its way to write it."""
-    now = estimate_step(cfg, ranks)
+def best_settings(cfg: DictConfig, ranks: int, now: Estimate) -> dict[str, Estimate]:
+    """The settings that need least, and less than now, each by how it is written."""
     others = {
         name: estimate_step(OmegaConf.merge(cfg, change), other_ranks)
         for name, (change, other_ranks) in helpful_settings(cfg, ranks).items()
     }
     best = sorted(others.items(), key=lambda item: item[1].peak)[:SHOWN]
-    return now, {name: other for name, other in best if other.peak < now.peak}
+    return {name: other for name, other in best if other.peak < now.peak}
 
 
-def print_table(cfg: DictConfig, ranks: int, now: Estimate, helps: dict[str, Estimate]) -> None:
+def print_table(cfg: DictConfig, ranks: int, now: Estimate) -> None:
     stage = "the policy stage" if "stages" in cfg else "training"
     print(
         f"Predicted peak of {stage}, one of {ranks} rank{'s' * (ranks > 1)}: "
@@ -108,10 +114,6 @@ def print_table(cfg: DictConfig, ranks: int, now: Estimate, helps: dict[str, Est
         trunk = estimate_trunk(cfg)
         print("\nBefore it, stages critic and values with the frozen trunk whole on each rank")
         print(f"  {'at most, if rows are that long':46}{_readable(trunk.peak)}")
-    if helps:
-        print("\nWhat helps most")
-    for name, other in helps.items():
-        print(f"  {name:46}{_readable(other.peak)}")
 
 
 def _readable(size: int) -> str:
@@ -144,12 +146,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = read_config(["--config", args.config, *overrides])
         check(cfg, args.ranks, _added_keys(args.config, overrides))
-        now, helps = estimates(cfg, args.ranks)
+        now = estimate_step(cfg, args.ranks)
+        if not args.json:
+            print_table(cfg, args.ranks, now)
+            print("\nWhat helps most", flush=True)
+        helps = best_settings(cfg, args.ranks, now)
         if args.json:
             found = {name: other.peak / GIB for name, other in helps.items()}
             print(json.dumps({"peak_gib": now.peak / GIB, "where": now.where, "helps": found}))
-        else:
-            print_table(cfg, args.ranks, now, helps)
+            return 0
+        for name, other in helps.items():
+            print(f"  {name:46}{_readable(other.peak)}")
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -224,7 +224,9 @@ def test_a_tokenizer_of_another_model_is_named(folder):
 
     edit_config(folder, vocab_size=100)
     edit_weights(folder, edit)
-    with pytest.raises(ValueError, match=r"has token \d+, the reward model has 100: its folder"):
+    with pytest.raises(
+        ValueError, match=r"has token \d+, the reward model has 100: .* another model"
+    ):
         RewardModel(folder, **CPU).score(PAIRS)
 
 
@@ -386,3 +388,33 @@ def test_a_reward_model_needs_prompts_and_responses(fingerprint_of):
 def test_a_reward_model_without_weights_is_refused(fingerprint_of, tmp_path):
     with pytest.raises(ValueError, match="no weight file"):
         fingerprint_of(make_rows(), checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("chat_template.jinja", b"{% for x in", "the chat template in .* cannot be used"),
+        ("chat_template.jinja", b"{{ 1 / 0 }}", "the chat template in .* cannot be used"),
+        ("chat_template.jinja", b"\xff\xfe", r"holds no tokenizer that can be read \(not UTF-8"),
+        ("tokenizer.json", b"{}", "holds no tokenizer that can be read"),
+        ("tokenizer.json", b"[" * 100_000, "holds no tokenizer that can be read"),
+        ("config.json", b'{"model_type": "llama", "num_labels": "x"}', "that can be read"),
+        ("config.json", b'{"model_type": "llama", "hidden_act": [1]}', "that can be read"),
+    ],
+)
+def test_a_damaged_folder_is_one_sentence(reward_model_folder, tmp_path, name, content, match):
+    folder = tmp_path / "reward_model"
+    shutil.copytree(reward_model_folder, folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match) as caught:
+        RewardModel(folder, device=torch.device("cpu"), dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_writes_nothing(reward_model_folder, tmp_path):
+    folder = tmp_path / "reward_model"
+    shutil.copytree(reward_model_folder, folder)
+    (folder / "chat_template.jinja").write_text("{# nothing #}")
+    model = RewardModel(folder, device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(ValueError, match="'a', 'b' becomes no token at all"):
+        model.score([("a", "b")])

@@ -265,8 +265,7 @@ def test_other_valid_values(path, value):
         (
             "data.folder",
             "a\0b",
-            "data.folder: 'a\\x00b' holds a character no text may have (NUL, or half a "
-            "surrogate)",
+            "data.folder: 'a\\x00b' holds a character no text may have (NUL, or half a surrogate)",
         ),
         ("seed", 2**63, "seed: a whole number of 64 bits is too large, 63 are used"),
         ("weighting.ratio", float("nan"), "weighting.ratio: has to be a number, it is nan"),

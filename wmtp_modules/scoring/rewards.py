@@ -9,6 +9,7 @@ is often the token that ends a text as well, and says nothing about where the te
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TOLD = 200  # characters of a library's error
 SHOWN = 40  # characters of a prompt or response in an error
 
 
@@ -346,7 +348,8 @@ def _told(error: Exception) -> str:
     """What a library says of a damaged file, in one line; Python's own errors say nothing."""
     if isinstance(error, TypeError | KeyError | AttributeError | IndexError):
         return "a value in it is of the wrong kind"
-    return " ".join(json_fault(error).split())
+    text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", json_fault(error))
+    return " ".join(text.split())[:TOLD]
 
 
 def _shown(pair: tuple[str, str]) -> str:

@@ -19,6 +19,36 @@ from wmtp_modules.training.stopping import Stopped, die_with_parent
 WATCHDOG_FIRST_S = 60.0
 
 
+def check_environment() -> None:
+    """Look at what torchrun sets; by hand, or in a scheduler's script, it is easily mistyped.
+
+    Raises:
+        ValueError: if a variable is no number, or they do not fit together: torch would wait for a
+            rank that never comes.
+    """
+    if "RANK" not in os.environ:
+        return
+    found = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name, "0" if name == "LOCAL_RANK" else "")
+        if not value.isdecimal():
+            raise ValueError(
+                f"the environment variable {name} is {value!r}, not a whole number: start with "
+                "tune run --nproc_per_node N, which sets it, or unset RANK to run one process"
+            )
+        found[name] = int(value)
+    if not found["RANK"] < found["WORLD_SIZE"]:
+        raise ValueError(
+            f"the environment variable RANK is {found['RANK']}, which is not below WORLD_SIZE "
+            f"{found['WORLD_SIZE']}: ranks count from 0"
+        )
+    if not 0 < found["MASTER_PORT"] < 2**16:
+        raise ValueError(
+            f"the environment variable MASTER_PORT is {found['MASTER_PORT']}, no port: take one "
+            "from 1 to 65535 that is free"
+        )
+
+
 def init_process_group(
     device_type: str, timeout_s: float | None = None
 ) -> tuple[torch.device, DeviceMesh]:

@@ -91,6 +91,7 @@ def out_of_memory_sentence(
         settings = "; ".join(list(helpful_settings(cfg, ranks))[:SHOWN])
         return f"{said}. What helps: {settings} (no estimates: {reason}). {command}"
     settings = "; ".join(f"{name} ({gib:.1f} GiB)" for name, gib in found["helps"].items())
+    settings = settings or "a smaller model"
     now = f"the estimate for this config is {found['peak_gib']:.1f} GiB"
     return f"{said}, {now}. What helps most: {settings}. {command}"
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from wmtp_modules.training.config import ConfigError
 from wmtp_modules.training.config_file import load_config, read_config
 from wmtp_modules.training.disk import new_file
+from wmtp_modules.training.distributed import check_environment
 
 # A rank reports what it alone found after this many seconds; torchrun ends it before where rank 0
 # found the same, reported and left.
@@ -33,8 +34,8 @@ def one_sentence(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        sentence, rank = f"{type(error).__name__}: {error}", int(os.environ.get("RANK", 0))
-        if rank:
+        sentence, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK", "0")
+        if rank.isdecimal() and int(rank):
             time.sleep(PATIENCE)
             sentence = f"rank {rank}: {sentence}"
         sys.exit(sentence)
@@ -46,6 +47,7 @@ def parse(main: Callable[[DictConfig], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def wrapper() -> None:
         with one_sentence(ValueError, OSError):
+            check_environment()
             cfg = read_config(description=sys.modules[main.__module__].__doc__)
         main(cfg)
 
