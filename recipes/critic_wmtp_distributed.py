@@ -109,6 +109,7 @@ from wmtp_modules.training.loop import (
     step_metrics,
     to_device,
 )
+from wmtp_modules.training.memory import explain_out_of_memory
 from wmtp_modules.training.metric_logging import JSONLLogger
 from wmtp_modules.training.runs import (
     TRAINING_RULES,
@@ -304,7 +305,8 @@ class CriticWMTPRecipeDistributed:
         with torch.device("meta"):
             self._model = config.instantiate(cfg.model)
         folder = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
-        check_model(self._model.args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
+        self.model_args = self._model.args
+        check_model(self.model_args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
         self._alphas_K = head_alphas(self._model.n_future_tokens, self._weighting.decay)
         self._alphas_K = self._alphas_K.to(self._device)
 
@@ -1203,7 +1205,12 @@ def run(
                 return summary
         log_zero(f"{cfg.weighting.name}: {cfg.max_steps} steps, output in {output_dir}")
         recipe.setup_policy()
-    with one_sentence(TrainingError, OSError), stops.step_by_step(), recipe.watchdog:
+    with (
+        one_sentence(TrainingError, OSError),
+        explain_out_of_memory(cfg, recipe.model_args, ranks=dist.get_world_size(), device=device),
+        stops.step_by_step(),
+        recipe.watchdog,
+    ):
         recipe.train()
     summary = recipe.summary() | {"seconds": round(time.perf_counter() - started, 1)}
     with one_sentence(OSError):

@@ -89,6 +89,7 @@ from wmtp_modules.training.loop import (
     step_metrics,
     to_device,
 )
+from wmtp_modules.training.memory import explain_out_of_memory
 from wmtp_modules.training.metric_logging import JSONLLogger
 from wmtp_modules.training.runs import (
     TRAINING_RULES,
@@ -228,7 +229,8 @@ class Rho1WMTPRecipeDistributed:
         with torch.device("meta"):
             self._model = config.instantiate(cfg.model)
         folder = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
-        check_model(self._model.args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
+        self.model_args = self._model.args
+        check_model(self.model_args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
         self._alphas_K = head_alphas(self._model.n_future_tokens, self._weighting.decay)
         self._alphas_K = self._alphas_K.to(self._device)
 
@@ -715,7 +717,12 @@ def run(
     recipe = Rho1WMTPRecipeDistributed(cfg, device, mesh, stops)
     with one_sentence(ValueError, OSError):
         recipe.setup()
-    with one_sentence(TrainingError, OSError), stops.step_by_step(), recipe.watchdog:
+    with (
+        one_sentence(TrainingError, OSError),
+        explain_out_of_memory(cfg, recipe.model_args, ranks=dist.get_world_size(), device=device),
+        stops.step_by_step(),
+        recipe.watchdog,
+    ):
         recipe.train()
     seconds = round(time.perf_counter() - started, 1)
     # "seconds" of the run that has controls becomes the sum of all.

@@ -189,7 +189,8 @@ def _train_model(model_config: str, assets_dir: str) -> None:
         return
     log.info(f"Training the model of {model_config} in {output_dir} ...")
     command = [sys.executable, "-m", "torchtune._cli.tune", "run", "--nproc_per_node"]
-    command += [str(PROCESSES), RECIPE, "--config", model_config, f"assets_dir={assets_dir}"]
+    command += [str(PROCESSES), RECIPE, "--config", model_config]
+    command += ["resume_from_checkpoint=true", f"assets_dir={assets_dir}"]
     environment = {
         name: value
         for name, value in os.environ.items()

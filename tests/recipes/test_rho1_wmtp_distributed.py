@@ -639,6 +639,26 @@ def test_another_number_of_ranks_goes_on_with_the_same_data(
                 assert got[key] == pytest.approx(want[key], abs=1e-6), (key, want["step"])
 
 
+def test_a_run_that_needs_more_memory_than_there_is(run, recipe, monkeypatch):
+    """The allocator's own error, of a request that no machine can meet."""
+    original = recipe.Rho1WMTPRecipeDistributed._loss_step
+
+    def greedy(self, batch):
+        if self._step == 1:
+            torch.empty(2**55)
+        return original(self, batch)
+
+    monkeypatch.setattr(recipe.Rho1WMTPRecipeDistributed, "_loss_step", greedy)
+    with pytest.raises(SystemExit) as end:
+        run()
+    sentence = str(end.value)
+    assert sentence.startswith(
+        "TrainingError: out of memory in a step of 4 rows x 64 tokens x 4 heads on each of 1 ranks"
+    )
+    assert re.search(r"the estimate for this config is \d+\.\d GiB\. What helps most: ", sentence)
+    assert sentence.count(" GiB)") == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["uniform", "dft"])
 def test_ranks_with_nothing_to_learn_from_or_a_nan(base_config, tmp_path, name):

@@ -9,10 +9,14 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+
+from wmtp_modules.training.loop import TrainingError, peak_memory_gib
 
 COMMAND = "python -m wmtp_modules.estimate_memory"
 ESTIMATE_SECONDS = 300  # a 7B model's take one or two minutes
@@ -94,6 +98,25 @@ def out_of_memory_sentence(
     settings = settings or "a smaller model"
     now = f"the estimate for this config is {found['peak_gib']:.1f} GiB"
     return f"{said}, {now}. What helps most: {settings}. {command}"
+
+
+@contextmanager
+def explain_out_of_memory(
+    cfg: DictConfig, model_args: dict, *, ranks: int, device: torch.device
+) -> Iterator[None]:
+    """Turn running out of memory into a sentence; see ``out_of_memory_sentence``.
+
+    Raises:
+        TrainingError: where the block ran out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        peak = peak_memory_gib(device)
+        sentence = out_of_memory_sentence(cfg, model_args, ranks=ranks, peak_gib=peak)
+        raise TrainingError(sentence) from error
 
 
 def _estimates(cfg: DictConfig, ranks: int) -> dict:
