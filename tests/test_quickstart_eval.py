@@ -190,7 +190,7 @@ def test_the_model_is_trained_once(assets, trainings, monkeypatch):
     assert command[0] == sys.executable
     assert command[3:] == [
         *("run", "--nproc_per_node", "2", "recipes/rho1_wmtp_distributed.py"),
-        *("--config", str(CONFIG), f"assets_dir={assets}"),
+        *("--config", str(CONFIG), "resume_from_checkpoint=true", f"assets_dir={assets}"),
     ]
     assert not {"RANK", "TORCHELASTIC_RUN_ID"} & environment.keys()
     assert "PATH" in environment
