@@ -98,6 +98,7 @@ from wmtp_modules.training.distributed import (
     patient_barrier,
     rank_zero_first,
     shard_model,
+    share_from_rank_zero,
 )
 from wmtp_modules.training.loop import (
     TrainingError,
@@ -338,6 +339,8 @@ class CriticWMTPRecipeDistributed:
         if cfg.get("replay"):
             self._states = TrainingStates(Path(cfg.replay), keep_last=1)
             self._resume()
+            if self._states.last_step is None:
+                raise ValueError(f"replay: {cfg.replay} holds no state, name a run's bad_step")
         else:
             self._states = TrainingStates(self._output_dir / "training_state", cfg.keep_last)
             run_id = self._resume() if cfg.resume_from_checkpoint else None
@@ -447,6 +450,9 @@ class CriticWMTPRecipeDistributed:
         self._step, self._micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
         self._best_loss, self._heldout = run["best_loss"], run["heldout"]
         self._statistics = run["statistics"]
+        before = run["config"]
+        if self._step % before["run_val_every_n_steps"] and self._step != before["max_steps"]:
+            self._heldout.pop("last", None)  # it is of an earlier step
         self._bad_steps.load_state_dict(run["bad_steps"])
         resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
         self._start_epoch()
@@ -961,6 +967,9 @@ class CriticWMTPRecipeDistributed:
             window_start += time.perf_counter() - paused
         profiler.stop()
         bar.close()
+        if "last" not in self._heldout:  # a run that was cut short to the step of its state
+            self._heldout["last"] = self.validate()
+            self._save_best()
         self._export("last")
         with self.watchdog.paused():
             self._states.wait()
@@ -1137,10 +1146,7 @@ class CriticWMTPRecipeDistributed:
 
     def _on_rank_zero(self, function: Callable) -> Any:
         """Its result on all ranks: what reads every byte of a checkpoint runs once."""
-        result = [function() if self._rank == 0 else None]
-        patient_barrier()
-        dist.broadcast_object_list(result, src=0)
-        return result[0]
+        return share_from_rank_zero(function() if self._rank == 0 else None)
 
     def critic_summary(self) -> dict:
         """What the critic showed on held-out data."""

@@ -54,6 +54,7 @@ from wmtp_modules.training.distributed import (
     init_process_group,
     patient_barrier,
     rank_zero_first,
+    share_from_rank_zero,
 )
 from wmtp_modules.training.metric_logging import code_version
 from wmtp_modules.training.runs import one_sentence, parse
@@ -249,13 +250,12 @@ class EvalMTPRecipe:
     def generate(self) -> list[dict]:
         """Make every sample that ``samples.jsonl`` lacks; returns all of this config's."""
         cfg, folder = self._cfg.generation, self._cfg.checkpointer.checkpoint_dir
-        fingerprint = [fingerprint_checkpoint(folder) if self._rank == 0 else None]
-        patient_barrier()  # reading 27 GB may take longer than a collective waits
-        dist.broadcast_object_list(fingerprint, src=0)
+        fingerprint = fingerprint_checkpoint(folder) if self._rank == 0 else None
+        fingerprint = share_from_rank_zero(fingerprint)  # reading 27 GB may take long
         path = self._output_dir / "samples.jsonl"
         with rank_zero_first():  # which mends what a killed run left half-written
             store = open_store(path)
-        wanted = list(self._wanted_samples(fingerprint[0]))
+        wanted = list(self._wanted_samples(fingerprint))
         missing = [(row, task) for row, task in wanted if row["key"] not in store]
         log_zero(f"generate: {len(wanted)} samples, {len(wanted) - len(missing)} there already")
         patient_barrier()  # nobody appends before everybody has read

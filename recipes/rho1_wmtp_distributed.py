@@ -78,6 +78,7 @@ from wmtp_modules.training.distributed import (
     patient_barrier,
     rank_zero_first,
     shard_model,
+    share_from_rank_zero,
 )
 from wmtp_modules.training.loop import (
     TrainingError,
@@ -259,6 +260,8 @@ class Rho1WMTPRecipeDistributed:
         if cfg.get("replay"):
             self._states = TrainingStates(Path(cfg.replay), keep_last=1)
             self._resume()
+            if self._states.last_step is None:
+                raise ValueError(f"replay: {cfg.replay} holds no state, name a run's bad_step")
         else:
             self._states = TrainingStates(self._output_dir / "training_state", cfg.keep_last)
             run_id = self._resume() if cfg.resume_from_checkpoint else None
@@ -334,6 +337,9 @@ class Rho1WMTPRecipeDistributed:
         self._step, self._micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
         self._best_loss, self._heldout = run["best_loss"], run["heldout"]
         self._noise_sums = run["noise_sums"].to(self._device)
+        before = run["config"]
+        if self._step % before["run_val_every_n_steps"] and self._step != before["max_steps"]:
+            self._heldout.pop("last", None)  # it is of an earlier step
         self._bad_steps.load_state_dict(run["bad_steps"])
         resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
         self._start_epoch()
@@ -367,9 +373,9 @@ class Rho1WMTPRecipeDistributed:
         reference = self._cfg.reference
         folder = reference.checkpointer.checkpoint_dir
         n_heads = self._reference_model.n_future_tokens
-        fingerprint = [None]
+        fingerprint = None
         if self._rank == 0:  # reads every byte of the checkpoint: once is enough
-            fingerprint[0] = {
+            fingerprint = {
                 "checkpoint": fingerprint_checkpoint(folder),
                 "tokenizer": fingerprint_tokenizer(self._cfg.tokenizer.path),
                 "dataset": fingerprint_rows(rows),
@@ -378,18 +384,17 @@ class Rho1WMTPRecipeDistributed:
                 "n_heads": n_heads,
                 "dtype": self._cfg.dtype,
             }
-        patient_barrier()
-        dist.broadcast_object_list(fingerprint, src=0)
+        fingerprint = share_from_rank_zero(fingerprint)
         compute_scores(
             reference.table_dir,
-            fingerprint[0],
+            fingerprint,
             rows,
             lambda batch: score_rows(self._reference_model, batch),
             batch_tokens=reference.batch_tokens,
             rank=self._rank,
             world=self._world,
         )
-        return ScoreTable.open(reference.table_dir, fingerprint[0], rows)
+        return ScoreTable.open(reference.table_dir, fingerprint, rows)
 
     def _reference_BTK(self, batch: dict, inputs: dict) -> torch.Tensor | None:
         """r[b,t,k] of this micro-batch, from the table or from the model."""
@@ -517,6 +522,9 @@ class Rho1WMTPRecipeDistributed:
             window_start += time.perf_counter() - paused
         profiler.stop()
         bar.close()
+        if "last" not in self._heldout:  # a run that was cut short to the step of its state
+            self._heldout["last"] = self.validate()
+            self._save_best()
         self._export("last")
         with self.watchdog.paused():
             self._states.wait()

@@ -377,6 +377,27 @@ def test_a_longer_run_goes_on_with_its_own_schedule(run, uniform, tmp_path):
     assert rates[6:] == pytest.approx(cosine)
 
 
+def test_a_run_cut_short_to_the_step_of_its_state(run, uniform, tmp_path):
+    """Its last held-out loss would be that of an earlier step, or of none."""
+    folder = tmp_path / "run"
+    seldom = {"save_every_n_steps": 2, "run_val_every_n_steps": 5, "keep_last": 9}
+    whole, _ = run(seldom | {"max_steps": 6}, folder)
+    for path in (whole / "training_state").iterdir():
+        if path.name > "step_000002":
+            shutil.rmtree(path)
+    _, summary = run(seldom | {"max_steps": 2, "resume_from_checkpoint": True}, folder)
+    last = [line for line in metrics_of(folder) if "val_loss" in line][-1]
+    assert last["step"] == summary["steps"] == 2
+    assert summary["heldout_loss"]["uniform"] == [last[f"val_loss_head_{k}"] for k in range(4)]
+
+
+def test_a_replay_of_nothing(run, main, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"ValueError: replay: .*none holds no state, name a run's"
+    ):
+        main({"replay": str(tmp_path / "none")})
+
+
 def test_a_run_resumed_under_another_config(run, uniform, tmp_path):
     """Before anything is loaded: of another shape, the state would not fit."""
     folder = shutil.copytree(uniform[0], tmp_path / "run")

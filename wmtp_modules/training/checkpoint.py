@@ -37,7 +37,7 @@ from wmtp_modules.models.convert_weights import (
 )
 from wmtp_modules.models.hf_tokenizer import write_hf_tokenizer
 from wmtp_modules.training.disk import disk_errors, new_folder, recover_folder
-from wmtp_modules.training.distributed import patient_barrier
+from wmtp_modules.training.distributed import share_from_rank_zero
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
 HF_SHARD_BYTES = 5_000_000_000  # the usual size of Hugging Face's shards
@@ -576,12 +576,18 @@ def _save(write: Any, model: nn.Module, folder: Path, tokenizer: Path, dtype: to
     if not dist.is_initialized():
         write(tensors, args, folder, tokenizer)
         return
+    problem = None
     if dist.get_rank() == 0:
-        write(tensors, args, folder, tokenizer)
-    else:
-        for _ in tensors:  # takes part in the gathers
-            pass
-    patient_barrier()
+        try:
+            write(tensors, args, folder, tokenizer)
+        except OSError as error:
+            problem = error
+    for _ in tensors:  # every rank takes part in the gathers, also in what an error left of them
+        pass
+    # A full disk is rank 0's alone, but the others must not wait for what does not come.
+    told = share_from_rank_zero(str(problem) if problem else None)
+    if told:
+        raise OSError(told) from problem
 
 
 def _llama_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,7 +147,8 @@ def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @cache
-def _patient_group() -> dist.ProcessGroup:
+def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """One for each process group that is set up; the argument is what the cache goes by."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
@@ -155,7 +157,14 @@ def patient_barrier() -> None:
 
     The ordinary group's time-out (10 minutes with NCCL) is meant for a hung step.
     """
-    dist.barrier(group=_patient_group())
+    dist.barrier(group=_patient_group(dist.group.WORLD))
+
+
+def share_from_rank_zero(value: Any) -> Any:
+    """What rank 0 has, on all ranks, however long it took there."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=_patient_group(dist.group.WORLD))
+    return values[0]
 
 
 @contextmanager
