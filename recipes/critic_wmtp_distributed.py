@@ -75,7 +75,6 @@ from wmtp_modules.training.bad_steps import (
     first_bad_module,
     print_replay,
     row_ids,
-    rows_of_ranks,
     what_is_wrong,
 )
 from wmtp_modules.training.checkpoint import check_model, load_into, save_meta
@@ -940,7 +939,8 @@ class CriticWMTPRecipeDistributed:
                 self._skip(problem, rows)
             else:
                 self._optimizer.step()
-                self._look_for_spike(sums, rows)
+                loss = (sums["loss_K"] / sums["n_K"].clamp(min=1)).mean().item()
+                self._bad_steps.look_for_spike(self._step + 1, loss, rows)
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._step += 1
@@ -1008,24 +1008,14 @@ class CriticWMTPRecipeDistributed:
 
         ``bad_step/`` then holds the state from before this very step, for ``replay``.
         """
-        step = self._step + 1
         self._optimizer.zero_grad(set_to_none=True)
-        self._bad_steps.skip(step, problem, rows_of_ranks(rows))
-        log_zero(f"Step {step} is skipped on all ranks: {problem}.")
+        self._bad_steps.skip(self._step + 1, problem, rows)
         if self._bad_steps.is_over_limit:
             kept = TrainingStates(self._output_dir / "bad_step", keep_last=1)
             kept.drop_all()
             self.save_checkpoint(kept)
             kept.close()
             raise TrainingError(self._bad_steps.why_stopped())
-
-    def _look_for_spike(self, sums: dict, rows: list[torch.Tensor]) -> None:
-        """Write down a step whose unweighted loss is far above those before it."""
-        losses_K = sums["loss_K"] / sums["n_K"].clamp(min=1)
-        loss = losses_K.mean().item()
-        if self._bad_steps.is_spike(loss):
-            self._bad_steps.note_spike(self._step + 1, loss, rows_of_ranks(rows))
-            log_zero(f"Step {self._step + 1} is a loss spike: {loss:.3f}.")
 
     def validate(self) -> list[float]:
         """Unweighted loss of each head over the whole held-out set, equal on all ranks."""

@@ -18,9 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torchtune.modules.attention_utils import packed_block_causal_mask
+from torchtune.utils import get_logger, log_rank_zero
 
 from wmtp_modules.loss.mtp_loss import mtp_labels
 from wmtp_modules.training.disk import new_file
+
+log = get_logger("INFO")
 
 # A loss is a spike when it lies as many standard deviations above the mean of the last ones; the
 # log shall name what is worth a look, not every hard batch.
@@ -85,8 +88,8 @@ class BadSteps:
     def is_over_limit(self) -> bool:
         return self.in_a_row >= self._limit
 
-    def skip(self, step: int, reason: str, rows: list) -> None:
-        """Count a step that updates nothing.
+    def skip(self, step: int, reason: str, rows: list[torch.Tensor]) -> None:
+        """Count a step that updates nothing; a collective.
 
         Args:
             step: its number, from 1.
@@ -94,8 +97,9 @@ class BadSteps:
             rows: of ``rows_of_ranks``.
         """
         self.in_a_row += 1
-        self.skipped.append({"step": step, "reason": reason, "rows": rows})
+        self.skipped.append({"step": step, "reason": reason, "rows": rows_of_ranks(rows)})
         self._write("skipped_steps.jsonl", self.skipped)
+        log_rank_zero(log, f"Step {step} is skipped on all ranks: {reason}.")
 
     def why_stopped(self) -> str:
         """What to tell a user whose run ends after too many skipped steps."""
@@ -109,21 +113,25 @@ class BadSteps:
             "at the data and the checkpoints"
         )
 
-    def is_spike(self, loss: float) -> bool:
-        """Take in the loss of a step that updated; whether it is far above the last ones."""
+    def look_for_spike(self, step: int, loss: float, rows: list[torch.Tensor]) -> None:
+        """Write down a step that updated if its loss is far above the last ones; a collective.
+
+        Args:
+            step: its number, from 1.
+            loss: unweighted, equal on all ranks.
+            rows: of ``rows_of_ranks``.
+        """
         self.in_a_row = 0
         last = list(self._losses)
         self._losses.append(loss)
         if len(last) < SPIKE_HISTORY:
-            return False
-        spread = statistics.stdev(last)
-        return loss > statistics.fmean(last) + SPIKE_DEVIATIONS * max(spread, 1e-6)
-
-    def note_spike(self, step: int, loss: float, rows: list) -> None:
-        """Write down a step that ``is_spike`` found."""
-        mean = statistics.fmean([*self._losses][:-1])
-        self.spikes.append({"step": step, "loss": loss, "mean_before": mean, "rows": rows})
-        self._write("loss_spikes.jsonl", self.spikes)
+            return
+        mean, spread = statistics.fmean(last), max(statistics.stdev(last), 1e-6)
+        if loss > mean + SPIKE_DEVIATIONS * spread:
+            spike = {"step": step, "loss": loss, "mean_before": mean, "rows": rows_of_ranks(rows)}
+            self.spikes.append(spike)
+            self._write("loss_spikes.jsonl", self.spikes)
+            log_rank_zero(log, f"Step {step} is a loss spike: {loss:.3f}, {mean:.3f} before.")
 
     def state_dict(self) -> dict:
         return {

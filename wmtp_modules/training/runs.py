@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from wmtp_modules.training.config import ConfigError
 from wmtp_modules.training.config_file import load_config, read_config
@@ -34,6 +35,8 @@ def one_sentence(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # the sentence gets a line of its own
         sentence, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK", "0")
         if rank.isdecimal() and int(rank):
             time.sleep(PATIENCE)
