@@ -311,6 +311,15 @@ def test_a_killed_critic_goes_on_where_it_was(base, go, recipe, staged, tmp_path
 
 
 @pytest.mark.slow
+def test_a_resumed_policy_has_all_that_it_had(staged, go, recipe, check_resumed, tmp_path):
+    """The statistics of the advantages too: computed anew by other ranks they differ a little."""
+    steps = {"max_steps": 6, "save_every_n_steps": 2, "run_val_every_n_steps": 2}
+    overrides = staged[0] | {"stages": ["policy"]} | steps
+    cls = recipe.CriticWMTPRecipeDistributed
+    check_resumed(cls, lambda more, folder: go(overrides | more, folder), tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_a_policy_on_other_values_is_neither_done_nor_resumed(staged, go, base, tmp_path):
     """The same config, but the critic that it names was trained anew and differently."""
     first = with_critic(base, tmp_path)

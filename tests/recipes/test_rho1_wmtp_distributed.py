@@ -289,6 +289,12 @@ def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in,
     assert resumed["corrupted_share"] == summary["corrupted_share"]
 
 
+def test_a_resumed_run_has_all_that_it_had(run, recipe, check_resumed, tmp_path):
+    saves = {"save_every_n_steps": 2, "run_val_every_n_steps": 2}
+    cls = recipe.Rho1WMTPRecipeDistributed
+    check_resumed(cls, lambda more, folder: run(saves | more, folder), tmp_path / "run")
+
+
 def test_strength_zero_is_plain_mtp(run, rho1, rho1_run):
     """One goes through per-token losses and the reference, the other folds ones in."""
     plain, _ = run(rho1 | {"weighting": {"name": "uniform"}})

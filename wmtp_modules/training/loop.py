@@ -93,7 +93,11 @@ def epoch_dataloader(
         )
     whole = packs_per_step if n_packs >= packs_per_step else joint
     sampler = PackSampler(n_packs // whole * whole, rank, world)
-    return StatefulDataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate)
+    # A generator of its own: from torch's, each iterator would draw a number that it does not
+    # need, and a resumed run makes one more of them.
+    return StatefulDataLoader(
+        dataset, batch_size, sampler=sampler, collate_fn=collate, generator=torch.Generator()
+    )
 
 
 def heldout_batches(

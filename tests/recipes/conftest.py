@@ -1,0 +1,70 @@
+"""What the tests of both training recipes share."""
+
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+REMEMBERED = ("_step", "_micro_step", "_epoch", "_best_loss", "_heldout", "_noise_sums")
+REMEMBERED += ("_statistics",)
+
+
+@pytest.fixture
+def check_resumed(monkeypatch):
+    """check_resumed(cls, run, folder): a run that goes on has all that it had when it saved.
+
+    Bit-equal parameters do not show it all: nothing in these models draws a random number, and the
+    best loss or the counts of bad steps change no parameter.
+    """
+
+    def everything(recipe):
+        state = {name: copy.deepcopy(vars(recipe).get(name)) for name in REMEMBERED}
+        return state | {
+            "bad steps": copy.deepcopy(recipe._bad_steps.state_dict()),
+            "rate": recipe._lr_scheduler.get_last_lr(),
+            "draws": (random.random(), float(np.random.rand()), float(torch.rand(()))),
+        }
+
+    def check(cls, run, folder):
+        """``run(overrides, folder)`` trains 6 steps and saves after steps 2, 4 and 6."""
+        loss_step, save, train = cls._loss_step, cls.save_checkpoint, cls.train
+        seen = {}
+
+        def drawing(self, batch):
+            loss, sums, stats = loss_step(self, batch)
+            torch.rand(3), np.random.rand(3), random.random()
+            if self._step == 1:  # a step that is skipped
+                sums = sums | {"objective": sums["objective"] * torch.nan}
+            return loss, sums, stats
+
+        def noting(self, states):
+            save(self, states)
+            seen[self._step] = everything(self)
+
+        def comparing(self):
+            seen["resumed"] = everything(self)
+            train(self)
+
+        monkeypatch.setattr(cls, "_loss_step", drawing)
+        monkeypatch.setattr(cls, "save_checkpoint", noting)
+        run({"max_skipped_steps": 2, "keep_last": 9}, folder)
+        for path in (folder / "training_state").iterdir():
+            if path.name > "step_000004":
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+        (folder / "summary.json").unlink()
+        seen_before = dict(seen)
+        monkeypatch.setattr(cls, "train", comparing)
+        run({"max_skipped_steps": 2, "keep_last": 9, "resume_from_checkpoint": True}, folder)
+        assert seen["resumed"].keys() == seen_before[4].keys()
+        for name, value in seen_before[4].items():
+            assert str(seen["resumed"][name]) == str(value), name
+        assert str(seen[6]) == str(seen_before[6])
+        (skipped,) = map(json.loads, (folder / "skipped_steps.jsonl").read_text().splitlines())
+        assert skipped["step"] == 2
+
+    return check
