@@ -323,6 +323,7 @@ class CriticWMTPRecipeDistributed:
         cfg = self._cfg
         if not (cfg.resume_from_checkpoint or cfg.get("replay")):
             check_not_begun(self._output_dir)
+        _ = self.made_from  # hashes all data on rank 0: not while the watchdog looks
         self._setup_data()
         self._setup_model()
         groups = [
@@ -912,6 +913,7 @@ class CriticWMTPRecipeDistributed:
             sums, rows = {}, []
             for _ in range(cfg.gradient_accumulation_steps):
                 self.watchdog.beat(f"step {self._step + 1}", self._step)
+                self._stops.note_save(self._states.seconds)
                 if reason := self._stops.agreed():
                     self._stop(reason)
                 batch = next(batches)
@@ -928,12 +930,15 @@ class CriticWMTPRecipeDistributed:
             n_prime = (self._alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
             training.scale_grads(self._model, self._world / n_prime)
             # The value head by itself: its gradient must not shrink the policy's step.
-            grad_norm, *_ = [
+            grad_norm, *value_head_norm = [
                 torch.nn.utils.clip_grad_norm_(group["params"], cfg.clip_grad_norm)
                 for group in self._optimizer.param_groups
             ]
             figures = {"loss": sums["objective"], "value loss": sums["value_loss"]}
-            problem = what_is_wrong(figures | {"gradient norm": grad_norm}, sums["n_K"])
+            figures |= {"gradient norm": grad_norm}
+            if value_head_norm:
+                figures["value head's gradient norm"] = value_head_norm[0]
+            problem = what_is_wrong(figures, sums["n_K"])
             lr = self._lr_scheduler.get_last_lr()[0]
             if problem:
                 self._skip(problem, rows)
@@ -1014,7 +1019,8 @@ class CriticWMTPRecipeDistributed:
             kept = TrainingStates(self._output_dir / "bad_step", keep_last=1)
             kept.drop_all()
             self.save_checkpoint(kept)
-            kept.close()
+            with self.watchdog.paused():
+                kept.close()
             raise TrainingError(self._bad_steps.why_stopped())
 
     def validate(self) -> list[float]:
@@ -1080,7 +1086,6 @@ class CriticWMTPRecipeDistributed:
         }
         with self.watchdog.paused():  # the disk may be slow with the one before
             states.save(self._step, self._model, self._optimizer, run, own)
-        self._stops.note_save(states.seconds)
 
     def _stop(self, reason: str) -> None:
         """Save what the last whole step left, and end all runs of this process."""

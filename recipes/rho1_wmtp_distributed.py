@@ -297,6 +297,10 @@ class Rho1WMTPRecipeDistributed:
         tables = {"reference": scores} if scores else None
         self._dataset = PackedDataset(rows, scores=tables, **pack)
         self._dataset_val = PackedDataset(rows_val, **pack)
+        made_from = (
+            [fingerprint_rows(rows), fingerprint_rows(rows_val)] if self._rank == 0 else None
+        )
+        self._made_from = share_from_rank_zero(made_from)
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -331,6 +335,12 @@ class Rho1WMTPRecipeDistributed:
             log_zero(f"Nothing to resume in {self._output_dir}: starting from step 0.")
             return None
         run = check_same_run(folder, self._cfg, self._world)
+        if run["made_from"] != self._made_from:
+            raise ValueError(
+                f"{folder} was trained on other data than dataset and dataset_val hold now: bring "
+                "that back, or start another run with resume_from_checkpoint: false and another "
+                "output_dir"
+            )
         notes = notes_on_resume(run, self._cfg, self._world, len(self._dataset))
         run, own = self._states.load(folder, self._model, self._optimizer)
         self._step, self._micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
@@ -470,6 +480,7 @@ class Rho1WMTPRecipeDistributed:
             sums, rows = {}, []
             for _ in range(cfg.gradient_accumulation_steps):
                 self.watchdog.beat(f"step {self._step + 1}", self._step)
+                self._stops.note_save(self._states.seconds)
                 if reason := self._stops.agreed():
                     self._stop(reason)
                 batch = next(batches)
@@ -567,7 +578,8 @@ class Rho1WMTPRecipeDistributed:
             kept = TrainingStates(self._output_dir / "bad_step", keep_last=1)
             kept.drop_all()
             self.save_checkpoint(kept)
-            kept.close()
+            with self.watchdog.paused():
+                kept.close()
             raise TrainingError(self._bad_steps.why_stopped())
 
     def validate(self) -> list[float]:
@@ -624,6 +636,7 @@ class Rho1WMTPRecipeDistributed:
             "step": self._step,
             "best_loss": self._best_loss,
             "heldout": dict(self._heldout),
+            "made_from": self._made_from,
             "noise_sums": self._noise_sums.cpu().clone(),
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "bad_steps": self._bad_steps.state_dict(),
@@ -632,7 +645,6 @@ class Rho1WMTPRecipeDistributed:
         }
         with self.watchdog.paused():  # the disk may be slow with the one before
             states.save(self._step, self._model, self._optimizer, run, own)
-        self._stops.note_save(states.seconds)
 
     def _stop(self, reason: str) -> None:
         """Save what the last whole step left, and end all runs of this process."""

@@ -383,6 +383,51 @@ def test_a_longer_run_goes_on_with_its_own_schedule(run, uniform, tmp_path):
     assert rates[6:] == pytest.approx(cosine)
 
 
+def test_a_run_that_ended_but_for_its_export(run, uniform, tmp_path):
+    """Killed after the last state: nothing is left to train, ``last/`` and the summary are."""
+    folder = shutil.copytree(uniform[0], tmp_path / "run")
+    shutil.rmtree(folder / "last")
+    (folder / "summary.json").unlink()
+    _, summary = run({"resume_from_checkpoint": True}, folder)
+    assert_same_weights(folder, uniform[0])
+    assert summary["heldout_loss"] == uniform[1]["heldout_loss"]
+
+
+def test_a_run_that_starts_over_leaves_no_state_of_the_one_before(run, uniform, tmp_path):
+    folder = shutil.copytree(uniform[0], tmp_path / "run")
+    run({"max_steps": 2, "save_every_n_steps": 2}, folder)
+    assert [path.name for path in (folder / "training_state").iterdir()] == ["step_000002"]
+
+
+def test_a_run_on_data_that_has_changed(run, uniform, base_config, tmp_path):
+    """The config names the same file."""
+    folder = shutil.copytree(uniform[0], tmp_path / "run")
+    source = Path(base_config.dataset.source)
+    content = source.read_text()
+    try:
+        source.write_text(content + json.dumps({"text": "one more"}) + "\n")
+        with pytest.raises(SystemExit, match="was trained on other data than dataset and dataset"):
+            run({"max_steps": 8, "resume_from_checkpoint": True}, folder)
+    finally:
+        source.write_text(content)
+
+
+def test_a_save_that_fails_ends_the_run_soon(run, recipe, monkeypatch, tmp_path):
+    """Not only at the next save, which may be hours away."""
+    publish = recipe.TrainingStates._publish
+
+    def full(self, partial, final, files):
+        if final.name == "step_000030":
+            raise OSError("no room")
+        publish(self, partial, final, files)
+
+    monkeypatch.setattr(recipe.TrainingStates, "_publish", full)
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit, match=r"OSError: .*step_000030 could not be written .*no room"):
+        run({"max_steps": 60, "save_every_n_steps": 30, "run_val_every_n_steps": 60}, folder)
+    assert 30 <= metrics_of(folder)[-1]["step"] < 60
+
+
 def test_a_run_cut_short_to_the_step_of_its_state(run, uniform, tmp_path):
     """Its last held-out loss would be that of an earlier step, or of none."""
     folder = tmp_path / "run"

@@ -187,6 +187,30 @@ def test_the_only_sound_state_stays_beside_damaged_newer_ones(trained):
     assert one.states.newest().name == "step_000009"
 
 
+def test_damaged_states_do_not_count_and_stay(trained):
+    one = trained(keep_last=1)
+    one.step()
+    one.saved(1)
+    shutil.copytree(one.parent / "step_000001", one.parent / "step_000002")
+    (one.parent / "step_000002" / "run.pt").write_bytes(b"damaged")
+    assert one.states.newest().name == "step_000001"
+    one.saved(3)
+    assert names(one) == ["step_000002", "step_000003"]
+
+
+def test_a_file_that_cannot_be_read_is_damage(trained, monkeypatch):
+    one = trained()
+    one.step()
+    one.saved(1)
+
+    def bad_block(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(training_state, "file_hash", bad_block)
+    with pytest.raises(ValueError, match=r"cannot be read: Input/output error"):
+        one.states.newest()
+
+
 def test_a_full_disk_is_one_sentence_and_costs_nothing(trained, monkeypatch):
     one = trained()
     one.step()

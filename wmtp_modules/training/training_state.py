@@ -40,7 +40,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchtune.training.metric_logging import flatten_dict
 
 from wmtp_modules.training.disk import disk_errors, sync
@@ -235,12 +237,15 @@ class TrainingStates:
         problem = None
         for name, (size, digest) in [*files.items()][self._rank :: self._world]:
             path = folder / name
-            if not path.is_file():
-                problem = f"{name} is missing"
-            elif path.stat().st_size != size:
-                problem = f"{name} has {path.stat().st_size} bytes, not {size}"
-            elif file_hash(path) != digest:
-                problem = f"the content of {name} has changed"
+            try:
+                if not path.is_file():
+                    problem = f"{name} is missing"
+                elif path.stat().st_size != size:
+                    problem = f"{name} has {path.stat().st_size} bytes, not {size}"
+                elif file_hash(path) != digest:
+                    problem = f"the content of {name} has changed"
+            except OSError as error:  # a bad block, or no right to read it
+                problem = f"{name} cannot be read: {error.strerror or error}"
         problems = [None] * self._world
         dist.all_gather_object(problems, problem, group=self._group)
         return next(filter(None, problems), None)
@@ -394,12 +399,26 @@ def _split(
         for parameter, state in optimizer_state["state"].items()
         for name, value in state.items()
     }
-    tensors = {name: value for name, value in values.items() if torch.is_tensor(value)}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
+        tensors |= _parts(name, value)
     plain = {
-        "values": {name: value for name, value in values.items() if name not in tensors},
+        "values": {name: value for name, value in values.items() if not torch.is_tensor(value)},
         "param_groups": optimizer_state["param_groups"],
     }
     return {"model": model_state, "optimizer": tensors}, plain
+
+
+def _parts(name: str, value: Any) -> dict[str, torch.Tensor]:
+    """A tensor under its name; the plain ones that a quantised one is made of.
+
+    DCP copies and writes DTensors and plain tensors only.
+    """
+    if not torch.is_tensor(value):
+        return {}
+    if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
+        return {name: value}
+    return {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
 
 
 def _put_back(
@@ -408,10 +427,10 @@ def _put_back(
     if not plain:
         set_model_state_dict(model, tensors["model"])
         return
-    state: dict[str, dict] = {}
-    for key, value in (plain["values"] | tensors["optimizer"]).items():
+    state = get_optimizer_state_dict(model, optimizer)["state"]  # its tensors are filled already
+    for key, value in plain["values"].items():
         parameter, name = key.rsplit("/", 1)
-        state.setdefault(parameter, {})[name] = value
+        state[parameter][name] = value
     set_state_dict(
         model,
         optimizer,
