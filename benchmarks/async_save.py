@@ -2,7 +2,7 @@
 
     uv run python benchmarks/async_save.py
 
-Two gloo ranks train a model of 5M parameters. Blocks of 20 steps take turns: no save, a save at
+Two gloo ranks train a model of 3M parameters. Blocks of 20 steps take turns: no save, a save at
 the first step that is written meanwhile, and a save that is waited for. All three kinds of one
 round see the same machine.
 """
@@ -42,7 +42,7 @@ def rank_main(rank: int, port: int, rounds: int, folder: str, results) -> None:
         n_future_tokens=4,
         num_heads=8,
         num_kv_heads=8,
-        embed_dim=256,
+        embed_dim=192,
         max_seq_len=T,
     )
     init_weights_(model, 0)

@@ -22,7 +22,7 @@ from wmtp_modules.models import mtp_llama2
 from wmtp_modules.training.checkpoint import save_meta
 from wmtp_modules.training.distributed import init_weights_
 from wmtp_modules.training.runs import cpp_compiler
-from wmtp_modules.training.stopping import StopRequests
+from wmtp_modules.training.stopping import Stopped, StopRequests
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
@@ -383,6 +383,24 @@ def test_a_longer_run_goes_on_with_its_own_schedule(run, uniform, tmp_path):
     assert rates[6:] == pytest.approx(cosine)
 
 
+def test_a_stop_between_two_micro_steps_loses_and_repeats_nothing(
+    run, rho1, stops, monkeypatch, tmp_path
+):
+    """What the half step has read is read again: the state is that of the last whole step."""
+    more = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    overrides = OmegaConf.merge(rho1, more, {"weighting": {"name": "shuffled"}})
+    whole, _ = run(overrides, tmp_path / "whole")
+    answers = iter([None] * 5 + ["SIGUSR1"])
+    monkeypatch.setattr(stops, "agreed", lambda: next(answers))
+    with pytest.raises(Stopped) as stopped:
+        run(overrides, tmp_path / "run")
+    assert (stopped.value.reason, stopped.value.step) == ("SIGUSR1", 2)
+    monkeypatch.undo()
+    run(OmegaConf.merge(overrides, {"resume_from_checkpoint": True}), tmp_path / "run")
+    assert_same_weights(tmp_path / "run", whole)
+    assert trained(tmp_path / "run") == trained(whole)
+
+
 def test_a_run_that_ended_but_for_its_export(run, uniform, tmp_path):
     """Killed after the last state: nothing is left to train, ``last/`` and the summary are."""
     folder = shutil.copytree(uniform[0], tmp_path / "run")
@@ -662,7 +680,8 @@ def killed_and_resumed(recipe, place, cfg, folder):
 
 
 def odd_batches(recipe, place, cfg, folder):
-    """At step 2 rank 1 has nothing to learn from, at step 3 nobody; at step 4 rank 1 has a NaN."""
+    """At step 2 rank 1 has nothing to learn from, at step 3 nobody; then rank 1 has NaNs: at step 4
+    in its gradient, at step 5 in its loss."""
     original = recipe.Rho1WMTPRecipeDistributed._loss_step
 
     def odd(self, batch):
@@ -671,6 +690,8 @@ def odd_batches(recipe, place, cfg, folder):
         loss, sums, stats = original(self, batch)
         if (self._rank, self._step) == (1, 3):
             loss = loss * torch.nan
+        if (self._rank, self._step) == (1, 4):
+            sums = sums | {"objective": sums["objective"] * torch.nan}
         return loss, sums, stats
 
     recipe.Rho1WMTPRecipeDistributed._loss_step = odd
@@ -735,16 +756,17 @@ def test_a_run_that_needs_more_memory_than_there_is(run, recipe, monkeypatch):
 @pytest.mark.parametrize("name", ["uniform", "dft"])
 def test_ranks_with_nothing_to_learn_from_or_a_nan(base_config, tmp_path, name):
     """None hangs; what is no step is skipped on both, and their parameters stay equal."""
-    more = {"weighting": {"name": name}, "max_skipped_steps": 3, "collective_timeout_s": 120}
+    more = {"weighting": {"name": name}, "max_skipped_steps": 4, "collective_timeout_s": 120}
     spawn(2, odd_batches, OmegaConf.merge(base_config, more), tmp_path)
     folder = tmp_path / "odd"
     steps = map(json.loads, (folder / "skipped_steps.jsonl").read_text().splitlines())
     assert [(step["step"], step["reason"]) for step in steps] == [
         (3, "no token is supervised"),
         (4, "the gradient norm is nan"),
+        (5, "the loss is nan"),
     ]
     lines = [line for line in metrics_of(folder) if "loss" in line]
-    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 3, 3]
     assert lines[-1]["loss"] < lines[1]["loss"]
     assert all(value.isfinite().all() for value in weights_of(folder).values())
 
