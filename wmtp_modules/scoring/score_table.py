@@ -203,9 +203,12 @@ def compute_scores(
         raise ValueError("there are no rows to score: the data set is empty")
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "fingerprint.json"
-    if not begun.exists():
+    shared = world > 1 and dist.is_initialized()
+    if not begun.exists() and (rank == 0 or not shared):
         record = {"fingerprint": fingerprint, "rows": len(lengths), "part_rows": part_rows}
         _write_json(begun, record)
+    if shared:
+        patient_barrier()  # all ranks would write the same temporary file
     begun_record = _read_record(begun, fingerprint, len(lengths))
     part_rows = begun_record["part_rows"]
     sizes, n_heads = _row_sizes(lengths, fingerprint), fingerprint["n_heads"]
@@ -241,14 +244,14 @@ def compute_scores(
                 bar.update(len(batch))
             _write_part(path, scores)
 
-    if world > 1 and dist.is_initialized():
+    if shared:
         patient_barrier()
     paths = [_part_path(folder, part) for part in range(_n_parts(len(lengths), part_rows))]
     if rank == 0 and all(_stamp_path(path).exists() for path in paths):
         manifest = begun_record | {"parts": [_read_stamp(path) for path in paths]}
         if _read_json(folder / "manifest.json") != manifest:
             _write_json(folder / "manifest.json", manifest)
-    if world > 1 and dist.is_initialized():
+    if shared:
         patient_barrier()  # nobody opens the table before the manifest is there
 
 
