@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece as spm
+from hypothesis import settings
+
+# By default an example that takes 200 ms fails, which says how busy the machine is.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 

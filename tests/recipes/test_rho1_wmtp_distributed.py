@@ -811,7 +811,9 @@ def test_a_disk_that_is_full_at_any_write(run, rho1, small_disk, tmp_path):
         except SystemExit as end:
             sentence = str(end.code)
         assert "No space left on device" in sentence
-        ended.add(re.sub(r"[\d.]+|/\S*", "", sentence)[:60])
+        named = re.search(rf"{disk}/run/(\w+)", sentence)
+        assert named, sentence
+        ended.add(named[1])
         assert not (disk / "run" / "summary.json").exists()
         small_disk(2 * needed + 4096)
         resume = OmegaConf.merge(overrides, table, {"resume_from_checkpoint": True})
@@ -820,7 +822,8 @@ def test_a_disk_that_is_full_at_any_write(run, rho1, small_disk, tmp_path):
         assert_same_weights(disk / "run", whole)
         shutil.rmtree(disk / "run")
         kib += max(8, needed // 14)
-    assert len(ended) >= 4, ended
+    assert "training_state" in ended
+    assert len(ended) >= 2
     assert kib < 3 * needed
 
 

@@ -95,6 +95,14 @@ def test_what_else_a_step_depends_on(cfg):
     assert waiting.peak < now.peak
 
 
+def test_logits_are_held_twice_while_the_loss_is_made(cfg):
+    """Once by us and once inside ``logsumexp``, where there is one chunk of them."""
+    cfg.update({"batch_size": 1})
+    cfg.model.vocab_size = 2**15
+    logits = 4 * 2 * 128 * 2**15  # fp32, heads, tokens
+    assert estimate_step(cfg, 1).parts["activations and logits"] >= 2 * logits
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "seq_len", "more"),
     [(2**15, 256, 64 * MIB), (2**9, 1024, -4 * MIB)],

@@ -88,10 +88,14 @@ class JSONLLogger(MetricLoggerInterface):
             number = _number(value)
             # JSON has no NaN or infinity, and most readers reject Python's spelling of them.
             self._line[name] = number if math.isfinite(number) else None
-        self._file.seek(self._line_start)
-        self._file.write(json.dumps(self._line, allow_nan=False) + "\n")
-        self._file.truncate()
-        self._file.flush()
+        try:
+            self._file.seek(self._line_start)
+            self._file.write(json.dumps(self._line, allow_nan=False) + "\n")
+            self._file.truncate()
+            self._file.flush()
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(error.errno, f"{self._path} could not be written ({reason})") from error
 
     def close(self) -> None:
         """Close the file."""

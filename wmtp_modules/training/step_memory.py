@@ -82,6 +82,13 @@ class _Peak:
         if alive["Total"] > self.peak:
             self.peak, self.at_peak = alive["Total"], (self.where, dict(alive))
 
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.logsumexp.default:
+            # Its kernel holds exp(x - max), as large as x, which no tracker sees.
+            inside = torch.empty_like(args[0])
+            self._track(self._ref_class.ACT, inside)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
     def estimate(self) -> Estimate:
         where, alive = self.at_peak
         parts = {part: sum(alive.get(n, 0) for n in names) for part, names in PARTS.items()}
