@@ -76,8 +76,8 @@ def rank_main(rank: int, port: int, rounds: int, folder: str, results) -> None:
     for kind in ("written meanwhile", "none"):  # warm
         block(kind, 0)
     for n in range(rounds):
-        for kind in ("none", "written meanwhile", "waited for"):
-            seconds = block(kind, n + 1)
+        for i, kind in enumerate(("none", "written meanwhile", "waited for")):
+            seconds = block(kind, 3 * n + i + 1)  # each save has a name of its own
             if rank == 0:
                 results.append((kind, seconds, states.seconds))
     states.close()
