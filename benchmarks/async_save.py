@@ -2,7 +2,7 @@
 
     uv run python benchmarks/async_save.py
 
-Two gloo ranks train a model of 3M parameters. Blocks of 20 steps take turns: no save, a save at
+Two gloo ranks train a model of 3.5M parameters. Blocks of 20 steps take turns: no save, a save at
 the first step that is written meanwhile, and a save that is waited for. All three kinds of one
 round see the same machine.
 """
