@@ -389,8 +389,8 @@ def test_auxiliary_value_loss_trains_the_head_at_its_own_rate(staged, go, recipe
     heads = []
     original = recipe.CriticWMTPRecipeDistributed.save_checkpoint
 
-    def keep(self):
-        original(self)
+    def keep(self, states):
+        original(self, states)
         state = self._model.value_head.state_dict()
         heads.append({key: getattr(v, "full_tensor", lambda v=v: v)() for key, v in state.items()})
 
