@@ -126,6 +126,7 @@ from wmtp_modules.training.stopping import Stopped, StopRequests, clear_exit, ex
 from wmtp_modules.training.training_state import (
     TrainingStates,
     check_not_begun,
+    check_not_ended,
     check_same_run,
     notes_on_resume,
     packs_per_step,
@@ -321,8 +322,6 @@ class CriticWMTPRecipeDistributed:
     def setup_policy(self) -> None:
         """The model that is fine-tuned, on the responses good enough to learn from."""
         cfg = self._cfg
-        if not (cfg.resume_from_checkpoint or cfg.get("replay")):
-            check_not_begun(self._output_dir)
         _ = self.made_from  # hashes all data on rank 0: not while the watchdog looks
         self._setup_data()
         self._setup_model()
@@ -437,6 +436,7 @@ class CriticWMTPRecipeDistributed:
         """Go on where the newest sound training state stands."""
         folder = self._states.newest()
         if folder is None:
+            check_not_ended(self._output_dir)
             log_zero(f"Nothing to resume in {self._output_dir}: starting from step 0.")
             return None
         run = check_same_run(folder, self._cfg, self._world)
@@ -1016,12 +1016,16 @@ class CriticWMTPRecipeDistributed:
         self._optimizer.zero_grad(set_to_none=True)
         self._bad_steps.skip(self._step + 1, problem, rows)
         if self._bad_steps.is_over_limit:
-            kept = TrainingStates(self._output_dir / "bad_step", keep_last=1)
-            kept.drop_all()
-            self.save_checkpoint(kept)
-            with self.watchdog.paused():
-                kept.close()
-            raise TrainingError(self._bad_steps.why_stopped())
+            unkept = None
+            try:
+                kept = TrainingStates(self._output_dir / "bad_step", keep_last=1)
+                kept.drop_all()
+                self.save_checkpoint(kept)
+                with self.watchdog.paused():
+                    kept.close()
+            except OSError as error:  # on all ranks
+                unkept = error
+            raise TrainingError(self._bad_steps.why_stopped(unkept))
 
     def validate(self) -> list[float]:
         """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
@@ -1084,8 +1088,10 @@ class CriticWMTPRecipeDistributed:
             "config": resolved(self._cfg),
             "run_id": getattr(logger, "run_id", None),
         }
+        # Within a row of skipped steps the parameters may be what is wrong.
+        in_a_row = self._bad_steps.in_a_row > 0
         with self.watchdog.paused():  # the disk may be slow with the one before
-            states.save(self._step, self._model, self._optimizer, run, own)
+            states.save(self._step, self._model, self._optimizer, run, own, keep_older=in_a_row)
 
     def _stop(self, reason: str) -> None:
         """Save what the last whole step left, and end all runs of this process."""
@@ -1254,6 +1260,10 @@ def recipe_main(cfg: DictConfig) -> None:
 
 def make_runs(cfg: DictConfig, required: list[DictConfig], device, mesh, stops) -> None:
     """What comes before the run, its stages, controls, the policy, and their figures."""
+    if "policy" in cfg.stages and not cfg.resume_from_checkpoint:
+        with one_sentence(ValueError):  # now, not when the controls have had their hours
+            for one in (*control_runs(cfg), cfg):
+                check_not_begun(Path(one.output_dir))
     if cfg.get("prepare") and dist.get_rank() == 0:
         with one_sentence(ValueError, OSError):
             config.instantiate(cfg.prepare)
@@ -1286,10 +1296,12 @@ def make_runs(cfg: DictConfig, required: list[DictConfig], device, mesh, stops) 
     summary["seconds"] = round(time.perf_counter() - seconds, 1)
     if dist.get_rank() == 0:
         report(cfg, summary)
-        written = Path(cfg.output_dir) / "summary.json"
-        if "policy" not in cfg.stages and written.exists():  # a policy's figures stay
-            summary = json.loads(written.read_text()) | summary
-        write_summary(Path(cfg.output_dir), summary)
+        output_dir = Path(cfg.output_dir)
+        if "policy" in cfg.stages:
+            write_summary(output_dir, summary)
+        elif (output_dir / "summary.json").exists():  # a policy's figures stay
+            figures = json.loads((output_dir / "summary.json").read_text())
+            write_summary(output_dir, figures | summary)
 
 
 def replay(cfg: DictConfig, device, mesh, stops) -> None:

@@ -106,6 +106,7 @@ from wmtp_modules.training.stopping import Stopped, StopRequests, clear_exit, ex
 from wmtp_modules.training.training_state import (
     TrainingStates,
     check_not_begun,
+    check_not_ended,
     check_same_run,
     notes_on_resume,
     packs_per_step,
@@ -223,8 +224,6 @@ class Rho1WMTPRecipeDistributed:
 
     def setup(self) -> None:
         cfg = self._cfg
-        if not (cfg.resume_from_checkpoint or cfg.get("replay")):
-            check_not_begun(self._output_dir)
         training.set_seed(cfg.seed)
         with torch.device("meta"):
             self._model = config.instantiate(cfg.model)
@@ -332,6 +331,7 @@ class Rho1WMTPRecipeDistributed:
         """Go on where the newest sound training state stands."""
         folder = self._states.newest()
         if folder is None:
+            check_not_ended(self._output_dir)
             log_zero(f"Nothing to resume in {self._output_dir}: starting from step 0.")
             return None
         run = check_same_run(folder, self._cfg, self._world)
@@ -575,12 +575,16 @@ class Rho1WMTPRecipeDistributed:
         self._optimizer.zero_grad(set_to_none=True)
         self._bad_steps.skip(self._step + 1, problem, rows)
         if self._bad_steps.is_over_limit:
-            kept = TrainingStates(self._output_dir / "bad_step", keep_last=1)
-            kept.drop_all()
-            self.save_checkpoint(kept)
-            with self.watchdog.paused():
-                kept.close()
-            raise TrainingError(self._bad_steps.why_stopped())
+            unkept = None
+            try:
+                kept = TrainingStates(self._output_dir / "bad_step", keep_last=1)
+                kept.drop_all()
+                self.save_checkpoint(kept)
+                with self.watchdog.paused():
+                    kept.close()
+            except OSError as error:  # on all ranks
+                unkept = error
+            raise TrainingError(self._bad_steps.why_stopped(unkept))
 
     def validate(self) -> list[float]:
         """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
@@ -643,8 +647,10 @@ class Rho1WMTPRecipeDistributed:
             "config": resolved(self._cfg),
             "run_id": getattr(logger, "run_id", None),
         }
+        # Within a row of skipped steps the parameters may be what is wrong.
+        in_a_row = self._bad_steps.in_a_row > 0
         with self.watchdog.paused():  # the disk may be slow with the one before
-            states.save(self._step, self._model, self._optimizer, run, own)
+            states.save(self._step, self._model, self._optimizer, run, own, keep_older=in_a_row)
 
     def _stop(self, reason: str) -> None:
         """Save what the last whole step left, and end all runs of this process."""
@@ -778,6 +784,10 @@ def recipe_main(cfg: DictConfig) -> None:
 
 def make_runs(cfg: DictConfig, required: list[DictConfig], device, mesh, stops) -> None:
     """What comes before the run, its controls, the run itself, and their figures side by side."""
+    if not cfg.resume_from_checkpoint:
+        with one_sentence(ValueError):  # now, not when the controls have had their hours
+            for one in (*control_runs(cfg), cfg):
+                check_not_begun(Path(one.output_dir))
     if cfg.get("prepare") and dist.get_rank() == 0:
         with one_sentence(ValueError, OSError):
             config.instantiate(cfg.prepare)

@@ -320,6 +320,27 @@ def test_a_resumed_policy_has_all_that_it_had(staged, go, recipe, check_resumed,
 
 
 @pytest.mark.slow
+def test_stages_alone_do_not_mark_a_policy_as_complete(
+    staged, recipe, one_process, base_config, tmp_path
+):
+    """A start without resume_from_checkpoint would then delete the states of an interrupted one."""
+    more = {"stages": ["rewards", "critic"], "output_dir": str(tmp_path)}
+    cfg = OmegaConf.merge(base_config, staged[0], more)
+    (tmp_path / "training_state" / "step_000002").mkdir(parents=True)
+    recipe.make_runs(cfg, [], *one_process, StopRequests())
+    assert not (tmp_path / "summary.json").exists()
+    policy = OmegaConf.merge(cfg, {"stages": ["critic", "policy"], "controls": ["uniform"]})
+    with pytest.raises(SystemExit, match="holds a run that was interrupted after step 2 or later"):
+        recipe.make_runs(policy, [], *one_process, StopRequests())
+    assert [path.name for path in tmp_path.iterdir()] == ["training_state"]
+    recipe.write_summary(tmp_path, {"steps": 3})
+    recipe.make_runs(cfg, [], *one_process, StopRequests())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert "critic" in summary
+
+
+@pytest.mark.slow
 def test_a_policy_on_other_values_is_neither_done_nor_resumed(staged, go, base, tmp_path):
     """The same config, but the critic that it names was trained anew and differently."""
     first = with_critic(base, tmp_path)

@@ -434,10 +434,10 @@ def test_a_save_that_fails_ends_the_run_soon(run, recipe, monkeypatch, tmp_path)
     """Not only at the next save, which may be hours away."""
     publish = recipe.TrainingStates._publish
 
-    def full(self, partial, final, files):
-        if final.name == "step_000030":
+    def full(self, partial, *args):
+        if partial.name == "step_000030.partial":
             raise OSError("no room")
-        publish(self, partial, final, files)
+        publish(self, partial, *args)
 
     monkeypatch.setattr(recipe.TrainingStates, "_publish", full)
     folder = tmp_path / "run"
@@ -458,6 +458,22 @@ def test_a_run_cut_short_to_the_step_of_its_state(run, uniform, tmp_path):
     last = [line for line in metrics_of(folder) if "val_loss" in line][-1]
     assert last["step"] == summary["steps"] == 2
     assert summary["heldout_loss"]["uniform"] == [last[f"val_loss_head_{k}"] for k in range(4)]
+
+
+def test_a_complete_run_without_states_is_not_started_over(run, uniform, tmp_path):
+    folder = shutil.copytree(uniform[0], tmp_path / "run")
+    shutil.rmtree(folder / "training_state")
+    before = (folder / "summary.json").read_text()
+    with pytest.raises(SystemExit, match=r"holds a run that is complete.*take another output_dir"):
+        run({"max_steps": 8, "resume_from_checkpoint": True}, folder)
+    assert (folder / "summary.json").read_text() == before
+
+
+def test_an_interrupted_run_is_refused_before_its_controls_are_made(main, tmp_path):
+    (tmp_path / "training_state" / "step_000002").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="holds a run that was interrupted after step 2 or later"):
+        main({"output_dir": str(tmp_path), "controls": ["random_topk"]})
+    assert [path.name for path in tmp_path.iterdir()] == ["training_state"]
 
 
 def test_a_replay_of_nothing(run, main, tmp_path):
@@ -503,6 +519,33 @@ def test_a_diverging_run_stops_and_keeps_what_was_saved_before(diverged):
     assert [path.name for path in (folder / "training_state").iterdir()] == ["step_000001"]
     assert [line["step"] for line in metrics_of(folder) if "loss" in line] == [1, 2]
     assert not (folder / "summary.json").exists()
+
+
+def test_a_stop_within_a_row_of_skipped_steps_keeps_what_was_before(
+    run, diverged, stops, monkeypatch, tmp_path
+):
+    """Its own state holds the ruined parameters."""
+    answers = iter([None, None, "SIGTERM"])
+    monkeypatch.setattr(stops, "agreed", lambda: next(answers))
+    with pytest.raises(Stopped):
+        run(diverged[1] | {"keep_last": 1}, tmp_path)
+    found = sorted(path.name for path in (tmp_path / "training_state").iterdir())
+    assert found == ["step_000001", "step_000002"]
+
+
+def test_a_full_disk_does_not_hide_why_a_run_stopped(run, diverged, recipe, monkeypatch, tmp_path):
+    publish = recipe.TrainingStates._publish
+
+    def full(self, partial, *args):
+        if partial.parent.name == "bad_step":
+            raise OSError("no room")
+        publish(self, partial, *args)
+
+    monkeypatch.setattr(recipe.TrainingStates, "_publish", full)
+    with pytest.raises(SystemExit) as end:
+        run(diverged[1], tmp_path)
+    assert re.match(r"TrainingError: the loss is (nan|inf) in step 3, and the run", str(end.value))
+    assert re.search(r"A replay is not possible: .*bad_step/step_.*no room", str(end.value))
 
 
 def test_skipped_steps_name_their_rows(diverged, base_config):

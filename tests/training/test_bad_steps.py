@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -65,6 +66,10 @@ def test_only_skipped_steps_in_a_row_are_over_the_limit(steps, tmp_path):
     assert steps.why_stopped().startswith(
         "the gradient norm is inf in step 7, and the run stops as it was the 2. of 2 skipped steps"
     )
+    assert "--config" in steps.why_stopped()
+    unkept = steps.why_stopped(OSError("no room"))
+    assert "A replay is not possible: no room" in unkept
+    assert "--config" not in unkept
 
 
 def losses(n):
@@ -84,6 +89,16 @@ def test_a_spike_needs_history_and_height(steps, tmp_path):
     assert (spike["step"], spike["loss"]) == (18, 4.0)
     assert spike["mean_before"] == pytest.approx(2.1, abs=0.02)
     assert spike["rows"] == [[[2, 5, 7], [9]]]
+
+
+def test_a_loss_that_is_no_number_does_not_blind(steps, tmp_path):
+    """Of tokens without weight, in a step whose objective is sound."""
+    for step, loss in enumerate(losses(SPIKE_HISTORY), start=1):
+        steps.look_for_spike(step, loss, ROWS)
+    for step, loss in ((17, math.inf), (18, math.nan), (19, 2.1), (20, 4.0)):
+        steps.look_for_spike(step, loss, ROWS)
+    spikes = lines(tmp_path, "loss_spikes.jsonl")
+    assert [(s["step"], s["loss"]) for s in spikes] == [(17, "inf"), (18, "nan"), (20, 4.0)]
 
 
 def test_a_resumed_run_judges_by_the_same_history(steps, tmp_path):

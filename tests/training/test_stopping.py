@@ -181,5 +181,11 @@ def test_full_disk_does_not_keep_a_run_from_stopping(tmp_path, capsys):
     (tmp_path / "file").touch()
     StopRequests(output_dir=tmp_path / "file")._tell(Stopped("SIGTERM", 4))
     said = capsys.readouterr().err
-    assert "Stopped by SIGTERM after step 4, which is saved: the same command" in said
+    assert "Stopped by SIGTERM after step 4, which is saved: the same command with resume" in said
     assert "exit.json could not be written (" in said
+
+
+def test_what_goes_on_is_said(tmp_path, capsys):
+    """An evaluation has no resume_from_checkpoint: typed as told, it would be refused."""
+    StopRequests(output_dir=tmp_path, again="the same command")._tell(Stopped("SIGINT"))
+    assert "training: the same command goes on from there\n" in capsys.readouterr().err

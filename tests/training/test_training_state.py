@@ -17,6 +17,7 @@ from wmtp_modules.training import training_state
 from wmtp_modules.training.training_state import (
     TrainingStates,
     check_not_begun,
+    check_not_ended,
     check_same_run,
     notes_on_resume,
     random_state,
@@ -53,10 +54,10 @@ class Trained:
             parameter.grad = torch.ones_like(parameter)
         self.optimizer.step()
 
-    def save(self, step):
+    def save(self, step, **given):
         run = {"step": step, "config": resolved(CFG)}
         own = {"rng": random_state(torch.device("cpu"))}
-        self.states.save(step, self.model, self.optimizer, run, own)
+        self.states.save(step, self.model, self.optimizer, run, own, **given)
         return self.parent / f"step_{step:06d}"
 
     def saved(self, step):
@@ -181,21 +182,45 @@ def test_the_only_sound_state_stays_beside_damaged_newer_ones(trained):
     (one.parent / "step_000009" / "run.pt").write_bytes(b"damaged")
     assert one.states.newest().name == "step_000001"
     one.saved(2)
-    assert names(one) == ["step_000002", "step_000009"]
+    assert names(one) == ["step_000002", "step_000009.damaged"]
     one.saved(9)
-    assert names(one) == ["step_000009", "step_000009.kept0"]
+    assert names(one) == ["step_000009", "step_000009.damaged"]
     assert one.states.newest().name == "step_000009"
 
 
 def test_damaged_states_do_not_count_and_stay(trained):
+    """Also after a start that no longer looks at them, and more than one of a step."""
+    before = trained(keep_last=2)
+    before.step()
+    before.saved(1)
+    before.saved(2)
+    for _ in range(2):
+        (before.parent / "step_000002" / "run.pt").write_bytes(b"damaged")
+        one = trained(keep_last=2)
+        assert one.states.newest().name == "step_000001"
+        one.step()
+        one.saved(2)
+    later = trained(keep_last=2)
+    assert later.states.newest().name == "step_000002"
+    later.step()
+    later.saved(3)
+    later.saved(4)
+    kept = ["step_000002.damaged", "step_000002.damaged1"]
+    assert names(later) == [*kept, "step_000003", "step_000004"]
+    later.states.drop_all()
+    assert names(later) == kept
+
+
+def test_older_states_stay_where_told_to(trained):
     one = trained(keep_last=1)
     one.step()
     one.saved(1)
-    shutil.copytree(one.parent / "step_000001", one.parent / "step_000002")
-    (one.parent / "step_000002" / "run.pt").write_bytes(b"damaged")
-    assert one.states.newest().name == "step_000001"
-    one.saved(3)
-    assert names(one) == ["step_000002", "step_000003"]
+    one.save(2, keep_older=True)
+    one.save(3, keep_older=True)
+    one.states.wait()
+    assert names(one) == ["step_000001", "step_000002", "step_000003"]
+    one.saved(4)
+    assert names(one) == ["step_000004"]
 
 
 def test_a_file_that_cannot_be_read_is_damage(trained, monkeypatch):
@@ -220,12 +245,12 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(trained, monkeypatch):
     def full(*args, **given):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for module, name in ((torch, "save"), (type(one.parent), "write_text"), (os, "fsync")):
+    path = type(one.parent)
+    for module, name in ((path, "mkdir"), (torch, "save"), (path, "write_text"), (os, "fsync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
-            one.save(2)
             with pytest.raises(OSError, match=r"step_000002 could not be written .*No space left"):
-                one.states.wait()
+                one.saved(2)
         assert names(one) == ["step_000001"], name
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert one.states.newest() == folder
@@ -427,6 +452,13 @@ def test_an_interrupted_run_is_not_started_over(state, tmp_path):
     (tmp_path / "summary.json").touch()
     check_not_begun(tmp_path)
     check_not_begun(tmp_path / "none")
+
+
+def test_a_run_without_states_is_not_started_over_a_complete_one(tmp_path):
+    check_not_ended(tmp_path)
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(ValueError, match=r"complete, under another config .*or delete .*summary"):
+        check_not_ended(tmp_path)
 
 
 def schedule(steps):

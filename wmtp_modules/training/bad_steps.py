@@ -101,16 +101,24 @@ class BadSteps:
         self._write("skipped_steps.jsonl", self.skipped)
         log_rank_zero(log, f"Step {step} is skipped on all ranks: {reason}.")
 
-    def why_stopped(self) -> str:
-        """What to tell a user whose run ends after too many skipped steps."""
+    def why_stopped(self, unkept: OSError | None = None) -> str:
+        """What to tell a user whose run ends after too many skipped steps.
+
+        Args:
+            unkept: why the state for a replay could not be written.
+        """
         last, folder = self.skipped[-1], self._output_dir
+        replay = (
+            f"To see where it comes from, run the same command with --config "
+            f"{folder / 'config.yaml'} replay={folder / 'bad_step'}"
+            if unkept is None
+            else f"A replay is not possible: {unkept}"
+        )
         return (
             f"{last['reason']} in step {last['step']}, and the run stops as it was the "
             f"{self.in_a_row}. of {self._limit} skipped steps in a row (max_skipped_steps). What "
-            f"was saved before is untouched; {folder / 'skipped_steps.jsonl'} names the rows. To "
-            f"see where it comes from, run the same command with --config "
-            f"{folder / 'config.yaml'} replay={folder / 'bad_step'}. Lower optimizer.lr, or look "
-            "at the data and the checkpoints"
+            f"was saved before is untouched; {folder / 'skipped_steps.jsonl'} names the rows. "
+            f"{replay}. Lower optimizer.lr, or look at the data and the checkpoints"
         )
 
     def look_for_spike(self, step: int, loss: float, rows: list[torch.Tensor]) -> None:
@@ -123,12 +131,14 @@ class BadSteps:
         """
         self.in_a_row = 0
         last = list(self._losses)
-        self._losses.append(loss)
+        if math.isfinite(loss):  # else every later one would be beyond what can be told
+            self._losses.append(loss)
         if len(last) < SPIKE_HISTORY:
             return
         mean, spread = statistics.fmean(last), max(statistics.stdev(last), 1e-6)
-        if loss > mean + SPIKE_DEVIATIONS * spread:
-            spike = {"step": step, "loss": loss, "mean_before": mean, "rows": rows_of_ranks(rows)}
+        if not loss <= mean + SPIKE_DEVIATIONS * spread:  # NaN is one, too
+            told = loss if math.isfinite(loss) else str(loss)  # JSON has neither
+            spike = {"step": step, "loss": told, "mean_before": mean, "rows": rows_of_ranks(rows)}
             self.spikes.append(spike)
             self._write("loss_spikes.jsonl", self.spikes)
             log_rank_zero(log, f"Step {step} is a loss spike: {loss:.3f}, {mean:.3f} before.")

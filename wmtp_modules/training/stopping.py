@@ -225,8 +225,6 @@ class StopRequests:
             with suppress(RuntimeError):  # a rank that is gone or hangs holds up nobody
                 last = dist.barrier(group=self._group, async_op=True)
                 last.wait(timedelta(seconds=LAST_WAIT_S))
-        for one in SIGNALS:  # torchrun's, as another rank may be faster
-            signal.signal(one, signal.SIG_IGN)
         # What is registered to run at exit runs, but neither a thread nor the network holds it up.
         timer = threading.Timer(PATIENCE_S, os._exit, (EXIT_STOPPED,))
         timer.daemon = True
@@ -243,10 +241,7 @@ class StopRequests:
         when = "outside of training"
         if stopped.step is not None:
             when = f"after step {stopped.step}, which is saved"
-        told = (
-            f"Stopped by {stopped.reason} {when}: the same command with "
-            "resume_from_checkpoint=true goes on from there"
-        )
+        told = f"Stopped by {stopped.reason} {when}: {self._again} goes on from there"
         if self._output_dir is not None:
             try:
                 write_exit(self._output_dir, stopped.reason, stopped.step)

@@ -19,8 +19,9 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ class TrainingStates:
 
     Args:
         parent: their folder, shared by all ranks.
-        keep_last: states to keep. Damaged ones do not count and are never deleted.
+        keep_last: states to keep. Damaged ones do not count and are never deleted: they are renamed
+            to ``step_000123.damaged`` when the run that passed them over saves.
     """
 
     def __init__(self, parent: Path, keep_last: int) -> None:
@@ -89,7 +91,13 @@ class TrainingStates:
     # --------------------------------------------------------------- writing
 
     def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: dict, own: dict
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        run: dict,
+        own: dict,
+        keep_older: bool = False,
     ) -> None:
         """Copy a state; it is written while the caller goes on.
 
@@ -101,15 +109,17 @@ class TrainingStates:
             optimizer: its optimizer.
             run: plain values and tensors, the same on all ranks.
             own: this rank's.
+            keep_older: delete none of the older ones, whatever ``keep_last`` says.
 
         Raises:
-            OSError: if the one before could not be written.
+            OSError: if the one before could not be written, or this one cannot be begun.
         """
         self.wait()
         started = time.perf_counter()
         tensors, plain = _split(model, optimizer)
         partial = self._parent / f"step_{step:06d}.partial"
-        self._on_rank_zero(lambda: _make_anew(partial))
+        with _one_sentence_for(partial):
+            self._on_rank_zero(lambda: _make_anew(partial))
         run = {"world": self._world, "optimizer": plain, **run}
         written = dcp.async_save(
             tensors,
@@ -117,7 +127,12 @@ class TrainingStates:
             async_stager=self._stager,
             process_group=self._group,
         )
-        self._writing = self._writer.submit(self._finish, written, partial, run, own, started)
+
+        def finish() -> None:
+            self._finish(written, partial, run, own, keep_older)
+            self.seconds = max(self.seconds, time.perf_counter() - started)
+
+        self._writing = self._writer.submit(finish)
         self.last_step = step
 
     def wait(self) -> None:
@@ -148,7 +163,9 @@ class TrainingStates:
             self._writer.shutdown()
             self._stager.close()
 
-    def _finish(self, written: Future, partial: Path, run: dict, own: dict, started: float) -> None:
+    def _finish(
+        self, written: Future, partial: Path, run: dict, own: dict, keep_older: bool
+    ) -> None:
         """Everything after the shards, in the thread that writes."""
 
         def own_files() -> dict[str, dict]:
@@ -163,34 +180,29 @@ class TrainingStates:
                 mine += [partial / ".metadata", partial / "run.pt"]
             return {f.name: {"size": f.stat().st_size, "sha256": file_hash(f)} for f in mine}
 
-        final = partial.with_suffix("")
         try:
-            files = self._together(own_files)
-            self._on_rank_zero(lambda: self._publish(partial, final, files))
-            self.seconds = max(self.seconds, time.perf_counter() - started)
-        except OSError as error:
+            with _one_sentence_for(partial):
+                files = self._together(own_files)
+                self._on_rank_zero(lambda: self._publish(partial, files, keep_older))
+        except OSError:
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"the training state {final} could not be written ({error}). Earlier states are "
-                "untouched: make room or mend the disk, and go on with "
-                "resume_from_checkpoint=true"
-            ) from error
+            raise
 
-    def _publish(self, partial: Path, final: Path, files: dict[str, dict]) -> None:
+    def _publish(self, partial: Path, files: dict[str, dict], keep_older: bool) -> None:
+        final = partial.with_suffix("")
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
         sync(partial / MANIFEST)
         sync(partial)
-        if final.exists():  # a damaged one, or one of a run that was taken back further
-            _set_aside(final)
+        while self._damaged:  # a later start would take them for sound ones that are older
+            _set_aside(self._parent / self._damaged.pop())
         partial.rename(final)
         sync(self._parent)
-        step = _step_of(final)
-        older = sorted((p for p in _states(self._parent) if _step_of(p) < step), key=_step_of)
         _drop(self._parent, r"step_\d+(\.partial|\.dropped)")  # what a kill left
-        sound = [path for path in older if path.name not in self._damaged]
-        for path in sound[: max(0, len(sound) - self._keep_last + 1)]:
-            _delete(path)
+        if not keep_older:
+            done = [path for path in _states(self._parent) if _step_of(path) <= _step_of(final)]
+            for path in sorted(done, key=_step_of)[: -self._keep_last]:
+                _delete(path)
 
     # --------------------------------------------------------------- reading
 
@@ -330,18 +342,31 @@ def _make_anew(folder: Path) -> None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Keep a state whose name is needed."""
-    n = 0
-    while (aside := folder.with_name(f"{folder.name}.kept{n}")).exists():
-        n += 1
+    """Keep a damaged state under a name that no start looks at."""
+    aside, n = folder.with_name(f"{folder.name}.damaged"), 1
+    while aside.exists():
+        aside, n = folder.with_name(f"{folder.name}.damaged{n}"), n + 1
     folder.rename(aside)
-    log.warning("%s was there already and is kept as %s", folder, aside.name)
+    log.warning("The damaged %s is kept as %s", folder, aside.name)
 
 
 def _drop(parent: Path, pattern: str) -> None:
     for folder in parent.glob("step_*"):
         if re.fullmatch(pattern, folder.name):
             shutil.rmtree(folder)
+
+
+@contextmanager
+def _one_sentence_for(partial: Path) -> Iterator[None]:
+    """Say which state could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the training state {partial.with_suffix('')} could not be written ({error}). Earlier "
+            "states are untouched: make room or mend the disk, and go on with "
+            "resume_from_checkpoint=true"
+        ) from error
 
 
 def _delete(folder: Path) -> None:
@@ -597,6 +622,21 @@ def check_not_begun(output_dir: Path) -> None:
             f"{output_dir} holds a run that was interrupted after step {steps} or later: set "
             "resume_from_checkpoint=true to go on with it, take another output_dir, or delete "
             f"{parent} to start over"
+        )
+
+
+def check_not_ended(output_dir: Path) -> None:
+    """Make sure that a run which finds no state to go on from does not delete one that is complete.
+
+    Raises:
+        ValueError: if ``output_dir`` holds the figures of a run that came to its end.
+    """
+    summary = output_dir / "summary.json"
+    if summary.exists():
+        raise ValueError(
+            f"{output_dir} holds a run that is complete, under another config or on other data, "
+            "and no training state to go on from: take another output_dir, or delete "
+            f"{summary} to start over"
         )
 
 
