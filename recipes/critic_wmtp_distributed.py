@@ -496,17 +496,19 @@ class CriticWMTPRecipeDistributed:
         if "rewards" in self._cfg.stages:
             if rewards.source != "reward_model":
                 reward_rows(rows, rewards.source)  # all of them are sound
-            compute_scores(
-                folder,
-                fingerprint,
-                rows,
-                self._score_rewards,
-                inputs=self._reward_inputs,
-                batch_tokens=rewards.batch_tokens,
-                rank=self._rank,
-                world=self._world,
-                desc=f"rewards ({split})",
-            )
+            with self.watchdog:
+                compute_scores(
+                    folder,
+                    fingerprint,
+                    rows,
+                    self._score_rewards,
+                    inputs=self._reward_inputs,
+                    batch_tokens=rewards.batch_tokens,
+                    rank=self._rank,
+                    world=self._world,
+                    desc=f"rewards ({split})",
+                    beat=self.watchdog.beat,
+                )
         return ScoreTable.open(folder, fingerprint, rows).per_row().astype(np.float64)
 
     def _reward_inputs(self, part: Dataset) -> list:
@@ -523,7 +525,8 @@ class CriticWMTPRecipeDistributed:
     def _reward_model(self) -> RewardModel:
         """Loaded when the first response has to be scored."""
         folder = self._cfg.rewards.checkpointer.checkpoint_dir
-        return RewardModel(folder, device=self._device, dtype=self._dtype)
+        with self.watchdog.paused():
+            return RewardModel(folder, device=self._device, dtype=self._dtype)
 
     # --------------------------------------------------------------- critic
 
@@ -533,7 +536,8 @@ class CriticWMTPRecipeDistributed:
         with torch.device("meta"):
             model = config.instantiate(self._cfg.model)
         cast_parameters_(model, self._dtype)
-        load_into(model, self._cfg.checkpointer.checkpoint_dir, device=self._device)
+        with self.watchdog.paused():
+            load_into(model, self._cfg.checkpointer.checkpoint_dir, device=self._device)
         return model.eval().requires_grad_(False)
 
     def free_trunk(self) -> None:
@@ -611,6 +615,7 @@ class CriticWMTPRecipeDistributed:
             mininterval=1 if sys.stderr.isatty() else 20,
         )
         while state.step < cfg.max_steps and state.evaluations_since_best < cfg.patience:
+            self.watchdog.beat(f"the critic's step {state.step + 1}")
             joint = critics.joint_batch(len(items), joint_size, state.step, self._cfg.seed)
             loss, count = self._critic_loss(replica, items[joint[self._rank :: self._world]])
             loss.backward()
@@ -651,11 +656,15 @@ class CriticWMTPRecipeDistributed:
         rewards_BT = rewards_B[:, None].expand_as(values_BT)
         return regression_loss(values_BT, rewards_BT, batch["y"]), batch["y"].sum()
 
+    def _share(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """This rank's part of some rows, in batches."""
+        own = indices[self._rank :: self._world]
+        batches = (own[i : i + HELDOUT_BATCH] for i in range(0, len(own), HELDOUT_BATCH))
+        return self.watchdog.beating(batches, "rows that judge the critic")
+
     def _sums(self, head: ValueHead, rows: Dataset, indices: np.ndarray) -> np.ndarray:
         """``value_sums`` of some rows, shared out over the ranks."""
-        own = critics.sums_of_rows(
-            self._trunk, head, rows, indices[self._rank :: self._world], batch_size=HELDOUT_BATCH
-        )
+        own = critics.sums_of_rows(self._trunk, head, rows, self._share(indices))
         (sums_N3,) = all_reduce_sum(torch.from_numpy(own).to(self._device))
         return sums_N3.cpu().numpy()
 
@@ -678,9 +687,9 @@ class CriticWMTPRecipeDistributed:
         sums_N3 = self._sums(head, self._rows_val, np.arange(len(self._rows_val)))
         report = critics.critic_report(sums_N3, self._rewards_val, pairs_val)
         if "noise" in self._rows_val.column_names:
-            bad = np.flatnonzero(self._rewards_val <= 0)[self._rank :: self._world]
+            bad = self._share(np.flatnonzero(self._rewards_val <= 0))
             found = critics.near_marks_of_rows(
-                self._trunk, head, self._rows_val, bad, self._rewards_val, batch_size=HELDOUT_BATCH
+                self._trunk, head, self._rows_val, bad, self._rewards_val
             )
             (found,) = all_reduce_sum(torch.from_numpy(found).to(self._device))
             hits, chance, n_rows = found.tolist()
@@ -767,16 +776,18 @@ class CriticWMTPRecipeDistributed:
     def compute_values(self) -> None:
         """V after every token of the training set, from the frozen trunk and the critic."""
         head = self._load_value_head().to(self._device)
-        compute_scores(
-            self._cfg.value_table.table_dir,
-            self._values_fingerprint,
-            self._rows,
-            lambda batch: critics.row_values(self._trunk, head, batch),
-            batch_tokens=self._cfg.value_table.batch_tokens,
-            rank=self._rank,
-            world=self._world,
-            desc="values",
-        )
+        with self.watchdog:
+            compute_scores(
+                self._cfg.value_table.table_dir,
+                self._values_fingerprint,
+                self._rows,
+                lambda batch: critics.row_values(self._trunk, head, batch),
+                batch_tokens=self._cfg.value_table.batch_tokens,
+                rank=self._rank,
+                world=self._world,
+                desc="values",
+                beat=self.watchdog.beat,
+            )
         self._write_page(head)
 
     def _valued_packs(self, rows: Dataset, chosen: np.ndarray) -> PackedDataset:
@@ -1147,7 +1158,8 @@ class CriticWMTPRecipeDistributed:
 
     def _on_rank_zero(self, function: Callable) -> Any:
         """Its result on all ranks: what reads every byte of a checkpoint runs once."""
-        return share_from_rank_zero(function() if self._rank == 0 else None)
+        with self.watchdog.paused():
+            return share_from_rank_zero(function() if self._rank == 0 else None)
 
     def critic_summary(self) -> dict:
         """What the critic showed on held-out data."""
@@ -1174,7 +1186,8 @@ def run_stages(
     with one_sentence(ValueError, OSError, TrainingError):
         recipe.setup()
         if "critic" in cfg.stages:
-            recipe.train_critic()
+            with recipe.watchdog:
+                recipe.train_critic()
         if "values" in cfg.stages:
             recipe.compute_values()
         recipe.free_trunk()

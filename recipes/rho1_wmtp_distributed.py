@@ -394,15 +394,17 @@ class Rho1WMTPRecipeDistributed:
                 "dtype": self._cfg.dtype,
             }
         fingerprint = share_from_rank_zero(fingerprint)
-        compute_scores(
-            reference.table_dir,
-            fingerprint,
-            rows,
-            lambda batch: score_rows(self._reference_model, batch),
-            batch_tokens=reference.batch_tokens,
-            rank=self._rank,
-            world=self._world,
-        )
+        with self.watchdog:
+            compute_scores(
+                reference.table_dir,
+                fingerprint,
+                rows,
+                lambda batch: score_rows(self._reference_model, batch),
+                batch_tokens=reference.batch_tokens,
+                rank=self._rank,
+                world=self._world,
+                beat=self.watchdog.beat,
+            )
         return ScoreTable.open(reference.table_dir, fingerprint, rows)
 
     def _reference_BTK(self, batch: dict, inputs: dict) -> torch.Tensor | None:

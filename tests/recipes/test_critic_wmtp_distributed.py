@@ -320,6 +320,36 @@ def test_a_resumed_policy_has_all_that_it_had(staged, go, recipe, check_resumed,
 
 
 @pytest.mark.slow
+def test_the_watchdog_hears_of_every_batch_of_a_stage(base, go, recipe, monkeypatch, tmp_path):
+    """A stage longer than the time-out would be ended, and one without a watchdog hang for days."""
+    heard = []
+
+    class Listening(recipe.Watchdog):
+        watches = False
+
+        def __enter__(self):
+            self.watches = True
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            self.watches = False
+            super().__exit__(*error)
+
+        def beat(self, what, step=None):
+            heard.append(what) if self.watches else None
+            super().beat(what, step)
+
+    monkeypatch.setattr(recipe, "Watchdog", Listening)
+    overrides = with_critic(base, tmp_path, max_steps=10)
+    overrides |= {"stages": ["rewards", "critic", "values"], "allow_uninformative_critic": True}
+    go(overrides)
+    steps = dict.fromkeys(what for what in heard if "step" in what)
+    assert list(steps) == [f"the critic's step {step}" for step in range(1, 11)]
+    for what in ("rewards (train)", "rewards (heldout)", "rows that judge the critic", "values"):
+        assert heard.count(what) >= 2, what
+
+
+@pytest.mark.slow
 def test_stages_alone_do_not_mark_a_policy_as_complete(
     staged, recipe, one_process, base_config, tmp_path
 ):

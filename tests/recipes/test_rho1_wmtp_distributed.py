@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -739,6 +740,25 @@ def odd_batches(recipe, place, cfg, folder):
 
     recipe.Rho1WMTPRecipeDistributed._loss_step = odd
     recipe.run(OmegaConf.merge(cfg, {"output_dir": str(folder / "odd")}), *place)
+
+
+def hung_scorer(recipe, place, cfg, folder):
+    """Rank 0 never comes to the end of its first batch; rank 1 has none."""
+    if dist.get_rank() == 0:
+        recipe.score_rows = lambda *_: time.sleep(600)
+    recipe.run(OmegaConf.merge(cfg, {"output_dir": str(folder / "hung")}), *place)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_while_scoring_ends_the_run(rho1, base_config, tmp_path, capfd):
+    """The others would wait for it for days."""
+    table = {"table_dir": str(tmp_path / "scores")}
+    cfg = OmegaConf.merge(base_config, rho1, {"reference": table, "collective_timeout_s": 5})
+    with pytest.raises(mp.ProcessExitedException, match="exit code 1"):
+        spawn(2, hung_scorer, cfg, tmp_path)
+    ended = json.loads((tmp_path / "hung" / "exit.json").read_text())
+    assert (ended["reason"], ended["ranks"], ended["collective"]) == ("hung", [0], "barrier")
+    assert "hangs: it came to scoring" in capfd.readouterr().err
 
 
 def trained(folder):

@@ -6,6 +6,7 @@ after token t; ``sums_N3`` holds ``value_sums`` of every row.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -316,9 +317,7 @@ def sums_of_rows(
     model: MTPTransformer,
     head: ValueHead,
     rows: Dataset,
-    indices: np.ndarray,
-    *,
-    batch_size: int,
+    batches: Iterable[np.ndarray],
 ) -> np.ndarray:
     """``value_sums`` of some rows; 0 for the others, so that ranks can add theirs up.
 
@@ -326,18 +325,16 @@ def sums_of_rows(
         model: the critic's trunk, whole on this rank.
         head: the value head.
         rows: tokenised rows, N of them.
-        indices: the rows to value.
-        batch_size: rows at a time.
+        batches: indices of the rows to value, some at a time.
 
     Returns:
         fp64 sums_N3.
     """
     sums_N3 = np.zeros((len(rows), 3))
-    for start in range(0, len(indices), batch_size):
-        chunk = indices[start : start + batch_size].tolist()
-        batch = batch_of(rows, chunk, head.shift.device)
+    for indices in batches:
+        batch = batch_of(rows, indices.tolist(), head.shift.device)
         values_BT = head(model.trunk(batch["tokens"]))
-        sums_N3[chunk] = value_sums(values_BT, batch["y"]).cpu().numpy()
+        sums_N3[indices] = value_sums(values_BT, batch["y"]).cpu().numpy()
     return sums_N3
 
 
@@ -374,10 +371,8 @@ def near_marks_of_rows(
     model: MTPTransformer,
     head: ValueHead,
     rows: Dataset,
-    indices: np.ndarray,
+    batches: Iterable[np.ndarray],
     rewards_N: np.ndarray,
-    *,
-    batch_size: int,
 ) -> np.ndarray:
     """``near_marks`` of some rows whose column ``noise`` marks what is wrong with them.
 
@@ -385,17 +380,15 @@ def near_marks_of_rows(
         model: the critic's trunk, whole on this rank.
         head: the value head.
         rows: tokenised rows, N of them.
-        indices: the rows to take.
+        batches: indices of the rows to take, some at a time.
         rewards_N: standardised rewards of all rows.
-        batch_size: rows at a time.
 
     Returns:
         fp64 [3], so that ranks can add theirs up.
     """
     found = np.zeros(3)
-    for start in range(0, len(indices), batch_size):
-        chunk = indices[start : start + batch_size]
-        batch, delta_BT = row_advantages(model, head, rows, chunk, rewards_N, lam=0.0)
+    for indices in batches:
+        batch, delta_BT = row_advantages(model, head, rows, indices, rewards_N, lam=0.0)
         found += near_marks(delta_BT, batch["y"], batch["noise"])
     return found
 

@@ -170,6 +170,7 @@ def compute_scores(
     rank: int = 0,
     world: int = 1,
     desc: str = "scoring",
+    beat: Callable[[str], None] = lambda desc: None,
 ) -> None:
     """Score what a table still lacks; a no-op on a complete one.
 
@@ -191,6 +192,7 @@ def compute_scores(
         rank: of this process.
         world: number of processes.
         desc: text of the progress bar.
+        beat: told ``desc`` before each part and batch, for a watchdog.
 
     Raises:
         ValueError: if the folder holds a table for anything else or a damaged record, there are no
@@ -217,6 +219,7 @@ def compute_scores(
     with tqdm(unit="row", desc=desc, disable=rank != 0) as bar:
         bar.total = sum(len(lengths[part * part_rows :][:part_rows]) for part in mine)
         for part in mine:
+            beat(desc)
             start, path = part * part_rows, _part_path(folder, part)
             part_lengths = lengths[start : start + part_rows]
             part_sizes = sizes[start : start + part_rows]
@@ -232,6 +235,7 @@ def compute_scores(
             assert len(items) == len(part_lengths), (len(items), len(part_lengths))
             scores = [None] * len(items)
             for batch in _batches(part_lengths, batch_tokens):
+                beat(desc)
                 try:
                     scored = score_batch([items[i] for i in batch])
                 except ValueError as error:

@@ -75,7 +75,7 @@ class Hang(NamedTuple):
 
 
 class Watchdog:
-    """Watches the main thread of this rank inside of ``with``, which all ranks enter.
+    """Watches the main thread of this rank inside of ``with``, which all ranks enter; also again.
 
     Args:
         timeout_s: seconds without a ``beat`` after which the run ends.
@@ -99,11 +99,12 @@ class Watchdog:
         self._paused = False
         self.beat("the start")
         self._heard: dict[int, tuple[int | None, float]] = {}  # each rank's number, and since when
-        self._leaves = threading.Event()
+        self._reports = itertools.count()
 
     def __enter__(self) -> "Watchdog":
         self.beat("the start")
         self._main_thread = threading.get_ident()
+        self._leaves = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -147,7 +148,7 @@ class Watchdog:
     # ------------------------------------------------------------- in the thread
 
     def _watch(self) -> None:
-        for number in itertools.count():
+        for number in self._reports:
             own = self._report(number)
             try:
                 reports = self._exchange(own)
