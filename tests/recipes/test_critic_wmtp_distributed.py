@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -347,6 +349,41 @@ def test_the_watchdog_hears_of_every_batch_of_a_stage(base, go, recipe, monkeypa
     assert list(steps) == [f"the critic's step {step}" for step in range(1, 11)]
     for what in ("rewards (train)", "rewards (heldout)", "rows that judge the critic", "values"):
         assert heard.count(what) >= 2, what
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_write_of_a_stage(base, go, small_disk, tmp_path):
+    """Reward tables, the critic's state, head, record and pictures, values; the policy writes what
+    the Rho-1 recipe does. With room, the same command goes on to the same critic and values."""
+    stages = {"stages": ["rewards", "critic", "values"], "allow_uninformative_critic": True}
+    overrides = with_critic(base, tmp_path / "whole", max_steps=10) | stages
+    go(overrides)
+
+    def made(folder):
+        record = json.loads((folder / "critic" / "critic.json").read_text())
+        files = [f for f in folder.rglob("*") if f.suffix in (".arrow", ".safetensors", ".html")]
+        return record["report"], {f.relative_to(folder): f.read_bytes() for f in files}
+
+    whole = made(tmp_path / "whole")
+    ended, kib = set(), 4
+    while True:
+        disk = small_disk(kib)
+        overrides = with_critic(base, disk / "run", max_steps=10) | stages
+        try:
+            go(overrides)
+            break
+        except SystemExit as end:
+            sentence = str(end.code)
+        assert "No space left on device" in sentence
+        named = re.search(rf"{disk}/run/([\w/.-]+)", sentence)
+        assert named, sentence
+        ended.add(named[1])
+        small_disk(4096)
+        go(overrides)
+        assert made(disk / "run") == whole
+        shutil.rmtree(disk / "run")
+        kib += 20
+    assert len(ended) >= 5, ended
 
 
 @pytest.mark.slow

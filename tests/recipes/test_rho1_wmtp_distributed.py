@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -832,24 +831,6 @@ def test_ranks_with_nothing_to_learn_from_or_a_nan(base_config, tmp_path, name):
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 3, 3]
     assert lines[-1]["loss"] < lines[1]["loss"]
     assert all(value.isfinite().all() for value in weights_of(folder).values())
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """small_disk(kib): a file system of that size; grown by a second call."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def make(kib):
-        again = ["-o", f"remount,size={kib}k"] if os.path.ismount(disk) else ["-o", f"size={kib}k"]
-        command = ["mount", "-t", "tmpfs", *again, "tmpfs", str(disk)]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("a small disk is a mounted tmpfs, which takes root")
-        return disk
-
-    yield make
-    if os.path.ismount(disk):
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a log may be open
 
 
 @pytest.mark.slow

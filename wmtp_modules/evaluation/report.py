@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wmtp_modules.evaluation.pass_at_k import best_temperatures, pass_at_k
-from wmtp_modules.evaluation.report_figure import draw_report
 from wmtp_modules.evaluation.report_page import percent, report_page
 from wmtp_modules.evaluation.task import Task
 
@@ -128,6 +127,9 @@ def write_report(report: Mapping, output_dir: str | Path) -> None:
             ``settings`` and ``machine``, mappings or texts, are shown too.
         output_dir: the folder; made if it is not there.
     """
+    # matplotlib takes two seconds to import, which a start need not wait for.
+    from wmtp_modules.evaluation.report_figure import draw_report
+
     picture = io.BytesIO()
     figure = draw_report(report)
     if figure is not None:

@@ -1,15 +1,20 @@
-"""A picture of training runs from their ``metrics.jsonl``."""
+"""A picture of training runs from their ``metrics.jsonl``.
+
+matplotlib takes two seconds to import: only where something is drawn, not at every rank's start.
+"""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from wmtp_modules.training.disk import new_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart with any colour vision; markers tell the runs apart without
 # colour. Black comes last: a picture has seldom that many runs.
@@ -36,7 +41,18 @@ def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -
         figure.savefig(unfinished, format="png", dpi=130)
 
 
-def _curves(runs: Mapping[str, list[dict]]) -> Figure | None:
+def _new_figure(width: float, height: float) -> "Figure":
+    """In inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
     """The picture of ``plot_curves``; None if there is nothing to draw."""
     keys = {key for lines in runs.values() for line in lines for key in line}
     heads = sum(key.startswith("val_loss_head_") for key in keys)
@@ -48,9 +64,7 @@ def _curves(runs: Mapping[str, list[dict]]) -> Figure | None:
     wide = [panel for panel in wide if panel[0] in keys]
     if not wide:
         return None
-    figure = Figure(figsize=(4.4 * max(len(wide), 2), 7.2 if heads > 1 else 4.4))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
+    figure = _new_figure(4.4 * max(len(wide), 2), 7.2 if heads > 1 else 4.4)
     rows = figure.subfigures(2 if heads > 1 else 1, 1, squeeze=False)[:, 0]
     axes = rows[0].subplots(1, len(wide), squeeze=False)[0]
     for axis, (key, title, unit) in zip(axes, wide, strict=True):
@@ -88,15 +102,13 @@ def plot_calibration(
         figure.savefig(unfinished, format="png", dpi=130)
 
 
-def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> Figure:
+def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figure":
     parts = np.array_split(np.argsort(predicted, kind="stable"), min(bins, len(predicted)))
     x = np.array([predicted[part].mean() for part in parts])
     y = np.array([rewards[part].mean() for part in parts])
     error = np.array([rewards[part].std() / len(part) ** 0.5 for part in parts])
 
-    figure = Figure(figsize=(4.8, 4.4))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
+    figure = _new_figure(4.8, 4.4)
     axis = figure.subplots()
     ends = [min(x.min(), y.min()), max(x.max(), y.max())]
     axis.plot(ends, ends, color="#000000", alpha=0.4, linewidth=1, label="right on average")
@@ -125,7 +137,7 @@ def _read(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def _draw(axis: Axes, runs: Mapping[str, list[dict]], key: str, *, smooth: bool) -> None:
+def _draw(axis: "Axes", runs: Mapping[str, list[dict]], key: str, *, smooth: bool) -> None:
     """One line per run, gaps where a figure was not finite (null)."""
     for index, (name, lines) in enumerate(runs.items()):
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]

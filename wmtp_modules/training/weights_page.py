@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torchtune.models.llama2 import Llama2Tokenizer
 
+from wmtp_modules.training.disk import new_file
+
 # A weight of 1 has no colour; at these factors below and above, and beyond, it is fullest.
 FULL = 4.0
 OPACITY = 0.7  # of the fullest colour: text stays readable on it
@@ -77,16 +79,17 @@ def write_weights_page(
             f"<div class='code'>{spans}</div>\n"
         )
     legend = "".join(f"<span{_colour(weight)}>{name}</span>" for name, weight in LEGEND.items())
-    Path(path).write_text(
+    page = (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n<p class='caption'>{escape(caption)}</p>\n"
         f"<p class='legend'>weight {legend} <span class='unsupervised'>not supervised</span>"
         "<span class='marked'>mutated</span></p>\n"
-        f"{''.join(sections)}</body>\n</html>\n",
-        encoding="utf-8",
+        f"{''.join(sections)}</body>\n</html>\n"
     )
+    with new_file(Path(path)) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
 
 
 def token_texts(tokenizer: Llama2Tokenizer, ids: list[int]) -> list[str]:
