@@ -111,6 +111,17 @@ from wmtp_modules.training.loop import (
 )
 from wmtp_modules.training.memory import explain_out_of_memory
 from wmtp_modules.training.metric_logging import JSONLLogger
+from wmtp_modules.training.resume import (
+    check_not_begun,
+    check_not_ended,
+    check_same_run,
+    notes_on_resume,
+    packs_per_step,
+    random_state,
+    resolved,
+    resume_schedule_,
+    set_random_state,
+)
 from wmtp_modules.training.runs import (
     TRAINING_RULES,
     control_runs,
@@ -123,18 +134,7 @@ from wmtp_modules.training.runs import (
     write_summary,
 )
 from wmtp_modules.training.stopping import Stopped, StopRequests, clear_exit, exit_code
-from wmtp_modules.training.training_state import (
-    TrainingStates,
-    check_not_begun,
-    check_not_ended,
-    check_same_run,
-    notes_on_resume,
-    packs_per_step,
-    random_state,
-    resolved,
-    resume_schedule_,
-    set_random_state,
-)
+from wmtp_modules.training.training_state import TrainingStates
 from wmtp_modules.training.watchdog import Watchdog
 from wmtp_modules.weighting import CriticWeighting
 from wmtp_modules.weighting.critic import (

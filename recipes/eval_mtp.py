@@ -57,9 +57,9 @@ from wmtp_modules.training.distributed import (
     share_from_rank_zero,
 )
 from wmtp_modules.training.metric_logging import code_version
+from wmtp_modules.training.resume import resolved
 from wmtp_modules.training.runs import one_sentence, parse
 from wmtp_modules.training.stopping import StopRequests, clear_exit, exit_code
-from wmtp_modules.training.training_state import resolved
 
 log = utils.get_logger("INFO")
 # torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
