@@ -132,6 +132,20 @@ def test_main_thread_that_comes_no_further(ends, tmp_path):
     assert "hangs: it came to step 5 0 seconds ago and is in " in found.sentence
 
 
+def test_it_watches_each_block_and_nothing_between(ends, tmp_path):
+    """With numbers that never come again: the other ranks take those for silence."""
+    watchdog = Watchdog(0.4, tmp_path)
+    with watchdog:
+        time.sleep(0.1)
+    first = next(watchdog._reports)
+    time.sleep(1)
+    assert ends == []
+    with watchdog:
+        time.sleep(1.5)
+    assert ends[0][0].ranks == [0]
+    assert next(watchdog._reports) > first + 1
+
+
 def test_main_thread_that_comes_further(ends, tmp_path):
     with Watchdog(2, tmp_path) as watchdog:
         for _ in watchdog.beating(range(30), "validation"):
