@@ -147,3 +147,29 @@ def test_what_a_process_starts_ends_with_it(job, tmp_path):
     job.wait_for(lambda: len(job.alive()) == 2, "the child")
     job.processes[0].kill()
     job.wait_for_end()
+
+
+LATE = """
+import atexit, os, pathlib, signal, time
+from wmtp_modules.training import stopping
+
+def last_words():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    pathlib.Path("flushed").touch()
+
+atexit.register(last_words)
+with stopping.StopRequests() as stops, stopping.exit_code(stops):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        time.sleep(stopping.DEBOUNCE_S + 0.5)
+"""
+
+
+def test_what_runs_at_exit_is_not_cut_short(job):
+    """torchrun sends SIGTERM to the ranks that are slower than another one."""
+    job.run_code(LATE)
+    assert job.wait_for_end() == [75]
+    assert (job.folder / "flushed").exists()

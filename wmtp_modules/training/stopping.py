@@ -225,6 +225,8 @@ class StopRequests:
             with suppress(RuntimeError):  # a rank that is gone or hangs holds up nobody
                 last = dist.barrier(group=self._group, async_op=True)
                 last.wait(timedelta(seconds=LAST_WAIT_S))
+        for one in SIGNALS:  # torchrun sends another one as soon as the fastest rank has ended
+            signal.signal(one, signal.SIG_IGN)
         # What is registered to run at exit runs, but neither a thread nor the network holds it up.
         timer = threading.Timer(PATIENCE_S, os._exit, (EXIT_STOPPED,))
         timer.daemon = True
