@@ -308,6 +308,25 @@ def test_a_lost_server_costs_one_repetition_and_then_the_program_is_scored(open_
         assert {outcome.verdict for outcome in outcomes.values()} == {"pass"}
 
 
+def test_the_repetition_is_in_new_servers(monkeypatch, open_sandbox):
+    """Of servers that were lost with the first, unnoticed, a sound program would be a crash."""
+    run, tried = Worker.run, []
+
+    def lose(self, job):
+        tried.append(self)
+        if len(tried) == 1:
+            raise ServerLost("a fork server ended while a program ran")
+        return run(self, job)
+
+    with open_sandbox("auto") as sandbox:
+        old = set(sandbox._live)
+        monkeypatch.setattr(Worker, "run", lose)
+        ((_, outcome),) = sandbox.run([(0, FunctionJob("def f(): return 1", "assert f() == 1"))])
+    assert outcome.verdict == "pass"
+    assert tried[0] in old
+    assert tried[1] not in old
+
+
 @pytest.mark.parametrize(("ours", "verdict"), [(False, "crash"), (True, "infrastructure")])
 def test_a_server_lost_twice_is_the_programs_doing_unless_it_never_began(
     monkeypatch, open_sandbox, ours, verdict

@@ -90,10 +90,10 @@ class Sandbox:
                 if item is None:
                     waiting = None
                 else:
-                    self._inbox.put((*item, outbox))
+                    self._inbox.put((*item, outbox, False))
                     running += 1
             if again and not running:
-                self._inbox.put((*again.pop(), outbox))
+                self._inbox.put((*again.pop(), outbox, True))
                 running, alone = 1, True
             if not running:
                 return
@@ -198,8 +198,11 @@ class Sandbox:
         except Exception as error:
             started.put(error)
         while (task := self._inbox.get()) is not None and not self._closed:
-            key, job, outbox = task
+            key, job, outbox, anew = task
             try:
+                if anew and worker is not None:  # what took the other servers may have had these
+                    self._end_worker(worker)
+                    worker = None
                 worker = worker or self._start_worker(tier, config)
                 result = worker.run(job)
             except Exception as error:
