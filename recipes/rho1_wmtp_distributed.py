@@ -577,16 +577,8 @@ class Rho1WMTPRecipeDistributed:
         self._optimizer.zero_grad(set_to_none=True)
         self._bad_steps.skip(self._step + 1, problem, rows)
         if self._bad_steps.is_over_limit:
-            unkept = None
-            try:
-                kept = TrainingStates(self._output_dir / "bad_step", keep_last=1)
-                kept.drop_all()
-                self.save_checkpoint(kept)
-                with self.watchdog.paused():
-                    kept.close()
-            except OSError as error:  # on all ranks
-                unkept = error
-            raise TrainingError(self._bad_steps.why_stopped(unkept))
+            with self.watchdog.paused():
+                raise TrainingError(self._bad_steps.why_stopped(self.save_checkpoint))
 
     def validate(self) -> list[float]:
         """Unweighted loss of each head over the whole held-out set, equal on all ranks."""

@@ -63,11 +63,16 @@ def test_only_skipped_steps_in_a_row_are_over_the_limit(steps, tmp_path):
         {"step": 6, "reason": "the loss is nan", "rows": rows},
         {"step": 7, "reason": "the gradient norm is inf", "rows": [[[9]]]},
     ]
-    assert steps.why_stopped().startswith(
+    told = steps.why_stopped(lambda states: None)
+    assert told.startswith(
         "the gradient norm is inf in step 7, and the run stops as it was the 2. of 2 skipped steps"
     )
-    assert "--config" in steps.why_stopped()
-    unkept = steps.why_stopped(OSError("no room"))
+    assert "--config" in told
+
+    def full(states):
+        raise OSError("no room")
+
+    unkept = steps.why_stopped(full)
     assert "A replay is not possible: no room" in unkept
     assert "--config" not in unkept
 

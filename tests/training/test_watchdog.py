@@ -156,6 +156,8 @@ def test_main_thread_that_comes_further(ends, tmp_path):
 def test_main_thread_that_is_paused(ends, tmp_path):
     with Watchdog(1, tmp_path) as watchdog:
         with watchdog.paused():
+            with watchdog.paused():  # as a save within what is paused
+                pass
             time.sleep(2.5)
         time.sleep(0.3)  # the time-out begins anew
     assert ends == []

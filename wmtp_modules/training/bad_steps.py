@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torchtune.utils import get_logger, log_rank_zero
 
 from wmtp_modules.loss.mtp_loss import mtp_labels
 from wmtp_modules.training.disk import new_file
+from wmtp_modules.training.training_state import TrainingStates
 
 log = get_logger("INFO")
 
@@ -101,19 +102,24 @@ class BadSteps:
         self._write("skipped_steps.jsonl", self.skipped)
         log_rank_zero(log, f"Step {step} is skipped on all ranks: {reason}.")
 
-    def why_stopped(self, unkept: OSError | None = None) -> str:
-        """What to tell a user whose run ends after too many skipped steps.
+    def why_stopped(self, save: Callable[[TrainingStates], None]) -> str:
+        """What to tell a user whose run ends after too many skipped steps; a collective.
 
         Args:
-            unkept: why the state for a replay could not be written.
+            save: saves the run among the states it is given, which are those of ``bad_step/``.
         """
         last, folder = self.skipped[-1], self._output_dir
         replay = (
             f"To see where it comes from, run the same command with --config "
             f"{folder / 'config.yaml'} replay={folder / 'bad_step'}"
-            if unkept is None
-            else f"A replay is not possible: {unkept}"
         )
+        try:
+            kept = TrainingStates(folder / "bad_step", keep_last=1)
+            kept.drop_all()
+            save(kept)
+            kept.close()
+        except OSError as error:  # on all ranks; it must not hide the reason
+            replay = f"A replay is not possible: {error}"
         return (
             f"{last['reason']} in step {last['step']}, and the run stops as it was the "
             f"{self.in_a_row}. of {self._limit} skipped steps in a row (max_skipped_steps). What "

@@ -128,12 +128,12 @@ class Watchdog:
 
         The other ranks wait for this one. It is still noticed if its process is stopped.
         """
-        self._paused = True
+        outer, self._paused = self._paused, True
         try:
             yield
         finally:
             self._beat_again()
-            self._paused = False
+            self._paused = outer
 
     def beating(self, items: Iterable[T], what: str, step: int | None = None) -> Iterator[T]:
         """The same items, with a ``beat`` before each one."""
