@@ -16,7 +16,7 @@ def test_rank_that_hangs_in_python(job):
     (pid,) = job.wait_until("stuck", ranks=(1,))
     assert job.wait_for_end() == [1]
     expected = (
-        rf"Rank 1 \(process {pid} on .*\) hangs: it came to step 4 [5-9] seconds ago and is in "
+        rf"Rank 1 \(process {pid} on .*\) hangs: it came to step 4 \d+ seconds ago and is in "
         r"wait \(loop.py:\d+\); rank 0 waits in all_reduce, called by train \(loop.py:\d+\); the "
         "run ends, and the same command with resume_from_checkpoint=true goes on from what was"
     )
@@ -33,7 +33,7 @@ def test_rank_that_is_stopped_as_a_whole(job):
     os.kill(pid, signal.SIGSTOP)
     assert job.wait_for_end() == [1]
     expected = (
-        rf"Rank 1 \(process {pid} on .*\) hangs: nothing was heard of it for at least \d seconds, "
+        rf"Rank 1 \(process {pid} on .*\) hangs: nothing was heard of it for at least \d+ seconds, "
         r"after it had come to .+ and was in .+ \(.*; rank 0 waits in all_reduce, called by \w+ "
     )
     assert len(re.findall(expected, job.said)) == 1

