@@ -20,10 +20,12 @@ import torch
 from common import hardware
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.generation import Request, generate, measure_decoding
+from wmtp_modules.generation.generate import Request, generate
+from wmtp_modules.generation.measure import measure_decoding
 from wmtp_modules.loss.mtp_loss import mtp_labels
-from wmtp_modules.models import MTPTransformer, mtp_llama2
-from wmtp_modules.quickstart import train_tokenizer
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.quickstarts.stdlib import train_tokenizer
 
 TARGET = 2.0  # times plain decoding in wall-clock, greedy, batch 1
 N_TRUNK, N_HEADS, WIDTH = 12, 4, 64

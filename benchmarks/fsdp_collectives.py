@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from common import hardware
 
-PATH = Path(__file__).parents[1] / "tests" / "distributed" / "test_fsdp.py"
+PATH = Path(__file__).parents[1] / "tests" / "parallel" / "test_fsdp.py"
 
 
 def load_test_module():

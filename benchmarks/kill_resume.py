@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from common import hardware
 
-from wmtp_modules.quickstart import prepare_stdlib
-from wmtp_modules.training.training_state import MANIFEST, file_hash
+from wmtp_modules.quickstarts.stdlib import prepare_stdlib
+from wmtp_modules.run.training_state import MANIFEST, file_hash
 
 WITHOUT_TIME = ("tokens_per_s", "memory_gib")
 

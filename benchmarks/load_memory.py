@@ -20,11 +20,11 @@ from common import PeakAnonymousMemory, hardware
 from sentencepiece import sentencepiece_model_pb2
 from torch.distributed.device_mesh import init_device_mesh
 
+from wmtp_modules.checkpoints.names import parameter_shapes
+from wmtp_modules.checkpoints.read import load_into, model_args_from_folder, write_meta
 from wmtp_modules.convert import convert
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.models.convert_weights import parameter_shapes
-from wmtp_modules.training.checkpoint import load_into, model_args_from_folder, write_meta
-from wmtp_modules.training.distributed import shard_model
+from wmtp_modules.parallel.process_group import shard_model
 
 WORLD = 2
 ALLOWANCE = 1_500_000_000  # bytes above a rank's own shard

@@ -28,10 +28,10 @@ from common import anonymous_bytes, hardware
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from wmtp_modules.models.convert_weights import parameter_shapes
-from wmtp_modules.quickstart import stdlib_files, train_tokenizer
-from wmtp_modules.training.checkpoint import write_meta
-from wmtp_modules.training.step_memory import Estimate, estimate_step
+from wmtp_modules.checkpoints.names import parameter_shapes
+from wmtp_modules.checkpoints.read import write_meta
+from wmtp_modules.memory.step import Estimate, estimate_step
+from wmtp_modules.quickstarts.stdlib import stdlib_files, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 0.15

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from common import hardware
 
-from wmtp_modules.evaluation.sandbox import FunctionJob, Sandbox, SandboxError, proof
+from wmtp_modules.sandbox import proof
+from wmtp_modules.sandbox.jobs import FunctionJob, SandboxError
+from wmtp_modules.sandbox.pool import Sandbox
 
 REPEATS = 5
 LEAST_RATE = 100  # programs a second with two workers

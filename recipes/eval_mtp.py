@@ -31,24 +31,21 @@ from torchtune.models.llama2 import Llama2Tokenizer
 from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
-from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples, result_key, sample_key
-from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_texts
-from wmtp_modules.evaluation.report import FILES as REPORTS
-from wmtp_modules.evaluation.report import build_report, print_report, write_report
-from wmtp_modules.evaluation.sandbox import Sandbox
-from wmtp_modules.evaluation.task import Task
-from wmtp_modules.evaluation.tasks import TASKS, load_tasks
-from wmtp_modules.generation import Request, generate, measure_decoding
-from wmtp_modules.models import mtp_llama2
-from wmtp_modules.scoring import fingerprint_checkpoint
-from wmtp_modules.training.checkpoint import (
+from wmtp_modules.checkpoints.read import (
     Checkpoint,
     check_same_vocabulary,
     load_into,
     model_args_from_folder,
 )
-from wmtp_modules.training.config import Above, AtLeast, Component, Optional, check_config
-from wmtp_modules.training.distributed import (
+from wmtp_modules.config.check import Above, AtLeast, Component, Optional, check_config
+from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples, result_key, sample_key
+from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_texts
+from wmtp_modules.evaluation.task import Task
+from wmtp_modules.evaluation.tasks import TASKS, load_tasks
+from wmtp_modules.generation.generate import Request, generate
+from wmtp_modules.generation.measure import measure_decoding
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.parallel.process_group import (
     all_reduce_sum,
     cast_parameters_,
     init_process_group,
@@ -56,10 +53,14 @@ from wmtp_modules.training.distributed import (
     rank_zero_first,
     share_from_rank_zero,
 )
-from wmtp_modules.training.metric_logging import code_version
-from wmtp_modules.training.resume import resolved
-from wmtp_modules.training.runs import one_sentence, parse
-from wmtp_modules.training.stopping import StopRequests, clear_exit, exit_code
+from wmtp_modules.reports.evaluation import FILES as REPORTS
+from wmtp_modules.reports.evaluation import build_report, print_report, write_report
+from wmtp_modules.run.metric_logging import code_version
+from wmtp_modules.run.plan import one_sentence, parse
+from wmtp_modules.run.resume import resolved
+from wmtp_modules.run.stopping import StopRequests, clear_exit, exit_code
+from wmtp_modules.sandbox.pool import Sandbox
+from wmtp_modules.scoring.score_table import fingerprint_checkpoint
 
 log = utils.get_logger("INFO")
 # torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.

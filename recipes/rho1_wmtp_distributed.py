@@ -29,36 +29,14 @@ from torchtune.modules.attention_utils import packed_block_causal_mask
 from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
-from wmtp_modules.data.packing import PackedDataset
-from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
-from wmtp_modules.models import MTPTransformer, mtp_llama2
-from wmtp_modules.scoring import (
-    ScoreTable,
-    align_reference,
-    compute_scores,
-    fingerprint_checkpoint,
-    fingerprint_rows,
-    fingerprint_tokenizer,
-    reference_losses,
-    score_rows,
-)
-from wmtp_modules.training.bad_steps import (
-    BadSteps,
-    bad_gradients,
-    bad_rows,
-    first_bad_module,
-    print_replay,
-    row_ids,
-    what_is_wrong,
-)
-from wmtp_modules.training.checkpoint import (
+from wmtp_modules.checkpoints.read import (
     check_model,
     check_same_vocabulary,
     load_into,
     model_args_from_folder,
     save_meta,
 )
-from wmtp_modules.training.config import (
+from wmtp_modules.config.check import (
     Above,
     AtLeast,
     Component,
@@ -67,9 +45,13 @@ from wmtp_modules.training.config import (
     Optional,
     check_config,
 )
-from wmtp_modules.training.curves import plot_curves
-from wmtp_modules.training.disk import new_file
-from wmtp_modules.training.distributed import (
+from wmtp_modules.data.packing import PackedDataset
+from wmtp_modules.files import new_file
+from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
+from wmtp_modules.memory.explain import explain_out_of_memory
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.parallel.process_group import (
     all_reduce_sum,
     cast_parameters_,
     init_process_group,
@@ -79,7 +61,17 @@ from wmtp_modules.training.distributed import (
     shard_model,
     share_from_rank_zero,
 )
-from wmtp_modules.training.loop import (
+from wmtp_modules.reports.curves import plot_curves
+from wmtp_modules.run.bad_steps import (
+    BadSteps,
+    bad_gradients,
+    bad_rows,
+    first_bad_module,
+    print_replay,
+    row_ids,
+    what_is_wrong,
+)
+from wmtp_modules.run.figures import (
     TrainingError,
     epoch_dataloader,
     heldout_batches,
@@ -89,20 +81,8 @@ from wmtp_modules.training.loop import (
     step_metrics,
     to_device,
 )
-from wmtp_modules.training.memory import explain_out_of_memory
-from wmtp_modules.training.metric_logging import JSONLLogger
-from wmtp_modules.training.resume import (
-    check_not_begun,
-    check_not_ended,
-    check_same_run,
-    notes_on_resume,
-    packs_per_step,
-    random_state,
-    resolved,
-    resume_schedule_,
-    set_random_state,
-)
-from wmtp_modules.training.runs import (
+from wmtp_modules.run.metric_logging import JSONLLogger
+from wmtp_modules.run.plan import (
     TRAINING_RULES,
     control_runs,
     is_done,
@@ -113,10 +93,29 @@ from wmtp_modules.training.runs import (
     required_runs,
     write_summary,
 )
-from wmtp_modules.training.stopping import Stopped, StopRequests, clear_exit, exit_code
-from wmtp_modules.training.training_state import TrainingStates
-from wmtp_modules.training.watchdog import Watchdog
-from wmtp_modules.weighting import TokenWeighting
+from wmtp_modules.run.resume import (
+    check_not_begun,
+    check_not_ended,
+    check_same_run,
+    notes_on_resume,
+    packs_per_step,
+    random_state,
+    resolved,
+    resume_schedule_,
+    set_random_state,
+)
+from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit, exit_code
+from wmtp_modules.run.training_state import TrainingStates
+from wmtp_modules.run.watchdog import Watchdog
+from wmtp_modules.scoring.reference import align_reference, reference_losses, score_rows
+from wmtp_modules.scoring.score_table import (
+    ScoreTable,
+    compute_scores,
+    fingerprint_checkpoint,
+    fingerprint_rows,
+    fingerprint_tokenizer,
+)
+from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 log = utils.get_logger("INFO")
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11

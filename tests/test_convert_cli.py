@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from sentencepiece import sentencepiece_model_pb2
 
 from wmtp_modules import convert
+from wmtp_modules.checkpoints.read import Checkpoint, save_hf, save_meta
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.training.checkpoint import Checkpoint, save_hf, save_meta
-from wmtp_modules.training.distributed import init_weights_
+from wmtp_modules.parallel.process_group import init_weights_
 
 
 def make(save, args, folder, tokenizer, dtype=torch.bfloat16):

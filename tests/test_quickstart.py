@@ -5,8 +5,8 @@ import shutil
 import pytest
 import sentencepiece as spm
 
-from wmtp_modules import quickstart
-from wmtp_modules.quickstart import assets_folder, corrupt_lines, prepare_stdlib
+from wmtp_modules.quickstarts import stdlib as quickstart
+from wmtp_modules.quickstarts.stdlib import assets_folder, corrupt_lines, prepare_stdlib
 
 ARGUMENTS = {"vocab_size": 400, "corrupted_share": 0.4, "seed": 0}
 

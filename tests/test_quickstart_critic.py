@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import sentencepiece as spm
 
-from wmtp_modules import quickstart_critic
-from wmtp_modules.quickstart import prepare_stdlib, stdlib_files
-from wmtp_modules.quickstart_critic import functions_of, mutate, prepare_critic_stdlib
+from wmtp_modules.quickstarts import mutations as quickstart_critic
+from wmtp_modules.quickstarts.mutations import functions_of, mutate, prepare_critic_stdlib
+from wmtp_modules.quickstarts.stdlib import prepare_stdlib, stdlib_files
 
 SOURCE = '''
 class Box:

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from wmtp_modules.models.convert_weights import is_extra_head, parameter_shapes
-from wmtp_modules.training.checkpoint import Checkpoint, write_hf, write_meta
+from wmtp_modules.checkpoints.names import is_extra_head, parameter_shapes
+from wmtp_modules.checkpoints.read import Checkpoint, write_hf, write_meta
 
 LARGE = 1_000_000_000  # bytes from which a progress bar is shown
 

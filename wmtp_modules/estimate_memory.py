@@ -16,8 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.models import MTPTransformer
-from wmtp_modules.training.config import (
+from wmtp_modules.config.check import (
     Above,
     AtLeast,
     Component,
@@ -25,10 +24,12 @@ from wmtp_modules.training.config import (
     Optional,
     check_config,
 )
-from wmtp_modules.training.config_file import load_config, read_config
-from wmtp_modules.training.memory import SHOWN, helpful_settings
-from wmtp_modules.training.step_memory import Estimate, estimate_step, estimate_trunk
-from wmtp_modules.weighting import CriticWeighting, TokenWeighting
+from wmtp_modules.config.file import load_config, read_config
+from wmtp_modules.memory.explain import SHOWN, helpful_settings
+from wmtp_modules.memory.step import Estimate, estimate_step, estimate_trunk
+from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.weighting.advantage import CriticWeighting
+from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 GIB, MIB = 2**30, 2**20
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from wmtp_modules.data import PackedDataset, collate
+from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.loss.mtp_loss import mtp_labels
 
 

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from wmtp_modules.weighting import CriticWeighting, TokenWeighting, gather_rows, own_rows
+from wmtp_modules.weighting.advantage import CriticWeighting
+from wmtp_modules.weighting.token_weighting import TokenWeighting, gather_rows, own_rows
 
 WORLD, LOCAL, T, K = 2, 3, 24, 4
 VARIANTS = [{"name": name} for name in TokenWeighting.NAMES] + [

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from wmtp_modules.training.training_state import TrainingStates
+from wmtp_modules.run.training_state import TrainingStates
 
 pytestmark = pytest.mark.slow
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from wmtp_modules.evaluation.sandbox import Sandbox
 from wmtp_modules.evaluation.tasks import load_tasks
+from wmtp_modules.sandbox.pool import Sandbox
 
 DATA = Path(__file__).parents[3] / "shared/data"
 pytestmark = [

@@ -6,8 +6,8 @@ import pytest
 
 from wmtp_modules.data.mbpp import END, mbpp_prompt
 from wmtp_modules.evaluation.compare import compare_outputs
-from wmtp_modules.evaluation.sandbox import FunctionJob, Limits, StdinJob
 from wmtp_modules.evaluation.tasks import TASKS, load_tasks
+from wmtp_modules.sandbox.jobs import FunctionJob, Limits, StdinJob
 
 DATA = Path(__file__).parents[3] / "shared/data"
 

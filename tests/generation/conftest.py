@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.generation import Request, generate
+from wmtp_modules.generation.generate import Request, generate
 from wmtp_modules.loss.mtp_loss import mtp_labels
 from wmtp_modules.models import mtp_llama2
 

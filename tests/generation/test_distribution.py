@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from wmtp_modules.generation import Request, generate, sampling, self_speculative
+from wmtp_modules.generation import sampling, self_speculative
+from wmtp_modules.generation.generate import Request, generate
 from wmtp_modules.generation.sampling import next_token_probs
 from wmtp_modules.generation.self_speculative import count_kept
 from wmtp_modules.models import mtp_llama2

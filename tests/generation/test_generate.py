@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from wmtp_modules.generation import Request
+from wmtp_modules.generation.generate import Request
 from wmtp_modules.generation.self_speculative import Decoder, count_kept
 from wmtp_modules.models import mtp_llama2
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from wmtp_modules.generation import Request, compare_decodings, measure_decoding
+from wmtp_modules.generation.generate import Request
+from wmtp_modules.generation.measure import compare_decodings, measure_decoding
 from wmtp_modules.models import mtp_llama2
 
 SETTINGS = dict(

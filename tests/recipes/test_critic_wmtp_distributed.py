@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from wmtp_modules.training.stopping import StopRequests
+from wmtp_modules.run.stopping import StopRequests
 
 ROOT = Path(__file__).parents[2]
 TABLES = ("rewards", "critic", "values")

@@ -14,11 +14,12 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2_tokenizer
 
-from wmtp_modules.evaluation.sandbox import Sandbox, SandboxError
+from wmtp_modules.checkpoints.read import save_meta
+from wmtp_modules.config.check import ConfigError
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.training.checkpoint import save_meta
-from wmtp_modules.training.config import ConfigError
-from wmtp_modules.training.distributed import init_weights_
+from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.sandbox.jobs import SandboxError
+from wmtp_modules.sandbox.pool import Sandbox
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [*sorted((ROOT / "configs/eval").glob("*.yaml")), ROOT / "configs/quickstart/eval.yaml"]
@@ -460,7 +461,7 @@ def test_metrics_have_names_that_mlflow_takes(recipe, run, base, tier, tmp_path)
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     logger = {
-        "_component_": "wmtp_modules.training.metric_logging.MLflowLogger",
+        "_component_": "wmtp_modules.run.metric_logging.MLflowLogger",
         "tracking_uri": uri,
         "experiment_name": "eval",
     }

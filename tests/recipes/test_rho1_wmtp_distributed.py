@@ -17,12 +17,13 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2_tokenizer
 
-from wmtp_modules.data import PackedDataset, rows_dataset
+from wmtp_modules.checkpoints.read import save_meta
+from wmtp_modules.data import rows_dataset
+from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.training.checkpoint import save_meta
-from wmtp_modules.training.distributed import init_weights_
-from wmtp_modules.training.runs import cpp_compiler
-from wmtp_modules.training.stopping import Stopped, StopRequests
+from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.run.plan import cpp_compiler
+from wmtp_modules.run.stopping import Stopped, StopRequests
 
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
@@ -672,7 +673,7 @@ def test_what_fails_before_the_run_is_one_sentence(main, tmp_path):
         main({"requires": 3})
     (tmp_path / "mine.txt").touch()
     prepare = {
-        "_component_": "wmtp_modules.quickstart.prepare_stdlib",
+        "_component_": "wmtp_modules.quickstarts.stdlib.prepare_stdlib",
         "assets_dir": str(tmp_path),
         "vocab_size": 400,
         "corrupted_share": 0.4,

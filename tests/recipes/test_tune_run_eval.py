@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from wmtp_modules.evaluation.sandbox import Sandbox, SandboxError
+from wmtp_modules.sandbox.jobs import SandboxError
+from wmtp_modules.sandbox.pool import Sandbox
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/eval_mtp.py"

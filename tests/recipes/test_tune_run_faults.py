@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wmtp_modules.quickstart import prepare_stdlib
+from wmtp_modules.quickstarts.stdlib import prepare_stdlib
 
 ROOT = Path(__file__).parents[2]
 TUNE = Path(sys.executable).with_name("tune")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from wmtp_modules.training.checkpoint import Checkpoint
-from wmtp_modules.training.config_file import read_config
-from wmtp_modules.training.stopping import StopRequests
+from wmtp_modules.checkpoints.read import Checkpoint
+from wmtp_modules.config.file import read_config
+from wmtp_modules.run.stopping import StopRequests
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("configs/**/*.yaml"))

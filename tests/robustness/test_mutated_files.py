@@ -14,22 +14,23 @@ import pytest
 import torch
 from torchtune.models.llama2 import llama2_tokenizer
 
-from wmtp_modules.data import rows_dataset
-from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
-from wmtp_modules.evaluation.tasks import load_tasks
-from wmtp_modules.models import mtp_llama2
-from wmtp_modules.models.hf_tokenizer import write_hf_tokenizer
-from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.scoring import RewardModel, ScoreTable, compute_scores
-from wmtp_modules.scoring.critic import (
+from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
+from wmtp_modules.checkpoints.read import Checkpoint, check_vocab, load_into, save_hf, save_meta
+from wmtp_modules.critic.pairs import (
     TrainingState,
     check_critic,
     load_value_head,
     save_critic,
 )
-from wmtp_modules.training.checkpoint import Checkpoint, check_vocab, load_into, save_hf, save_meta
-from wmtp_modules.training.distributed import init_weights_
-from wmtp_modules.training.metric_logging import JSONLLogger
+from wmtp_modules.critic.rewards import RewardModel
+from wmtp_modules.data import rows_dataset
+from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
+from wmtp_modules.evaluation.tasks import load_tasks
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.models.value_head import ValueHead
+from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.run.metric_logging import JSONLLogger
+from wmtp_modules.scoring.score_table import ScoreTable, compute_scores
 
 TOTAL = 300
 FINGERPRINT = {
@@ -223,7 +224,7 @@ class Readers:
         self.read_scores(folder)
 
     def make_reward_model(self, folder: Path) -> None:
-        path = Path(__file__).parents[1] / "scoring" / "reward_model_factory.py"
+        path = Path(__file__).parents[1] / "critic" / "reward_model_factory.py"
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

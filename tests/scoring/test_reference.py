@@ -9,15 +9,10 @@ from torchtune.modules.attention_utils import packed_block_causal_mask
 from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.loss.mtp_loss import mtp_labels
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.scoring import (
-    ScoreTable,
-    align_reference,
-    compute_scores,
-    reference_losses,
-    score_rows,
-)
-from wmtp_modules.weighting import TokenWeighting
+from wmtp_modules.scoring.reference import align_reference, reference_losses, score_rows
+from wmtp_modules.scoring.score_table import ScoreTable, compute_scores
 from wmtp_modules.weighting.rho1 import excess_scores
+from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 ROW_IDS = [[3], list(range(12))]  # one document alone, and several to a pack
 

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 
 from wmtp_modules.data.packing import row_lengths
-from wmtp_modules.scoring import (
+from wmtp_modules.scoring.score_table import (
     ScoreTable,
     compute_scores,
     fingerprint_checkpoint,

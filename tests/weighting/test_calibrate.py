@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp_modules.weighting import calibrate
+from wmtp_modules.weighting.calibrate import calibrate
 
 BOUNDS = [(0.1, 5.0), (0.0, 3.0), (0.5, 1.2), (0.9, 50.0)]
 

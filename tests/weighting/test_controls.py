@@ -2,7 +2,7 @@
 
 import torch
 
-from wmtp_modules.weighting import calibrate
+from wmtp_modules.weighting.calibrate import calibrate
 from wmtp_modules.weighting.controls import (
     dft_weights,
     random_keys,

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
-from wmtp_modules.weighting import TokenWeighting, gather_rows, own_rows
-from wmtp_modules.weighting.token_weighting import weight_stats
+from wmtp_modules.weighting.token_weighting import (
+    TokenWeighting,
+    gather_rows,
+    own_rows,
+    weight_stats,
+)
 
 NAMES = TokenWeighting.NAMES
 

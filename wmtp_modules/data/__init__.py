@@ -1,14 +1,7 @@
-"""Data: sources, tokenising, contamination guard, packing."""
+"""Data: sources, tokenising, contamination guard, packing. Exported are the names of a YAML."""
 
 from wmtp_modules.data.code_contests import code_contests_dataset
 from wmtp_modules.data.mbpp import mbpp_dataset
-from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.data.rows import rows_dataset
 
-__all__ = [
-    "PackedDataset",
-    "code_contests_dataset",
-    "collate",
-    "mbpp_dataset",
-    "rows_dataset",
-]
+__all__ = ["code_contests_dataset", "mbpp_dataset", "rows_dataset"]

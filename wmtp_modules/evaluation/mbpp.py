@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from wmtp_modules.data.mbpp import END, mbpp_prompt
 from wmtp_modules.data.rows import text_field
 from wmtp_modules.data.sources import BadRow
-from wmtp_modules.evaluation.sandbox import FunctionJob, Limits
 from wmtp_modules.evaluation.task import Task, string_field, strings_field
+from wmtp_modules.sandbox.jobs import FunctionJob, Limits
 
 TEST_IDS = range(11, 511)  # the authors' division
 SHOT_IDS = (2, 3, 4)  # of the paper's three-shot prompt

@@ -26,7 +26,7 @@ from wmtp_modules.data.rows import text_field
 from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, open_source
 from wmtp_modules.data.tokenize import encode_with_offsets
 from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
-from wmtp_modules.models import MTPTransformer
+from wmtp_modules.models.mtp_transformer import MTPTransformer
 
 # Of a target token; Python's own token types, names divided into keywords and identifiers.
 TOKEN_CLASSES = (

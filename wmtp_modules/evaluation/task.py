@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from wmtp_modules.data.sources import BadRow
-from wmtp_modules.evaluation.sandbox import FunctionJob, StdinJob
+from wmtp_modules.sandbox.jobs import FunctionJob, StdinJob
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-from wmtp_modules.models.model_builders import mtp_llama2, mtp_llama2_7b, mtp_sheared_llama_1_3b
-from wmtp_modules.models.mtp_transformer import MTPTransformer
+"""The 4-head Llama and what trains beside it. Exported are the names of a YAML."""
 
-__all__ = ["MTPTransformer", "mtp_llama2", "mtp_llama2_7b", "mtp_sheared_llama_1_3b"]
+from wmtp_modules.models.model_builders import mtp_llama2, mtp_llama2_7b, mtp_sheared_llama_1_3b
+
+__all__ = ["mtp_llama2", "mtp_llama2_7b", "mtp_sheared_llama_1_3b"]

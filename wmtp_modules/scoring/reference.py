@@ -12,7 +12,7 @@ import torch
 
 from wmtp_modules.data.packing import pad_rows
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
-from wmtp_modules.models import MTPTransformer
+from wmtp_modules.models.mtp_transformer import MTPTransformer
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 from wmtp_modules.data.packing import row_lengths
-from wmtp_modules.training.disk import new_file
-from wmtp_modules.training.distributed import patient_barrier
+from wmtp_modules.files import new_file
+from wmtp_modules.parallel.process_group import patient_barrier
 
 logger = logging.getLogger(__name__)
 

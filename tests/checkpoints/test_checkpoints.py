@@ -1,0 +1,968 @@
+"""Checkpoint folders: equalities between formats, sharded loading, one error for each defect."""
+
+import json
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.device_mesh import init_device_mesh
+
+from wmtp_modules.checkpoints import read as checkpoint_module
+from wmtp_modules.checkpoints.read import (
+    Checkpoint,
+    check_folder,
+    check_model,
+    check_same_vocabulary,
+    check_vocab,
+    load_into,
+    model_args_from_folder,
+    save_hf,
+    save_meta,
+)
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.parallel.process_group import init_weights_, shard_model
+
+CPU = torch.device("cpu")
+
+
+def build(args, seed=0):
+    model = mtp_llama2(**args)
+    init_weights_(model, seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("scale"):  # norms of ones would hide a norm in the wrong place
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def meta_device(args):
+    with torch.device("meta"):
+        return mtp_llama2(**args)
+
+
+def assert_equal_states(a, b):
+    assert list(a) == list(b)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
+
+
+@pytest.fixture
+def args(tiny_model_args):
+    return tiny_model_args | {"norm_eps": 1e-5, "rope_base": 10_000.0}
+
+
+@pytest.fixture
+def model(args):
+    return build(args)
+
+
+@pytest.fixture
+def meta_folder(model, tmp_path, tiny_tokenizer_path) -> Path:
+    save_meta(model, tmp_path / "m", tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    return tmp_path / "m"
+
+
+@pytest.fixture
+def hf_folder(args, tmp_path, tiny_tokenizer_path) -> Path:
+    """An ordinary Llama of three blocks."""
+    llama = build(args | {"num_layers": 3, "n_future_tokens": 1}, seed=5)
+    save_hf(llama, tmp_path / "h", tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    return tmp_path / "h"
+
+
+def edit_json(file: Path, **fields) -> None:
+    content = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+@contextmanager
+def edited_weights(file: Path):
+    """Change the tensors of a file in place."""
+    load, save = (torch.load, torch.save) if file.suffix == ".pth" else (load_file, save_file)
+    state = {key: value.clone() for key, value in load(file).items()}
+    yield state
+    file.unlink()
+    save(state, file)
+
+
+# ------------------------------------------------------------- Meta's format
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meta_round_trip_is_bit_identical(model, args, tmp_path, tiny_tokenizer_path, dtype):
+    first, second = tmp_path / "a", tmp_path / "b"
+    save_meta(model, first, tokenizer_path=tiny_tokenizer_path, dtype=dtype)
+    loaded = meta_device(args).to(dtype)
+    load_into(loaded, first, device=CPU)
+    assert_equal_states(model.to(dtype).state_dict(), loaded.state_dict())
+    save_meta(loaded, second, tokenizer_path=first / "tokenizer.model", dtype=dtype)
+    for name in ("params.json", "consolidated.pth", "tokenizer.model"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_stored_names_are_metas(meta_folder):
+    state = torch.load(meta_folder / "consolidated.pth")
+    assert {key.split(".")[1] for key in state if key.startswith("layers.")} == {"0", "1", "2"}
+    assert {key.split(".")[1] for key in state if key.startswith("extra_heads.")} == {"0", "1", "2"}
+    assert json.loads((meta_folder / "params.json").read_text())["n_layers"] == 6
+
+
+def test_loading_converts_the_dtype_and_makes_the_rope_tables(model, args, meta_folder):
+    loaded = meta_device(args)
+    load_into(loaded, meta_folder, device=CPU)
+    assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+    tokens = torch.arange(12)[None]
+    assert torch.equal(model(tokens), loaded(tokens))
+    half = meta_device(args)
+    for parameter in half.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    load_into(half, meta_folder, device=CPU)
+    assert_equal_states(model.to(torch.bfloat16).state_dict(), half.state_dict())
+    assert torch.equal(
+        half.layers[0].attn.pos_embeddings.cache, loaded.layers[0].attn.pos_embeddings.cache
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"intermediate_dim": 88, "norm_eps": 1e-6, "rope_base": 500_000.0},
+        {"intermediate_dim": 256},
+        {"intermediate_dim": 3},
+        {"n_future_tokens": 1, "num_kv_heads": 4},
+    ],
+)
+def test_params_json_gives_the_arguments_back(args, changes, tmp_path, tiny_tokenizer_path):
+    args = args | changes
+    folder = tmp_path / "m"
+    save_meta(build(args), folder, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    assert model_args_from_folder(folder, max_seq_len=64) == args
+    # Of the fields that determine the width, none is needed: the tensors know it.
+    edit_json(folder / "params.json", multiple_of=None, ffn_dim_multiplier=None, vocab_size=-1)
+    assert model_args_from_folder(folder, max_seq_len=64) == args
+
+
+def test_released_params_json_is_enough(tmp_path, tiny_tokenizer_path, args):
+    args = args | {"intermediate_dim": 256, "num_kv_heads": 4}
+    folder = tmp_path / "m"
+    save_meta(build(args), folder, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    (folder / "consolidated.pth").rename(folder / "consolidated.00.pth")
+    with edited_weights(folder / "consolidated.00.pth") as state:
+        state["rope.freqs"] = torch.zeros(4)  # a table, not a parameter
+    (folder / "params.json").write_text(
+        '{"dim": 32, "n_layers": 6, "n_heads": 4, "n_future_tokens": 4}'
+    )
+    assert model_args_from_folder(folder, max_seq_len=64, n_future_tokens=4) == args
+
+
+def test_context_length_is_kept(model, args, hf_folder, tmp_path, tiny_tokenizer_path):
+    """Meta's files do not name theirs, which is 4096; only another one is written."""
+    common = dict(tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    for context in (64, 4096):
+        folder = tmp_path / str(context)
+        save_meta(build(args | {"max_seq_len": context}), folder, **common)
+        params = json.loads((folder / "params.json").read_text())
+        assert params.get("max_seq_len", 4096) == context
+        assert ("max_seq_len" in params) == (context != 4096)
+        assert Checkpoint(folder).args["max_seq_len"] == context
+    edit_json(hf_folder / "config.json", max_position_embeddings=100)
+    assert Checkpoint(hf_folder).args["max_seq_len"] == 100
+    # Training on shorter rows does not shorten what the weights are good for; on longer, it does.
+    for context in (16, 128):
+        tuned = meta_device(args | {"max_seq_len": context})
+        load_into(tuned, tmp_path / "64", device=CPU)
+        assert tuned.max_seq_len == context
+        save_hf(tuned, tmp_path / "h16", **common)
+        config = json.loads((tmp_path / "h16" / "config.json").read_text())
+        assert config["max_position_embeddings"] == max(context, 64)
+
+
+def test_a_context_too_short_for_the_rows(meta_folder, args, tiny_tokenizer_path):
+    with pytest.raises(ValueError, match=r"m was trained on rows of 64 tokens, this run has rows"):
+        model_args_from_folder(meta_folder, max_seq_len=65)
+    message = r"tokenizer.max_seq_len 65 exceeds model.max_seq_len 64: raise the model's"
+    for folder in (None, meta_folder):
+        check_model(args, tiny_tokenizer_path, 64, folder)
+        with pytest.raises(ValueError, match=message):
+            check_model(args, tiny_tokenizer_path, 65, folder)
+
+
+def test_a_model_from_nothing_fits_its_tokenizer(meta_folder, args, tiny_tokenizer_path, tmp_path):
+    with pytest.raises(ValueError, match="has 512 pieces but tok_embeddings has 500 rows"):
+        check_model(args | {"vocab_size": 500}, tiny_tokenizer_path, 64)
+    with pytest.raises(ValueError, match=r"none.model is not a SentencePiece model"):
+        check_model(args, tmp_path / "none.model", 64)
+    with pytest.raises(ValueError, match=r"params.json describes another model"):
+        check_model(args | {"norm_eps": 1e-3}, tiny_tokenizer_path, 64, meta_folder)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_export_replaces_an_earlier_one(meta_folder, args, tiny_tokenizer_path, seed):
+    other = build(args, seed)
+    tokenizer = meta_folder / "tokenizer.model"  # inside the folder that is replaced
+    save_meta(other, meta_folder, tokenizer_path=tokenizer, dtype=torch.float32)
+    loaded = meta_device(args)
+    load_into(loaded, meta_folder, device=CPU)
+    assert_equal_states(other.state_dict(), loaded.state_dict())
+    assert [p.name for p in meta_folder.parent.iterdir()] == ["m"]
+
+
+def test_a_failed_export_leaves_the_earlier_one(meta_folder, args, monkeypatch):
+    before = (meta_folder / "consolidated.pth").read_bytes()
+
+    def fail(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    tokenizer = meta_folder / "tokenizer.model"
+    with pytest.raises(OSError, match="disk full"):
+        save_meta(build(args, 3), meta_folder, tokenizer_path=tokenizer, dtype=torch.float32)
+    assert (meta_folder / "consolidated.pth").read_bytes() == before
+    assert [path.name for path in meta_folder.parent.iterdir()] == ["m"]
+
+
+def test_an_export_does_not_replace_other_things(model, tmp_path, tiny_tokenizer_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="something other than a checkpoint"):
+        save_meta(model, tmp_path, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    with pytest.raises(ValueError, match="something other than a checkpoint"):
+        save_hf(model, tmp_path, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# ------------------------------------------------------------- Hugging Face
+
+
+def test_export_equals_trunk_and_head_0(model, args, tmp_path, tiny_tokenizer_path):
+    save_hf(model, tmp_path / "h", tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    llama_args = model_args_from_folder(tmp_path / "h", max_seq_len=64)
+    assert llama_args == args | {"num_layers": 3, "n_future_tokens": 1}
+    llama = meta_device(llama_args)
+    load_into(llama, tmp_path / "h", device=CPU)
+    kept = {k: v for k, v in model.state_dict().items() if k in llama.state_dict()}
+    assert_equal_states(kept, llama.state_dict())
+    tokens = torch.arange(12)[None]
+    assert torch.equal(llama(tokens)[:, :, 0], model(tokens)[:, :, 0])
+
+
+def test_hf_round_trip_is_bit_identical(hf_folder, tmp_path, monkeypatch):
+    llama = meta_device(model_args_from_folder(hf_folder, max_seq_len=64))
+    load_into(llama, hf_folder, device=CPU)
+    monkeypatch.setattr(checkpoint_module, "HF_SHARD_BYTES", 50_000)
+    tokenizer = hf_folder / "tokenizer.model"
+    save_hf(llama, tmp_path / "b", tokenizer_path=tokenizer, dtype=torch.float32)
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    shards = {name: load_file(tmp_path / "b" / name) for name in set(index["weight_map"].values())}
+    assert len(shards) > 2
+    assert all(sum(t.nbytes for t in s.values()) <= 66_000 for s in shards.values())
+    before = load_file(hf_folder / "model.safetensors")
+    after = {key: shards[name][key] for key, name in index["weight_map"].items()}
+    assert_equal_states(dict(sorted(before.items())), dict(sorted(after.items())))
+    again = meta_device(llama.args)
+    load_into(again, tmp_path / "b", device=CPU)
+    assert_equal_states(llama.state_dict(), again.state_dict())
+
+
+def test_heads_start_as_copies_of_the_last_block(hf_folder, tmp_path):
+    args = model_args_from_folder(hf_folder, max_seq_len=64, n_future_tokens=4)
+    assert (args["num_layers"], args["n_future_tokens"]) == (6, 4)
+    mtp, llama = meta_device(args), meta_device(model_args_from_folder(hf_folder, max_seq_len=64))
+    load_into(mtp, hf_folder, device=CPU)
+    load_into(llama, hf_folder, device=CPU)
+    for head in mtp.heads:
+        assert_equal_states(head.state_dict(), llama.heads[0].state_dict())
+    tokens = torch.arange(12)[None]
+    assert torch.equal(mtp(tokens), llama(tokens).expand(-1, -1, 4, -1))
+    # Meta's format can hold it, heads of their own: a change of one leaves the others alone.
+    tokenizer = hf_folder / "tokenizer.model"
+    save_meta(mtp, tmp_path / "m", tokenizer_path=tokenizer, dtype=torch.float32)
+    state = torch.load(tmp_path / "m" / "consolidated.pth")
+    state["extra_heads.0.ffn_norm.weight"].zero_()
+    assert state["extra_heads.1.ffn_norm.weight"].abs().min() > 0
+
+
+def test_torch_weights_of_older_hub_folders(hf_folder):
+    state = load_file(hf_folder / "model.safetensors")
+    expected = Checkpoint(hf_folder).read("heads.0.attn.k_proj.weight").clone()
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    torch.save(state, hf_folder / "pytorch_model.bin")
+    (hf_folder / "model.safetensors").unlink()
+    assert torch.equal(Checkpoint(hf_folder).read("heads.0.attn.k_proj.weight"), expected)
+
+
+def test_tied_embeddings_are_read_twice(hf_folder, tmp_path):
+    edit_json(hf_folder / "config.json", tie_word_embeddings=True)
+    with edited_weights(hf_folder / "model.safetensors") as state:
+        del state["lm_head.weight"]
+    checkpoint = Checkpoint(hf_folder)
+    embedding = checkpoint.read("tok_embeddings.weight")
+    assert torch.equal(checkpoint.read("output.proj.weight"), embedding)
+    llama = meta_device(checkpoint.args)
+    load_into(llama, hf_folder, device=CPU)
+    assert torch.equal(llama.output.proj.weight, embedding)
+
+
+def test_rope_base_of_both_transformers_generations(hf_folder):
+    config = hf_folder / "config.json"
+    edit_json(config, rope_parameters={"rope_type": "default", "rope_theta": 7.0}, rope_theta=None)
+    assert Checkpoint(hf_folder).args["rope_base"] == 7.0
+    edit_json(config, rope_parameters=None, rope_theta=9.0)
+    assert Checkpoint(hf_folder).args["rope_base"] == 9.0
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return pytest.importorskip("transformers", reason="the reward extra is not installed")
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_transformers_loads_the_export(
+    transformers, args, num_kv_heads, tmp_path, tiny_tokenizer_path
+):
+    args = args | {"num_kv_heads": num_kv_heads, "rope_base": 500.0, "norm_eps": 1e-4}
+    model = build(args)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 if parameter.ndim == 1 else 8)
+    save_hf(model, tmp_path / "h", tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "h")
+    tokens = torch.arange(2, 26).view(2, 12)
+    with torch.no_grad():
+        ours_BTV = model(tokens)[:, :, 0]
+        assert ours_BTV.std() > 0.5
+        torch.testing.assert_close(theirs(tokens).logits, ours_BTV, atol=1e-4, rtol=1e-4)
+        # The same folder with rows of q and k in our order is another model.
+        head_dim = args["embed_dim"] // args["num_heads"]
+        rows = checkpoint_module.rows_from_hf(args["num_heads"], head_dim)
+        for layer in theirs.model.layers:
+            q, k = layer.self_attn.q_proj, layer.self_attn.k_proj
+            q.weight.copy_(q.weight[rows])
+            k.weight.copy_(k.weight[rows[: k.weight.shape[0]]])
+        assert (theirs(tokens).logits - ours_BTV).abs().max() > 0.1
+    assert theirs.generation_config.eos_token_id == 2
+    assert theirs.config.max_position_embeddings == args["max_seq_len"]
+
+
+def test_our_loader_reads_what_transformers_saves(transformers, tmp_path, tiny_tokenizer_path):
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-4,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    theirs = transformers.LlamaForCausalLM(config)
+    theirs.save_pretrained(tmp_path)
+    shutil.copy(tiny_tokenizer_path, tmp_path / "tokenizer.model")
+    ours = meta_device(model_args_from_folder(tmp_path, max_seq_len=64))
+    load_into(ours, tmp_path, device=CPU)
+    tokens = torch.arange(2, 26).view(2, 12)
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens)[:, :, 0], logits, atol=1e-4, rtol=1e-4)
+
+
+TEXTS = [
+    "def f(x):\n    return x  # done\n",
+    "  two  leading spaces",
+    "\ttab\r\n\n   x é 漢 🙂 1234",
+    "<0x0A> is text",
+    " ",
+    "",
+    Path(spm.__file__).read_text()[:20_000],
+]
+
+
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_transformers_gives_the_same_token_ids(
+    transformers, model, tmp_path, tiny_tokenizer_path, dummy_prefix
+):
+    path = tmp_path / "tokenizer.model"
+    shutil.copy(tiny_tokenizer_path, path)
+    if dummy_prefix:  # as Llama-2's own tokenizer has it
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        proto.normalizer_spec.add_dummy_prefix = True
+        path.write_bytes(proto.SerializeToString())
+    save_hf(model, tmp_path / "h", tokenizer_path=path, dtype=torch.float32)
+    ours = spm.SentencePieceProcessor(model_file=str(path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "h")
+    for text in TEXTS:
+        ids = [ours.bos_id(), *ours.encode(text)]
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == text
+    assert (theirs.eos_token_id, theirs.bos_token_id) == (ours.eos_id(), ours.bos_id())
+    assert len(theirs) == ours.get_piece_size()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "unigram"}, "not a BPE model"),
+        ({"normalization_rule_name": "nfkc"}, "normalises text before encoding"),
+        ({"remove_extra_whitespaces": True}, "normalises text before encoding"),
+    ],
+)
+def test_tokenizers_that_cannot_be_exported(model, tmp_path, options, message):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(Path(spm.__file__).read_text()[:30_000])
+    settings = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+    }
+    spm.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=512,
+        minloglevel=2,
+        **settings | options,
+    )
+    with pytest.raises(ValueError, match=message):
+        save_hf(model, tmp_path / "h", tokenizer_path=tmp_path / "t.model", dtype=torch.float32)
+    assert not (tmp_path / "h").exists()
+
+
+# ------------------------------------------------------------- sharded models
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_fsdp_with_one_rank(model, args, meta_folder, tmp_path, gloo_group, wrapped):
+    sharded = meta_device(args)
+    if wrapped:  # activation checkpointing puts a wrapper's name into parameter names
+        block_type = type(sharded.layers[0])
+        apply_activation_checkpointing(sharded, check_fn=lambda m: isinstance(m, block_type))
+    shard_model(sharded, init_device_mesh("cpu", (1,)), compute_dtype=torch.float32)
+    load_into(sharded, meta_folder, device=CPU)
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(sharded(tokens), model(tokens), rtol=0, atol=0)
+    tokenizer = meta_folder / "tokenizer.model"
+    save_meta(sharded, tmp_path / "again", tokenizer_path=tokenizer, dtype=torch.float32)
+    again = (tmp_path / "again" / "consolidated.pth").read_bytes()
+    assert again == (meta_folder / "consolidated.pth").read_bytes()
+
+
+@pytest.mark.parametrize("rows", [(0, 7), (7, 20), (31, 32), (5, 5)])
+def test_rows_of_a_reordered_projection(hf_folder, rows):
+    checkpoint = Checkpoint(hf_folder)
+    for key in ("layers.0.attn.q_proj.weight", "tok_embeddings.weight"):
+        assert torch.equal(checkpoint.read(key, *rows), checkpoint.read(key)[slice(*rows)])
+
+
+def two_ranks_load_and_save(rank, folder, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for source in ("m", "h"):
+        sharded = shard_model(meta_device(args[source]), mesh, compute_dtype=torch.float32)
+        load_into(sharded, folder / source, device=CPU)
+        assert sharded.layers[0].mlp.w1.weight.to_local().shape[0] == (33, 32)[rank]
+        # Every rank finds the defect by itself; one that did not would wait for the others.
+        with pytest.raises(ValueError, match="truncated or damaged"):
+            load_into(sharded, folder / f"broken_{source}", device=CPU)
+        for save in (save_meta, save_hf):
+            save(
+                sharded,
+                folder / f"{source}_{save.__name__}",
+                tokenizer_path=folder / source / "tokenizer.model",
+                dtype=torch.float32,
+            )
+            assert Checkpoint(folder / f"{source}_{save.__name__}").args["embed_dim"] == 32
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_load_their_rows_and_save_whole_folders(args, tmp_path, tiny_tokenizer_path):
+    args = args | {"intermediate_dim": 65}  # does not divide by two
+    llama_args = args | {"num_layers": 3, "n_future_tokens": 1}
+    mtp, llama = build(args), build(llama_args, seed=5)
+    common = dict(tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    save_meta(mtp, tmp_path / "m", **common)
+    save_hf(llama, tmp_path / "h", **common)
+    for name, file in (("m", "consolidated.pth"), ("h", "model.safetensors")):
+        shutil.copytree(tmp_path / name, tmp_path / f"broken_{name}")
+        file = tmp_path / f"broken_{name}" / file
+        file.write_bytes(file.read_bytes()[:-1000])
+    mp.spawn(two_ranks_load_and_save, args=(tmp_path, {"m": args, "h": llama_args}), nprocs=2)
+
+    save_hf(mtp, tmp_path / "m_hf", **common)
+    save_meta(llama, tmp_path / "h_meta", **common)
+    for whole, sharded, file in (
+        ("m", "m_save_meta", "consolidated.pth"),
+        ("m_hf", "m_save_hf", "model.safetensors"),
+        ("h_meta", "h_save_meta", "consolidated.pth"),
+        ("h", "h_save_hf", "model.safetensors"),
+    ):
+        assert (tmp_path / whole / file).read_bytes() == (tmp_path / sharded / file).read_bytes()
+
+
+# ------------------------------------------------------------- one clear error each
+
+
+def test_wrong_n_future_tokens(meta_folder, args):
+    message = "params.json: n_future_tokens is 4, the model has 2: set model.n_future_tokens to 4"
+    with pytest.raises(ValueError, match=message):
+        load_into(meta_device(args | {"n_future_tokens": 2}), meta_folder, device=CPU)
+    with pytest.raises(ValueError, match=message):
+        model_args_from_folder(meta_folder, max_seq_len=64, n_future_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_heads": 8, "num_kv_heads": 4},
+            "num_heads is 4 in the checkpoint and 8 in the model",
+        ),
+        ({"norm_eps": 1e-6}, "norm_eps is 1e-05 in the checkpoint and 1e-06"),
+        ({"rope_base": 5.0}, "rope_base is 10000.0 in the checkpoint and 5.0"),
+        ({"num_layers": 7}, "params.json describes another model:\n  num_layers is 6"),
+    ],
+)
+def test_another_model(meta_folder, args, tiny_tokenizer_path, changes, message):
+    model = meta_device(args | changes)
+    with pytest.raises(ValueError, match=message):
+        load_into(model, meta_folder, device=CPU)
+    with pytest.raises(ValueError, match=message):
+        check_folder(meta_folder, model.args, tiny_tokenizer_path)
+    assert model.tok_embeddings.weight.is_meta  # nothing was allocated
+
+
+def test_a_longer_context_is_not_another_model(meta_folder, args, tiny_tokenizer_path):
+    check_folder(meta_folder, args | {"max_seq_len": 8}, tiny_tokenizer_path)
+
+
+def defective(folder: Path, is_hf: bool):
+    file = folder / ("model.safetensors" if is_hf else "consolidated.pth")
+    key = "model.layers.1.self_attn.k_proj.weight" if is_hf else "layers.1.attention.wk.weight"
+    return file, key
+
+
+@pytest.mark.parametrize("layout", ["meta_folder", "hf_folder"])
+@pytest.mark.parametrize("defect", ["missing", "extra", "shape", "all"])
+def test_keys_that_do_not_fit(layout, defect, request):
+    folder = request.getfixturevalue(layout)
+    file, key = defective(folder, layout == "hf_folder")
+    lines = []
+    with edited_weights(file) as state:
+        if defect in ("missing", "all"):
+            lines.append(f"missing key {key}")
+            del state[key]
+        if defect in ("shape", "all"):
+            other = key.replace("1", "0", 1)
+            lines.append(f"key {other} in {file.name} has shape [16, 31], not [16, 32]")
+            state[other] = torch.zeros(16, 31)
+        if defect in ("extra", "all"):
+            lines.append(f"extra key layers.0.bias in {file.name}")
+            state["layers.0.bias"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="does not hold what") as error:
+        model_args_from_folder(folder, max_seq_len=64)
+    headline, *found = str(error.value).split("\n  ")
+    assert str(file) in headline
+    assert sorted(found) == sorted(lines)
+
+
+def test_many_problems_are_counted(meta_folder):
+    with edited_weights(meta_folder / "consolidated.pth") as state:
+        for key in [key for key in state if key.startswith("extra_heads.")]:
+            del state[key]
+    with pytest.raises(ValueError, match=r"missing key extra_heads.0") as error:
+        Checkpoint(meta_folder)
+    assert len(str(error.value).splitlines()) == 12
+    assert str(error.value).endswith("and 17 more")
+
+
+@pytest.mark.parametrize("key", ["tok_embeddings.weight", "layers.0.feed_forward.w1.weight"])
+def test_missing_key_that_determines_a_shape(meta_folder, key):
+    edit_json(meta_folder / "params.json", vocab_size=-1, multiple_of=None, ffn_dim_multiplier=None)
+    with edited_weights(meta_folder / "consolidated.pth") as state:
+        del state[key]
+    with pytest.raises(ValueError, match=f"consolidated.pth: missing key {key}"):
+        Checkpoint(meta_folder)
+
+
+def test_width_that_params_json_denies(meta_folder):
+    edit_json(meta_folder / "params.json", multiple_of=256, ffn_dim_multiplier=None)
+    message = r"feed_forward.w1.weight in consolidated.pth has shape \[64, 32\], not \[256, 32\]"
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize("layout", ["meta_folder", "hf_folder"])
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.999])
+def test_truncated_file(layout, keep, request):
+    folder = request.getfixturevalue(layout)
+    file, _ = defective(folder, layout == "hf_folder")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match=f"{file.name} is truncated or damaged"):
+        model_args_from_folder(folder, max_seq_len=64)
+
+
+@pytest.fixture
+def sharded_hf_folder(hf_folder, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(checkpoint_module, "HF_SHARD_BYTES", 80_000)
+    checkpoint = Checkpoint(hf_folder)
+    tensors = (
+        (key, checkpoint.read(key)) for key in checkpoint_module.parameter_shapes(checkpoint.args)
+    )
+    folder = tmp_path / "s"
+    checkpoint_module.write_hf(tensors, checkpoint.args, folder, checkpoint.tokenizer_path)
+    return folder
+
+
+def test_truncated_or_missing_shard(sharded_hf_folder):
+    shard = sorted(sharded_hf_folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"{shard.name} is truncated or damaged"):
+        Checkpoint(sharded_hf_folder)
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"index.json names shards that are missing: {shard.name}"):
+        Checkpoint(sharded_hf_folder)
+
+
+def test_missing_key_of_a_sharded_folder(sharded_hf_folder):
+    shard = sorted(sharded_hf_folder.glob("*.safetensors"))[1]
+    with edited_weights(shard) as state:
+        key = next(iter(state))
+        del state[key]
+    with pytest.raises(ValueError, match=rf"\d weight files\) .*\n  missing key {key}"):
+        Checkpoint(sharded_hf_folder)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def test_pickle_that_carries_code(meta_folder, capsys):
+    torch.save({"a": Code()}, meta_folder / "consolidated.pth")
+    with pytest.raises(ValueError, match=r"consolidated.pth carries Python code or objects"):
+        Checkpoint(meta_folder)
+    assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"a": 1}, {"model": {"a": torch.zeros(1)}}])
+def test_file_without_a_state_dict(meta_folder, content):
+    torch.save(content, meta_folder / "consolidated.pth")
+    with pytest.raises(ValueError, match=r"consolidated.pth does not hold a dictionary of tensors"):
+        Checkpoint(meta_folder)
+
+
+def test_format_before_torch_1_6(meta_folder):
+    file = meta_folder / "consolidated.pth"
+    torch.save({"a": torch.zeros(1)}, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"consolidated.pth is in torch's format from before 1.6"):
+        Checkpoint(meta_folder)
+
+
+def test_vocabulary_of_another_tokenizer(meta_folder, tiny_tokenizer_path, args, tmp_path):
+    other = tmp_path / "other"
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(Path(spm.__file__).read_text())
+    for size in (512, 500):
+        spm.SentencePieceTrainer.train(
+            input=str(corpus),
+            model_prefix=f"{other}{size}",
+            vocab_size=size,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+        )
+    check_vocab(tiny_tokenizer_path, 512)
+    check_same_vocabulary(tiny_tokenizer_path, meta_folder / "tokenizer.model")
+    with pytest.raises(ValueError, match=r"the vocabularies of .*other512.model and .* differ in"):
+        check_folder(meta_folder, args, f"{other}512.model")
+    with pytest.raises(ValueError, match=r"the vocabularies of .* differ in"):
+        check_same_vocabulary(tiny_tokenizer_path, f"{other}500.model")
+    message = "500.model has 500 pieces but tok_embeddings has 512 rows"
+    model = meta_device(args)
+    with pytest.raises(ValueError, match=message):
+        save_meta(model, tmp_path / "x", tokenizer_path=f"{other}500.model", dtype=torch.float32)
+    shutil.copy(f"{other}500.model", meta_folder / "tokenizer.model")
+    with pytest.raises(
+        ValueError, match=r"tokenizer.model has 500 pieces but tok_embeddings has 512"
+    ):
+        load_into(model, meta_folder, device=CPU)
+    (meta_folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"tokenizer.model is not a SentencePiece model"):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("params.json", "is no checkpoint: it has neither params.json .* nor config.json"),
+        ("consolidated.pth", "consolidated.pth is missing beside params.json"),
+        ("tokenizer.model", "tokenizer.model is missing"),
+    ],
+)
+def test_incomplete_meta_folder(meta_folder, name, message):
+    (meta_folder / name).unlink()
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+def test_incomplete_hf_folder(hf_folder):
+    (hf_folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors is missing beside config.json"):
+        Checkpoint(hf_folder)
+
+
+def test_model_parallel_parts(meta_folder):
+    (meta_folder / "consolidated.pth").rename(meta_folder / "consolidated.00.pth")
+    shutil.copy(meta_folder / "consolidated.00.pth", meta_folder / "consolidated.01.pth")
+    with pytest.raises(ValueError, match="holds 2 model-parallel parts"):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"dim": 32', "params.json is not valid JSON"),
+        ("[]", "params.json does not hold a JSON object"),
+        ('{"dim": 32}', "params.json has no 'n_heads'"),
+    ],
+)
+def test_bad_params_json(meta_folder, text, message):
+    (meta_folder / "params.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "must"),
+    [
+        ("dim", "32", "a whole number, at least 1"),
+        ("dim", None, "a whole number, at least 1"),
+        ("n_heads", 0, "a whole number, at least 1"),
+        ("n_heads", True, "a whole number, at least 1"),
+        ("n_kv_heads", -2, "a whole number, at least 1"),
+        ("n_layers", 6.0, "a whole number, at least 1"),
+        ("n_future_tokens", 0, "a whole number, at least 1"),
+        ("vocab_size", 0, "a whole number, at least 1"),
+        ("vocab_size", "512", "a whole number, at least 1"),
+        ("multiple_of", 0, "a whole number, at least 1"),
+        ("max_seq_len", 0, "a whole number, at least 1"),
+        ("ffn_dim_multiplier", "1", "a number above 0"),
+        ("norm_eps", 0, "a number above 0"),
+        ("norm_eps", "1e-5", "a number above 0"),
+        ("rope_theta", -1.0, "a number above 0"),
+    ],
+)
+def test_bad_field_of_params_json(meta_folder, field, value, must):
+    file = meta_folder / "params.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    message = f"params.json: {field} is {re.escape(json.dumps(value))}, it has to be {must}$"
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_layers": 4}, "params.json: n_layers is 4 and n_future_tokens 4"),
+        ({"n_layers": 3}, "params.json: n_layers is 3 and n_future_tokens 4"),
+        ({"n_heads": 3}, "params.json: a width of 32 does not divide into 3 heads"),
+        ({"n_heads": 32}, "a width of 32 does not divide into 32 heads of an even width"),
+        ({"n_kv_heads": 3}, "or these into 3 groups of keys and values"),
+    ],
+)
+def test_fields_that_do_not_fit_together(meta_folder, fields, message):
+    edit_json(meta_folder / "params.json", **fields)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "32"),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 1.5),
+        ("num_hidden_layers", 1),
+        ("vocab_size", -1),
+        ("intermediate_size", [64]),
+        ("max_position_embeddings", "long"),
+        ("rms_norm_eps", True),
+        ("rope_theta", 0),
+    ],
+)
+def test_bad_field_of_config_json(hf_folder, field, value):
+    edit_json(hf_folder / "config.json", **{field: value}, rope_parameters=None)
+    with pytest.raises(ValueError, match=f"config.json: {field} is .*, it has to be"):
+        Checkpoint(hf_folder)
+
+
+def test_index_without_a_weight_map(sharded_hf_folder):
+    edit_json(sharded_hf_folder / "model.safetensors.index.json", weight_map=["a"])
+    with pytest.raises(ValueError, match=r"index.json has no 'weight_map' from keys to files"):
+        Checkpoint(sharded_hf_folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
+        ({"rope_parameters": 3}, "rope_parameters is 3, not a JSON object"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"head_dim": 16}, "head_dim is 16"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),
+        ({"num_hidden_layers": None}, "config.json has no 'num_hidden_layers'"),
+    ],
+)
+def test_other_llamas(hf_folder, fields, message):
+    edit_json(hf_folder / "config.json", **fields)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(hf_folder)
+
+
+# ------------------------------------------------------------ files that mean harm, or are odd
+
+
+class RunsCode:
+    """Unpickled by an ordinary ``torch.load``, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "it ran"))
+
+
+def test_code_in_a_torch_file_does_not_run(meta_folder, tmp_path):
+    spy = tmp_path / "spy"
+    torch.save({"tok_embeddings.weight": RunsCode(spy)}, meta_folder / "consolidated.pth")
+    with pytest.raises(ValueError, match=r"consolidated\.pth carries Python code or objects"):
+        Checkpoint(meta_folder)
+    assert not spy.exists()
+    torch.load(meta_folder / "consolidated.pth", weights_only=False)
+    assert spy.exists()  # it would have
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/b", "..", "", 3])
+def test_an_index_cannot_name_a_file_elsewhere(hf_folder, shard):
+    (hf_folder / "model.safetensors").rename(hf_folder.parent / "secret.safetensors")
+    index = hf_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    with pytest.raises(ValueError, match=r"index\.json names the shard .* no file in its folder"):
+        Checkpoint(hf_folder)
+
+
+@pytest.mark.parametrize(
+    ("odd", "match"),
+    [
+        (lambda x: x.to(torch.int64), r"is a tensor of torch\.int64"),
+        (lambda x: x.to(torch.complex64), r"is a tensor of torch\.complex64"),
+        (lambda x: x.to(torch.float8_e4m3fn), r"is a tensor of torch\.float8_e4m3fn"),
+        (lambda x: x.to_sparse(), r"torch\.sparse_coo: weights are plain"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), r"carries Python|qint8"),
+        (lambda x: x.to("meta"), r"was saved without its values|carries Python"),
+        (lambda x: [x], "does not hold a dictionary of tensors"),
+    ],
+)
+def test_a_weight_that_is_no_plain_number(meta_folder, odd, match):
+    file = meta_folder / "consolidated.pth"
+    with edited_weights(file) as state:
+        state["norm.weight"] = odd(state["norm.weight"])
+    with pytest.raises(ValueError, match=match):
+        Checkpoint(meta_folder)
+
+
+def test_views_of_one_storage_are_read_as_what_they_are(meta_folder, args):
+    """As torch.save writes heads that were cut out of one tensor."""
+    file = meta_folder / "consolidated.pth"
+    with edited_weights(file) as state:
+        both = torch.stack([state["norm.weight"], torch.arange(32.0)])
+        state["norm.weight"] = both[1]
+    assert torch.equal(Checkpoint(meta_folder).read("output.norm.scale"), torch.arange(32.0))
+
+
+def test_more_layers_than_tensors_is_told_at_once(meta_folder):
+    edit_json(meta_folder / "params.json", n_layers=10**9)
+    with pytest.raises(ValueError, match=r"1000000000 layers cannot be in .*consolidated\.pth"):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize("value", [10**400, 2**31, True, "32", [32], 3.0])
+def test_a_size_beyond_reason(meta_folder, value):
+    edit_json(meta_folder / "params.json", dim=value)
+    with pytest.raises(ValueError, match=r"params\.json: dim is .*, it has to be a whole number"):
+        Checkpoint(meta_folder)
+
+
+def test_a_folder_that_a_kill_left_aside_is_found(meta_folder):
+    meta_folder.rename(meta_folder.with_name("m.old"))
+    Checkpoint(meta_folder)
+    assert [path.name for path in meta_folder.parent.glob("m*")] == ["m"]
+
+
+@pytest.mark.parametrize("write", [save_meta, save_hf])
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    model, meta_folder, tiny_tokenizer_path, monkeypatch, write
+):
+    before = {path.name: path.read_bytes() for path in meta_folder.iterdir()}
+
+    def full(*args, **kwargs):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:  # as torch does
+            raise RuntimeError("unexpected pos 768 vs 662") from error.with_traceback(None)
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", full)
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    with pytest.raises(OSError, match=r"m could not be written \(No space left on device\); what"):
+        write(model, meta_folder, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    assert {path.name: path.read_bytes() for path in meta_folder.iterdir()} == before
+    assert not list(meta_folder.parent.glob("*.partial"))
+
+
+def test_a_tokenizer_with_a_piece_that_is_no_text(meta_folder):
+    path = meta_folder / "tokenizer.model"
+    data = path.read_bytes()
+    damaged = data.replace(b"def", b"d\xfff", 1)
+    assert damaged != data
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"tokenizer\.model is (damaged|not a SentencePie)"):
+        Checkpoint(meta_folder)
+
+
+def test_a_tokenizer_without_bos_is_not_exported(model, tmp_path, tiny_tokenizer_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(tiny_tokenizer_path.read_bytes())
+    proto.trainer_spec.bos_id = -1
+    (tmp_path / "t.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(ValueError, match=r"t\.model has no bos piece \(its id is -1 of 512\)"):
+        save_hf(model, tmp_path / "h", tokenizer_path=tmp_path / "t.model", dtype=torch.float32)
+    (tmp_path / "t.model").write_bytes(b"\xff" * 50)
+    from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
+
+    with pytest.raises(ValueError, match=r"t\.model is not a SentencePiece model, or is damaged"):
+        write_hf_tokenizer(tmp_path / "t.model", tmp_path, max_seq_len=8)

@@ -1,0 +1,417 @@
+"""A config with one mistake gives one error that names the key, and shipped-like ones give none."""
+
+import copy
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from wmtp_modules.config.check import (
+    Above,
+    AtLeast,
+    Component,
+    ConfigError,
+    Nullable,
+    Optional,
+    check_config,
+)
+
+
+def block(name: str = "rho1", *, mode: Literal["a", "b"] = "a", ratio: float = 0.6, n: int = 1):
+    raise AssertionError("a check must not call this")
+
+
+def make(tokens, /, folder: Path, *, limit: int | None = None, parts: tuple[int, ...] = (1,)):
+    raise AssertionError("a check must not call this")
+
+
+def make_lenient(**anything):
+    raise AssertionError("a check must not call this")
+
+
+def make_in_quotes(size: "NotDefinedAnywhere"):  # noqa: F821
+    raise AssertionError("a check must not call this")
+
+
+HERE = __name__
+not_callable = 3
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """This file is reached as a component under a name of its own."""
+    import sys
+
+    module = type(sys)("config_components")
+    module.make, module.make_lenient, module.make_in_quotes = make, make_lenient, make_in_quotes
+    module.not_callable = not_callable
+    monkeypatch.setitem(sys.modules, "config_components", module)
+    monkeypatch.setenv("WMTP_ALLOWED_COMPONENTS", f"config_components,{HERE}")
+
+
+SCHEMA = {
+    "seed": int,
+    "lr": float,
+    "clip": float | None,
+    "device": ("cpu", "cuda"),
+    "names": list[str],
+    "compile": bool,
+    "note": Optional(str),
+    "checkpointer": Nullable({"folder": str, "files": Optional(list[str])}),
+    "weighting": block,
+    "optimizer": Component(given=("params",)),
+    "data": Component(given=("tokenizer",)),
+}
+VALID = {
+    "seed": 3,
+    "lr": 1e-5,
+    "clip": None,
+    "device": "cpu",
+    "names": ["x"],
+    "compile": False,
+    "note": "${device}",
+    "checkpointer": {"folder": "a"},
+    "weighting": {"name": "rho1", "mode": "b", "ratio": 1},
+    "optimizer": {
+        "_component_": "torch.optim.AdamW",
+        "lr": "${lr}",
+        "betas": [0.9, 0.95],
+        "weight_decay": 0.1,
+    },
+    "data": {"_component_": "config_components.make", "folder": "x", "parts": [1, 2]},
+}
+
+
+def errors_of(config: dict) -> list[str]:
+    try:
+        check_config(OmegaConf.create(config), SCHEMA)
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        return [line.strip() for line in lines[1:]] if len(lines) > 1 else lines
+    return []
+
+
+def changed(path: str, value="DELETE") -> dict:
+    """The valid config with one key set or deleted."""
+    config = copy.deepcopy(VALID)
+    *parents, key = path.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    if value == "DELETE":
+        del node[key]
+    else:
+        node[key] = value
+    return config
+
+
+RANGES = {
+    "steps": AtLeast(int, 1),
+    "clip": Above(float, 0),
+    "warmup": Optional(AtLeast(int, 0)),
+    "optimizer": Component(("params",), {"lr": Optional(Above(float, 0))}),
+    "data": Component(("tokens",), {"folder": str, "limit": AtLeast(int, 2)}),
+}
+
+
+def ranges(**changes):
+    data = {"_component_": "config_components.make", "folder": "a", "limit": 2}
+    optimizer = {"_component_": "torch.optim.AdamW", "lr": 1e-9}
+    valid = {"steps": 1, "clip": 1e-3, "warmup": 0, "optimizer": optimizer, "data": data}
+    return OmegaConf.merge(valid, changes)
+
+
+def test_values_in_range_pass():
+    check_config(ranges(), RANGES)
+    check_config(ranges(warmup=None, clip=2), RANGES)
+    config = ranges()
+    del config["optimizer"]["lr"], config["warmup"]
+    check_config(config, RANGES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"steps": 0}, "steps: has to be at least 1, it is 0"),
+        ({"steps": 1.5}, "steps: has to be a whole number, it is 1.5"),
+        ({"clip": 0.0}, "clip: has to be above 0, it is 0.0"),
+        ({"clip": float("nan")}, "clip: has to be a number, it is nan"),
+        ({"clip": float("inf")}, "clip: has to be above 0, it is inf"),
+        ({"warmup": -1}, "warmup: has to be at least 0, it is -1"),
+        ({"optimizer": {"lr": -0.1}}, "optimizer.lr: has to be above 0, it is -0.1"),
+        ({"optimizer": {"lr": None}}, "optimizer.lr: has to be a number, it is null"),
+        ({"data": {"limit": 1}}, "data.limit: has to be at least 2, it is 1"),
+        ({"data": {"limit": None}}, "data.limit: has to be a whole number, it is null"),
+    ],
+)
+def test_values_out_of_range(changes, error):
+    with pytest.raises(ConfigError) as caught:
+        check_config(ranges(**changes), RANGES)
+    assert str(caught.value) == error
+
+
+def test_a_key_that_the_recipe_needs_may_be_optional_to_the_component():
+    config = ranges()
+    del config["data"]["limit"]
+    with pytest.raises(ConfigError, match=r"^data.limit: missing$"):
+        check_config(config, RANGES)
+
+
+def test_rules_are_asked_where_their_keys_are_right():
+    def rule(steps, warmup):
+        return f"warmup: {warmup} with {steps}" if (warmup or 0) >= steps else None
+
+    def check(**changes):
+        check_config(ranges(**changes), RANGES, [rule])
+
+    check(steps=3, warmup=2)
+    check(warmup=None)
+    with pytest.raises(ConfigError, match=r"^warmup: 3 with 3$"):
+        check(steps=3, warmup=3)
+    with pytest.raises(ConfigError, match=r"^steps: has to be at least 1, it is 0$"):
+        check(steps=0, warmup=3)  # not asked: steps is wrong by itself
+    with pytest.raises(ConfigError, match="2 errors") as caught:
+        check(steps=3, warmup=3, clip=0)  # asked beside other keys that are wrong
+    assert "clip: has to be above 0" in str(caught.value)
+    config = ranges(warmup=3)
+    del config["steps"]
+    with pytest.raises(ConfigError, match=r"^steps: missing$"):
+        check_config(config, RANGES, [rule])
+
+
+def test_valid_config_passes():
+    assert errors_of(VALID) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("note", "DELETE"),
+        ("note", None),
+        ("clip", 2),
+        ("checkpointer", None),
+        ("checkpointer.files", ["a"]),
+        ("data.limit", None),
+        ("optimizer.foreach", None),
+        ("weighting", {}),
+        ("data", {"_component_": "config_components.make_lenient", "anything": 1}),
+        ("data.parts", []),
+    ],
+)
+def test_other_valid_values(path, value):
+    if path == "data" and isinstance(value, dict):
+        schema = SCHEMA | {"data": Component()}
+        check_config(OmegaConf.create(changed(path, value)), schema)
+    else:
+        assert errors_of(changed(path, value)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "error"),
+    [
+        ("sed", 3, "sed: unknown key (did you mean 'seed'?)"),
+        ("optimizer.learning_rte", 3, "optimizer.learning_rte: unknown key (did you mean 'lr'?)"),
+        ("checkpointer.x", 1, "checkpointer.x: unknown key (known: files, folder)"),
+        ("weighting.rato", 1, "weighting.rato: unknown key (did you mean 'ratio'?)"),
+        ("seed", "DELETE", "seed: missing"),
+        ("checkpointer", "DELETE", "checkpointer: missing"),
+        ("checkpointer.folder", "DELETE", "checkpointer.folder: missing"),
+        ("data.folder", "DELETE", "data.folder: missing"),
+        ("seed", 1e3, "seed: has to be a whole number, it is 1000.0 (write 1000)"),
+        ("seed", True, "seed: has to be a whole number, it is true"),
+        ("seed", None, "seed: has to be a whole number, it is null"),
+        ("compile", 1, "compile: has to be true or false, it is 1"),
+        ("device", "tpu", "device: has to be one of 'cpu', 'cuda', it is 'tpu'"),
+        ("names", "x", "names: has to be a list (each text), it is 'x'"),
+        ("names", ["x", 1], "names: has to be a list (each text), it is ['x', 1]"),
+        (
+            "clip",
+            "1e-5",
+            "clip: has to be a number or null, it is '1e-5', which is text "
+            "(write it without quotes)",
+        ),
+        (
+            "optimizer.lr",
+            "1e-5",
+            "optimizer.lr: has to be a number, it is '1e-5', which is text "
+            "(write it without quotes)",
+        ),
+        ("optimizer.lr", None, "optimizer.lr: has to be a number, it is null"),
+        (
+            "optimizer.betas",
+            [0.9],
+            "optimizer.betas: has to be a list of 2: a number, a number, it is [0.9]",
+        ),
+        ("checkpointer", "a", "checkpointer: has to be a block of keys, it is 'a'"),
+        ("weighting", None, "weighting: has to be a block of keys, it is null"),
+        ("weighting.mode", "c", "weighting.mode: has to be one of 'a', 'b', it is 'c'"),
+        ("weighting.n", 0.5, "weighting.n: has to be a whole number, it is 0.5"),
+        (
+            "note",
+            "${nope}",
+            "note: '${nope}' does not resolve (Interpolation key 'nope' not found)",
+        ),
+        ("note", "???", "note: has to be given a value, it is '???'"),
+        ("data.folder", 3, "data.folder: has to be a path, it is 3"),
+        (
+            "data.folder",
+            b"x",
+            "data.folder: has to be text, a number, a list or keys, it is a bytes",
+        ),
+        (
+            "data.folder",
+            "a\0b",
+            "data.folder: 'a\\x00b' holds a character no text may have (NUL, or half a surrogate)",
+        ),
+        ("seed", 2**63, "seed: a whole number of 64 bits is too large, 63 are used"),
+        ("weighting.ratio", float("nan"), "weighting.ratio: has to be a number, it is nan"),
+        ("weighting", {1: 2}, "weighting.1: a key has to be text, this one is none"),
+        ("data.limit", "x", "data.limit: has to be a whole number or null, it is 'x'"),
+        ("data.parts", 3, "data.parts: has to be a list, it is 3"),
+        ("data.tokens", 3, "data.tokens: given by the recipe, leave it out"),
+        ("optimizer.params", 3, "optimizer.params: given by the recipe, leave it out"),
+        (
+            "optimizer._component_",
+            "DELETE",
+            "optimizer: missing _component_, the dotted path of what to build",
+        ),
+        ("optimizer._component_", 3, "optimizer._component_: has to be a dotted path, it is 3"),
+        (
+            "optimizer._component_",
+            "torch.optim.Adamw",
+            "optimizer._component_: 'torch.optim.Adamw' does not import: 'torch.optim' has no "
+            "'Adamw' (did you mean 'AdamW'?)",
+        ),
+        (
+            "data._component_",
+            "config_components.not_callable",
+            "data._component_: 'config_components.not_callable' is a int, nothing to call",
+        ),
+        (
+            "data",
+            {"_component_": "config_components.make_lenient"},
+            "data._component_: make_lenient has no room for 'tokenizer', given by the recipe",
+        ),
+        (
+            "data",
+            {
+                "_component_": "config_components.make",
+                "folder": {"_component_": "torch.optim.nope"},
+            },
+            "data.folder._component_: 'torch.optim.nope' does not import: 'torch.optim' has no "
+            "'nope'",
+        ),
+        (
+            "data",
+            {
+                "_component_": "config_components.make",
+                "folder": "a",
+                "parts": [{"_component_": "torch.optim.SGD", "lrr": 1}],
+            },
+            "data.parts[0].lrr: unknown key (did you mean 'lr'?)",
+        ),
+    ],
+)
+def test_one_mistake_one_error(path, value, error):
+    errors = errors_of(changed(path, value))
+    assert error in errors
+    # A wrong item of a list of components is no number either; everything else is said once.
+    assert len(errors) == (2 if path == "data" and "parts" in value else 1)
+
+
+def test_all_errors_come_at_once():
+    config = changed("seed", "x") | {"extra": 1}
+    del config["lr"]
+    with pytest.raises(ConfigError, match="4 errors") as caught:
+        check_config(OmegaConf.create(config), SCHEMA)
+    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [
+        "optimizer.lr",  # ${lr}
+        "extra",
+        "lr",
+        "seed",
+    ]
+
+
+def test_annotation_that_does_not_evaluate_still_checks_names():
+    config = {"data": {"_component_": "config_components.make_in_quotes", "sizes": 1}}
+    with pytest.raises(ConfigError, match=r"^data.sizes: unknown key \(did you mean 'size'\?\)$"):
+        check_config(OmegaConf.create(config), {"data": Component()})
+
+
+def test_unannotated_default_number_rejects_text():
+    """torchao's optimizers have no annotations."""
+    config = {"optimizer": {"_component_": "torchao.optim.AdamW8bit", "lr": "1e-5"}}
+    with pytest.raises(ConfigError, match=r"^optimizer.lr: has to be a number, it is '1e-5'"):
+        check_config(OmegaConf.create(config), {"optimizer": Component(given=("params",))})
+
+
+def test_command_line_overrides_are_checked():
+    """As torchtune merges them: 1e-5 is a number, a new key is unknown, None is null."""
+    from argparse import Namespace
+
+    from torchtune.config._utils import _merge_yaml_and_cli_args
+
+    def merged(*overrides):
+        return _merge_yaml_and_cli_args(Namespace(**copy.deepcopy(VALID)), list(overrides))
+
+    check_config(merged("lr=1e-5", "checkpointer=None", "~note"), SCHEMA)
+    with pytest.raises(ConfigError, match=r"^optimizer.lrr: unknown key \(did you mean 'lr'\?\)$"):
+        check_config(merged("optimizer.lrr=1"), SCHEMA)
+
+
+# ---------------------------------------------------------------- random mutations
+
+
+def leaf_paths(node: dict, prefix: str = ""):
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from leaf_paths(value, f"{prefix}{key}.")
+
+
+PATHS = [p for p in leaf_paths(VALID) if not p.endswith("_component_")]
+REFERRED = {"lr", "device"}  # other keys are interpolated from these and fail with them
+NOT_REQUIRED = {"note", "weighting.name", "weighting.mode", "weighting.ratio", "data.parts"}
+NOT_REQUIRED |= {"optimizer.lr", "optimizer.betas", "optimizer.weight_decay"}
+
+
+@given(path=st.sampled_from(sorted(set(PATHS) - REFERRED)), position=st.integers(0, 20))
+@settings(max_examples=60, deadline=None, database=None)
+def test_any_typo_is_one_error_at_its_place(path, position):
+    parent, _, key = path.rpartition(".")
+    typo = key[: position % len(key)] + "q" + key[position % len(key) :]
+    config = changed(path)
+    node = config
+    for part in filter(None, parent.split(".")):
+        node = node[part]
+    node[typo] = 1
+    (error,) = errors_of(config)
+    where = f"{parent}.{typo}" if parent else typo
+    assert error.startswith(f"{where}: unknown key (")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_any_deletion_of_a_required_key_is_one_error(path):
+    errors = [e for e in errors_of(changed(path)) if "does not resolve" not in e]
+    assert errors == ([] if path in NOT_REQUIRED else [f"{path}: missing"])
+
+
+@pytest.mark.parametrize("path", sorted(set(PATHS) - REFERRED))
+def test_any_wrong_type_is_one_error(path):
+    is_block = path in ("checkpointer", "weighting", "optimizer", "data")
+    (error,) = errors_of(changed(path, 5 if is_block else {"unexpected": 1}))
+    assert error.startswith(f"{path}: has to be ")
+
+
+def test_a_component_has_to_make_what_is_needed():
+    schema = {"optimizer": Component(("params",), makes=torch.optim.Optimizer)}
+    check_config(OmegaConf.create({"optimizer": VALID["optimizer"] | {"lr": 1}}), schema)
+    wrong = {"optimizer": {"_component_": "wmtp_modules.data.rows_dataset", "source": "x"}}
+    with pytest.raises(ConfigError, match=r"rows_dataset' makes a Dataset, needed is: Optimizer$"):
+        check_config(OmegaConf.create(wrong), schema)
+    unsaid = {"optimizer": {"_component_": "config_components.make_lenient"}}
+    check_config(OmegaConf.create(unsaid), {"optimizer": Component(makes=torch.optim.Optimizer)})

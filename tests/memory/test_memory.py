@@ -1,0 +1,339 @@
+"""What is said when memory runs out, and the estimates in it; the proof is in benchmarks/."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune import config
+
+from wmtp_modules import estimate_memory
+from wmtp_modules.estimate_memory import check, main
+from wmtp_modules.memory import explain as memory
+from wmtp_modules.memory import step as step_memory
+from wmtp_modules.memory.explain import (
+    helpful_settings,
+    is_out_of_memory,
+    out_of_memory_sentence,
+)
+from wmtp_modules.memory.step import Estimate, estimate_step, estimate_trunk
+
+ROOT = Path(__file__).parents[2]
+TRAINING_CONFIGS = [
+    path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if "optimizer" in OmegaConf.load(path)
+]
+MIB = 2**20
+
+
+@pytest.fixture
+def cfg(tiny_model_args, tmp_path):
+    """A small model whose activations still take more than its parameters."""
+    args = tiny_model_args | {"vocab_size": 2048, "embed_dim": 64, "max_seq_len": 256}
+    args |= {"num_layers": 3, "n_future_tokens": 2}
+    return OmegaConf.create(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "device": "cpu",
+            "dtype": "fp32",
+            "fp32_master_weights": True,
+            "seed": 0,
+            "model": {"_component_": "wmtp_modules.models.mtp_llama2", **args},
+            "tokenizer": {
+                "_component_": "torchtune.models.llama2.llama2_tokenizer",
+                "path": "tokenizer.model",
+                "max_seq_len": 128,
+            },
+            "batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "weighting": {"name": "uniform"},
+            "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.001, "fused": True},
+            "clip_grad_norm": 1.0,
+            "enable_activation_checkpointing": False,
+            "max_steps": 10,  # of no matter to memory
+        }
+    )
+
+
+def parameter_bytes(cfg):
+    with torch.device("meta"):
+        model = config.instantiate(cfg.model)
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+# ----------------------------------------------------------------------------- estimates
+
+
+def test_parts_are_those_of_the_definition(cfg):
+    estimate = estimate_step(cfg, 1)
+    parameters = parameter_bytes(cfg)
+    assert estimate.peak == sum(estimate.parts.values())
+    # AdamW keeps two numbers for each, and a step count of 4 bytes for each tensor.
+    assert parameters <= estimate.parts["parameters"] < parameters + 0.2 * MIB  # RoPE's tables
+    assert 2 * parameters <= estimate.parts["optimizer state"] < 2 * parameters + 1000
+
+
+def test_every_setting_that_is_said_to_help_does(cfg):
+    now = estimate_step(cfg, 1).peak
+    for name, (change, ranks) in helpful_settings(cfg, 1).items():
+        assert estimate_step(OmegaConf.merge(cfg, change), ranks).peak < now, name
+
+
+def test_what_else_a_step_depends_on(cfg):
+    now = estimate_step(cfg, 1)
+    deeper = estimate_step(OmegaConf.merge(cfg, {"model": {"num_layers": 4}}), 1)
+    assert deeper.peak > now.peak
+    # The forward meets the gradients of the micro-steps before.
+    accumulated = estimate_step(OmegaConf.merge(cfg, {"gradient_accumulation_steps": 2}), 1)
+    assert accumulated.peak >= now.peak + 0.9 * parameter_bytes(cfg)
+    # Weights known beforehand keep the gradient of the output layer from the forward on.
+    waiting = estimate_step(OmegaConf.merge(cfg, {"weighting": {"name": "top_loss"}}), 1)
+    assert waiting.peak < now.peak
+
+
+def test_logits_are_held_twice_while_the_loss_is_made(cfg):
+    """Once by us and once inside ``logsumexp``, where there is one chunk of them."""
+    cfg.update({"batch_size": 1})
+    cfg.model.vocab_size = 2**15
+    logits = 4 * 2 * 128 * 2**15  # fp32, heads, tokens
+    assert estimate_step(cfg, 1).parts["activations and logits"] >= 2 * logits
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "seq_len", "more"),
+    [(2**15, 256, 64 * MIB), (2**9, 1024, -4 * MIB)],
+    ids=["larger chunks of logits", "no dense mask"],
+)
+def test_what_differs_on_a_gpu(cfg, vocab_size, seq_len, more):
+    cfg.batch_size, cfg.tokenizer.max_seq_len = 4, seq_len
+    cfg.model.vocab_size, cfg.model.max_seq_len = vocab_size, seq_len
+    on_cpu = estimate_step(cfg, 1).peak
+    on_gpu = estimate_step(OmegaConf.merge(cfg, {"device": "cuda"}), 1).peak
+    assert on_gpu > on_cpu + more if more > 0 else on_gpu <= on_cpu + more
+
+
+def test_bf16_parameters_of_one_rank_are_not_sharded(cfg):
+    cfg.update({"dtype": "bf16", "fp32_master_weights": False, "batch_size": 1})
+    cfg.tokenizer.max_seq_len = 2  # so that a step of the optimizer, taken eagerly, would show
+    cfg.optimizer = {
+        "_component_": "torchao.optim.AdamW8bit",
+        "lr": 0.001,
+        "bf16_stochastic_round": True,
+    }
+    parts = estimate_step(cfg, 1).parts
+    parameters = parameter_bytes(cfg) / 2
+    assert parts["gathered parameters"] == 0
+    assert parameters <= parts["parameters"] < parameters + 0.2 * MIB
+    assert parameters < parts["optimizer state"] < 1.2 * parameters  # 2 bytes and scales
+
+
+def test_an_update_on_a_gpu_goes_through_all_parameters_at_once(cfg):
+    cfg.update({"optimizer": {"_component_": "torch.optim.AdamW"}, "batch_size": 1})
+    cfg.tokenizer.max_seq_len = 2
+    on_cpu = estimate_step(cfg, 1)
+    on_gpu = estimate_step(OmegaConf.merge(cfg, {"device": "cuda"}), 1)
+    assert on_gpu.where == "optimizer"
+    assert on_gpu.peak > on_cpu.peak + 0.2 * MIB
+
+
+def test_an_online_reference_is_counted_where_it_is_used(cfg, tiny_model_args, monkeypatch):
+    args = tiny_model_args | {"num_layers": 2, "n_future_tokens": 1, "max_seq_len": 128}
+    args |= {"vocab_size": 2048}
+    monkeypatch.setattr(step_memory, "model_args_from_folder", lambda folder, max_seq_len: args)
+    cfg.reference = {"mode": "online", "checkpointer": {"checkpoint_dir": "somewhere"}}
+    without = estimate_step(cfg, 1).parts["batch and reference model"]
+    cfg.weighting.name = "rho1"
+    with_it = estimate_step(cfg, 1).parts["batch and reference model"]
+    reference = parameter_bytes(OmegaConf.merge(cfg, {"model": args}))
+    assert reference <= with_it - without < reference + 0.2 * MIB
+
+
+def test_the_critics_policy_with_its_value_head_and_its_frozen_trunk(cfg):
+    cfg.update({"stages": ["policy"], "weighting": {"name": "critic"}})
+    cfg.critic = {"objective": "pairwise", "batch_size": 4}
+    check(cfg, 1)
+    plain = estimate_step(cfg, 1)
+    aux = estimate_step(OmegaConf.merge(cfg, {"auxiliary_value_coef": 0.5}), 1)
+    head = 4 * (64 * 64 + 3 * 64 + 1)
+    assert aux.parts["parameters"] - plain.parts["parameters"] == head + 8  # scale and shift
+    trunk = estimate_trunk(cfg)
+    assert trunk.parts["optimizer state"] == trunk.parts["gradients"] == 0
+    more = OmegaConf.merge(cfg, {"critic": {"batch_size": 32}})
+    assert estimate_trunk(more).peak > trunk.peak
+    recipe = (ROOT / "recipes" / "critic_wmtp_distributed.py").read_text()
+    assert f"\nHELDOUT_BATCH = {step_memory.CRITIC_HELDOUT_BATCH}  #" in recipe
+
+
+def test_no_process_group_is_left_behind(cfg):
+    cfg.model.num_layers = 1  # no trunk block is left
+    with pytest.raises(Exception, match="n_future_tokens 2 must be at least 1 and below"):
+        estimate_step(cfg, 2)
+    assert not torch.distributed.is_initialized()
+
+
+# --------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def config_file(cfg, tmp_path):
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    return str(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_accepted(path):
+    check(OmegaConf.load(path), 1)
+
+
+def test_the_table(config_file, capsys, monkeypatch):
+    """Sorted by peak, at most three, and none that does not help."""
+
+    def estimate(cfg, ranks):
+        rows, tokens = cfg.batch_size, cfg.tokenizer.max_seq_len
+        peak = rows * tokens * (1 + (ranks == 4)) * (8 - 2 * cfg.enable_activation_checkpointing)
+        return Estimate(peak * MIB, "backward", {"parameters": peak * MIB})
+
+    monkeypatch.setattr(estimate_memory, "estimate_step", estimate)
+    assert main(["--config", config_file, "--ranks", "2", "batch_size=3", "max_steps=3"]) == 0
+    assert capsys.readouterr().out == (
+        "Predicted peak of training, one of 2 ranks: 3 rows x 128 tokens, fp32\n"
+        "  parameters                                        3.00 GiB\n"
+        "  peak                                              3.00 GiB, in the backward\n"
+        "A GPU's context, libraries and fragmentation come on top: leave a tenth.\n"
+        "\n"
+        "What helps most\n"
+        "  batch_size=1 gradient_accumulation_steps=3        1.00 GiB\n"
+        "  tokenizer.max_seq_len=64                          1.50 GiB\n"
+        "  enable_activation_checkpointing=true              2.25 GiB\n"
+    )
+    few = ["batch_size=1", "enable_activation_checkpointing=true"]
+    assert main(["--config", config_file, "--ranks", "2", "--json", *few]) == 0
+    found = json.loads(capsys.readouterr().out)
+    helps = {"tokenizer.max_seq_len=64": 0.375}  # 4 ranks do not, here
+    assert found == {"peak_gib": 0.75, "where": "backward", "helps": helps}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["batch_sise=4"], r"batch_sise: unknown key \(did you mean 'batch_size'\?\)"),
+        (["rows=4"], r"rows: unknown key \(known: "),
+        (["optimizer.learning_rte=4"], r"optimizer.learning_rte: unknown key \(did you mean 'lr'"),
+        (["batch_size=0"], "batch_size: has to be at least 1, it is 0"),
+        (["~batch_size"], "batch_size: missing"),
+        (["--ranks", "0"], "--ranks: has to be at least 1, it is 0"),
+        (
+            ["--ranks", "2", "fp32_master_weights=false"],
+            "fp32_master_weights: false is for one rank: give --ranks 1 or keep them",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(config_file, capsys, arguments, message):
+    assert main(["--config", config_file, *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(f"ConfigError: {message}.*\n", printed.err)
+
+
+def test_a_mistyped_key_in_the_file_is_found_and_the_recipes_own_are_not(cfg, config_file, capsys):
+    OmegaConf.save(OmegaConf.merge(cfg, {"my_own_key": 3}), config_file)
+    check(OmegaConf.load(config_file), 1)
+    OmegaConf.save(OmegaConf.merge(cfg, {"refernce": {"mode": "online"}}), config_file)
+    assert main(["--config", config_file]) == 1
+    assert "refernce: unknown key (did you mean 'reference'?)" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- out of memory
+
+
+def test_the_cpu_allocators_error_is_one():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("DefaultCPUAllocator: can't allocate memory"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_which_errors_are_out_of_memory(error, verdict):
+    assert is_out_of_memory(error) is verdict
+
+
+def test_what_is_set_already_is_not_advised(cfg):
+    assert list(helpful_settings(cfg, 2)) == [
+        "enable_activation_checkpointing=true",
+        "batch_size=4 gradient_accumulation_steps=2",
+        "tokenizer.max_seq_len=64",
+        "4 ranks",
+    ]
+    cfg.update({"enable_activation_checkpointing": True, "batch_size": 1})
+    assert list(helpful_settings(cfg, 2)) == ["tokenizer.max_seq_len=64", "4 ranks"]
+    cfg.update({"batch_size": 3, "reference": {"mode": "online"}, "fp32_master_weights": False})
+    assert list(helpful_settings(cfg, 1)) == [
+        "batch_size=1 gradient_accumulation_steps=3",
+        "tokenizer.max_seq_len=64",
+        "reference.mode=cached",
+    ]
+
+
+@pytest.mark.slow
+def test_the_sentence_when_memory_ran_out(cfg, gloo_group):
+    """Beside a real process group, as in a run."""
+    args = {"n_future_tokens": 2, "vocab_size": 2048}
+    sentence = out_of_memory_sentence(cfg, args, ranks=2, peak_gib=1.25)
+    assert sentence.startswith(
+        "out of memory in a step of 8 rows x 128 tokens x 2 heads on each of 2 ranks (vocabulary "
+        "2048, fp32); the peak so far is 1.2 GiB, the estimate for this config is 0.0 GiB. What "
+        "helps most: "
+    )
+    assert len(re.findall(r"\(0\.\d GiB\)", sentence)) == 3
+    assert f"--config {cfg.output_dir}/config.yaml --ranks 2 key=value`" in sentence
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("import sys; sys.exit('ConfigError: that is wrong')", "ConfigError: that is wrong"),
+        ("import time; time.sleep(60)", "timed out"),
+        ("print('no json')", "Expecting value"),
+        ("import os; exit(repr(os.environ['CUDA_VISIBLE_DEVICES']))", "''"),  # it has no memory
+    ],
+)
+def test_the_sentence_when_no_estimate_can_be_made(cfg, monkeypatch, tmp_path, script, reason):
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{script}"\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    monkeypatch.setattr(memory, "ESTIMATE_SECONDS", 2 if "sleep" in script else 60)
+    args = {"n_future_tokens": 2, "vocab_size": 2048}
+    sentence = out_of_memory_sentence(cfg, args, ranks=2, peak_gib=1.0)
+    assert "What helps: enable_activation_checkpointing=true; batch_size=4 gradient_acc" in sentence
+    assert re.search(rf"\(no estimates: [^)]*{reason}", sentence)
+
+
+def test_the_sentence_when_no_process_can_be_started(cfg, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    args = {"n_future_tokens": 2, "vocab_size": 2048}
+    sentence = out_of_memory_sentence(cfg, args, ranks=1, peak_gib=1.0)
+    assert "(no estimates: [Errno 2] No such file or directory: '/nowhere/python')" in sentence
+
+
+@pytest.mark.slow
+def test_a_prediction_is_within_15_percent_of_what_a_run_takes():
+    command = [sys.executable, "benchmarks/memory_estimate.py", "--rows", "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "PASS: every row within 15%" in run.stdout

@@ -1,0 +1,188 @@
+"""Two gloo ranks against one process, in real processes."""
+
+import os
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from wmtp_modules.loss.mtp_loss import head_alphas, mtp_labels
+from wmtp_modules.loss.value_loss import regression_loss
+from wmtp_modules.models import mtp_llama2
+from wmtp_modules.models.value_head import ValueHead
+from wmtp_modules.parallel.process_group import (
+    all_reduce_sum,
+    init_process_group,
+    init_weights_,
+    shard_model,
+)
+
+pytestmark = pytest.mark.slow
+
+K = 4
+ARGS = dict(
+    vocab_size=512,
+    num_layers=6,
+    n_future_tokens=K,
+    num_heads=4,
+    num_kv_heads=2,
+    embed_dim=32,
+    max_seq_len=64,
+    intermediate_dim=64,
+)
+
+
+def batch(rows: int):
+    """Packed rows with unequal numbers of supervised tokens, one row with none at all."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(512, (rows, 24), generator=generator)
+    doc = (torch.arange(24) >= 10).long().expand(rows, -1)
+    keep = torch.rand(rows, 24, generator=generator) < torch.linspace(0.9, 0.0, rows)[:, None]
+    return mtp_labels(tokens, keep, doc, K), tokens, torch.rand(rows, 24, K, generator=generator)
+
+
+def build(args):
+    model = mtp_llama2(**args)
+    init_weights_(model, seed=0)
+    return model
+
+
+def build_with_value_head(args):
+    """The value head is a unit of the sharded model: added afterwards it would not be reduced."""
+    model = build(args)
+    torch.manual_seed(1)
+    model.value_head = ValueHead(args["embed_dim"])
+    torch.nn.init.normal_(model.value_head.out.weight)
+    return model
+
+
+def joint_loss(model, labels, tokens, weights):
+    """Weighted loss of the heads and value loss, summed."""
+    loss, _, values = model(tokens, labels, token_weights_BTK=weights, with_values=True)
+    y = torch.nn.functional.pad(labels[..., 0] != -100, (1, 0))[:, :-1]
+    return loss + 0.5 * regression_loss(values, torch.ones_like(values), y)
+
+
+def reference_gradients(args):
+    """One process, all rows at once, straight from the definition."""
+    model = build(args)
+    labels, tokens, weights = batch(4)
+    losses = model(tokens, labels)
+    mask = (labels != -100).float()
+    alphas = head_alphas(K, decay=0.6)
+    n_prime = (alphas * mask.sum((0, 1))).sum()
+    ((alphas * weights * mask * losses).sum() / n_prime).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@contextmanager
+def counted(counts):
+    """Count FSDP2's collectives at the calls it makes."""
+    names = ("all_gather_single", "reduce_scatter_single")
+    originals = {name: getattr(dist, name) for name in names}
+
+    def counting(name):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    yield
+    for name in names:
+        setattr(dist, name, originals[name])
+
+
+def worker(rank, args, store, results):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    alphas = head_alphas(K, decay=0.6)
+    out = {}
+    for fold in (False, True):
+        for accumulation in (1, 2):
+            model = shard_model(build(args), mesh, compute_dtype=torch.float32)
+            labels, tokens, weights = (x[rank::2] for x in batch(4))
+            n_k = torch.zeros(K)
+            counts = Counter()
+            with counted(counts):
+                for part in range(accumulation):
+                    rows = slice(part, part + 1) if accumulation == 2 else slice(None)
+                    mask = labels[rows] != -100
+                    n_k += mask.sum((0, 1))
+                    token_weights = alphas * weights[rows] * mask
+                    if fold:
+                        total, _ = model(
+                            tokens[rows], labels[rows], token_weights_BTK=token_weights
+                        )
+                    else:
+                        total = (model(tokens[rows], labels[rows]) * token_weights).sum()
+                    total.backward()
+            (n_k,) = all_reduce_sum(n_k)
+            scale = 2 / (alphas * n_k).sum()
+            grads = {n: p.grad.full_tensor() * scale for n, p in model.named_parameters()}
+            out[fold, accumulation] = (grads, dict(counts))
+    model = shard_model(build_with_value_head(args), mesh, compute_dtype=torch.float32)
+    joint_loss(model, *(x[rank::2] for x in batch(4))).backward()
+    grads = {n: 2 * p.grad.full_tensor() for n, p in model.named_parameters()}
+    out["with a value head"] = (grads, {})
+    if rank == 0:
+        torch.save(out, results)
+    dist.barrier()  # a rank that leaves early aborts the other's gloo threads
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    mp.spawn(worker, args=(ARGS, folder / "store", folder / "out.pt"), nprocs=2)
+    return ARGS, torch.load(folder / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_gradient_equals_one_process(two_ranks, fold, accumulation):
+    args, out = two_ranks
+    grads, _ = out[fold, accumulation]
+    for name, want in reference_gradients(args).items():
+        assert (grads[name] - want).norm() <= 1e-6 * want.norm(), name
+
+
+def test_every_gradient_with_a_value_head_equals_one_process(two_ranks):
+    args, out = two_ranks
+    model = build_with_value_head(args)
+    joint_loss(model, *batch(4)).backward()
+    grads, _ = out["with a value head"]
+    assert any("value_head" in name for name in grads)
+    for name, want in model.named_parameters():
+        assert (grads[name] - want.grad).norm() <= 1e-6 * want.grad.norm(), name
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_collectives_of_one_backward(two_ranks, fold):
+    """8 units and 2 trunk blocks: the bound is units + trunk blocks + 1 all-gathers."""
+    _, out = two_ranks
+    _, counts = out[fold, 1]
+    assert 0 < counts["all_gather_single"] <= 8 + 2 + 1
+    assert counts["reduce_scatter_single"] == 8
+
+
+@pytest.mark.parametrize(("timeout_s", "of_collectives"), [(5, 65), (None, 30 * 60)])
+def test_the_watchdog_speaks_before_collectives_give_up(timeout_s, of_collectives):
+    device, mesh = init_process_group("cpu", timeout_s)
+    group = mesh.get_group()._get_backend(device)
+    dist.destroy_process_group()
+    assert group.options._timeout.total_seconds() == of_collectives
+
+
+def test_unknown_device():
+    with pytest.raises(ValueError, match="device 'tpu' is not cuda or cpu"):
+        init_process_group("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch sees no GPU"):
+            init_process_group("cuda")

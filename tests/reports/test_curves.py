@@ -1,0 +1,62 @@
+import json
+
+import numpy as np
+import pytest
+
+from wmtp_modules.reports import curves
+from wmtp_modules.reports.curves import plot_curves
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """Two runs of three steps with two heads."""
+    lines = [{"step": 0, "val_loss": 3.0, "val_loss_head_0": 2.5, "val_loss_head_1": 3.5}]
+    lines += [{"step": step, "loss": 3.0 - step, "ess": 0.5} for step in (1, 2)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    for name in ("uniform", "rho1"):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    return {name: tmp_path / f"{name}.jsonl" for name in ("uniform", "rho1")}
+
+
+def test_every_panel_says_what_it_shows(metrics):
+    figure = curves._curves({name: curves._read(path) for name, path in metrics.items()})
+    axes = [axis for part in figure.subfigs for axis in part.axes]
+    assert [axis.get_title() for axis in axes] == [
+        "Held-out loss, mean of heads",
+        "Training loss, unweighted, smoothed",
+        "Effective sample size",
+        "Held-out loss, head 0",
+        "Held-out loss, head 1",
+    ]
+    assert all(axis.get_xlabel() == "optimizer step" for axis in axes)
+    units = ["loss (nats per token)", "loss (nats per token)", "share of tokens"]
+    assert [axis.get_ylabel() for axis in axes] == [*units, "loss (nats per token)", ""]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["uniform", "rho1"]
+    for axis in axes:
+        drawn = {line.get_label() for line in axis.get_lines()} - {"_child0", "_child2"}
+        assert drawn == {"uniform", "rho1"}
+
+
+def test_the_picture_is_written(metrics, tmp_path):
+    plot_curves(metrics, tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_to_draw(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"no loss to draw in .*empty.jsonl"):
+        plot_curves({"a": tmp_path / "empty.jsonl"}, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_calibration_bins_hold_equally_many_responses_in_order():
+    rng = np.random.default_rng(0)
+    predicted = rng.normal(size=50)
+    rewards = predicted + rng.normal(size=50)
+    (axis,) = curves._calibration(predicted, rewards, bins=5).axes
+    _, (points, *_) = axis.get_lines()[0], axis.containers[0].lines
+    order = np.argsort(predicted).reshape(5, 10)
+    np.testing.assert_allclose(points.get_xdata(), predicted[order].mean(1))
+    np.testing.assert_allclose(points.get_ydata(), rewards[order].mean(1))
+    assert axis.get_xlabel() == "predicted value, mean over the response"

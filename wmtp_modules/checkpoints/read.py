@@ -1,0 +1,800 @@
+"""Checkpoint folders: Meta's release format and Hugging Face Llama, read and written.
+
+Reading goes straight from memory-mapped files into the parameters, each rank touching only the
+rows of its own shards. Everything that can be wrong with a folder shows in file headers, so each
+rank finds the same error by itself, before any memory is spent.
+"""
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtune.modules import RotaryPositionalEmbeddings
+from tqdm import tqdm
+
+from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
+from wmtp_modules.checkpoints.names import (
+    hf_key,
+    is_extra_head,
+    meta_key,
+    parameter_shapes,
+    rotary_heads,
+    rows_from_hf,
+    rows_to_hf,
+)
+from wmtp_modules.files import disk_errors, new_folder, recover_folder
+from wmtp_modules.json_fault import json_fault
+from wmtp_modules.parallel.process_group import share_from_rank_zero
+
+MAX_PROBLEMS = 10  # named in one error message; the others are counted
+HF_SHARD_BYTES = 5_000_000_000  # the usual size of Hugging Face's shards
+# Meta's params.json does not name the context length; Llama-2 and the multi-token release have
+# 4096. Another one is written as max_seq_len, which Meta's own loader would not take.
+META_CONTEXT = 4096
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST = 2**31 - 1  # in a config: a size beyond it is a slip, and would be tried
+# Tables that some exporters store beside the weights; the model computes them.
+_KNOWN_BUFFERS = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class Checkpoint:
+    """A checkpoint folder that is known to be complete, read tensor by tensor under our keys.
+
+    Args:
+        folder: Meta's format (``params.json``, ``consolidated.pth``) or Hugging Face's
+            (``config.json``, safetensors or torch weights, whole or sharded), with
+            ``tokenizer.model``.
+        n_future_tokens: heads. None takes what the folder has. For a Hugging Face folder more than
+            one starts a multi-token model: its last block is copied into the extra heads, which
+            come on top of its blocks.
+
+    Attributes:
+        args: arguments of ``mtp_llama2``; ``max_seq_len`` is the folder's context length.
+        is_hf: whether the folder is Hugging Face's.
+        config_file: its ``params.json`` or ``config.json``.
+        tokenizer_path: its ``tokenizer.model``.
+
+    Raises:
+        ValueError: if the folder is of neither format or incomplete, a file is truncated or
+            carries code, an index names a file outside of the folder, a key is missing, unknown,
+            mis-shaped or no plain floating-point tensor, ``n_future_tokens`` is not what the folder
+            has, or the vocabulary is not the tokenizer's.
+    """
+
+    def __init__(self, folder: str | Path, n_future_tokens: int | None = None) -> None:
+        folder = Path(folder)
+        recover_folder(folder)
+        if (folder / "params.json").exists():
+            self.is_hf = False
+            self.config_file = folder / "params.json"
+            files = [_consolidated_file(folder)]
+        elif (folder / "config.json").exists():
+            self.is_hf = True
+            self.config_file = folder / "config.json"
+            files = _hf_weight_files(folder)
+        else:
+            raise ValueError(
+                f"{folder} is no checkpoint: it has neither params.json (Meta's format) nor "
+                "config.json (Hugging Face)"
+            )
+        self.tokenizer_path = folder / "tokenizer.model"
+        if not self.tokenizer_path.exists():
+            raise ValueError(f"{self.tokenizer_path} is missing: copy the tokenizer beside it")
+
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            tensors = _map_safetensors(file) if file.suffix == ".safetensors" else _map_torch(file)
+            self._tensors |= tensors
+            self._file_of |= dict.fromkeys(tensors, file)
+        self._files = files
+
+        config = _read_json(self.config_file)
+        read_args = self._args_from_hf if self.is_hf else self._args_from_meta
+        self.args = read_args(config, n_future_tokens)
+        self._check_widths()
+        self._their_keys = self._name_keys(config)
+        self._check_keys()
+        check_vocab(folder, self.args["vocab_size"])
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of a parameter in our layout, in the dtype of the file.
+
+        The tensor lies in the mapped file, except for rows of q and k that have to be reordered.
+
+        Args:
+            key: our key.
+            start: first row.
+            stop: row after the last one; all rows if None.
+        """
+        tensor = self._tensors[self._their_keys[key]]
+        heads = rotary_heads(key, self.args) if self.is_hf else None
+        if heads is None:
+            return tensor[start:stop]
+        head_dim = self.args["embed_dim"] // self.args["num_heads"]
+        return tensor[rows_from_hf(heads, head_dim)[start:stop]]
+
+    def _args_from_meta(self, config: dict, n_future_tokens: int | None) -> dict:
+        file = self.config_file
+        dim, num_heads = _number(config, "dim", file), _number(config, "n_heads", file)
+        found = _number(config, "n_future_tokens", file, default=1)
+        if n_future_tokens not in (None, found):
+            raise ValueError(
+                f"{file}: n_future_tokens is {found}, the model has {n_future_tokens}: "
+                f"set model.n_future_tokens to {found}"
+            )
+        hidden = self._shape("layers.0.feed_forward.w1.weight")[0]
+        if "multiple_of" in config:
+            multiplier = _number(config, "ffn_dim_multiplier", file, float, default=1.0)
+            hidden = _meta_hidden_dim(dim, _number(config, "multiple_of", file), multiplier)
+        if config.get("vocab_size", -1) == -1:  # Llama-2's files say -1: the tokenizer's
+            vocab_size = self._shape("tok_embeddings.weight")[0]
+        else:
+            vocab_size = _number(config, "vocab_size", file)
+        num_layers = _number(config, "n_layers", file)
+        if num_layers <= found:
+            raise ValueError(
+                f"{file}: n_layers is {num_layers} and n_future_tokens {found}: n_layers counts "
+                "trunk and heads together and is the larger one"
+            )
+        return dict(
+            vocab_size=vocab_size,
+            num_layers=num_layers,
+            n_future_tokens=found,
+            num_heads=num_heads,
+            num_kv_heads=_number(config, "n_kv_heads", file, default=num_heads),
+            embed_dim=dim,
+            max_seq_len=_number(config, "max_seq_len", file, default=META_CONTEXT),
+            intermediate_dim=hidden,
+            norm_eps=_number(config, "norm_eps", file, float, default=1e-5),
+            rope_base=_number(config, "rope_theta", file, float, default=10_000.0),
+        )
+
+    def _args_from_hf(self, config: dict, n_future_tokens: int | None) -> dict:
+        file = self.config_file
+        dim, num_heads = (
+            _number(config, name, file) for name in ("hidden_size", "num_attention_heads")
+        )
+        # transformers 5 moved rope_theta and what was rope_scaling into rope_parameters.
+        rope, scaling = (config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+        for name, block in {"rope_parameters": rope, "rope_scaling": scaling}.items():
+            if not isinstance(block, dict):
+                raise ValueError(f"{file}: {name} is {block!r}, not a JSON object")
+        rope, scaling = config | rope, scaling or rope
+        only = {
+            "model_type": (config.get("model_type"), "llama"),
+            "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+            "attention_bias": (config.get("attention_bias", False), False),
+            "mlp_bias": (config.get("mlp_bias", False), False),
+            "head_dim": (config.get("head_dim") or dim // num_heads, dim // num_heads),
+            "rope_type": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
+            "partial_rotary_factor": (rope.get("partial_rotary_factor", 1), 1),
+        }
+        for name, (value, supported) in only.items():
+            if value != supported:
+                raise ValueError(
+                    f"{file}: {name} is {value!r}, but only a Llama with {supported!r} is supported"
+                )
+        n_heads = n_future_tokens or 1
+        num_layers = _number(config, "num_hidden_layers", file, at_least=2)  # trunk and head 0
+        return dict(
+            vocab_size=_number(config, "vocab_size", file),
+            num_layers=num_layers + n_heads - 1,
+            n_future_tokens=n_heads,
+            num_heads=num_heads,
+            num_kv_heads=_number(config, "num_key_value_heads", file, default=num_heads),
+            embed_dim=dim,
+            # transformers' default
+            max_seq_len=_number(config, "max_position_embeddings", file, default=2048),
+            intermediate_dim=_number(config, "intermediate_size", file),
+            norm_eps=_number(config, "rms_norm_eps", file, float, default=1e-6),
+            rope_base=_number(rope, "rope_theta", file, float, default=10_000.0),
+        )
+
+    def _check_widths(self) -> None:
+        dim, heads, kv_heads = (self.args[n] for n in ("embed_dim", "num_heads", "num_kv_heads"))
+        if dim % (2 * heads) or heads % kv_heads:
+            raise ValueError(
+                f"{self.config_file}: a width of {dim} does not divide into {heads} heads of an "
+                f"even width, or these into {kv_heads} groups of keys and values"
+            )
+
+    def _name_keys(self, config: dict) -> dict[str, str]:
+        name = hf_key if self.is_hf else meta_key
+        n_trunk = self.args["num_layers"] - self.args["n_future_tokens"]
+        if self.args["num_layers"] > len(self._tensors) + self.args["n_future_tokens"]:
+            raise ValueError(
+                f"{self.config_file}: {self.args['num_layers']} layers cannot be in "
+                f"{_names(self._files)}, which holds {len(self._tensors)} tensors"
+            )
+        names = {key: name(key, n_trunk) for key in parameter_shapes(self.args)}
+        if self.is_hf and config.get("tie_word_embeddings", False):
+            self._tensors.pop(names["output.proj.weight"], None)
+            names["output.proj.weight"] = names["tok_embeddings.weight"]
+        return names
+
+    def _check_keys(self) -> None:
+        """Compare what the files hold with what the config asks for."""
+        expected = {self._their_keys[k]: shape for k, shape in parameter_shapes(self.args).items()}
+        problems = [f"missing key {key}" for key in expected if key not in self._tensors]
+        for key, tensor in self._tensors.items():
+            if key in expected:
+                if tensor.shape != expected[key]:
+                    problems.append(
+                        f"key {key} in {self._file_of[key].name} has shape "
+                        f"{list(tensor.shape)}, not {list(expected[key])}"
+                    )
+                elif tensor.layout != torch.strided or tensor.dtype not in WEIGHT_DTYPES:
+                    problems.append(
+                        f"key {key} in {self._file_of[key].name} is a tensor of "
+                        f"{tensor.dtype}, {tensor.layout}: weights are plain floating-point numbers"
+                    )
+                elif tensor.is_meta:
+                    problems.append(
+                        f"key {key} in {self._file_of[key].name} was saved without its values"
+                    )
+            elif not _KNOWN_BUFFERS.fullmatch(key):
+                problems.append(f"extra key {key} in {self._file_of[key].name}")
+        _raise_all(problems, f"{_names(self._files)} does not hold what {self.config_file} says")
+
+    def _shape(self, key: str) -> torch.Size:
+        if key not in self._tensors:
+            raise ValueError(f"{_names(self._files)}: missing key {key}")
+        return self._tensors[key].shape
+
+
+def model_args_from_folder(
+    folder: str | Path, *, max_seq_len: int, n_future_tokens: int | None = None
+) -> dict:
+    """Arguments of ``mtp_llama2`` for the model in a checkpoint folder.
+
+    Args:
+        folder: see ``Checkpoint``.
+        max_seq_len: longest row the model has to take, in tokens.
+        n_future_tokens: see ``Checkpoint``.
+
+    Raises:
+        ValueError: as ``Checkpoint`` does, or if the folder's context is shorter than that.
+    """
+    args = Checkpoint(folder, n_future_tokens).args
+    if args["max_seq_len"] < max_seq_len:
+        raise ValueError(
+            f"{folder} was trained on rows of {args['max_seq_len']} tokens, this run has rows of "
+            f"{max_seq_len}: lower tokenizer.max_seq_len or take another checkpoint"
+        )
+    return args | {"max_seq_len": max_seq_len}
+
+
+def check_model(
+    model_args: dict,
+    tokenizer_path: str | Path,
+    max_seq_len: int,
+    folder: str | Path | None = None,
+) -> None:
+    """Compare a model with its tokenizer, and its checkpoint folder, before any data is made.
+
+    Args:
+        model_args: ``model.args``.
+        tokenizer_path: SentencePiece model that will make the token ids.
+        max_seq_len: longest row it will make, in tokens.
+        folder: what the model will be filled from; None if it starts from nothing.
+
+    Raises:
+        ValueError: as ``check_folder`` and ``check_vocab`` do, or if the rows are too long.
+    """
+    if folder is None:
+        check_vocab(tokenizer_path, model_args["vocab_size"])
+    else:
+        check_folder(folder, model_args, tokenizer_path)
+    if model_args["max_seq_len"] < max_seq_len:
+        raise ValueError(
+            f"tokenizer.max_seq_len {max_seq_len} exceeds model.max_seq_len "
+            f"{model_args['max_seq_len']}: raise the model's or lower the tokenizer's"
+        )
+
+
+def check_folder(folder: str | Path, model_args: dict, tokenizer_path: str | Path) -> None:
+    """Raise what ``load_into`` would, before a model or any data is made.
+
+    Args:
+        folder: see ``Checkpoint``.
+        model_args: ``model.args`` of the model to be filled.
+        tokenizer_path: SentencePiece model that made, or will make, the token ids.
+
+    Raises:
+        ValueError: as ``Checkpoint`` does, or if the model's arguments are not the folder's, or
+            the tokenizer has other pieces than the folder's.
+    """
+    checkpoint = Checkpoint(folder, model_args["n_future_tokens"])
+    _check_args(checkpoint, model_args)
+    check_same_vocabulary(tokenizer_path, checkpoint.tokenizer_path)
+
+
+def check_vocab(folder: str | Path, vocab_size: int) -> None:
+    """Compare the number of pieces of a tokenizer with the rows of an embedding.
+
+    Args:
+        folder: checkpoint folder, or the tokenizer's file.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        ValueError: if they differ, or the file is no SentencePiece model.
+    """
+    path = Path(folder)
+    path = path / "tokenizer.model" if path.is_dir() else path
+    pieces = len(_pieces(path))
+    if pieces != vocab_size:
+        raise ValueError(
+            f"{path} has {pieces} pieces but tok_embeddings has {vocab_size} rows: use the "
+            "tokenizer that the model was trained with, or give a new one as many rows"
+        )
+
+
+def check_same_vocabulary(path_a: str | Path, path_b: str | Path) -> None:
+    """Make sure that two SentencePiece models give every id the same meaning.
+
+    Raises:
+        ValueError: if any piece differs, or a file is no SentencePiece model.
+    """
+    pieces_a, pieces_b = _pieces(Path(path_a)), _pieces(Path(path_b))
+    differing = abs(len(pieces_a) - len(pieces_b))
+    differing += sum(a != b for a, b in zip(pieces_a, pieces_b, strict=False))
+    if differing:
+        raise ValueError(
+            f"the vocabularies of {path_a} and {path_b} differ in {differing} pieces: their token "
+            "ids mean different things"
+        )
+
+
+def load_into(model: nn.Module, folder: str | Path, *, device: torch.device | str) -> None:
+    """Fill a built model from a checkpoint folder.
+
+    A parameter keeps its dtype; values are converted row block by row block while they are copied.
+    A model on the meta device gets its memory on ``device`` first. The RoPE tables are computed
+    anew there. The model's ``context`` becomes the folder's where that is longer, so that training
+    on short rows does not shorten what an export says.
+
+    Args:
+        model: ``mtp_llama2`` model, plain or sharded by FSDP2 along dimension 0.
+        folder: see ``Checkpoint``; its ``n_future_tokens`` is the model's.
+        device: where a model on the meta device shall live.
+
+    Raises:
+        ValueError: as ``check_folder`` does.
+    """
+    checkpoint = Checkpoint(folder, model.n_future_tokens)
+    _check_args(checkpoint, model.args)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+    with torch.no_grad():
+        for key, parameter in _llama_parameters(model):
+            local, start = parameter, 0
+            if isinstance(parameter, DTensor):
+                local = parameter.to_local()
+                _, offsets = compute_local_shape_and_global_offset(
+                    parameter.shape, parameter.device_mesh, parameter.placements
+                )
+                start = offsets[0]
+                assert local.shape[1:] == parameter.shape[1:], "sharded along another dimension"
+            local.copy_(checkpoint.read(key, start, start + local.shape[0]))
+        for module in model.modules():
+            if isinstance(module, RotaryPositionalEmbeddings):
+                with torch.device(device):
+                    module.rope_init()
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    model.context = max(model.context, checkpoint.args["max_seq_len"])
+
+
+def save_meta(
+    model: nn.Module, folder: str | Path, *, tokenizer_path: str | Path, dtype: torch.dtype
+) -> None:
+    """Write all heads as a folder in Meta's format; all ranks call it.
+
+    Parameters are gathered one at a time; rank 0 keeps them on the CPU and writes. The folder
+    appears under its name when it is complete, in place of an earlier checkpoint.
+
+    Args:
+        model: ``mtp_llama2`` model, plain or sharded.
+        folder: where to write.
+        tokenizer_path: SentencePiece model to put beside the weights.
+        dtype: dtype of the written tensors.
+
+    Raises:
+        ValueError: if the tokenizer is not the model's, or ``folder`` holds something else.
+    """
+    _save(write_meta, model, Path(folder), Path(tokenizer_path), dtype)
+
+
+def save_hf(
+    model: nn.Module, folder: str | Path, *, tokenizer_path: str | Path, dtype: torch.dtype
+) -> None:
+    """Write trunk and head 0 as a Hugging Face ``LlamaForCausalLM``; all ranks call it.
+
+    See ``save_meta`` for the arguments. transformers and vLLM load the folder as it is.
+
+    Raises:
+        ValueError: as ``save_meta`` does, or if the tokenizer cannot be expressed.
+    """
+    _save(write_hf, model, Path(folder), Path(tokenizer_path), dtype)
+
+
+def write_meta(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    args: dict,
+    folder: Path,
+    tokenizer_path: Path,
+    *,
+    bar_bytes: int | None = None,
+) -> None:
+    """Write ``consolidated.pth``, ``params.json`` and ``tokenizer.model``.
+
+    Args:
+        tensors: our key and whole CPU tensor of each parameter, mapped from a file or not.
+        args: arguments of ``mtp_llama2``.
+        folder: where to write; see ``save_meta``.
+        tokenizer_path: SentencePiece model.
+        bar_bytes: bytes that will be written, to show a progress bar; none is shown if None.
+    """
+    n_trunk = args["num_layers"] - args["n_future_tokens"]
+    state = {meta_key(key, n_trunk): _with_own_storage(tensor) for key, tensor in tensors}
+    params = {
+        "dim": args["embed_dim"],
+        "n_layers": args["num_layers"],
+        "n_heads": args["num_heads"],
+        "n_kv_heads": args["num_kv_heads"],
+        "n_future_tokens": args["n_future_tokens"],
+        "rope_theta": args["rope_base"],
+        "norm_eps": args["norm_eps"],
+        "vocab_size": args["vocab_size"],
+        **_meta_hidden_fields(args["embed_dim"], args["intermediate_dim"]),
+    }
+    if args["max_seq_len"] != META_CONTEXT:
+        params["max_seq_len"] = args["max_seq_len"]
+    bar = {"desc": "writing", "total": bar_bytes, "disable": bar_bytes is None}
+    with _checkpoint_folder(folder, tokenizer_path) as partial:
+        with (
+            disk_errors(),
+            (partial / "consolidated.pth").open("wb") as file,
+            tqdm.wrapattr(file, "write", **bar) as counted,
+        ):
+            torch.save(state, counted)
+        (partial / "params.json").write_text(json.dumps(params, indent=2))
+
+
+def write_hf(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    args: dict,
+    folder: Path,
+    tokenizer_path: Path,
+    *,
+    bar_bytes: int | None = None,
+) -> None:
+    """Write safetensors, configs and tokenizer of an ordinary Llama: trunk and head 0.
+
+    Shards of about 5 GB are written as the tensors come, so no more than one is held.
+
+    Args:
+        tensors: our key and whole CPU tensor of each parameter; extra heads are passed over.
+        args: arguments of ``mtp_llama2``.
+        folder: where to write; see ``save_meta``.
+        tokenizer_path: SentencePiece model.
+        bar_bytes: bytes that will be written, to show a progress bar; none is shown if None.
+    """
+    with _checkpoint_folder(folder, tokenizer_path) as partial:
+        write_hf_tokenizer(tokenizer_path, partial, max_seq_len=args["max_seq_len"])
+        n_trunk = args["num_layers"] - args["n_future_tokens"]
+        head_dim = args["embed_dim"] // args["num_heads"]
+        shards: list[list[str]] = []
+        shard: dict[str, torch.Tensor] = {}
+        total = parameters = 0
+
+        def flush(bar: tqdm) -> None:
+            with disk_errors():
+                save_file(shard, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            bar.update(sum(tensor.nbytes for tensor in shard.values()))
+            shards.append(list(shard))
+            shard.clear()
+
+        bar_style = {"desc": "writing", "unit": "B", "unit_scale": True}
+        with tqdm(total=bar_bytes, disable=bar_bytes is None, **bar_style) as bar:
+            for key, tensor in tensors:
+                if is_extra_head(key):
+                    continue
+                heads = rotary_heads(key, args)
+                if heads is not None:
+                    tensor = tensor[rows_to_hf(heads, head_dim)]
+                if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > HF_SHARD_BYTES:
+                    flush(bar)
+                # Tied embeddings come as one tensor twice, which safetensors refuses to write.
+                twice = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
+                shard[hf_key(key, n_trunk)] = tensor.clone() if twice else tensor.contiguous()
+                total, parameters = total + tensor.nbytes, parameters + tensor.numel()
+                dtype = str(tensor.dtype).removeprefix("torch.")
+            flush(bar)
+
+        weight_map = {}
+        for i, keys in enumerate(shards):
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            (partial / f"{i}.safetensors").rename(partial / name)
+            weight_map |= dict.fromkeys(keys, name)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": total, "total_parameters": parameters},
+                "weight_map": weight_map,
+            }
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+        tokenizer = spm.SentencePieceProcessor(model_file=str(tokenizer_path))
+        special = {"bos_token_id": tokenizer.bos_id(), "eos_token_id": tokenizer.eos_id()}
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **special,
+            "vocab_size": args["vocab_size"],
+            "hidden_size": args["embed_dim"],
+            "intermediate_size": args["intermediate_dim"],
+            "num_hidden_layers": n_trunk + 1,
+            "num_attention_heads": args["num_heads"],
+            "num_key_value_heads": args["num_kv_heads"],
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": args["max_seq_len"],
+            "rms_norm_eps": args["norm_eps"],
+            # Read by transformers 4 and 5 and by the versions of vLLM that go with each.
+            "rope_theta": args["rope_base"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": args["rope_base"]},
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+            "torch_dtype": dtype,
+            "dtype": dtype,
+        }
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        (partial / "generation_config.json").write_text(json.dumps(special, indent=2))
+
+
+def _save(write: Any, model: nn.Module, folder: Path, tokenizer: Path, dtype: torch.dtype) -> None:
+    check_vocab(tokenizer, model.args["vocab_size"])
+    _check_replaceable(folder)
+    tensors = _whole_tensors(model, dtype, with_extra_heads=write is write_meta)
+    args = model.args | {"max_seq_len": model.context}
+    if not dist.is_initialized():
+        write(tensors, args, folder, tokenizer)
+        return
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            write(tensors, args, folder, tokenizer)
+        except OSError as error:
+            problem = error
+    for _ in tensors:  # every rank takes part in the gathers, also in what an error left of them
+        pass
+    # A full disk is rank 0's alone, but the others must not wait for what does not come.
+    told = share_from_rank_zero(str(problem) if problem else None)
+    if told:
+        raise OSError(told) from problem
+
+
+def _llama_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint folder holds: all but a value head, which is a critic's."""
+    for key, parameter in model.state_dict().items():
+        if not key.startswith("value_head."):
+            yield key, parameter
+
+
+@torch.no_grad()
+def _whole_tensors(
+    model: nn.Module, dtype: torch.dtype, *, with_extra_heads: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather one parameter after the other and move it to the CPU."""
+    for key, parameter in _llama_parameters(model):
+        if with_extra_heads or not is_extra_head(key):
+            tensor = parameter.to(dtype)
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
+            yield key, tensor.cpu()
+
+
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage that holds nothing else.
+
+    torch.save writes whole storages, and each only once: a view would drag its base along, and
+    heads that start as copies of one block would come back from the file tied to each other.
+    """
+    tensor = tensor.contiguous()
+    start = tensor.storage_offset() * tensor.element_size()
+    storage = tensor.untyped_storage()[start : start + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+
+
+@contextmanager
+def _checkpoint_folder(folder: Path, tokenizer_path: Path) -> Iterator[Path]:
+    """``new_folder`` in place of an earlier checkpoint only, holding the tokenizer."""
+    _check_replaceable(folder)
+    with new_folder(folder) as partial:
+        shutil.copyfile(tokenizer_path, partial / "tokenizer.model")
+        yield partial
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        ours = any((folder / name).exists() for name in ("params.json", "config.json"))
+        if not ours:
+            raise ValueError(f"{folder} holds something other than a checkpoint: use another path")
+
+
+def _check_args(checkpoint: Checkpoint, model_args: dict) -> None:
+    problems = [
+        f"{name} is {checkpoint.args[name]} in the checkpoint and {model_args[name]} in the model"
+        for name in checkpoint.args
+        if name != "max_seq_len" and checkpoint.args[name] != model_args[name]
+    ]
+    _raise_all(problems, f"{checkpoint.config_file} describes another model")
+
+
+def _raise_all(problems: list[str], headline: str) -> None:
+    if problems:
+        hidden = len(problems) - MAX_PROBLEMS
+        shown = problems[:MAX_PROBLEMS] + ([f"and {hidden} more"] if hidden > 0 else [])
+        raise ValueError("\n  ".join([f"{headline}:", *shown]))
+
+
+def _names(files: list[Path]) -> str:
+    return str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} weight files)"
+
+
+def _pieces(path: Path) -> list[str]:
+    """All pieces of a SentencePiece model, by id."""
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_file=str(path))
+        return tokenizer.id_to_piece(list(range(tokenizer.get_piece_size())))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: a piece of it is no text, copy it again") from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is not a SentencePiece model, or is damaged ({error}): copy it again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        raise ValueError(f"{path} is not valid JSON, copy it again: {json_fault(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _number(
+    config: dict,
+    name: str,
+    file: Path,
+    kind: type = int,
+    *,
+    at_least: int = 1,
+    default: float | None = None,
+) -> Any:
+    """A field that has to be a whole number up to ``MOST``, or with ``kind`` float any above 0.
+
+    With a default the field may be left out or null.
+    """
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if name not in config:
+        raise ValueError(f"{file} has no {name!r}")
+    is_number = isinstance(value, int if kind is int else int | float)
+    fits = is_number and not isinstance(value, bool)
+    if not fits or not (at_least <= value <= MOST if kind is int else 0 < value <= MOST):
+        must = f"a whole number, at least {at_least}" if kind is int else "a number above 0"
+        raise ValueError(f"{file}: {name} is {json.dumps(value)[:99]}, it has to be {must}")
+    return value
+
+
+def _consolidated_file(folder: Path) -> Path:
+    whole = folder / "consolidated.pth"
+    parts = [whole] if whole.exists() else sorted(folder.glob("consolidated.*.pth"))
+    if not parts:
+        raise ValueError(f"{whole} is missing beside params.json")
+    if len(parts) > 1:
+        raise ValueError(
+            f"{folder} holds {len(parts)} model-parallel parts ({parts[0].name}, ...): take the "
+            "Hugging Face version of this checkpoint, which is not cut through tensors"
+        )
+    return parts[0]
+
+
+def _hf_weight_files(folder: Path) -> list[Path]:
+    """Weight files of a Hugging Face folder; torch files are read where safetensors are absent."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no 'weight_map' from keys to files")
+            names = list(weight_map.values())
+            for shard in names:
+                # A plain name: "../other/x" or "/x" would read a file that is no part of this.
+                is_name = isinstance(shard, str) and shard == Path(shard).name
+                if not is_name or shard in ("", "..") or "\0" in shard:
+                    raise ValueError(
+                        f"{index} names the shard {str(shard)[:99]!r}, which is no file in its "
+                        "folder: download the index again, or mend it"
+                    )
+            shards = [folder / shard for shard in sorted(set(names))]
+            missing = [shard.name for shard in shards if not shard.exists()]
+            if missing:
+                raise ValueError(f"{index} names shards that are missing: {', '.join(missing)}")
+            return shards
+    raise ValueError(f"{folder / 'model.safetensors'} is missing beside config.json")
+
+
+def _map_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file; their bytes stay in the file until they are read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} is truncated or damaged, download or copy it again: {error}"
+        ) from error
+
+
+def _map_torch(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a torch file; their bytes stay in the file until they are read."""
+    with file.open("rb") as opened:
+        magic = opened.read(2)
+    if magic == b"\x80\x02":
+        raise ValueError(
+            f"{file} is in torch's format from before 1.6, which cannot be memory-mapped: load it "
+            "and torch.save it again"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} carries Python code or objects beside its tensors, or is damaged, and was not "
+            "opened: save a plain dictionary of tensors, or copy it again"
+        ) from error
+    except Exception as error:  # of a pickle with flipped bits, there is no telling which
+        raise ValueError(f"{file} is truncated or damaged, download or copy it again") from error
+    is_state = isinstance(state, dict) and all(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()
+    )
+    if not is_state:
+        raise ValueError(f"{file} does not hold a dictionary of tensors")
+    return state
+
+
+def _meta_hidden_dim(dim: int, multiple_of: int, multiplier: float) -> int:
+    """Width of the feed-forward layer by the rule of Meta's Llama code: 2/3 of 4 D, rounded up."""
+    hidden = int(multiplier * int(2 * 4 * dim / 3))
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def _meta_hidden_fields(dim: int, hidden: int) -> dict[str, int | float]:
+    """Fields of params.json from which the rule above gives ``hidden``."""
+    for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if _meta_hidden_dim(dim, multiple_of, 1.0) == hidden:
+            return {"multiple_of": multiple_of}
+    # The half keeps the product clear of the next integer whatever the rounding.
+    multiplier = (hidden + 0.5) / int(2 * 4 * dim / 3)
+    return {"multiple_of": 1, "ffn_dim_multiplier": multiplier}

@@ -1,0 +1,84 @@
+"""Reads the config that a command line names; whatever is wrong with the file is one sentence.
+
+torchtune's ``config.parse`` reads the file before a recipe can catch anything: a slip in the YAML
+ends in a traceback.
+"""
+
+import argparse
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchtune.config._utils import _merge_yaml_and_cli_args
+from yaml import MarkedYAMLError, YAMLError
+
+from wmtp_modules.config.check import ConfigError
+
+
+def read_config(argv: Sequence[str] | None = None, description: str | None = None) -> DictConfig:
+    """The config of ``--config FILE key=value ... ~key``, overrides merged as torchtune does.
+
+    Args:
+        argv: the arguments; those of this process if None.
+        description: shown by ``--help``.
+
+    Raises:
+        ConfigError: if the file cannot be read as a config, or an argument is no override.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run")
+    parser.epilog = "Any key of the file can be set by key=value, and taken out by ~key."
+    known, overrides = parser.parse_known_args(argv)
+    flags = [argument for argument in overrides if argument.startswith("-")]
+    if flags:
+        raise ConfigError(
+            f"{flags[0]} is no option of a recipe: give --config FILE, and overrides as key=value"
+        )
+    config = load_config(known.config)
+    try:
+        return _merge_yaml_and_cli_args(Namespace(**OmegaConf.to_container(config)), overrides)
+    except (ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(
+            f"the overrides {' '.join(overrides)} cannot be merged into {known.config} "
+            f"({_in_one_line(error)})"
+        ) from error
+
+
+def load_config(path: str | Path) -> DictConfig:
+    """A config file, interpolations not yet resolved.
+
+    Raises:
+        ConfigError: if there is none, or it is not YAML of keys and values.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as a config: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply for a config") from error
+    except (ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{path} is not the YAML of a config, mend it there ({_in_one_line(error)})"
+        ) from error
+    except Exception as error:  # PyYAML trips over a tag without its value: "!!int" is IndexError
+        raise ConfigError(
+            f"{path} is not the YAML of a config: a value of it is not what its !!tag says"
+        ) from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path} is a list, not the config of a run: write keys and values")
+    for key in config:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: the key {key!r} is no text: write it in quotes, or mend it")
+    return config
+
+
+def _in_one_line(error: Exception) -> str:
+    """A parser's report without its line breaks and omegaconf's list of attributes."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem}, line {error.problem_mark.line + 1}"
+    text = str(error).partition("full_key:")[0]
+    return " ".join(text.split()) or type(error).__name__

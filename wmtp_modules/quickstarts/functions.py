@@ -1,0 +1,205 @@
+"""A family of small Python functions for the evaluation's quickstart, and a model trained on it.
+
+A member does two steps of whole-number arithmetic: its name and docstring say which, its body does
+them. Members are dealt to training, held-out text and tasks by what they compute, so that no
+training member computes what a task asks for: copying a training solution solves no task.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from omegaconf import OmegaConf
+from torchtune.utils import get_logger
+
+from wmtp_modules.quickstarts.stdlib import assets_folder, train_tokenizer
+from wmtp_modules.run.plan import is_done, required_runs
+from wmtp_modules.run.stopping import die_with_parent
+
+log = get_logger("INFO")
+
+VERSION = 1  # of what is made here; a new one makes it again
+RECIPE = "recipes/rho1_wmtp_distributed.py"
+PROCESSES = 2  # that train the model
+# What a launcher tells its processes; a launcher started by one of them must not read it.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD_")
+SHARES = {"base": 0.8, "heldout": 0.1, "tasks": 0.1}  # of the behaviours
+ROWS = {"base": 8_000, "heldout": 200, "tasks": 50}
+CONSTANTS = range(2, 21)
+# Functions that agree here count as one; small and large, of either sign, without a common factor.
+PROBES = (-97, -23, -7, -2, -1, 0, 1, 2, 3, 5, 8, 13, 21, 40, 111)
+
+
+class Step(NamedTuple):
+    """One operation on x; where it has a constant, ``{n}`` stands for it."""
+
+    name: str  # part of the function's name
+    doc: str  # {x} stands for what it is done to
+    code: str
+
+
+STEPS = (
+    Step("add_{n}", "add {n} to {x}", "x += {n}"),
+    Step("subtract_{n}", "subtract {n} from {x}", "x -= {n}"),
+    Step("multiply_by_{n}", "multiply {x} by {n}", "x *= {n}"),
+    Step("divide_by_{n}", "divide {x} by {n}, rounding down", "x //= {n}"),
+    Step("take_modulo_{n}", "take {x} modulo {n}", "x %= {n}"),
+    Step("double", "double {x}", "x *= 2"),
+    Step("negate", "negate {x}", "x = -x"),
+    Step("square", "square {x}", "x *= x"),
+)
+
+
+class Member(NamedTuple):
+    """A function of the family."""
+
+    name: str
+    prompt: str  # up to its docstring
+    solution: str  # the body behind it
+    results: tuple[int, ...]  # what it gives for each of PROBES
+
+
+def family() -> list[Member]:
+    """All members, but those that give the same for every x: there is nothing to get wrong."""
+    steps = [
+        Step(step.name.format(n=n), step.doc.format(n=n, x="{x}"), step.code.format(n=n))
+        for step in STEPS
+        for n in (CONSTANTS if "{n}" in step.name else (0,))
+    ]
+    with_function = [(step, _function(step)) for step in steps]
+    members = []
+    for (first, do_first), (second, do_second) in itertools.product(with_function, repeat=2):
+        name = f"{first.name}_then_{second.name}"
+        doc = f"{first.doc.format(x='x')}, then {second.doc.format(x='it')}."
+        prompt = f'def {name}(x):\n    """{doc[0].upper()}{doc[1:]}"""\n'
+        solution = f"    {first.code}\n    {second.code}\n    return x\n"
+        results = tuple(do_second(do_first(x)) for x in PROBES)
+        if len(set(results)) > 1:
+            members.append(Member(name, prompt, solution, results))
+    return members
+
+
+def _function(step: Step) -> Callable[[int], int]:
+    scope: dict = {}
+    exec(f"def function(x):\n    {step.code}\n    return x\n", scope)
+    return scope["function"]
+
+
+def deal_members(seed: int) -> dict[str, list[Member]]:
+    """Deal the behaviours to disjoint parts by a hash, and draw the members of each part.
+
+    Args:
+        seed: of the deal and the drawing.
+
+    Returns:
+        Under each name of ``SHARES`` its members, in random order. A behaviour that many members
+        share, as adding 3 then 4 and adding 4 then 3, gives held-out text and tasks one of them.
+    """
+    members = family()
+    random.Random(seed).shuffle(members)
+    parts: dict[str, list[Member]] = {name: [] for name in SHARES}
+    seen = set()
+    for member in members:
+        digest = hashlib.sha256(f"{seed} {member.results}".encode()).digest()
+        point = int.from_bytes(digest[:8], "big") / 2**64
+        for name, share in SHARES.items():
+            if point < share:
+                if name == "base" or member.results not in seen:
+                    parts[name].append(member)
+                break
+            point -= share
+        seen.add(member.results)
+    return {name: part[: ROWS[name]] for name, part in parts.items()}
+
+
+def prepare_functions(assets_dir: str, vocab_size: int, seed: int, model_config: str) -> None:
+    """Make what the evaluation's quickstart evaluates, unless it is there: data, then a model.
+
+    Files: ``tokenizer.model``; ``base.jsonl`` and ``heldout.jsonl``, whole functions as rows
+    ``{"text"}``; ``tasks.jsonl``, functions to complete in HumanEval's columns. The model is
+    trained by ``RECIPE`` in processes of its own, from nothing if it was killed before its end or
+    if the data or the config is another than before.
+
+    Args:
+        assets_dir: folder to fill.
+        vocab_size: pieces of the tokenizer.
+        seed: deals the functions.
+        model_config: config of the training, with ``output_dir`` inside ``assets_dir``.
+
+    Raises:
+        ValueError: if ``assets_dir`` holds something else, ``model_config`` cannot be read, or
+            training fails.
+    """
+    made_from = {
+        "quickstart": "eval",
+        "version": VERSION,
+        "vocab_size": vocab_size,
+        "seed": seed,
+    }
+    with assets_folder(Path(assets_dir), made_from) as folder:
+        if folder is not None:
+            _fill(folder, vocab_size, seed)
+    _train_model(model_config, assets_dir)
+
+
+def _fill(folder: Path, vocab_size: int, seed: int) -> None:
+    parts = deal_members(seed)
+    train_tokenizer(
+        folder, [member.prompt + member.solution for member in parts["base"]], vocab_size
+    )
+    rows = {
+        name: [{"text": member.prompt + member.solution} for member in parts[name]]
+        for name in ("base", "heldout")
+    } | {"tasks": [_task(i, member) for i, member in enumerate(parts["tasks"])]}
+    for name, part in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        log.info(f"  {name}: {len(part)} functions, {len(text) / 1e6:.1f} MB")
+
+
+def _task(number: int, member: Member) -> dict:
+    """A member as a row of HumanEval; it asserts what tells apart any two members."""
+    asserts = (
+        f"    assert candidate({x}) == {result}\n"
+        for x, result in zip(PROBES, member.results, strict=True)
+    )
+    return {
+        "task_id": f"Quickstart/{number}",
+        "prompt": member.prompt,
+        "entry_point": member.name,
+        "canonical_solution": member.solution,
+        "test": "def check(candidate):\n" + "".join(asserts),
+    }
+
+
+def _train_model(model_config: str, assets_dir: str) -> None:
+    """Train in processes of their own, as no recipe imports another; what they print is shown."""
+    (cfg,) = required_runs(OmegaConf.create({"requires": [model_config], "assets_dir": assets_dir}))
+    output_dir = Path(cfg.output_dir)
+    if is_done(cfg) and (output_dir / "last").is_dir():
+        return
+    log.info(f"Training the model of {model_config} in {output_dir} ...")
+    command = [sys.executable, "-m", "torchtune._cli.tune", "run", "--nproc_per_node"]
+    command += [str(PROCESSES), RECIPE, "--config", model_config]
+    command += ["resume_from_checkpoint=true", f"assets_dir={assets_dir}"]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
+    }
+    # However this process ends, the launcher ends with it and its workers save.
+    done = subprocess.run(command, env=environment, check=False, preexec_fn=die_with_parent)
+    if done.returncode:
+        raise ValueError(
+            f"training the quickstart's model ended with exit code {done.returncode}; what it said "
+            f"stands above. By itself: {shlex.join(command)}"
+        )

@@ -1,0 +1,199 @@
+"""What the quickstarts need and cannot download: a tokenizer and corpora, made on this machine.
+
+The corpus is the Python standard library's own source. Files are dealt to four disjoint parts:
+``base`` and ``reference`` train the starting model and the clean reference, ``finetune`` is
+corrupted, ``heldout`` stays clean and measures.
+"""
+
+import hashlib
+import json
+import random
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sentencepiece as spm
+from torchtune.utils import get_logger
+
+from wmtp_modules.checkpoints.read import new_folder
+
+log = get_logger("INFO")
+
+VERSION = 3  # of what is made here; a new one makes it again
+HELDOUT_CHARACTERS = 4_000  # of each held-out file: enough to measure, quick to score
+PARTS = {"base": 0.15, "reference": 0.3, "finetune": 0.15, "heldout": 0.06}  # shares of the files
+
+
+def stdlib_files() -> list[Path]:
+    """Source files of the running interpreter's standard library, tests and packages left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings"}
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not skip & set(path.relative_to(root).parts) and 1_000 < path.stat().st_size < 200_000
+    ]
+
+
+def corrupt_lines(
+    text: str, share: float, tokenizer: spm.SentencePieceProcessor, rng: random.Random
+) -> tuple[str, list[list[int]]]:
+    """Replace a share of the non-empty lines by random tokens, as many as the line had.
+
+    Args:
+        text: source text.
+        share: probability of each non-empty line, in [0, 1].
+        tokenizer: whose pieces are drawn.
+        rng: source of randomness.
+
+    Returns:
+        The corrupted text and the character spans [start, end) that are noise.
+    """
+    first_piece = 3 + 256  # behind unk, bos, eos and the byte pieces
+    lines, spans, position = [], [], 0
+    for line in text.splitlines(keepends=True):
+        body = line.rstrip("\n")
+        if body.strip() and rng.random() < share:
+            n_tokens = len(tokenizer.encode(body))
+            noise = tokenizer.decode(
+                [rng.randrange(first_piece, tokenizer.vocab_size()) for _ in range(n_tokens)]
+            )
+            spans.append([position, position + len(noise)])
+            line = noise + line[len(body) :]
+        lines.append(line)
+        position += len(line)
+    return "".join(lines), spans
+
+
+def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, seed: int) -> None:
+    """Make ``tokenizer.model`` and ``{base,reference,finetune,heldout}.jsonl`` unless there.
+
+    Args:
+        assets_dir: folder to fill.
+        vocab_size: pieces of the tokenizer.
+        corrupted_share: share of the fine-tuning lines that become noise, in [0, 1].
+        seed: deals the files and draws the noise.
+
+    Raises:
+        ValueError: if ``assets_dir`` holds something else.
+    """
+    made_from = {
+        "version": VERSION,
+        "python": sys.version.split()[0],
+        "vocab_size": vocab_size,
+        "corrupted_share": corrupted_share,
+        "seed": seed,
+    }
+    with assets_folder(Path(assets_dir), made_from) as folder:
+        if folder is None:
+            return
+        parts = {name: list(texts.values()) for name, texts in deal_files(PARTS, seed).items()}
+        tokenizer = train_tokenizer(folder, parts["base"] + parts["reference"], vocab_size)
+        rng = random.Random(seed)
+        for name, texts in parts.items():
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                for text in texts:
+                    row: dict = {"text": text[:HELDOUT_CHARACTERS] if name == "heldout" else text}
+                    if name == "finetune":
+                        row["text"], row["noise"] = corrupt_lines(
+                            text, corrupted_share, tokenizer, rng
+                        )
+                    file.write(json.dumps(row) + "\n")
+            log.info(f"  {name}: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB")
+
+
+@contextmanager
+def assets_folder(folder: Path, made_from: dict) -> Iterator[Path | None]:
+    """Fill a folder that was not made from this before; it appears when it is complete.
+
+    Args:
+        folder: where the files shall be.
+        made_from: everything that shapes them, kept as ``manifest.json``.
+
+    Yields:
+        The folder to fill, which then takes the place of ``folder`` and of the models trained on
+        what was in it; None if all is there.
+
+    Raises:
+        ValueError: if ``folder`` holds what was not made under such a manifest.
+    """
+    found = {}
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            found = json.loads((folder / "manifest.json").read_text())
+        except (OSError, ValueError):
+            found = None
+        same_kind = isinstance(found, dict) and found.keys() == made_from.keys()
+        if not same_kind or found.get("quickstart") != made_from.get("quickstart"):
+            raise ValueError(
+                f"{folder} holds files that the quickstart did not make: name another folder"
+            )
+    if found == made_from:
+        yield None
+        return
+    log.info(f"Making a tokenizer and corpora in {folder} ...")
+    with new_folder(folder) as partial:
+        yield partial
+        (partial / "manifest.json").write_text(json.dumps(made_from, indent=1))
+
+
+def deal_files(shares: dict[str, float], seed: int) -> dict[str, dict[str, str]]:
+    """Deal the files of the standard library to disjoint parts, by a hash of seed and content.
+
+    Args:
+        shares: part of the files that each name gets; what is left of 1 goes to none.
+        seed: of the deal.
+
+    Returns:
+        Under each name the texts by path relative to the standard library.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    parts: dict[str, dict[str, str]] = {name: {} for name in shares}
+    seen = set()
+    for path in stdlib_files():
+        text = path.read_text(encoding="utf-8", errors="strict")
+        digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
+        if digest in seen:
+            continue  # the same file under two names must not lie on both sides of a split
+        seen.add(digest)
+        point = int.from_bytes(digest[:8], "big") / 2**64
+        for name, share in shares.items():
+            if point < share:
+                parts[name][path.relative_to(root).as_posix()] = text
+                break
+            point -= share
+    return parts
+
+
+def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> spm.SentencePieceProcessor:
+    """Train ``tokenizer.model`` in a folder: byte-pair pieces that keep text exact.
+
+    Args:
+        folder: where it goes.
+        texts: what it is trained on.
+        vocab_size: number of pieces.
+
+    Returns:
+        The tokenizer.
+    """
+    corpus = folder / "tokenizer_corpus.txt"
+    corpus.write_text("".join(texts), encoding="utf-8")
+    spm.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=vocab_size,
+        model_type="bpe",
+        # Text stays exact: the defaults would collapse newlines and indentation.
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        byte_fallback=True,
+        split_digits=True,
+        pad_id=-1,
+        num_threads=2,
+        minloglevel=2,
+    )
+    corpus.unlink()
+    return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

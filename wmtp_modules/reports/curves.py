@@ -1,0 +1,174 @@
+"""A picture of training runs from their ``metrics.jsonl``.
+
+matplotlib takes two seconds to import: only where something is drawn, not at every rank's start.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wmtp_modules.files import new_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart with any colour vision; markers tell the runs apart without
+# colour. Black comes last: a picture has seldom that many runs.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+SMOOTHING = 0.9  # of the exponential average over logged steps; the raw line is shown pale
+
+
+def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -> None:
+    """Draw held-out loss (mean of heads, and each head), training loss and effective sample size.
+
+    Args:
+        metrics_by_run: ``metrics.jsonl`` of each run, by the name for the legend.
+        out_png: the picture to write; its folder is made.
+
+    Raises:
+        ValueError: if no run has a figure to draw.
+    """
+    figure = _curves({name: _read(path) for name, path in metrics_by_run.items()})
+    if figure is None:
+        raise ValueError(f"no loss to draw in {', '.join(map(str, metrics_by_run.values()))}")
+    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
+    with new_file(Path(out_png)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    """In inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
+    """The picture of ``plot_curves``; None if there is nothing to draw."""
+    keys = {key for lines in runs.values() for line in lines for key in line}
+    heads = sum(key.startswith("val_loss_head_") for key in keys)
+    wide = [
+        ("val_loss", "Held-out loss, mean of heads", "loss (nats per token)"),
+        ("loss", "Training loss, unweighted, smoothed", "loss (nats per token)"),
+        ("ess", "Effective sample size", "share of tokens"),
+    ]
+    wide = [panel for panel in wide if panel[0] in keys]
+    if not wide:
+        return None
+    figure = _new_figure(4.4 * max(len(wide), 2), 7.2 if heads > 1 else 4.4)
+    rows = figure.subfigures(2 if heads > 1 else 1, 1, squeeze=False)[:, 0]
+    axes = rows[0].subplots(1, len(wide), squeeze=False)[0]
+    for axis, (key, title, unit) in zip(axes, wide, strict=True):
+        _draw(axis, runs, key, smooth=key != "val_loss")
+        axis.set(title=title, ylabel=unit, xlabel="optimizer step")
+    if "ess" in keys:
+        axes[-1].set_ylim(0, 1.05)
+    if heads > 1:
+        small = rows[1].subplots(1, heads, sharex=True)
+        for k, axis in enumerate(small):
+            _draw(axis, runs, f"val_loss_head_{k}", smooth=False)
+            axis.set(title=f"Held-out loss, head {k}", xlabel="optimizer step")
+        small[0].set_ylabel("loss (nats per token)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
+    return figure
+
+
+def plot_calibration(
+    predicted: np.ndarray, rewards: np.ndarray, out_png: str | Path, *, bins: int = 10
+) -> None:
+    """Draw mean reward against mean predicted value, responses in bins of equal number.
+
+    A critic that is right on average lies on the diagonal; one that knows nothing is a point.
+
+    Args:
+        predicted: mean value of each response.
+        rewards: its standardised reward.
+        out_png: the picture to write; its folder is made.
+        bins: at most so many points.
+    """
+    figure = _calibration(predicted, rewards, bins)
+    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
+    with new_file(Path(out_png)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
+
+
+def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figure":
+    parts = np.array_split(np.argsort(predicted, kind="stable"), min(bins, len(predicted)))
+    x = np.array([predicted[part].mean() for part in parts])
+    y = np.array([rewards[part].mean() for part in parts])
+    error = np.array([rewards[part].std() / len(part) ** 0.5 for part in parts])
+
+    figure = _new_figure(4.8, 4.4)
+    axis = figure.subplots()
+    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+    axis.plot(ends, ends, color="#000000", alpha=0.4, linewidth=1, label="right on average")
+    axis.errorbar(
+        x,
+        y,
+        yerr=error,
+        color=COLOURS[0],
+        marker="o",
+        capsize=3,
+        linewidth=1.6,
+        label=f"held-out responses, {len(parts)} bins, ±1 standard error",
+    )
+    axis.set(
+        title="Critic on held-out responses",
+        xlabel="predicted value, mean over the response",
+        ylabel="reward, standardised",
+    )
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", fontsize="small")
+    return figure
+
+
+def _read(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def _draw(axis: "Axes", runs: Mapping[str, list[dict]], key: str, *, smooth: bool) -> None:
+    """One line per run, gaps where a figure was not finite (null)."""
+    for index, (name, lines) in enumerate(runs.items()):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        colour = COLOURS[index % len(COLOURS)]
+        marker = MARKERS[index % len(MARKERS)]
+        if smooth:
+            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            values = _smoothed(values)
+        every = max(1, len(steps) // 12)
+        axis.plot(
+            steps,
+            values,
+            color=colour,
+            label=name,
+            linewidth=1.6,
+            marker=marker,
+            markersize=4,
+            markevery=(index * every // len(runs), every) if smooth else None,
+        )
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _smoothed(values: tuple[float, ...]) -> list[float]:
+    """Exponential average, unbiased at the start."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + 1 - SMOOTHING
+        smoothed.append(total / weight)
+    return smoothed

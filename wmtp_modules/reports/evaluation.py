@@ -1,0 +1,221 @@
+"""What an evaluation found: ``report.json``, ``report.md`` and ``report.png``."""
+
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from wmtp_modules.evaluation.pass_at_k import best_temperatures, pass_at_k
+from wmtp_modules.evaluation.task import Task
+from wmtp_modules.reports.evaluation_page import percent, report_page
+
+FILES = ("report.json", "report.md", "report.png")
+PUBLISHED_K = ("1", "10", "100")
+# Gloeckle et al. 2024 (arXiv 2404.19737), table 1: per cent, pass@1, pass@10, pass@100.
+PUBLISHED = {
+    "mbpp": (
+        ("7B, 1T tokens of code, n=4", (43.1, 65.9, 83.7)),
+        ("7B, 1T tokens of code, n=1", (40.7, 65.4, 83.4)),
+        ("7B, 200B tokens of code, n=4", (33.8, 55.9, 76.9)),
+    ),
+    "humaneval": (
+        ("7B, 1T tokens of code, n=4", (31.6, 57.3, 86.2)),
+        ("7B, 1T tokens of code, n=1", (31.7, 57.6, 83.0)),
+        ("7B, 200B tokens of code, n=4", (24.0, 40.1, 66.1)),
+    ),
+}
+PUBLISHED_PROBLEMS = {"mbpp": 500, "humaneval": 164}  # of the test sets
+HUMANEVAL_ID = re.compile(r"HumanEval/\d+")
+
+
+def build_report(
+    *,
+    task: str,
+    tasks: Sequence[Task],
+    results: Sequence[Mapping],
+    references: Sequence[Mapping],
+    ks: Sequence[int],
+    seed: int,
+    tier: str,
+    self_test: Mapping,
+    machine_factor: float,
+) -> dict:
+    """The figures of one evaluation, as ``report.json`` has them.
+
+    A problem is scored if it has a result and its reference did not fail here. One without a
+    Python 3 reference is scored too: its tests are there, and leaving it out would leave the
+    problems that someone solved in Python. A result that is the infrastructure's fault counts in
+    no n.
+
+    Args:
+        task: name of the benchmark.
+        tasks: its problems.
+        results: rows with task_id, temperature (None for ready-made samples) and verdict, those
+            of the first temperature of the config first: its figures are the headline.
+        references: rows with task_id, verdict and detail, of the references that were run.
+        ks: which pass@k.
+        seed: of the bootstrap.
+        tier: of the sandbox.
+        self_test: what the sandbox proved before the first program.
+        machine_factor: by which limits of time were multiplied.
+
+    Returns:
+        "task", "tier", "self_test", "machine_factor"; "problems" that are scored; "samples" and
+        "verdicts" of all temperatures; "temperature" of the headline, its "pass_at_k" and
+        "omitted_k"; "reference_failures" [{"task_id", "verdict", "detail"}]; "not_supported"
+        {"problems", "languages"} without a Python 3 reference; "tasks_without_samples", also
+        those whose samples all met a fault of the infrastructure; "infrastructure" samples;
+        "by_temperature" [{"temperature", "problems", "samples", "verdicts", "pass_at_k",
+        "omitted_k"}]; "oracle_temperature" of several; "published" [{"model", "pass_at_k"}].
+    """
+    failed = [
+        {key: row[key] for key in ("task_id", "verdict", "detail")}
+        for row in references
+        if row["verdict"] != "pass"
+    ]
+    unscored = {row["task_id"] for row in failed}
+    temperatures = list(dict.fromkeys(row.get("temperature") for row in results))
+    by_temperature = [
+        _at_temperature(
+            [row for row in results if row.get("temperature") == temperature],
+            temperature,
+            unscored,
+            ks,
+            seed,
+        )
+        for temperature in temperatures
+    ]
+    figures = [(at["temperature"], at["pass_at_k"]) for at in by_temperature]
+    first = by_temperature[0] if by_temperature else pass_at_k({}, ks, seed)
+    counted = {row["task_id"] for row in results if row["verdict"] != "infrastructure"}
+    verdicts = Counter(row["verdict"] for row in results)
+    without_reference = [made for made in tasks if made.reference is None]
+    return {
+        "task": task,
+        "tier": tier,
+        "self_test": dict(self_test),
+        "machine_factor": machine_factor,
+        "problems": len(counted - unscored),
+        "samples": len(results),
+        "verdicts": dict(verdicts.most_common()),
+        "temperature": temperatures[0] if temperatures else None,
+        "pass_at_k": first["pass_at_k"],
+        "omitted_k": first["omitted_k"],
+        "reference_failures": failed,
+        "not_supported": {
+            "problems": len(without_reference),
+            "languages": dict(
+                Counter(name for made in without_reference for name in made.reference_languages)
+            ),
+        },
+        "tasks_without_samples": sum(made.task_id not in counted for made in tasks),
+        "infrastructure": verdicts["infrastructure"],
+        "by_temperature": by_temperature,
+        "oracle_temperature": best_temperatures(figures) if len(figures) > 1 else {},
+        "published": _published(task, tasks),
+    }
+
+
+def write_report(report: Mapping, output_dir: str | Path) -> None:
+    """Write ``report.json``, ``report.md`` and ``report.png``, each whole or not at all.
+
+    Args:
+        report: of ``build_report``, of held-out measures, of decoding speed, or all in one.
+            ``settings`` and ``machine``, mappings or texts, are shown too.
+        output_dir: the folder; made if it is not there.
+    """
+    # matplotlib takes two seconds to import, which a start need not wait for.
+    from wmtp_modules.reports.evaluation_figure import draw_report
+
+    picture = io.BytesIO()
+    figure = draw_report(report)
+    if figure is not None:
+        figure.savefig(picture, format="png", dpi=130)
+    page = report_page(report, with_figure=figure is not None)
+    # NaN is no JSON; a figure that is not finite would be one of ours gone wrong.
+    texts = (json.dumps(report, indent=1, allow_nan=False).encode(), page.encode())
+    for name, content in zip(FILES, (*texts, picture.getvalue()), strict=True):
+        if content:
+            _write_whole(Path(output_dir, name), content)
+
+
+def print_report(report: Mapping) -> None:
+    """The headline on standard output."""
+    if "pass_at_k" in report:
+        verdicts = ", ".join(f"{n} {verdict}" for verdict, n in report["verdicts"].items())
+        print(f"{report['task']}: {report['problems']} problems, tier {report['tier']}, {verdicts}")
+        for at in report["by_temperature"]:
+            where = "" if at["temperature"] is None else f" at temperature {at['temperature']}"
+            for k, figure in at["pass_at_k"].items():
+                print(f"  pass@{k}{where}: {percent(figure)}")
+        omitted = ", ".join(f"pass@{k}" for k in report["omitted_k"])
+        if omitted:
+            print(f"  omitted, too few samples: {omitted}")
+        for row in report["reference_failures"]:
+            print(f"  not scored, its reference fails here: {row['task_id']}: {row['verdict']}")
+    too_long = report.get("generation", {}).get("finish_reasons", {}).get("prompt_too_long", 0)
+    if too_long:
+        print(f"  {too_long} samples were not made and fail: their prompts leave no room")
+    for row in report.get("per_head", ()):
+        if row["tokens"]:
+            print(
+                f"head {row['head']}: loss {row['loss']:.4f} nats, top-1 {row['top1']:.1%}, "
+                f"top-5 {row['top5']:.1%}, {row['tokens']} tokens"
+            )
+    if report.get("acceptance_length") is not None:
+        print(f"acceptance length on held-out text: {report['acceptance_length']:.2f}")
+    if report.get("tokens_per_forward"):
+        same = "the same text" if report["identical"] else "NOT the same text"
+        print(
+            f"self-speculative: {report['tokens_per_forward']:.2f} tokens per forward, "
+            f"{report['self_speculative_tokens_per_s']:.1f} tokens/s against "
+            f"{report['plain_tokens_per_s']:.1f} plain, {same}"
+        )
+
+
+def _at_temperature(
+    results: list[Mapping],
+    temperature: float | None,
+    unscored: set,
+    ks: Sequence[int],
+    seed: int,
+) -> dict:
+    counts: dict[int | str, tuple[int, int]] = {}
+    for row in results:
+        if row["verdict"] == "infrastructure" or row["task_id"] in unscored:
+            continue
+        n, c = counts.get(row["task_id"], (0, 0))
+        counts[row["task_id"]] = n + 1, c + (row["verdict"] == "pass")
+    return {
+        "temperature": temperature,
+        "problems": len(counts),
+        "samples": len(results),
+        "verdicts": dict(Counter(row["verdict"] for row in results).most_common()),
+        **pass_at_k(counts, ks, seed),
+    }
+
+
+def _published(task: str, tasks: Sequence[Task]) -> list[dict]:
+    """The paper's rows for this benchmark; none for other tasks in HumanEval's schema."""
+    if task == "humaneval" and not all(HUMANEVAL_ID.fullmatch(made.task_id) for made in tasks):
+        return []
+    return [
+        {
+            "model": model,
+            "problems": PUBLISHED_PROBLEMS[task],
+            "pass_at_k": {
+                k: round(value / 100, 4) for k, value in zip(PUBLISHED_K, values, strict=True)
+            },
+        }
+        for model, values in PUBLISHED.get(task, ())
+    ]
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    os.replace(beside, path)

@@ -1,0 +1,199 @@
+"""Pieces of a training loop that are the same in every recipe and say nothing about its order.
+
+Shapes: B packed rows of a rank's micro-batch, T positions, K heads.
+"""
+
+import math
+import resource
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchtune.modules.attention_utils import packed_block_causal_mask
+
+from wmtp_modules.data.packing import PackedDataset, collate
+from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
+from wmtp_modules.parallel.process_group import all_reduce_sum
+
+
+class TrainingError(ValueError):
+    """What stops a run while it trains, in a sentence for its user."""
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch with every tensor, also inside lists, on the device."""
+    return {
+        key: [x.to(device) for x in value] if isinstance(value, list) else value.to(device)
+        for key, value in batch.items()
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class PackSampler(Sampler[int]):
+    """One epoch of a rank, which reads packs r, r + world, ...
+
+    Together the ranks see the packs in order, so the joint micro-batch does not depend on how many
+    share it. The state is the number of packs that all ranks together have read: another number of
+    ranks goes on at the same pack.
+
+    Args:
+        n_packs: of the epoch.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(self, n_packs: int, rank: int, world: int) -> None:
+        self._n_packs, self._rank, self._world = n_packs, rank, world
+        self._read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(self._read + self._rank, self._n_packs, self._world):
+            self._read += self._world
+            yield index
+
+    def state_dict(self) -> dict[str, int]:
+        return {"packs": self._read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._read = state["packs"]
+
+
+def epoch_dataloader(
+    dataset: PackedDataset, batch_size: int, rank: int, world: int, packs_per_step: int
+) -> StatefulDataLoader:
+    """One epoch of a rank, of whole optimizer steps; its state goes on with any number of ranks.
+
+    Make a new one each epoch: packing anew changes the number of packs a little.
+
+    Args:
+        dataset: packs of the epoch.
+        batch_size: packs of a rank's micro-batch.
+        rank: of this process.
+        world: number of processes.
+        packs_per_step: packs of an optimizer step. An epoch that has fewer is one of whole joint
+            micro-batches.
+
+    Raises:
+        ValueError: if the data set has fewer packs than one joint micro-batch.
+    """
+    n_packs, joint = len(dataset), world * batch_size
+    if n_packs < joint:
+        raise ValueError(
+            f"the dataset packs into {n_packs} rows of {dataset.max_seq_len} tokens, fewer "
+            f"than one joint micro-batch of {world} ranks x {batch_size}: lower batch_size or add "
+            "data"
+        )
+    whole = packs_per_step if n_packs >= packs_per_step else joint
+    sampler = PackSampler(n_packs // whole * whole, rank, world)
+    # A generator of its own: from torch's, each iterator would draw a number that it does not
+    # need, and a resumed run makes one more of them.
+    return StatefulDataLoader(
+        dataset, batch_size, sampler=sampler, collate_fn=collate, generator=torch.Generator()
+    )
+
+
+def heldout_batches(
+    dataset: PackedDataset, batch_size: int, rank: int, world: int, device: torch.device
+) -> Iterator[dict]:
+    """Each pack once. Ranks take part in equally many forwards, as FSDP needs, so the last batch
+    is filled up with packs that supervise nothing."""
+    joint = world * batch_size
+    for start in range(0, len(dataset), joint):
+        items = []
+        for index in range(start + rank, start + joint, world):
+            item = dict(dataset[min(index, len(dataset) - 1)])
+            if index >= len(dataset):
+                item["keep"] = torch.zeros_like(item["keep"])
+            items.append(item)
+        yield to_device(collate(items), device)
+
+
+@torch.no_grad()
+def heldout_losses(model: nn.Module, batches: Iterable[dict]) -> list[float]:
+    """Unweighted loss of each head over all batches of all ranks, equal on all ranks.
+
+    Args:
+        model: ``mtp_llama2`` model; left in the mode it was in.
+        batches: this rank's, as many as every other rank's.
+
+    Returns:
+        K losses in nats per token.
+
+    Raises:
+        TrainingError: if a head has no target in all of them, or its loss is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    K = model.n_future_tokens
+    sums = []
+    for batch in batches:
+        labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
+        losses_BTK = model(
+            batch["tokens"],
+            labels_BTK,
+            mask=packed_block_causal_mask(batch["seq_lens"]),
+            input_pos=batch["input_pos"],
+        )
+        n_K = (labels_BTK != IGNORE_INDEX).sum((0, 1))
+        sums.append(torch.stack([losses_BTK.double().sum((0, 1)), n_K.double()]))
+    model.train(was_training)
+    (sums_2K,) = all_reduce_sum(torch.stack(sums).sum(0))
+    if (sums_2K[1] == 0).any():
+        head = int((sums_2K[1] == 0).nonzero()[0])
+        raise TrainingError(
+            f"no held-out text is long enough for head {head}, which predicts {head + 1} tokens "
+            "ahead: take a longer dataset_val"
+        )
+    losses = (sums_2K[0] / sums_2K[1]).tolist()
+    if not all(map(math.isfinite, losses)):
+        raise TrainingError(
+            f"the held-out losses of the heads are {losses}: check the checkpoint and the dtype"
+        )
+    return losses
+
+
+def step_metrics(
+    sums: dict[str, torch.Tensor], stats: dict[str, torch.Tensor], alphas_K: torch.Tensor
+) -> dict[str, float]:
+    """Figures of one optimizer step, to log.
+
+    Args:
+        sums: over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
+            ``objective`` weighted loss, ``noise`` (targets on noise, targets, weight on noise,
+            weight).
+        stats: ``weight_stats`` of the step's last joint micro-batch.
+        alphas_K: of the heads.
+    """
+    n_prime = (alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
+    losses_K = (sums["loss_K"] / sums["n_K"].clamp(min=1)).tolist()
+    metrics = {
+        # Unweighted, so that runs under different weightings compare.
+        "loss": ((alphas_K * sums["loss_K"]).sum() / n_prime).item(),
+        **{f"loss_head_{k}": loss for k, loss in enumerate(losses_K)},
+        "weighted_loss": (sums["objective"] / n_prime).item(),
+        "ess": stats["ess"].mean().item(),
+        "selected_share": stats["selected"].mean().item(),
+    }
+    for name, value_K in stats.items():
+        metrics |= {f"weight_{name}_head_{k}": v for k, v in enumerate(value_K.tolist())}
+    in_data, targets, on_noise, weight = sums["noise"].tolist()
+    if in_data:
+        metrics |= {"noise_in_data": in_data / targets, "noise_in_weight": on_noise / weight}
+    return metrics
+
+
+def noise_sums(
+    noise_BT: torch.Tensor, mask_BTK: torch.Tensor, weights_BTK: torch.Tensor
+) -> torch.Tensor:
+    """Targets on noise, targets, weight on noise, weight: fp32 [4], over all heads."""
+    noise_BTK = shift_to_heads(noise_BT, mask_BTK.shape[-1], False) & mask_BTK
+    on_noise = (weights_BTK * noise_BTK).sum()
+    return torch.stack([noise_BTK.sum(), mask_BTK.sum(), on_noise, weights_BTK.sum()])

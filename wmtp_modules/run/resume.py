@@ -1,0 +1,179 @@
+"""Whose state it is and what may change when it goes on; its schedule and random states."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune.training.metric_logging import flatten_dict
+
+from wmtp_modules.run.training_state import read_run, saved_states, step_of
+
+# What may change when a run goes on: where it lies, its length, and what does not touch its sums.
+FREE_KEYS = (
+    *("output_dir", "resume_from_checkpoint", "max_steps", "run_val_every_n_steps", "replay"),
+    *("save_every_n_steps", "keep_last", "log_every_n_steps", "metric_logger", "profiler"),
+    *("max_hours", "collective_timeout_s", "max_skipped_steps", "controls", "requires", "prepare"),
+    *("compile", "enable_activation_checkpointing", "allow_uninformative_critic"),
+    # Only their product with the number of ranks counts, see ``check_same_run``.
+    *("batch_size", "gradient_accumulation_steps"),
+)
+# Where tables and critics lie: what is in them is proven when they are opened.
+FREE_PATHS = ("table_dir", "batch_tokens", "critic.checkpoint_dir")
+
+
+def resolved(cfg: DictConfig) -> dict:
+    """The config as plain values, to keep in a state and to compare with."""
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def packs_per_step(config: dict | DictConfig, world: int) -> int:
+    """Packed rows of one optimizer step, over all ranks and micro-batches."""
+    return world * config["batch_size"] * config["gradient_accumulation_steps"]
+
+
+def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
+    """Make sure that a state is of this very run, but for what may change (``FREE_KEYS``).
+
+    Another number of ranks is no other run where one step sees as many packs as before.
+
+    Args:
+        folder: a state whose run's part holds ``step``, ``world`` and the ``resolved`` ``config``.
+        cfg: config of the run that goes on.
+        world: ranks that go on.
+
+    Returns:
+        The run's part.
+
+    Raises:
+        ValueError: if another key differs, more steps are done than the run shall have, or a step
+            would see another number of packs.
+    """
+    run = read_run(folder)
+    before, now = (
+        flatten_dict({key: value for key, value in one.items() if key not in FREE_KEYS})
+        for one in (run["config"], resolved(cfg))
+    )
+    differences = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.endswith(FREE_PATHS)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} was written under another config ({'; '.join(differences)}): set these "
+            "back, or start another run with resume_from_checkpoint: false and another output_dir"
+        )
+    packs_before, packs = packs_per_step(run["config"], run["world"]), packs_per_step(cfg, world)
+    if packs_before != packs:
+        raise ValueError(
+            f"{folder} was written with {packs_before} packs in a step, and {world} ranks x "
+            f"batch_size {cfg.batch_size} x gradient_accumulation_steps "
+            f"{cfg.gradient_accumulation_steps} are {packs}: choose them so that it stays "
+            f"{packs_before}"
+        )
+    if run["step"] > cfg.max_steps:
+        raise ValueError(
+            f"{folder} has {run['step']} steps done, more than max_steps {cfg.max_steps}: raise it"
+        )
+    return run
+
+
+def notes_on_resume(
+    run: dict[str, Any], cfg: DictConfig, world: int, epoch_packs: int
+) -> list[str]:
+    """What a user should know when ranks share the packs otherwise than before.
+
+    Args:
+        run: of ``check_same_run``.
+        cfg: config of the run that goes on.
+        world: ranks that go on.
+        epoch_packs: packs of an epoch, about.
+    """
+    notes = []
+    if run["world"] != world:
+        notes.append(
+            f"It was saved by {run['world']} ranks and goes on with {world}: the packs come in "
+            "the same order, random states begin anew"
+        )
+    before, now = run["world"] * run["config"]["batch_size"], world * cfg.batch_size
+    if before != now:
+        note = f"Joint micro-batches have {now} packs, before {before}: "
+        if cfg.weighting.name == "uniform":
+            note += "uniform weights do not depend on that"
+        else:
+            note += (
+                f"the weights of {cfg.weighting.name} do, so losses differ from those of an "
+                "uninterrupted run. Keep ranks x batch_size to have the same"
+            )
+        if epoch_packs < packs_per_step(cfg, world):
+            note += ". An epoch is shorter than a step and now ends at another pack"
+        notes.append(note)
+    return notes
+
+
+def check_not_begun(output_dir: Path) -> None:
+    """Make sure that a run which starts over does not delete one that was interrupted.
+
+    Raises:
+        ValueError: if ``output_dir`` holds states of a run that did not come to its end.
+    """
+    parent = output_dir / "training_state"
+    if saved_states(parent) and not (output_dir / "summary.json").exists():
+        steps = max(map(step_of, saved_states(parent)))
+        raise ValueError(
+            f"{output_dir} holds a run that was interrupted after step {steps} or later: set "
+            "resume_from_checkpoint=true to go on with it, take another output_dir, or delete "
+            f"{parent} to start over"
+        )
+
+
+def check_not_ended(output_dir: Path) -> None:
+    """Make sure that a run which finds no state to go on from does not delete one that is complete.
+
+    Raises:
+        ValueError: if ``output_dir`` holds the figures of a run that came to its end.
+    """
+    summary = output_dir / "summary.json"
+    if summary.exists():
+        raise ValueError(
+            f"{output_dir} holds a run that is complete, under another config or on other data, "
+            "and no training state to go on from: take another output_dir, or delete "
+            f"{summary} to start over"
+        )
+
+
+def resume_schedule_(scheduler: LRScheduler, state: dict) -> None:
+    """Go on in a schedule at the saved step, with the rates that this schedule has there.
+
+    The saved ones are those of the schedule it was: 0 at its end, which may have moved.
+    """
+    scheduler.load_state_dict(state)
+    scheduler.last_epoch -= 1
+    scheduler.step()
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """States of the generators of Python, NumPy and torch, on the CPU and on a GPU."""
+    name, keys, *numbers = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *numbers),
+        "cpu": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put the generators where ``random_state`` found them."""
+    random.setstate(state["python"])
+    name, keys, *numbers = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,311 @@
+"""Ends a run in which a rank hangs, and says which rank, where, and what the others wait in.
+
+A collective that one rank never enters holds up all of them without a word. Here a thread of every
+rank publishes about once a second, in the store through which the ranks found each other, when its
+main thread last came further and where it is now. A rank that has not come further for long reads
+what the others publish. One that publishes nothing any more was stopped as a whole, holds Python's
+lock in C, or lost its machine.
+
+This watches hosts. On GPUs the host runs ahead of the device and meets the other hosts once a
+micro-step in ``StopRequests.agreed``: there it waits for one that hangs. A host that waits for its
+device looks as if it hung itself, and both are named. A device that hangs in NCCL is found by
+NCCL's own watchdog, at the process group's time-out.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import NamedTuple, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from wmtp_modules.run.stopping import write_exit
+
+T = TypeVar("T")
+
+EXIT_HUNG = 1
+LONGEST_PERIOD_S = 1.0  # between two looks
+SPEAK_S = 3.0  # for the rank that speaks, before another one ends and the launcher kills all
+STORE_TIMEOUT = timedelta(seconds=10)
+LEFT = -1  # number of the report of a rank that has left the block
+MOST_NAMED = 4  # ranks in a sentence
+# Where a main thread waits for other ranks; a checkpoint's files are none of that.
+COLLECTIVES = tuple(
+    f"torch.distributed.{name}" for name in ("distributed_c10d", "fsdp", "_functional_collectives")
+)
+OURS = ("__main__", "recipes", "wmtp_modules")
+_numbers = itertools.count()  # every rank makes its watchdogs in the same order
+
+
+class Place(NamedTuple):
+    """Where a main thread is."""
+
+    collective: str | None  # such as "all_reduce"; None if it does not wait for other ranks
+    line: str
+
+
+class Report(NamedTuple):
+    """What a rank publishes."""
+
+    number: int  # one more each time
+    process: str
+    what: str  # the main thread's last beat
+    step: int | None
+    age: float  # seconds since then
+    paused: bool
+    place: Place
+
+
+class Hang(NamedTuple):
+    """What there is to say about a hang."""
+
+    ranks: list[int]  # that hold up the others
+    collective: str | None  # in which the others wait
+    sentence: str
+
+
+class Watchdog:
+    """Watches the main thread of this rank inside of ``with``, which all ranks enter; also again.
+
+    Args:
+        timeout_s: seconds without a ``beat`` after which the run ends.
+        output_dir: where ``exit.json`` goes.
+
+    Raises:
+        ValueError: if ``timeout_s`` is no time.
+    """
+
+    def __init__(self, timeout_s: float, output_dir: str | os.PathLike) -> None:
+        if not timeout_s > 0:
+            raise ValueError(f"a time-out of {timeout_s} seconds is over at once: give more")
+        self._timeout_s, self._output_dir = timeout_s, output_dir
+        self._period_s = min(LONGEST_PERIOD_S, timeout_s / 20)
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        # A connection of its own, as the main thread may wait in the other one.
+        store = distributed_c10d._get_default_store().clone()
+        store.set_timeout(STORE_TIMEOUT)
+        self._store = dist.PrefixStore(f"watchdog/{next(_numbers)}", store)
+        self._process = f"process {os.getpid()} on {socket.gethostname()}"
+        self._paused = False
+        self.beat("the start")
+        self._heard: dict[int, tuple[int | None, float]] = {}  # each rank's number, and since when
+        self._reports = itertools.count()
+
+    def __enter__(self) -> "Watchdog":
+        self.beat("the start")
+        self._main_thread = threading.get_ident()
+        self._leaves = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaves.set()
+        self._thread.join()
+
+    def beat(self, what: str, step: int | None = None) -> None:
+        """Tell that the main thread has come to something; costs nothing.
+
+        Args:
+            what: such as "step 12".
+            step: last whole optimizer step, for ``exit.json``.
+        """
+        self._beat = (what, step, time.monotonic())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block that may take as long as it likes, such as an export by one rank.
+
+        The other ranks wait for this one. It is still noticed if its process is stopped.
+        """
+        outer, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._beat_again()
+            self._paused = outer
+
+    def beating(self, items: Iterable[T], what: str, step: int | None = None) -> Iterator[T]:
+        """The same items, with a ``beat`` before each one."""
+        for item in items:
+            self.beat(what, step)
+            yield item
+
+    def _beat_again(self) -> None:
+        what, step, _ = self._beat
+        self.beat(what, step)
+
+    # ------------------------------------------------------------- in the thread
+
+    def _watch(self) -> None:
+        for number in self._reports:
+            own = self._report(number)
+            try:
+                reports = self._exchange(own)
+            except RuntimeError:  # the store is gone, and with it the launcher
+                reports = {self._rank: own}
+            if hang := find_hang(reports, self._silences(reports), self._rank, self._timeout_s):
+                self._end(hang, own.step)
+            started = time.monotonic()
+            if self._leaves.wait(self._period_s):
+                break
+            if time.monotonic() - started > self._period_s + self._timeout_s / 4:
+                self._beat_again()  # this process was stopped, perhaps the whole job
+        with contextlib.suppress(RuntimeError):
+            self._publish(own._replace(number=LEFT, paused=True))
+
+    def _report(self, number: int) -> Report:
+        what, step, since = self._beat
+        place = find_place(sys._current_frames()[self._main_thread])
+        age = time.monotonic() - since
+        return Report(number, self._process, what, step, age, self._paused, place)
+
+    def _publish(self, report: Report) -> None:
+        self._store.set(str(self._rank), json.dumps(report))
+
+    def _exchange(self, own: Report) -> dict[int, Report | None]:
+        """Publish this rank's report; read the others' once it has not come further for long."""
+        self._publish(own)
+        reports = {self._rank: own}
+        if own.age > self._timeout_s / 2:
+            for rank in range(self._world):
+                if rank != self._rank:
+                    reports[rank] = self._read(rank)
+        return reports
+
+    def _read(self, rank: int) -> Report | None:
+        if not self._store.check([str(rank)]):
+            return None
+        *fields, place = json.loads(self._store.get(str(rank)))
+        return Report(*fields, Place(*place))
+
+    def _silences(self, reports: dict[int, Report | None]) -> dict[int, float]:
+        """Seconds for which each rank's report has been the same one, by this rank's clock."""
+        now = time.monotonic()
+        for rank, report in reports.items():
+            number = None if report is None else report.number
+            if number == LEFT or rank not in self._heard or self._heard[rank][0] != number:
+                self._heard[rank] = (number, now)
+        return {rank: now - self._heard[rank][1] for rank in reports}
+
+    def _end(self, hang: Hang, step: int | None) -> None:
+        """End the process. The first rank that comes here speaks for all."""
+        try:
+            is_first = self._store.add("said", 1) == 1
+        except RuntimeError:
+            is_first = True
+        more = {"ranks": hang.ranks, "collective": hang.collective, "message": hang.sentence}
+        try:
+            if is_first:
+                sys.stderr.write(f"\n{hang.sentence}\n")
+                sys.stderr.flush()
+                write_exit(self._output_dir, "hung", step, **more)
+            else:
+                time.sleep(SPEAK_S)
+        finally:  # also where the disk is full
+            os._exit(EXIT_HUNG)
+
+
+def find_hang(
+    reports: dict[int, Report | None], silences: dict[int, float], own_rank: int, timeout_s: float
+) -> Hang | None:
+    """Whether this rank's patience is over, and who is to blame.
+
+    Args:
+        reports: of each rank; None of one that has never published.
+        silences: seconds since each of them was heard of.
+        own_rank: this rank.
+        timeout_s: patience, seconds.
+
+    Returns:
+        What to say; None as long as there is hope.
+    """
+    own = reports[own_rank]
+    if own.age <= timeout_s:
+        return None
+    hangs: dict[int, str] = {}
+    waits: dict[Place, list[int]] = {}
+    moves = False
+    for rank, report in sorted(reports.items()):
+        if silences[rank] > timeout_s / 4:
+            hangs[rank] = _silent(rank, report, silences[rank])
+        elif report is None or report.paused or report.age < timeout_s / 2:
+            moves = True
+        elif report.place.collective is not None:
+            waits.setdefault(report.place, []).append(rank)
+        elif not own.paused:  # who is paused itself leaves that to the others
+            hangs[rank] = (
+                f"rank {rank} ({report.process}) hangs: it came to {report.what} "
+                f"{report.age:.0f} seconds ago and is in {report.place.line}"
+            )
+    if moves and not hangs:
+        return None  # the others will come
+    parts = _first_few(list(hangs.values())) or ["no rank comes further"]
+    parts += _first_few(
+        [
+            f"{_name(ranks)} in {place.collective}, called by {place.line}"
+            for place, ranks in waits.items()
+        ]
+    )
+    parts.append(
+        "the run ends, and the same command with resume_from_checkpoint=true goes on from what "
+        "was saved"
+    )
+    sentence = "; ".join(parts)
+    collective = next((place.collective for place in waits), None)
+    return Hang(list(hangs), collective, sentence[0].upper() + sentence[1:])
+
+
+def _silent(rank: int, report: Report | None, seconds: float) -> str:
+    if report is None:
+        return f"rank {rank} hangs: nothing was ever heard of it"
+    return (
+        f"rank {rank} ({report.process}) hangs: nothing was heard of it for at least {seconds:.0f} "
+        f"seconds, after it had come to {report.what} and was in {report.place.line}"
+    )
+
+
+def _name(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} waits"
+    return f"ranks {', '.join(_first_few([str(rank) for rank in ranks]))} wait"
+
+
+def _first_few(told: list[str]) -> list[str]:
+    rest = len(told) - MOST_NAMED
+    return [*told[:MOST_NAMED], f"{rest} more"] if rest > 0 else told
+
+
+def find_place(frame: FrameType) -> Place:
+    """Where a thread is, from its innermost frame."""
+    collective, innermost = None, _line(frame)
+    while frame.f_back is not None:
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if collective is None and module.startswith(COLLECTIVES) and not name.startswith("_"):
+            collective = name
+        if module.partition(".")[0] != "torch":
+            break
+        frame = frame.f_back
+    while frame.f_globals.get("__name__", "").partition(".")[0] not in OURS:
+        if frame.f_back is None:
+            return Place(collective, innermost)
+        frame = frame.f_back
+    line = _line(frame)
+    if collective is None and line != innermost:
+        line = f"{innermost}, called by {line}"
+    return Place(collective, line)
+
+
+def _line(frame: FrameType) -> str:
+    code = frame.f_code
+    return f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"

@@ -1,0 +1,289 @@
+"""The sandbox: takes a tier, proves it, and runs jobs on a few workers."""
+
+import fcntl
+import logging
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from wmtp_modules.sandbox import scratch, seccomp
+from wmtp_modules.sandbox.jobs import FunctionJob, Outcome, SandboxError, StdinJob
+from wmtp_modules.sandbox.process import NOBODY, Server, ServerLost
+from wmtp_modules.sandbox.proof import measure_machine, prove
+from wmtp_modules.sandbox.worker import Worker
+
+TIERS = ("bubblewrap", "landlock", "rlimits")
+FOLDER = "wmtp-sandbox-"  # holds the scratch folders of one Sandbox
+SPARE_TASKS = 256  # processes and threads of a program beyond those its user runs at the start
+
+log = logging.getLogger(__name__)
+K = TypeVar("K")
+Job = FunctionJob | StdinJob
+
+
+class Sandbox:
+    """Runs programs that nobody has read. A context manager.
+
+    Args:
+        tier: ``bubblewrap``, ``landlock``, ``rlimits`` or ``auto``: bubblewrap, else landlock. A
+            tier that is named is the one in force or an error, and ``rlimits`` is only ever named.
+        workers: programs that run at the same time.
+
+    Attributes:
+        tier: the one in force.
+        self_test: what was proven before the first program; in place of True a sentence where the
+            tier makes no such claim.
+        machine_factor: how much slower than the nominal machine this one runs Python, at least 1.
+
+    Raises:
+        SandboxError: if the tier is not to be had here, or its self-test fails.
+    """
+
+    def __init__(self, tier: str = "auto", workers: int = 2) -> None:
+        if tier not in ("auto", *TIERS):
+            raise SandboxError(f"no tier is called {tier!r}: take auto, {', '.join(TIERS)}")
+        if workers < 1:
+            raise SandboxError(f"{workers} workers run nothing: take 1 or more")
+        self._count = workers
+        self._closed = False
+        self._live: set[Worker] = set()
+        self._threads: list[threading.Thread] = []
+        self._inbox = queue.SimpleQueue()
+        self._folder = self._lock = None
+        try:
+            self.tier = self._open_first(TIERS[:2] if tier == "auto" else (tier,))
+            self.self_test = prove(self)
+            self.machine_factor = measure_machine(self, workers)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def run(self, jobs: Iterable[tuple[K, Job]]) -> Iterator[tuple[K, Outcome]]:
+        """Runs jobs, as many at a time as there are workers.
+
+        Args:
+            jobs: pairs of a key and a job, taken as workers become free.
+
+        Yields:
+            Key and outcome, as programs end.
+
+        Raises:
+            SandboxError: if the sandbox is closed, or does not start again after it was lost.
+        """
+        if self._closed:
+            raise SandboxError("the sandbox is closed")
+        outbox, waiting, again = queue.SimpleQueue(), iter(jobs), []
+        running, alone = 0, False
+        while True:
+            while waiting is not None and not again and not alone and running < self._count:
+                item = next(waiting, None)
+                if item is None:
+                    waiting = None
+                else:
+                    self._inbox.put((*item, outbox, False))
+                    running += 1
+            if again and not running:
+                self._inbox.put((*again.pop(), outbox, True))
+                running, alone = 1, True
+            if not running:
+                return
+            key, job, result = outbox.get()
+            running -= 1
+            # A program whose fork server is lost is run once more, with nothing beside it and in
+            # new servers. If that ends alike, the program did it, and is scored: one that can wreck
+            # its sandbox must not escape so. Only what fails before it begins is ours.
+            if isinstance(result, ServerLost) and not alone:
+                again.append((key, job))
+                continue
+            alone = False
+            if isinstance(result, ServerLost):
+                verdict = "infrastructure" if result.ours else "crash"
+                result = Outcome(verdict, 0.0, 0.0, f"{result}, twice")
+            if isinstance(result, Exception):
+                raise result
+            yield key, result
+
+    def close(self) -> None:
+        """Ends every program and removes all that was written."""
+        self._closed = True
+        for worker in list(self._live):
+            worker.abandon()
+        self._end_workers()
+
+    def processes(self) -> set[int]:
+        """Ids of all processes inside the sandbox now, for the self-test."""
+        parents = {}
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # ended meanwhile
+            parents[int(name)] = int(fields[1])
+        found = {pid for worker in self._live for pid in worker.pids}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return found
+
+    def _open_first(self, tiers: tuple[str, ...]) -> str:
+        reasons = []
+        for tier in tiers:
+            try:
+                self._open(tier)
+            except SandboxError as error:
+                reasons.append(f"tier {tier}: {error}")
+                continue
+            if reasons:
+                log.warning("the sandbox runs at tier %s, because of %s", tier, reasons[0])
+            return tier
+        raise SandboxError(
+            f"no sandbox ({'; '.join(reasons)}). Install bubblewrap 0.8 or later and libseccomp2, "
+            "and allow user namespaces; docs/sandbox.md"
+        )
+
+    def _open(self, tier: str) -> None:
+        walls = tier != "rlimits"
+        try:
+            code = seccomp.build_filter() if walls else b""
+        except OSError as error:
+            raise SandboxError(str(error)) from None
+        if tier != "bubblewrap":
+            self._folder, self._lock = make_folder()
+        config = {
+            "filter": code.hex(),
+            "process_id": seccomp.PROCESS_ID,
+            "processes": count_tasks() + SPARE_TASKS,
+            "strays": not walls,
+        }
+        started = queue.SimpleQueue()
+        for number in range(self._count):
+            thread = threading.Thread(
+                target=self._work,
+                args=(tier, config, started),
+                daemon=True,
+                name=f"sandbox-{number}",
+            )
+            self._threads.append(thread)
+            thread.start()
+        errors = [started.get() for _ in range(self._count)]
+        if any(errors):
+            self._end_workers()
+            raise next(error for error in errors if error)
+
+    def _end_workers(self) -> None:
+        for _ in self._threads:
+            self._inbox.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+        if self._folder is not None:
+            remove_folder(self._folder, self._lock)
+            self._folder = None
+
+    def _work(self, tier: str, config: dict, started: queue.SimpleQueue) -> None:
+        """A worker's thread. Its servers must not outlive it, and the kernel sees to that."""
+        worker = None
+        try:
+            worker = self._start_worker(tier, config)
+            started.put(None)
+        except Exception as error:
+            started.put(error)
+        while (task := self._inbox.get()) is not None and not self._closed:
+            key, job, outbox, anew = task
+            try:
+                if anew and worker is not None:  # what took the other servers may have had these
+                    self._end_worker(worker)
+                    worker = None
+                worker = worker or self._start_worker(tier, config)
+                result = worker.run(job)
+            except Exception as error:
+                result = ServerLost(str(error), ours=True) if type(error) is OSError else error
+                if worker is not None:
+                    self._end_worker(worker)
+                    worker = None
+            outbox.put((key, job, result))
+        if worker is not None:
+            self._end_worker(worker)
+
+    def _start_worker(self, tier: str, config: dict) -> Worker:
+        programs = Server(tier, config, self._folder)
+        try:
+            worker = Worker(programs, Server(tier, config, self._folder))
+        except BaseException:
+            programs.close()
+            raise
+        self._live.add(worker)
+        if self._closed:
+            self._end_worker(worker)
+            raise SandboxError("the sandbox is closed")
+        return worker
+
+    def _end_worker(self, worker: Worker) -> None:
+        self._live.discard(worker)
+        worker.close()
+
+
+def count_tasks() -> int:
+    """Processes and threads of the user that programs run as, whose number RLIMIT_NPROC limits."""
+    user = NOBODY if os.getuid() == 0 else os.getuid()
+    count = 0
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{name}").st_uid == user:
+                count += len(os.listdir(f"/proc/{name}/task"))
+        except OSError:
+            continue  # ended meanwhile
+    return count
+
+
+def make_folder() -> tuple[str, int]:
+    """A new folder for scratch folders and a lock on it, after removing those of the dead.
+
+    The lock is held by an open descriptor: whatever way its process ends, it is free then.
+    """
+    place = tempfile.gettempdir()
+    for name in os.listdir(place):
+        if name.startswith(FOLDER):
+            path = os.path.join(place, name)
+            lock = lock_folder(path)
+            if lock is not None:
+                remove_folder(path, lock)
+    while True:
+        path = tempfile.mkdtemp(prefix=FOLDER)
+        os.chmod(path, 0o711)  # nobody must reach the folders in it
+        lock = lock_folder(path)
+        if lock is not None:
+            return path, lock
+        # Another process took it for that of a dead one before it was locked.
+
+
+def lock_folder(path: str) -> int | None:
+    """Locks a folder of this user; None if it is gone, another's, or in use."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = os.path.samestat(os.stat(path), os.fstat(folder))
+        if same and os.fstat(folder).st_uid == os.geteuid():
+            return folder
+    except OSError:
+        pass
+    os.close(folder)
+    return None
+
+
+def remove_folder(path: str, lock: int) -> None:
+    scratch.empty(lock)
+    os.rmdir(path)
+    os.close(lock)

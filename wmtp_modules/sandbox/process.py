@@ -1,0 +1,161 @@
+"""One fork server as the trusted parent sees it: its start, its requests, its end."""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from wmtp_modules.sandbox import scratch
+from wmtp_modules.sandbox.jobs import SandboxError
+
+HERE = Path(__file__).parent
+NOBODY = 65534
+INSIDE = ("wire", "scratch", "program", "judge", "server")  # modules that run inside, in this order
+START_SECONDS = 30
+BACKSTOP_SECONDS = 10  # for a server to answer beyond what its program was given
+
+BOOTSTRAP = """
+import sys, types
+for name, source in {sources!r}:
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, f"<{{name}}>", "exec"), module.__dict__)
+sys.modules["server"].serve({control}, {config!r})
+"""
+
+
+class ServerLost(Exception):
+    """A fork server ended, or does not answer.
+
+    Args:
+        reason: for a person.
+        ours: whether it happened before the program began, so that the program is not to blame.
+    """
+
+    def __init__(self, reason: str, ours: bool = False) -> None:
+        super().__init__(reason)
+        self.ours = ours
+
+
+class Server:
+    """A fork server within the walls of a tier; runs one program at a time.
+
+    Must be started by a thread that lives as long: the kernel ends it with that thread.
+
+    Args:
+        tier: of the walls.
+        config: what ``server.serve`` takes.
+        folder: holds the scratch folder in tiers that have no file system of their own, or None.
+
+    Raises:
+        SandboxError: if the tier is not to be had; the reason in one sentence.
+    """
+
+    def __init__(self, tier: str, config: dict, folder: str | None) -> None:
+        own = None if folder is None else tempfile.mkdtemp(dir=folder)
+        if own is not None and os.getuid() == 0:
+            os.chown(own, NOBODY, NOBODY)
+        python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+        bwrap = shutil.which("bwrap")
+        if tier == "bubblewrap" and bwrap is None:
+            raise SandboxError("bubblewrap is not installed (apt-get install bubblewrap)")
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        launch = {
+            "tier": tier,
+            "python": python,
+            "prefix": sys.base_prefix,
+            "bwrap": bwrap,
+            "scratch": own,
+            "scratch_bytes": scratch.MOST_BYTES,
+            "parent": os.getpid(),
+        }
+        sources = [(name, (HERE / f"{name}.py").read_text("utf-8")) for name in INSIDE]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [python, "-I", "-S", "-B", str(HERE / "launch.py"), json.dumps(launch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # an interrupt from the keyboard is for the parent alone
+        )
+        self.pid = self._process.pid
+        self.reply = None
+        text = BOOTSTRAP.format(sources=sources, control=theirs.fileno(), config=config)
+        theirs.close()
+        try:
+            self._process.stdin.write(text.encode())
+            self._process.stdin.close()
+            ready = self._answers(START_SECONDS) and self.link.recv(100)
+        except OSError:  # it ended before it read all
+            ready = None
+        if not ready:
+            self._process.kill()
+            self._process.wait()
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            self.close()
+            raise SandboxError(f"tier {tier} cannot start: {lines[-1] if lines else 'no reason'}")
+
+    def fileno(self) -> int:
+        return self.link.fileno()
+
+    def start(self, request: dict, descriptors: list[int]) -> None:
+        """Has a program started. The descriptors are copied; close yours."""
+        self.reply = None
+        try:
+            socket.send_fds(self.link, [json.dumps(request).encode()], descriptors)
+        except OSError as error:
+            raise ServerLost(f"a fork server is gone: {error}") from None
+
+    def receive(self) -> None:
+        """Takes the reply that is there, into ``reply``."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.link, 1 << 16, 4)
+        except OSError as error:
+            raise ServerLost(f"a fork server is gone: {error}") from None
+        if not data:
+            raise ServerLost("a fork server ended while a program ran")
+        reply = json.loads(data)
+        if "failed" in reply:
+            raise ServerLost(reply["failed"], ours=True)
+        self.reply = reply | {"descriptors": descriptors}
+
+    def stop(self) -> None:
+        """Ends the program if it runs still, and takes the reply."""
+        if self.reply is not None:
+            return
+        try:
+            self.link.send(b'{"kill": true}')
+        except OSError as error:
+            raise ServerLost(f"a fork server is gone: {error}") from None
+        if not self._answers(BACKSTOP_SECONDS):
+            raise ServerLost(f"a fork server did not answer within {BACKSTOP_SECONDS} s")
+        self.receive()
+
+    def _answers(self, seconds: float) -> bool:
+        """Whether something comes within a time. Not by ``select``, which stops at 1,024 files."""
+        poller = select.poll()
+        poller.register(self.link, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
+
+    def abandon(self) -> None:
+        """Cuts the connection, from any thread: the server ends, and who waits for it is told."""
+        with contextlib.suppress(OSError):  # it may be closed meanwhile
+            self.link.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Ends the server and all within."""
+        self.link.close()
+        try:
+            self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+        self._errors.close()

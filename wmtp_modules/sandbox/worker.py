@@ -1,0 +1,259 @@
+"""Runs jobs one by one on two fork servers, of programs and of judges, and reads the verdicts.
+
+A verdict ``pass`` rests on what the program cannot reach: its output compared here, or the word of
+a judge in another sandbox while the program is alive and answers. What the program's own side says
+only tells failures apart.
+"""
+
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import time
+from contextlib import ExitStack
+
+from wmtp_modules.sandbox.jobs import FunctionJob, Limits, Outcome, StdinJob
+from wmtp_modules.sandbox.preparation import prepare
+from wmtp_modules.sandbox.process import Server, ServerLost
+from wmtp_modules.sandbox.wire import STATUSES
+
+MOST_OUTPUT = 16 << 20  # bytes
+MOST_ERRORS = 1 << 20
+TAIL = 2000  # characters
+JUDGE_MEMORY_MB = 1024
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+SIGNALS = {
+    signal.SIGXCPU: "timeout",
+    signal.SIGXFSZ: "output_limit",
+    signal.SIGSYS: "policy",  # a system call of another architecture
+}
+REASONS = {
+    "timeout": "still running after {seconds:g} s",
+    "output_limit": "more than 16 MB of output or 1 MB of errors",
+    "overfull": "more than 128 MB or 2,000 files in the scratch folder",
+}
+
+
+class Stream:
+    """What a program writes to a pipe, up to a limit."""
+
+    def __init__(self, stack: ExitStack, limit: int) -> None:
+        self._end, self.theirs = os.pipe()
+        stack.callback(os.close, self._end)
+        stack.callback(self.close_theirs)
+        os.set_blocking(self._end, False)
+        self._limit = limit
+        self.data = bytearray()
+
+    def fileno(self) -> int:
+        return self._end
+
+    def close_theirs(self) -> None:
+        """Must follow once it has been handed on: else the end of the program is no end here."""
+        if self.theirs is not None:
+            os.close(self.theirs)
+            self.theirs = None
+
+    def read(self) -> bool:
+        """Takes what is there; False once nobody can write any more."""
+        try:
+            part = os.read(self._end, 1 << 20)
+        except BlockingIOError:
+            return True
+        self.data += part
+        return bool(part)
+
+    def too_long(self) -> bool:
+        return len(self.data) > self._limit
+
+    def tail(self) -> str:
+        return self.data[-4 * TAIL :].decode("utf-8", "replace")[-TAIL:]
+
+
+class Worker:
+    """Two fork servers and what runs on them.
+
+    Args:
+        programs: the server whose forks run programs.
+        judges: the server whose forks run tests.
+    """
+
+    def __init__(self, programs: Server, judges: Server) -> None:
+        self._programs, self._judges = programs, judges
+        self.pids = programs.pid, judges.pid
+
+    def run(self, job: FunctionJob | StdinJob) -> Outcome:
+        """Runs a job.
+
+        Raises:
+            ServerLost: if a fork server ended or hangs; both are of no more use then.
+        """
+        return self._run_script(job) if isinstance(job, StdinJob) else self._run_functions(job)
+
+    def close(self) -> None:
+        self._programs.close()
+        self._judges.close()
+
+    def abandon(self) -> None:
+        self._programs.abandon()
+        self._judges.abandon()
+
+    def _run_functions(self, job: FunctionJob) -> Outcome:
+        try:
+            code = prepare(job.context, job.tests)
+        except (SyntaxError, ValueError) as error:
+            return Outcome("infrastructure", 0.0, 0.0, f"the tests are no Python: {error}"[:TAIL])
+        with ExitStack() as stack:
+            output, errors = Stream(stack, MOST_OUTPUT), Stream(stack, MOST_ERRORS)
+            said = Stream(stack, MOST_ERRORS)
+            nothing = os.open(os.devnull, os.O_RDWR)
+            stack.callback(os.close, nothing)
+            link, judge_link = socket.socketpair()
+            stack.enter_context(link)
+            stack.enter_context(judge_link)
+            standard = [nothing, output.theirs, errors.theirs]
+            source = sealed(stack, encoded(job.program))
+            self._programs.start(
+                request("functions", job.limits), [*standard, source, link.fileno()]
+            )
+            link.close()  # so that the judge sees the end of the program; not the other way round
+            tests = sealed(stack, code)
+            self._judges.start(
+                request("judge", Limits(job.limits.seconds, JUDGE_MEMORY_MB)),
+                [*[nothing] * 3, tests, judge_link.fileno(), said.theirs],
+            )
+            reason = self._attend(self._judges, [output, errors, said], job.limits.seconds)
+            self._judges.stop()
+            ended_early = self._programs.reply is not None
+            self._programs.stop()
+            reply = self._programs.reply
+            if reason is not None or reply["overfull"]:
+                return failed(reason or "overfull", reply, job.limits)
+            if not said.data:
+                raise ServerLost("a judge ended without a verdict")
+            verdict, detail = json.loads(bytes(said.data)).values()
+            if verdict == "gone" or (verdict == "pass" and ended_early):
+                verdict, detail = explain_end(reply["status"], errors)
+            return outcome(verdict, reply, detail)
+
+    def _run_script(self, job: StdinJob) -> Outcome:
+        seconds = peak_mb = 0.0
+        for number, (given, expected) in enumerate(job.cases, start=1):
+            case = self._run_case(job, given, expected)
+            seconds, peak_mb = max(seconds, case.seconds), max(peak_mb, case.peak_mb)
+            if case.verdict != "pass":
+                head = f"case {number} of {len(job.cases)}: "
+                detail = head + case.detail[-(TAIL - len(head)) :]
+                return Outcome(case.verdict, seconds, peak_mb, detail)
+        return Outcome("pass", seconds, peak_mb, "")
+
+    def _run_case(self, job: StdinJob, given: str, expected: str) -> Outcome:
+        with ExitStack() as stack:
+            output, errors = Stream(stack, MOST_OUTPUT), Stream(stack, MOST_ERRORS)
+            self._programs.start(
+                request("script", job.limits, job.input_file, job.output_file),
+                [
+                    *(sealed(stack, encoded(given)), output.theirs, errors.theirs),
+                    sealed(stack, encoded(job.program)),
+                ],
+            )
+            reason = self._attend(self._programs, [output, errors], job.limits.seconds)
+            self._programs.stop()
+            reply = self._programs.reply
+            for descriptor in reply["descriptors"]:
+                stack.callback(os.close, descriptor)
+            if reason is not None or reply["overfull"]:
+                return failed(reason or "overfull", reply, job.limits)
+            if reply["status"] != 0:
+                verdict, detail = explain_end(reply["status"], errors)
+                return outcome(verdict, reply, detail)
+            data = output.data
+            if job.output_file is not None:
+                if not reply["descriptors"]:
+                    return outcome("wrong", reply, f"the program wrote no file {job.output_file}")
+                data = os.pread(reply["descriptors"][0], MOST_OUTPUT + 1, 0)
+                if len(data) > MOST_OUTPUT:
+                    return failed("output_limit", reply, job.limits)
+            difference = job.compare(expected, data.decode("utf-8", "replace"))
+            return outcome("pass" if difference is None else "wrong", reply, difference or "")
+
+    def _attend(self, server: Server, streams: list[Stream], seconds: float) -> str | None:
+        """Reads what is written until a server replies; returns why it must be stopped, or None."""
+        for stream in streams:
+            stream.close_theirs()
+        deadline = time.monotonic() + seconds
+        poller = select.poll()
+        by_number = {each.fileno(): each for each in (*streams, self._programs, self._judges)}
+        for number in by_number:
+            poller.register(number, select.POLLIN)
+        while server.reply is None:
+            left = max(deadline - time.monotonic(), 0)
+            for number, _ in poller.poll(left * 1000):
+                each = by_number[number]
+                if isinstance(each, Server):
+                    each.receive()
+                elif not each.read():
+                    poller.unregister(number)
+                elif each.too_long():
+                    return "output_limit"
+            # Late, but only after a look: a reply that came while this process waited counts.
+            if left == 0 and server.reply is None:
+                return "timeout"
+        for stream in streams:
+            stream.read()  # a pipe never holds more than one read takes
+        return "output_limit" if any(stream.too_long() for stream in streams) else None
+
+
+def request(
+    role: str, limits: Limits, input_file: str | None = None, output_file: str | None = None
+) -> dict:
+    """What ``server.serve`` takes."""
+    return {
+        "role": role,
+        "seconds": limits.seconds,
+        "memory_mb": limits.memory_mb,
+        "input_file": input_file,
+        "output_file": output_file,
+    }
+
+
+def outcome(verdict: str, reply: dict, detail: str) -> Outcome:
+    detail = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in detail)
+    return Outcome(verdict, reply["seconds"], reply["peak_kb"] / 1024, detail.strip()[-TAIL:])
+
+
+def failed(reason: str, reply: dict, limits: Limits) -> Outcome:
+    """The outcome of a program that was stopped."""
+    verdict = "timeout" if reason == "timeout" else "output_limit"
+    return outcome(verdict, reply, REASONS[reason].format(seconds=limits.seconds))
+
+
+def explain_end(status: int, errors: Stream) -> tuple[str, str]:
+    """Verdict and detail for a process that ended by itself."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        verdict = SIGNALS.get(number, "crash")
+        end = f"killed by signal {number}"
+    else:
+        code = os.WEXITSTATUS(status)
+        verdict = {code: verdict for verdict, code in STATUSES.items()}.get(code, "crash")
+        end = f"ended with status {code}"
+    return verdict, f"{errors.tail()}\nthe program's process {end}".strip()
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # a model may write half a character
+
+
+def sealed(stack: ExitStack, data: bytes) -> int:
+    """A file in memory that nobody can change, to be read from its start."""
+    file = os.memfd_create("data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    stack.callback(os.close, file)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, SEALS)
+    os.lseek(file, 0, os.SEEK_SET)
+    return file
