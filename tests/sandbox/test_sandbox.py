@@ -424,7 +424,8 @@ def test_assertions_count_in_an_optimised_interpreter(require_tier, switch):
     """``python -O`` would drop the assertions of the tests, and every program would pass."""
     require_tier("landlock")
     script = (
-        "from wmtp_modules.sandbox import FunctionJob, Sandbox\n"
+        "from wmtp_modules.sandbox.jobs import FunctionJob\n"
+        "from wmtp_modules.sandbox.pool import Sandbox\n"
         "with Sandbox('landlock', 1) as sandbox:\n"
         "    job = FunctionJob('def f(): return 1', 'assert f() == 2')\n"
         "    print(next(sandbox.run([(0, job)]))[1].verdict)\n"
