@@ -26,8 +26,9 @@ from wmtp_modules.checkpoints.read import (
     check_vocab,
     load_into,
     model_args_from_folder,
-    save_hf,
     save_meta,
+    write_hf,
+    write_meta,
 )
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import init_weights_, shard_model
@@ -75,7 +76,7 @@ def meta_folder(model, tmp_path, tiny_tokenizer_path) -> Path:
 def hf_folder(args, tmp_path, tiny_tokenizer_path) -> Path:
     """An ordinary Llama of three blocks."""
     llama = build(args | {"num_layers": 3, "n_future_tokens": 1}, seed=5)
-    save_hf(llama, tmp_path / "h", tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    write_hf(llama.state_dict().items(), llama.args, tmp_path / "h", tiny_tokenizer_path)
     return tmp_path / "h"
 
 
@@ -183,9 +184,8 @@ def test_context_length_is_kept(model, args, hf_folder, tmp_path, tiny_tokenizer
         tuned = meta_device(args | {"max_seq_len": context})
         load_into(tuned, tmp_path / "64", device=CPU)
         assert tuned.max_seq_len == context
-        save_hf(tuned, tmp_path / "h16", **common)
-        config = json.loads((tmp_path / "h16" / "config.json").read_text())
-        assert config["max_position_embeddings"] == max(context, 64)
+        save_meta(tuned, tmp_path / "again", **common)
+        assert Checkpoint(tmp_path / "again").args["max_seq_len"] == max(context, 64)
 
 
 def test_a_context_too_short_for_the_rows(meta_folder, args, tiny_tokenizer_path):
@@ -238,7 +238,7 @@ def test_an_export_does_not_replace_other_things(model, tmp_path, tiny_tokenizer
     with pytest.raises(ValueError, match="something other than a checkpoint"):
         save_meta(model, tmp_path, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
     with pytest.raises(ValueError, match="something other than a checkpoint"):
-        save_hf(model, tmp_path, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+        write_hf(model.state_dict().items(), model.args, tmp_path, tiny_tokenizer_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -246,7 +246,7 @@ def test_an_export_does_not_replace_other_things(model, tmp_path, tiny_tokenizer
 
 
 def test_export_equals_trunk_and_head_0(model, args, tmp_path, tiny_tokenizer_path):
-    save_hf(model, tmp_path / "h", tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    write_hf(model.state_dict().items(), model.args, tmp_path / "h", tiny_tokenizer_path)
     llama_args = model_args_from_folder(tmp_path / "h", max_seq_len=64)
     assert llama_args == args | {"num_layers": 3, "n_future_tokens": 1}
     llama = meta_device(llama_args)
@@ -262,7 +262,7 @@ def test_hf_round_trip_is_bit_identical(hf_folder, tmp_path, monkeypatch):
     load_into(llama, hf_folder, device=CPU)
     monkeypatch.setattr(checkpoint_module, "HF_SHARD_BYTES", 50_000)
     tokenizer = hf_folder / "tokenizer.model"
-    save_hf(llama, tmp_path / "b", tokenizer_path=tokenizer, dtype=torch.float32)
+    write_hf(llama.state_dict().items(), llama.args, tmp_path / "b", tokenizer)
     index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
     shards = {name: load_file(tmp_path / "b" / name) for name in set(index["weight_map"].values())}
     assert len(shards) > 2
@@ -337,7 +337,7 @@ def test_transformers_loads_the_export(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 if parameter.ndim == 1 else 8)
-    save_hf(model, tmp_path / "h", tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    write_hf(model.state_dict().items(), model.args, tmp_path / "h", tiny_tokenizer_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "h")
     tokens = torch.arange(2, 26).view(2, 12)
     with torch.no_grad():
@@ -403,7 +403,7 @@ def test_transformers_gives_the_same_token_ids(
         proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
         proto.normalizer_spec.add_dummy_prefix = True
         path.write_bytes(proto.SerializeToString())
-    save_hf(model, tmp_path / "h", tokenizer_path=path, dtype=torch.float32)
+    write_hf(model.state_dict().items(), model.args, tmp_path / "h", path)
     ours = spm.SentencePieceProcessor(model_file=str(path))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "h")
     for text in TEXTS:
@@ -439,7 +439,7 @@ def test_tokenizers_that_cannot_be_exported(model, tmp_path, options, message):
         **settings | options,
     )
     with pytest.raises(ValueError, match=message):
-        save_hf(model, tmp_path / "h", tokenizer_path=tmp_path / "t.model", dtype=torch.float32)
+        write_hf(model.state_dict().items(), model.args, tmp_path / "h", tmp_path / "t.model")
     assert not (tmp_path / "h").exists()
 
 
@@ -480,14 +480,9 @@ def two_ranks_load_and_save(rank, folder, args):
         # Every rank finds the defect by itself; one that did not would wait for the others.
         with pytest.raises(ValueError, match="truncated or damaged"):
             load_into(sharded, folder / f"broken_{source}", device=CPU)
-        for save in (save_meta, save_hf):
-            save(
-                sharded,
-                folder / f"{source}_{save.__name__}",
-                tokenizer_path=folder / source / "tokenizer.model",
-                dtype=torch.float32,
-            )
-            assert Checkpoint(folder / f"{source}_{save.__name__}").args["embed_dim"] == 32
+        again, tokenizer = folder / f"{source}_again", folder / source / "tokenizer.model"
+        save_meta(sharded, again, tokenizer_path=tokenizer, dtype=torch.float32)
+        assert Checkpoint(again).args["embed_dim"] == 32
     dist.destroy_process_group()
 
 
@@ -498,21 +493,16 @@ def test_two_ranks_load_their_rows_and_save_whole_folders(args, tmp_path, tiny_t
     mtp, llama = build(args), build(llama_args, seed=5)
     common = dict(tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
     save_meta(mtp, tmp_path / "m", **common)
-    save_hf(llama, tmp_path / "h", **common)
+    write_hf(llama.state_dict().items(), llama_args, tmp_path / "h", tiny_tokenizer_path)
     for name, file in (("m", "consolidated.pth"), ("h", "model.safetensors")):
         shutil.copytree(tmp_path / name, tmp_path / f"broken_{name}")
         file = tmp_path / f"broken_{name}" / file
         file.write_bytes(file.read_bytes()[:-1000])
     mp.spawn(two_ranks_load_and_save, args=(tmp_path, {"m": args, "h": llama_args}), nprocs=2)
 
-    save_hf(mtp, tmp_path / "m_hf", **common)
     save_meta(llama, tmp_path / "h_meta", **common)
-    for whole, sharded, file in (
-        ("m", "m_save_meta", "consolidated.pth"),
-        ("m_hf", "m_save_hf", "model.safetensors"),
-        ("h_meta", "h_save_meta", "consolidated.pth"),
-        ("h", "h_save_hf", "model.safetensors"),
-    ):
+    for whole, sharded in (("m", "m_again"), ("h_meta", "h_again")):
+        file = "consolidated.pth"
         assert (tmp_path / whole / file).read_bytes() == (tmp_path / sharded / file).read_bytes()
 
 
@@ -922,7 +912,7 @@ def test_a_folder_that_a_kill_left_aside_is_found(meta_folder):
     assert [path.name for path in meta_folder.parent.glob("m*")] == ["m"]
 
 
-@pytest.mark.parametrize("write", [save_meta, save_hf])
+@pytest.mark.parametrize("write", [write_meta, write_hf])
 def test_a_full_disk_leaves_the_earlier_checkpoint(
     model, meta_folder, tiny_tokenizer_path, monkeypatch, write
 ):
@@ -937,7 +927,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     monkeypatch.setattr(checkpoint_module.torch, "save", full)
     monkeypatch.setattr(checkpoint_module, "save_file", full)
     with pytest.raises(OSError, match=r"m could not be written \(No space left on device\); what"):
-        write(model, meta_folder, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+        write(model.state_dict().items(), model.args, meta_folder, tiny_tokenizer_path)
     assert {path.name: path.read_bytes() for path in meta_folder.iterdir()} == before
     assert not list(meta_folder.parent.glob("*.partial"))
 
@@ -960,7 +950,7 @@ def test_a_tokenizer_without_bos_is_not_exported(model, tmp_path, tiny_tokenizer
     proto.trainer_spec.bos_id = -1
     (tmp_path / "t.model").write_bytes(proto.SerializeToString())
     with pytest.raises(ValueError, match=r"t\.model has no bos piece \(its id is -1 of 512\)"):
-        save_hf(model, tmp_path / "h", tokenizer_path=tmp_path / "t.model", dtype=torch.float32)
+        write_hf(model.state_dict().items(), model.args, tmp_path / "h", tmp_path / "t.model")
     (tmp_path / "t.model").write_bytes(b"\xff" * 50)
     from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
 

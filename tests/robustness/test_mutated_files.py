@@ -15,7 +15,7 @@ import torch
 from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
-from wmtp_modules.checkpoints.read import Checkpoint, check_vocab, load_into, save_hf, save_meta
+from wmtp_modules.checkpoints.read import Checkpoint, check_vocab, load_into, save_meta, write_hf
 from wmtp_modules.critic.pairs import (
     TrainingState,
     check_critic,
@@ -183,7 +183,7 @@ class Readers:
     def make_hf(self, folder: Path) -> None:
         model = mtp_llama2(**self._args | {"num_layers": 3, "n_future_tokens": 1})
         init_weights_(model, 0)
-        save_hf(model, folder, tokenizer_path=self._tokenizer_path, dtype=torch.float32)
+        write_hf(model.state_dict().items(), model.args, folder, self._tokenizer_path)
         # In two shards, so that there is an index.
         from safetensors.torch import load_file, save_file
 

@@ -415,20 +415,26 @@ def save_meta(
     Raises:
         ValueError: if the tokenizer is not the model's, or ``folder`` holds something else.
     """
-    _save(write_meta, model, Path(folder), Path(tokenizer_path), dtype)
-
-
-def save_hf(
-    model: nn.Module, folder: str | Path, *, tokenizer_path: str | Path, dtype: torch.dtype
-) -> None:
-    """Write trunk and head 0 as a Hugging Face ``LlamaForCausalLM``; all ranks call it.
-
-    See ``save_meta`` for the arguments. transformers and vLLM load the folder as it is.
-
-    Raises:
-        ValueError: as ``save_meta`` does, or if the tokenizer cannot be expressed.
-    """
-    _save(write_hf, model, Path(folder), Path(tokenizer_path), dtype)
+    folder, tokenizer_path = Path(folder), Path(tokenizer_path)
+    check_vocab(tokenizer_path, model.args["vocab_size"])
+    _check_replaceable(folder)
+    tensors = _whole_tensors(model, dtype)
+    args = model.args | {"max_seq_len": model.context}
+    if not dist.is_initialized():
+        write_meta(tensors, args, folder, tokenizer_path)
+        return
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            write_meta(tensors, args, folder, tokenizer_path)
+        except OSError as error:
+            problem = error
+    for _ in tensors:  # every rank takes part in the gathers, also in what an error left of them
+        pass
+    # A full disk is rank 0's alone, but the others must not wait for what does not come.
+    told = share_from_rank_zero(str(problem) if problem else None)
+    if told:
+        raise OSError(told) from problem
 
 
 def write_meta(
@@ -568,28 +574,6 @@ def write_hf(
         (partial / "generation_config.json").write_text(json.dumps(special, indent=2))
 
 
-def _save(write: Any, model: nn.Module, folder: Path, tokenizer: Path, dtype: torch.dtype) -> None:
-    check_vocab(tokenizer, model.args["vocab_size"])
-    _check_replaceable(folder)
-    tensors = _whole_tensors(model, dtype, with_extra_heads=write is write_meta)
-    args = model.args | {"max_seq_len": model.context}
-    if not dist.is_initialized():
-        write(tensors, args, folder, tokenizer)
-        return
-    problem = None
-    if dist.get_rank() == 0:
-        try:
-            write(tensors, args, folder, tokenizer)
-        except OSError as error:
-            problem = error
-    for _ in tensors:  # every rank takes part in the gathers, also in what an error left of them
-        pass
-    # A full disk is rank 0's alone, but the others must not wait for what does not come.
-    told = share_from_rank_zero(str(problem) if problem else None)
-    if told:
-        raise OSError(told) from problem
-
-
 def _llama_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """What a checkpoint folder holds: all but a value head, which is a critic's."""
     for key, parameter in model.state_dict().items():
@@ -598,16 +582,13 @@ def _llama_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def _whole_tensors(
-    model: nn.Module, dtype: torch.dtype, *, with_extra_heads: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _whole_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Gather one parameter after the other and move it to the CPU."""
     for key, parameter in _llama_parameters(model):
-        if with_extra_heads or not is_extra_head(key):
-            tensor = parameter.to(dtype)
-            if isinstance(tensor, DTensor):
-                tensor = tensor.full_tensor()
-            yield key, tensor.cpu()
+        tensor = parameter.to(dtype)
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        yield key, tensor.cpu()
 
 
 def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
