@@ -21,7 +21,8 @@ from sentencepiece import sentencepiece_model_pb2
 from torch.distributed.device_mesh import init_device_mesh
 
 from wmtp_modules.checkpoints.names import parameter_shapes
-from wmtp_modules.checkpoints.read import load_into, model_args_from_folder, write_meta
+from wmtp_modules.checkpoints.read import load_into, model_args_from_folder
+from wmtp_modules.checkpoints.write import write_meta
 from wmtp_modules.convert import convert
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import shard_model

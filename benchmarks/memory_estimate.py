@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from wmtp_modules.checkpoints.names import parameter_shapes
-from wmtp_modules.checkpoints.read import write_meta
+from wmtp_modules.checkpoints.write import write_meta
 from wmtp_modules.memory.step import Estimate, estimate_step
 from wmtp_modules.quickstarts.stdlib import stdlib_files, train_tokenizer
 

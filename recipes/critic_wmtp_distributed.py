@@ -44,7 +44,8 @@ from torchtune.modules.attention_utils import packed_block_causal_mask
 from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
-from wmtp_modules.checkpoints.read import check_model, load_into, save_meta
+from wmtp_modules.checkpoints.read import check_model, load_into
+from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import (
     Above,
     AtLeast,

@@ -34,8 +34,8 @@ from wmtp_modules.checkpoints.read import (
     check_same_vocabulary,
     load_into,
     model_args_from_folder,
-    save_meta,
 )
+from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import (
     Above,
     AtLeast,

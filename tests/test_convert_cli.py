@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from sentencepiece import sentencepiece_model_pb2
 
 from wmtp_modules import convert
-from wmtp_modules.checkpoints.read import Checkpoint, save_meta, write_hf
+from wmtp_modules.checkpoints.read import Checkpoint
+from wmtp_modules.checkpoints.write import save_meta
+from wmtp_modules.checkpoints.write_hf import write_hf
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import init_weights_
 

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 from wmtp_modules.checkpoints.names import is_extra_head, parameter_shapes
-from wmtp_modules.checkpoints.read import Checkpoint, write_hf, write_meta
+from wmtp_modules.checkpoints.read import Checkpoint
+from wmtp_modules.checkpoints.write import write_meta
+from wmtp_modules.checkpoints.write_hf import write_hf
 
 LARGE = 1_000_000_000  # bytes from which a progress bar is shown
 

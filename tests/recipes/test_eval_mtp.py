@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2_tokenizer
 
-from wmtp_modules.checkpoints.read import save_meta
+from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import init_weights_

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2_tokenizer
 
-from wmtp_modules.checkpoints.read import save_meta
+from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.data import rows_dataset
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.models import mtp_llama2

@@ -15,7 +15,9 @@ import torch
 from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
-from wmtp_modules.checkpoints.read import Checkpoint, check_vocab, load_into, save_meta, write_hf
+from wmtp_modules.checkpoints.read import Checkpoint, check_vocab, load_into
+from wmtp_modules.checkpoints.write import save_meta
+from wmtp_modules.checkpoints.write_hf import write_hf
 from wmtp_modules.critic.pairs import (
     TrainingState,
     check_critic,

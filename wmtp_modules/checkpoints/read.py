@@ -1,4 +1,4 @@
-"""Checkpoint folders: Meta's release format and Hugging Face Llama, read and written.
+"""Reads checkpoint folders, Meta's release format and Hugging Face Llama, into a model.
 
 Reading goes straight from memory-mapped files into the parameters, each rank touching only the
 rows of its own shards. Everything that can be wrong with a folder shows in file headers, so each
@@ -8,39 +8,29 @@ rank finds the same error by itself, before any memory is spent.
 import json
 import pickle
 import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sentencepiece as spm
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtune.modules import RotaryPositionalEmbeddings
-from tqdm import tqdm
 
-from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
 from wmtp_modules.checkpoints.names import (
     hf_key,
-    is_extra_head,
     meta_key,
     parameter_shapes,
     rotary_heads,
     rows_from_hf,
-    rows_to_hf,
 )
-from wmtp_modules.files import disk_errors, new_folder, recover_folder
+from wmtp_modules.files import recover_folder
 from wmtp_modules.json_fault import json_fault
-from wmtp_modules.parallel.process_group import share_from_rank_zero
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
-HF_SHARD_BYTES = 5_000_000_000  # the usual size of Hugging Face's shards
 # Meta's params.json does not name the context length; Llama-2 and the multi-token release have
 # 4096. Another one is written as max_seq_len, which Meta's own loader would not take.
 META_CONTEXT = 4096
@@ -139,7 +129,7 @@ class Checkpoint:
         hidden = self._shape("layers.0.feed_forward.w1.weight")[0]
         if "multiple_of" in config:
             multiplier = _number(config, "ffn_dim_multiplier", file, float, default=1.0)
-            hidden = _meta_hidden_dim(dim, _number(config, "multiple_of", file), multiplier)
+            hidden = meta_hidden_dim(dim, _number(config, "multiple_of", file), multiplier)
         if config.get("vocab_size", -1) == -1:  # Llama-2's files say -1: the tokenizer's
             vocab_size = self._shape("tok_embeddings.weight")[0]
         else:
@@ -380,7 +370,7 @@ def load_into(model: nn.Module, folder: str | Path, *, device: torch.device | st
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
     with torch.no_grad():
-        for key, parameter in _llama_parameters(model):
+        for key, parameter in llama_parameters(model):
             local, start = parameter, 0
             if isinstance(parameter, DTensor):
                 local = parameter.to_local()
@@ -398,225 +388,11 @@ def load_into(model: nn.Module, folder: str | Path, *, device: torch.device | st
     model.context = max(model.context, checkpoint.args["max_seq_len"])
 
 
-def save_meta(
-    model: nn.Module, folder: str | Path, *, tokenizer_path: str | Path, dtype: torch.dtype
-) -> None:
-    """Write all heads as a folder in Meta's format; all ranks call it.
-
-    Parameters are gathered one at a time; rank 0 keeps them on the CPU and writes. The folder
-    appears under its name when it is complete, in place of an earlier checkpoint.
-
-    Args:
-        model: ``mtp_llama2`` model, plain or sharded.
-        folder: where to write.
-        tokenizer_path: SentencePiece model to put beside the weights.
-        dtype: dtype of the written tensors.
-
-    Raises:
-        ValueError: if the tokenizer is not the model's, or ``folder`` holds something else.
-    """
-    folder, tokenizer_path = Path(folder), Path(tokenizer_path)
-    check_vocab(tokenizer_path, model.args["vocab_size"])
-    _check_replaceable(folder)
-    tensors = _whole_tensors(model, dtype)
-    args = model.args | {"max_seq_len": model.context}
-    if not dist.is_initialized():
-        write_meta(tensors, args, folder, tokenizer_path)
-        return
-    problem = None
-    if dist.get_rank() == 0:
-        try:
-            write_meta(tensors, args, folder, tokenizer_path)
-        except OSError as error:
-            problem = error
-    for _ in tensors:  # every rank takes part in the gathers, also in what an error left of them
-        pass
-    # A full disk is rank 0's alone, but the others must not wait for what does not come.
-    told = share_from_rank_zero(str(problem) if problem else None)
-    if told:
-        raise OSError(told) from problem
-
-
-def write_meta(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    args: dict,
-    folder: Path,
-    tokenizer_path: Path,
-    *,
-    bar_bytes: int | None = None,
-) -> None:
-    """Write ``consolidated.pth``, ``params.json`` and ``tokenizer.model``.
-
-    Args:
-        tensors: our key and whole CPU tensor of each parameter, mapped from a file or not.
-        args: arguments of ``mtp_llama2``.
-        folder: where to write; see ``save_meta``.
-        tokenizer_path: SentencePiece model.
-        bar_bytes: bytes that will be written, to show a progress bar; none is shown if None.
-    """
-    n_trunk = args["num_layers"] - args["n_future_tokens"]
-    state = {meta_key(key, n_trunk): _with_own_storage(tensor) for key, tensor in tensors}
-    params = {
-        "dim": args["embed_dim"],
-        "n_layers": args["num_layers"],
-        "n_heads": args["num_heads"],
-        "n_kv_heads": args["num_kv_heads"],
-        "n_future_tokens": args["n_future_tokens"],
-        "rope_theta": args["rope_base"],
-        "norm_eps": args["norm_eps"],
-        "vocab_size": args["vocab_size"],
-        **_meta_hidden_fields(args["embed_dim"], args["intermediate_dim"]),
-    }
-    if args["max_seq_len"] != META_CONTEXT:
-        params["max_seq_len"] = args["max_seq_len"]
-    bar = {"desc": "writing", "total": bar_bytes, "disable": bar_bytes is None}
-    with _checkpoint_folder(folder, tokenizer_path) as partial:
-        with (
-            disk_errors(),
-            (partial / "consolidated.pth").open("wb") as file,
-            tqdm.wrapattr(file, "write", **bar) as counted,
-        ):
-            torch.save(state, counted)
-        (partial / "params.json").write_text(json.dumps(params, indent=2))
-
-
-def write_hf(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    args: dict,
-    folder: Path,
-    tokenizer_path: Path,
-    *,
-    bar_bytes: int | None = None,
-) -> None:
-    """Write safetensors, configs and tokenizer of an ordinary Llama: trunk and head 0.
-
-    Shards of about 5 GB are written as the tensors come, so no more than one is held.
-
-    Args:
-        tensors: our key and whole CPU tensor of each parameter; extra heads are passed over.
-        args: arguments of ``mtp_llama2``.
-        folder: where to write; see ``save_meta``.
-        tokenizer_path: SentencePiece model.
-        bar_bytes: bytes that will be written, to show a progress bar; none is shown if None.
-    """
-    with _checkpoint_folder(folder, tokenizer_path) as partial:
-        write_hf_tokenizer(tokenizer_path, partial, max_seq_len=args["max_seq_len"])
-        n_trunk = args["num_layers"] - args["n_future_tokens"]
-        head_dim = args["embed_dim"] // args["num_heads"]
-        shards: list[list[str]] = []
-        shard: dict[str, torch.Tensor] = {}
-        total = parameters = 0
-
-        def flush(bar: tqdm) -> None:
-            with disk_errors():
-                save_file(shard, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-            bar.update(sum(tensor.nbytes for tensor in shard.values()))
-            shards.append(list(shard))
-            shard.clear()
-
-        bar_style = {"desc": "writing", "unit": "B", "unit_scale": True}
-        with tqdm(total=bar_bytes, disable=bar_bytes is None, **bar_style) as bar:
-            for key, tensor in tensors:
-                if is_extra_head(key):
-                    continue
-                heads = rotary_heads(key, args)
-                if heads is not None:
-                    tensor = tensor[rows_to_hf(heads, head_dim)]
-                if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > HF_SHARD_BYTES:
-                    flush(bar)
-                # Tied embeddings come as one tensor twice, which safetensors refuses to write.
-                twice = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
-                shard[hf_key(key, n_trunk)] = tensor.clone() if twice else tensor.contiguous()
-                total, parameters = total + tensor.nbytes, parameters + tensor.numel()
-                dtype = str(tensor.dtype).removeprefix("torch.")
-            flush(bar)
-
-        weight_map = {}
-        for i, keys in enumerate(shards):
-            name = "model.safetensors"
-            if len(shards) > 1:
-                name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            (partial / f"{i}.safetensors").rename(partial / name)
-            weight_map |= dict.fromkeys(keys, name)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": total, "total_parameters": parameters},
-                "weight_map": weight_map,
-            }
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-        tokenizer = spm.SentencePieceProcessor(model_file=str(tokenizer_path))
-        special = {"bos_token_id": tokenizer.bos_id(), "eos_token_id": tokenizer.eos_id()}
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **special,
-            "vocab_size": args["vocab_size"],
-            "hidden_size": args["embed_dim"],
-            "intermediate_size": args["intermediate_dim"],
-            "num_hidden_layers": n_trunk + 1,
-            "num_attention_heads": args["num_heads"],
-            "num_key_value_heads": args["num_kv_heads"],
-            "head_dim": head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": args["max_seq_len"],
-            "rms_norm_eps": args["norm_eps"],
-            # Read by transformers 4 and 5 and by the versions of vLLM that go with each.
-            "rope_theta": args["rope_base"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": args["rope_base"]},
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "torch_dtype": dtype,
-            "dtype": dtype,
-        }
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        (partial / "generation_config.json").write_text(json.dumps(special, indent=2))
-
-
-def _llama_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def llama_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """What a checkpoint folder holds: all but a value head, which is a critic's."""
     for key, parameter in model.state_dict().items():
         if not key.startswith("value_head."):
             yield key, parameter
-
-
-@torch.no_grad()
-def _whole_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gather one parameter after the other and move it to the CPU."""
-    for key, parameter in _llama_parameters(model):
-        tensor = parameter.to(dtype)
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        yield key, tensor.cpu()
-
-
-def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a storage that holds nothing else.
-
-    torch.save writes whole storages, and each only once: a view would drag its base along, and
-    heads that start as copies of one block would come back from the file tied to each other.
-    """
-    tensor = tensor.contiguous()
-    start = tensor.storage_offset() * tensor.element_size()
-    storage = tensor.untyped_storage()[start : start + tensor.nbytes]
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
-
-
-@contextmanager
-def _checkpoint_folder(folder: Path, tokenizer_path: Path) -> Iterator[Path]:
-    """``new_folder`` in place of an earlier checkpoint only, holding the tokenizer."""
-    _check_replaceable(folder)
-    with new_folder(folder) as partial:
-        shutil.copyfile(tokenizer_path, partial / "tokenizer.model")
-        yield partial
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        ours = any((folder / name).exists() for name in ("params.json", "config.json"))
-        if not ours:
-            raise ValueError(f"{folder} holds something other than a checkpoint: use another path")
 
 
 def _check_args(checkpoint: Checkpoint, model_args: dict) -> None:
@@ -765,17 +541,7 @@ def _map_torch(file: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _meta_hidden_dim(dim: int, multiple_of: int, multiplier: float) -> int:
+def meta_hidden_dim(dim: int, multiple_of: int, multiplier: float) -> int:
     """Width of the feed-forward layer by the rule of Meta's Llama code: 2/3 of 4 D, rounded up."""
     hidden = int(multiplier * int(2 * 4 * dim / 3))
     return -(-hidden // multiple_of) * multiple_of
-
-
-def _meta_hidden_fields(dim: int, hidden: int) -> dict[str, int | float]:
-    """Fields of params.json from which the rule above gives ``hidden``."""
-    for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
-        if _meta_hidden_dim(dim, multiple_of, 1.0) == hidden:
-            return {"multiple_of": multiple_of}
-    # The half keeps the product clear of the next integer whatever the rounding.
-    multiplier = (hidden + 0.5) / int(2 * 4 * dim / 3)
-    return {"multiple_of": 1, "ffn_dim_multiplier": multiplier}

@@ -1,0 +1,156 @@
+"""Writes a checkpoint folder in Meta's release format, whole or not at all.
+
+A sharded model is gathered one parameter at a time, so that no rank needs memory for all of it.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from wmtp_modules.checkpoints.names import meta_key
+from wmtp_modules.checkpoints.read import (
+    META_CONTEXT,
+    check_vocab,
+    llama_parameters,
+    meta_hidden_dim,
+)
+from wmtp_modules.files import disk_errors, new_folder
+from wmtp_modules.parallel.process_group import share_from_rank_zero
+
+
+def save_meta(
+    model: nn.Module, folder: str | Path, *, tokenizer_path: str | Path, dtype: torch.dtype
+) -> None:
+    """Write all heads as a folder in Meta's format; all ranks call it.
+
+    Parameters are gathered one at a time; rank 0 keeps them on the CPU and writes. The folder
+    appears under its name when it is complete, in place of an earlier checkpoint.
+
+    Args:
+        model: ``mtp_llama2`` model, plain or sharded.
+        folder: where to write.
+        tokenizer_path: SentencePiece model to put beside the weights.
+        dtype: dtype of the written tensors.
+
+    Raises:
+        ValueError: if the tokenizer is not the model's, or ``folder`` holds something else.
+    """
+    folder, tokenizer_path = Path(folder), Path(tokenizer_path)
+    check_vocab(tokenizer_path, model.args["vocab_size"])
+    _check_replaceable(folder)
+    tensors = _whole_tensors(model, dtype)
+    args = model.args | {"max_seq_len": model.context}
+    if not dist.is_initialized():
+        write_meta(tensors, args, folder, tokenizer_path)
+        return
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            write_meta(tensors, args, folder, tokenizer_path)
+        except OSError as error:
+            problem = error
+    for _ in tensors:  # every rank takes part in the gathers, also in what an error left of them
+        pass
+    # A full disk is rank 0's alone, but the others must not wait for what does not come.
+    told = share_from_rank_zero(str(problem) if problem else None)
+    if told:
+        raise OSError(told) from problem
+
+
+def write_meta(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    args: dict,
+    folder: Path,
+    tokenizer_path: Path,
+    *,
+    bar_bytes: int | None = None,
+) -> None:
+    """Write ``consolidated.pth``, ``params.json`` and ``tokenizer.model``.
+
+    Args:
+        tensors: our key and whole CPU tensor of each parameter, mapped from a file or not.
+        args: arguments of ``mtp_llama2``.
+        folder: where to write; see ``save_meta``.
+        tokenizer_path: SentencePiece model.
+        bar_bytes: bytes that will be written, to show a progress bar; none is shown if None.
+    """
+    n_trunk = args["num_layers"] - args["n_future_tokens"]
+    state = {meta_key(key, n_trunk): _with_own_storage(tensor) for key, tensor in tensors}
+    params = {
+        "dim": args["embed_dim"],
+        "n_layers": args["num_layers"],
+        "n_heads": args["num_heads"],
+        "n_kv_heads": args["num_kv_heads"],
+        "n_future_tokens": args["n_future_tokens"],
+        "rope_theta": args["rope_base"],
+        "norm_eps": args["norm_eps"],
+        "vocab_size": args["vocab_size"],
+        **_meta_hidden_fields(args["embed_dim"], args["intermediate_dim"]),
+    }
+    if args["max_seq_len"] != META_CONTEXT:
+        params["max_seq_len"] = args["max_seq_len"]
+    bar = {"desc": "writing", "total": bar_bytes, "disable": bar_bytes is None}
+    with checkpoint_folder(folder, tokenizer_path) as partial:
+        with (
+            disk_errors(),
+            (partial / "consolidated.pth").open("wb") as file,
+            tqdm.wrapattr(file, "write", **bar) as counted,
+        ):
+            torch.save(state, counted)
+        (partial / "params.json").write_text(json.dumps(params, indent=2))
+
+
+@torch.no_grad()
+def _whole_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather one parameter after the other and move it to the CPU."""
+    for key, parameter in llama_parameters(model):
+        tensor = parameter.to(dtype)
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        yield key, tensor.cpu()
+
+
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage that holds nothing else.
+
+    torch.save writes whole storages, and each only once: a view would drag its base along, and
+    heads that start as copies of one block would come back from the file tied to each other.
+    """
+    tensor = tensor.contiguous()
+    start = tensor.storage_offset() * tensor.element_size()
+    storage = tensor.untyped_storage()[start : start + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+
+
+@contextmanager
+def checkpoint_folder(folder: Path, tokenizer_path: Path) -> Iterator[Path]:
+    """``new_folder`` in place of an earlier checkpoint only, holding the tokenizer."""
+    _check_replaceable(folder)
+    with new_folder(folder) as partial:
+        shutil.copyfile(tokenizer_path, partial / "tokenizer.model")
+        yield partial
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        ours = any((folder / name).exists() for name in ("params.json", "config.json"))
+        if not ours:
+            raise ValueError(f"{folder} holds something other than a checkpoint: use another path")
+
+
+def _meta_hidden_fields(dim: int, hidden: int) -> dict[str, int | float]:
+    """Fields of params.json from which the rule above gives ``hidden``."""
+    for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if meta_hidden_dim(dim, multiple_of, 1.0) == hidden:
+            return {"multiple_of": multiple_of}
+    # The half keeps the product clear of the next integer whatever the rounding.
+    multiplier = (hidden + 0.5) / int(2 * 4 * dim / 3)
+    return {"multiple_of": 1, "ffn_dim_multiplier": multiplier}
