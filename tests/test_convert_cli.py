@@ -26,7 +26,7 @@ def make(save, args, folder, tokenizer, dtype=torch.bfloat16):
 def make_hf(args, folder, tokenizer):
     model = mtp_llama2(**args)
     init_weights_(model, seed=0)
-    write_hf(model.to(torch.bfloat16).state_dict().items(), args, folder, tokenizer)
+    write_hf(model.to(torch.bfloat16).state_dict().items(), model.args, folder, tokenizer)
     return str(folder)
 
 
