@@ -55,12 +55,45 @@ from wmtp_modules.config.check import (
     Optional,
     check_config,
 )
-from wmtp_modules.critic import pairs as critics
+from wmtp_modules.critic.figures import (
+    critic_report,
+    fit_affine,
+    pairwise_loss_of,
+    print_report,
+    row_means_of,
+    shortcomings,
+    value_loss_of,
+)
+from wmtp_modules.critic.folder import (
+    HEAD_FILE,
+    TrainingState,
+    check_critic,
+    load_value_head,
+    read_critic,
+    save_critic,
+)
+from wmtp_modules.critic.page import (
+    page_caption,
+    write_pairs_page,
+)
+from wmtp_modules.critic.pairs import (
+    fingerprint_responses,
+    joint_batch,
+    make_pairs,
+    problem_ids,
+    response_lengths,
+)
 from wmtp_modules.critic.rewards import (
     RewardModel,
     RewardStatistics,
     reward_fingerprint,
     reward_rows,
+)
+from wmtp_modules.critic.values import (
+    batch_of,
+    near_marks_of_rows,
+    row_values,
+    sums_of_rows,
 )
 from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.files import new_file
@@ -556,8 +589,8 @@ class CriticWMTPRecipeDistributed:
                 "tokenizer": fingerprint_tokenizer(self._cfg.tokenizer.path),
                 "dataset": fingerprint_rows(self._rows),
                 "dataset_val": fingerprint_rows(self._rows_val),
-                "responses": critics.fingerprint_responses(self._rows),
-                "responses_val": critics.fingerprint_responses(self._rows_val),
+                "responses": fingerprint_responses(self._rows),
+                "responses_val": fingerprint_responses(self._rows_val),
             }
         )
         rewards = [[*map(float, r)] for r in (self._rewards, self._rewards_val)]
@@ -577,9 +610,9 @@ class CriticWMTPRecipeDistributed:
         cfg = self._cfg
         pairs, lengths = [], []
         for rows, rewards in ((self._rows, self._rewards), (self._rows_val, self._rewards_val)):
-            lengths.append(critics.response_lengths(rows))
-            problems = critics.problem_ids(rows)
-            pairs.append(critics.make_pairs(lengths[-1], rewards, problems, seed=cfg.seed))
+            lengths.append(response_lengths(rows))
+            problems = problem_ids(rows)
+            pairs.append(make_pairs(lengths[-1], rewards, problems, seed=cfg.seed))
         if cfg.critic.objective == "regression":
             return np.flatnonzero(lengths[0])[:, None], pairs[1]
         for name, found in zip(("dataset", "dataset_val"), pairs, strict=True):
@@ -595,8 +628,8 @@ class CriticWMTPRecipeDistributed:
         """Fit the value head on the frozen trunk, keep the best held-out one, judge it."""
         cfg, folder = self._cfg.critic, Path(self._cfg.critic.checkpoint_dir)
         made_from, settings = self._critic_fingerprint, self._critic_settings()
-        if critics.read_critic(folder) is not None:
-            critics.check_critic(folder, made_from, settings)
+        if read_critic(folder) is not None:
+            check_critic(folder, made_from, settings)
             self._check_critic()
             return
         items, pairs_val = self._critic_items()
@@ -606,7 +639,7 @@ class CriticWMTPRecipeDistributed:
         replica = DistributedDataParallel(head)
         optimizer = config.instantiate(cfg.optimizer, head.parameters())
         joint_size = self._world * cfg.batch_size
-        state = critics.TrainingState(folder, made_from | settings | {"joint": joint_size})
+        state = TrainingState(folder, made_from | settings | {"joint": joint_size})
         state.resume(head, optimizer)
         bar = tqdm(
             total=cfg.max_steps,
@@ -617,7 +650,7 @@ class CriticWMTPRecipeDistributed:
         )
         while state.step < cfg.max_steps and state.evaluations_since_best < cfg.patience:
             self.watchdog.beat(f"the critic's step {state.step + 1}")
-            joint = critics.joint_batch(len(items), joint_size, state.step, self._cfg.seed)
+            joint = joint_batch(len(items), joint_size, state.step, self._cfg.seed)
             loss, count = self._critic_loss(replica, items[joint[self._rank :: self._world]])
             loss.backward()
             loss, count = all_reduce_sum(loss, count)
@@ -646,7 +679,7 @@ class CriticWMTPRecipeDistributed:
     def _critic_loss(self, head, items: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum and count of the objective over this rank's rows or pairs."""
         flat = items.T.flatten()  # pairs: first the better responses, then the worse ones
-        batch = critics.batch_of(self._rows, flat.tolist(), self._device)
+        batch = batch_of(self._rows, flat.tolist(), self._device)
         with torch.no_grad():
             hidden_BTD = self._trunk.trunk(batch["tokens"])
         values_BT = head(hidden_BTD)
@@ -665,15 +698,15 @@ class CriticWMTPRecipeDistributed:
 
     def _sums(self, head: ValueHead, rows: Dataset, indices: np.ndarray) -> np.ndarray:
         """``value_sums`` of some rows, shared out over the ranks."""
-        own = critics.sums_of_rows(self._trunk, head, rows, self._share(indices))
+        own = sums_of_rows(self._trunk, head, rows, self._share(indices))
         (sums_N3,) = all_reduce_sum(torch.from_numpy(own).to(self._device))
         return sums_N3.cpu().numpy()
 
     def _critic_heldout_loss(self, head: ValueHead, pairs_val: np.ndarray) -> float:
         sums_N3 = self._sums(head, self._rows_val, np.arange(len(self._rows_val)))
         if self._cfg.critic.objective == "pairwise":
-            return critics.pairwise_loss_of(sums_N3, pairs_val)
-        return critics.value_loss_of(sums_N3, self._rewards_val)
+            return pairwise_loss_of(sums_N3, pairs_val)
+        return value_loss_of(sums_N3, self._rewards_val)
 
     def _finish_critic(self, head: ValueHead, pairs_val: np.ndarray, state) -> None:
         """Scale, report, pictures; the record is written last."""
@@ -682,16 +715,14 @@ class CriticWMTPRecipeDistributed:
             rng = np.random.default_rng(self._cfg.seed)
             indices = np.sort(rng.permutation(len(self._rows))[:FIT_ROWS])
             sums_N3 = self._sums(head, self._rows, indices)
-            scale, shift = critics.fit_affine(sums_N3[indices], self._rewards[indices])
+            scale, shift = fit_affine(sums_N3[indices], self._rewards[indices])
             head.scale.fill_(scale)
             head.shift.fill_(shift)
         sums_N3 = self._sums(head, self._rows_val, np.arange(len(self._rows_val)))
-        report = critics.critic_report(sums_N3, self._rewards_val, pairs_val)
+        report = critic_report(sums_N3, self._rewards_val, pairs_val)
         if "noise" in self._rows_val.column_names:
             bad = self._share(np.flatnonzero(self._rewards_val <= 0))
-            found = critics.near_marks_of_rows(
-                self._trunk, head, self._rows_val, bad, self._rewards_val
-            )
+            found = near_marks_of_rows(self._trunk, head, self._rows_val, bad, self._rewards_val)
             (found,) = all_reduce_sum(torch.from_numpy(found).to(self._device))
             hits, chance, n_rows = found.tolist()
             if n_rows:
@@ -699,9 +730,7 @@ class CriticWMTPRecipeDistributed:
                 report["delta_near_mutation"] = near
         report |= {"steps": state.step, "scale": head.scale.item(), "shift": head.shift.item()}
         if self._rank == 0:
-            plot_calibration(
-                critics.row_means_of(sums_N3), self._rewards_val, folder / "calibration.png"
-            )
+            plot_calibration(row_means_of(sums_N3), self._rewards_val, folder / "calibration.png")
             record = {
                 "fingerprint": self._critic_fingerprint,
                 "settings": self._critic_settings(),
@@ -709,15 +738,15 @@ class CriticWMTPRecipeDistributed:
                 "rewards": vars(self._reward_statistics),
                 "heldout_losses": state.heldout_losses,
             }
-            critics.save_critic(folder, head, record)
+            save_critic(folder, head, record)
         patient_barrier()
         self._check_critic()
 
     def _check_critic(self) -> dict:
         """The report of the critic, which is this run's and knows something."""
         folder = Path(self._cfg.critic.checkpoint_dir)
-        report = critics.check_critic(folder, self._critic_fingerprint)["report"]
-        found = critics.shortcomings(report, self._cfg.critic.objective)
+        report = check_critic(folder, self._critic_fingerprint)["report"]
+        found = shortcomings(report, self._cfg.critic.objective)
         if found and not self._cfg.get("allow_uninformative_critic"):
             raise ValueError(
                 f"the critic in {folder} knows nothing of use: {'; and '.join(found)}. Give it "
@@ -758,11 +787,11 @@ class CriticWMTPRecipeDistributed:
     def _load_value_head(self) -> ValueHead:
         self._check_critic()
         folder = Path(self._cfg.critic.checkpoint_dir)
-        return critics.load_value_head(folder, self._model.args["embed_dim"])
+        return load_value_head(folder, self._model.args["embed_dim"])
 
     @cached_property
     def _values_fingerprint(self) -> dict:
-        head_file = Path(self._cfg.critic.checkpoint_dir) / critics.HEAD_FILE
+        head_file = Path(self._cfg.critic.checkpoint_dir) / HEAD_FILE
         return {
             "checkpoint": self._critic_fingerprint["trunk"],
             "critic": self._on_rank_zero(lambda: fingerprint_tokenizer(head_file)),
@@ -782,7 +811,7 @@ class CriticWMTPRecipeDistributed:
                 self._cfg.value_table.table_dir,
                 self._values_fingerprint,
                 self._rows,
-                lambda batch: critics.row_values(self._trunk, head, batch),
+                lambda batch: row_values(self._trunk, head, batch),
                 batch_tokens=self._cfg.value_table.batch_tokens,
                 rank=self._rank,
                 world=self._world,
@@ -832,7 +861,7 @@ class CriticWMTPRecipeDistributed:
         page = Path(self._cfg.critic.checkpoint_dir) / "weights.html"
         threshold = self._cfg.get("policy_rewards_above", 0.0)
         of = f"critic {self._values_fingerprint['critic'][:12]}, policy_rewards_above {threshold}"
-        caption = critics.page_caption(self._weighting, of)
+        caption = page_caption(self._weighting, of)
         if self._on_rank_zero(lambda: page.exists() and caption in page.read_text("utf-8")):
             return
         _, pairs_val = self._critic_items()
@@ -841,7 +870,7 @@ class CriticWMTPRecipeDistributed:
         rows, chosen, _ = self._policy_rows()
         statistics = self._advantage_statistics(self._valued_packs(rows, chosen), chosen)
         if self._rank == 0:
-            critics.write_pairs_page(
+            write_pairs_page(
                 page,
                 self._trunk,
                 head,
@@ -1238,7 +1267,7 @@ def run(
 def report(cfg: DictConfig, summary: dict) -> None:
     """Print the figures and where everything is."""
     if "critic" in summary:
-        critics.print_report(summary["critic"], summary.get("delta_near_mutation"))
+        print_report(summary["critic"], summary.get("delta_near_mutation"))
         folder = Path(cfg.critic.checkpoint_dir)
         print(f"  pictures {folder / 'calibration.png'} and {folder / 'weights.html'}")
     if "heldout_loss" in summary:

@@ -485,7 +485,7 @@ def test_auxiliary_value_loss_trains_the_head_at_its_own_rate(staged, go, recipe
     monkeypatch.setattr(recipe.CriticWMTPRecipeDistributed, "save_checkpoint", keep)
     folder, _ = go(overrides | {"auxiliary_value_coef": 0.5, "auxiliary_value_lr": 0.0003})
     assert all(line["value_loss"] > 0 for line in metrics_of(folder) if "loss" in line)
-    start = recipe.critics.load_value_head(folder_of(overrides), 32).state_dict()
+    start = recipe.load_value_head(folder_of(overrides), 32).state_dict()
     moved = (heads[-1]["hidden.weight"] - start["hidden.weight"]).abs().max()
     assert 0 < moved < 4 * 0.0003 * 1.1  # four steps of AdamW at its own rate, not at 0.003
     assert torch.equal(heads[-1]["scale"], start["scale"])

@@ -18,12 +18,7 @@ from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
 from wmtp_modules.checkpoints.read import Checkpoint, check_vocab, load_into
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.checkpoints.write_hf import write_hf
-from wmtp_modules.critic.pairs import (
-    TrainingState,
-    check_critic,
-    load_value_head,
-    save_critic,
-)
+from wmtp_modules.critic.folder import TrainingState, check_critic, load_value_head, save_critic
 from wmtp_modules.critic.rewards import RewardModel
 from wmtp_modules.data import rows_dataset
 from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples

@@ -1,0 +1,169 @@
+"""A critic's folder: its value head, the record that marks it complete, and unfinished training."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from wmtp_modules.files import new_file
+from wmtp_modules.models.value_head import ValueHead
+
+HEAD_FILE, RECORD_FILE = "value_head.safetensors", "critic.json"
+
+
+class TrainingState:
+    """Progress of a critic's training, written after every evaluation so that a kill loses little.
+
+    Args:
+        folder: of the critic.
+        fingerprint: what the critic is made from; a state of something else is not resumed.
+
+    Attributes:
+        step: optimizer steps done.
+        heldout_losses: held-out loss of every evaluation.
+        evaluations_since_best: without a lower held-out loss.
+        best_head: state of the value head with the lowest held-out loss.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict) -> None:
+        self._path = folder / "state.pt"
+        self._fingerprint = fingerprint
+        self.step = 0
+        self.heldout_losses: list[float] = []
+        self.evaluations_since_best = 0
+        self.best_head: dict[str, torch.Tensor] = {}
+
+    def resume(self, head: ValueHead, optimizer: torch.optim.Optimizer) -> None:
+        """Go on with a state of the same fingerprint, if there is one.
+
+        Raises:
+            ValueError: if the file is damaged or carries code, which is not run.
+        """
+        if not self._path.exists():
+            return
+        try:
+            state = torch.load(self._path, map_location="cpu", weights_only=True)
+            if state["fingerprint"] != self._fingerprint:
+                return
+            head.load_state_dict(state["head"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.heldout_losses = state["step"], state["heldout_losses"]
+            self.evaluations_since_best = state["evaluations_since_best"]
+            self.best_head = state["best_head"]
+        except Exception as error:  # of a pickle with flipped bits, there is no telling which
+            raise ValueError(
+                f"{self._path} is damaged or no state of a critic's training: delete it, and the "
+                "critic is trained from its start"
+            ) from error
+
+    def evaluated(
+        self, heldout_loss: float, head: ValueHead, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Record an evaluation; rank 0 writes the state. Equal on all ranks."""
+        if heldout_loss < min(self.heldout_losses, default=float("inf")):
+            self.evaluations_since_best = 0
+            self.best_head = {key: value.clone() for key, value in head.state_dict().items()}
+        else:
+            self.evaluations_since_best += 1
+        self.heldout_losses.append(heldout_loss)
+        if dist.get_rank() == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            state = {
+                "fingerprint": self._fingerprint,
+                "step": self.step,
+                "heldout_losses": self.heldout_losses,
+                "evaluations_since_best": self.evaluations_since_best,
+                "head": head.state_dict(),
+                "best_head": self.best_head,
+                "optimizer": optimizer.state_dict(),
+            }
+            with new_file(self._path) as unfinished, unfinished.open("wb") as file:
+                torch.save(state, file)
+
+
+def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
+    """Write the value head, then the record that marks the folder as complete.
+
+    Args:
+        folder: of the critic.
+        head: the value head.
+        record: ``fingerprint`` of what it was trained from, ``settings`` of the training,
+            ``report`` and what else to keep.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
+    with new_file(folder / HEAD_FILE) as unfinished:
+        save_file(state, unfinished)
+    with new_file(folder / RECORD_FILE) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1))
+
+
+def read_critic(folder: Path) -> dict | None:
+    """The record of a complete critic, or None where there is none.
+
+    Raises:
+        ValueError: if the record is damaged.
+    """
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        record = None
+    blocks = ("fingerprint", "settings", "report")
+    if not isinstance(record, dict) or not all(isinstance(record.get(b), dict) for b in blocks):
+        raise ValueError(f"{path} is damaged: train the critic again in another folder")
+    return record
+
+
+def check_critic(folder: Path, fingerprint: dict, settings: dict | None = None) -> dict:
+    """The record of the critic in a folder, proven to be made from what this run uses.
+
+    Args:
+        folder: of the critic.
+        fingerprint: what this run expects it to be made from.
+        settings: how this run would train it; None where any will do.
+
+    Raises:
+        ValueError: if there is none, or it was trained on another trunk, data set or reward, or
+            with other settings.
+    """
+    record = read_critic(folder)
+    if record is None:
+        raise ValueError(f"{folder} holds no trained critic: add 'critic' to stages")
+    found, fingerprint = record["fingerprint"], dict(fingerprint)
+    if settings is not None:
+        found, fingerprint = found | record["settings"], fingerprint | settings
+    differences = [
+        f"{key}: the critic has {found.get(key)!r}, this run {fingerprint.get(key)!r}"
+        for key in sorted(found.keys() | fingerprint.keys())
+        if found.get(key) != fingerprint.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"the critic in {folder} was made from something else ({'; '.join(differences)}): "
+            "delete that folder to train again, or name another critic.checkpoint_dir"
+        )
+    return record
+
+
+def load_value_head(folder: Path, embed_dim: int) -> ValueHead:
+    """The value head of a critic, on the CPU.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or of another width.
+    """
+    head = ValueHead(embed_dim)
+    path = folder / HEAD_FILE
+    try:
+        head.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is missing, damaged, or no value head of width {embed_dim}: train the critic "
+            f"again ({error})"
+        ) from error
+    return head

@@ -1,0 +1,149 @@
+"""Runs a critic over rows: values, their sums and the advantages that follow from them.
+
+Shapes: N rows of a data set, B rows of a batch, T positions. V[t] is the value after token t.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from wmtp_modules.critic.figures import near_marks
+from wmtp_modules.data.packing import pad_rows
+from wmtp_modules.loss.value_loss import response_mask, value_sums
+from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.models.value_head import ValueHead
+from wmtp_modules.weighting.advantage import advantages
+
+
+@torch.no_grad()
+def row_values(model: MTPTransformer, head: ValueHead, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """V after every token of some rows, as ``compute_scores`` asks for them.
+
+    Args:
+        model: the critic's trunk, whole on this rank; its heads are not used.
+        head: the value head.
+        rows: token ids of each row, [len].
+
+    Returns:
+        fp32 values of each row, [len].
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    tokens_BT, _ = pad_rows(rows)
+    hidden_BTD = model.trunk(tokens_BT.to(head.shift.device))
+    values_BT = head(hidden_BTD).cpu().numpy()
+    values = [values_BT[b, : len(row)] for b, row in enumerate(rows)]
+    for values_T in values:
+        if not np.isfinite(values_T).all():
+            raise ValueError(
+                f"the critic's value is not finite somewhere in a row of {len(values_T)} tokens: "
+                "check the trunk's checkpoint, its tokenizer and the dtype"
+            )
+    return values
+
+
+def batch_of(rows: Dataset, indices: list[int], device: torch.device) -> dict[str, torch.Tensor]:
+    """Some rows side by side, padded on the right, each a document of its own.
+
+    Returns:
+        ``tokens``, ``doc`` int64 [B, T] and ``y``, ``noise`` bool [B, T].
+    """
+    picked = rows.select(indices).with_format("numpy")
+    tokens_BT, doc_BT = pad_rows(list(picked["tokens"]))
+    flags = {}
+    for name in ("keep", "noise"):
+        flags[name] = torch.zeros_like(doc_BT, dtype=torch.bool)
+        if name in picked.column_names:
+            for b, row in enumerate(picked[name]):
+                flags[name][b, : len(row)] = torch.from_numpy(np.asarray(row, bool))
+    batch = {
+        "tokens": tokens_BT,
+        "doc": doc_BT,
+        "y": response_mask(flags["keep"], doc_BT),
+        "noise": flags["noise"],
+    }
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def sums_of_rows(
+    model: MTPTransformer,
+    head: ValueHead,
+    rows: Dataset,
+    batches: Iterable[np.ndarray],
+) -> np.ndarray:
+    """``value_sums`` of some rows; 0 for the others, so that ranks can add theirs up.
+
+    Args:
+        model: the critic's trunk, whole on this rank.
+        head: the value head.
+        rows: tokenised rows, N of them.
+        batches: indices of the rows to value, some at a time.
+
+    Returns:
+        fp64 sums_N3.
+    """
+    sums_N3 = np.zeros((len(rows), 3))
+    for indices in batches:
+        batch = batch_of(rows, indices.tolist(), head.shift.device)
+        values_BT = head(model.trunk(batch["tokens"]))
+        sums_N3[indices] = value_sums(values_BT, batch["y"]).cpu().numpy()
+    return sums_N3
+
+
+@torch.no_grad()
+def row_advantages(
+    model: MTPTransformer,
+    head: ValueHead,
+    rows: Dataset,
+    indices: np.ndarray,
+    rewards_N: np.ndarray,
+    *,
+    lam: float,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A padded batch of some rows and their advantages, straight from the critic.
+
+    Args:
+        model: the critic's trunk, whole on this rank.
+        head: the value head.
+        rows: tokenised rows, N of them.
+        indices: the rows to take.
+        rewards_N: standardised rewards of all rows.
+        lam: see ``advantages``.
+
+    Returns:
+        (``batch_of`` these rows, fp64 advantages_BT).
+    """
+    batch = batch_of(rows, indices.tolist(), head.shift.device)
+    values_BT = head(model.trunk(batch["tokens"]))
+    rewards_BT = torch.from_numpy(rewards_N[indices]).to(values_BT)[:, None].expand_as(values_BT)
+    return batch, advantages(values_BT, rewards_BT, batch["y"], batch["doc"], lam=lam)
+
+
+def near_marks_of_rows(
+    model: MTPTransformer,
+    head: ValueHead,
+    rows: Dataset,
+    batches: Iterable[np.ndarray],
+    rewards_N: np.ndarray,
+) -> np.ndarray:
+    """``near_marks`` of some rows whose column ``noise`` marks what is wrong with them.
+
+    Args:
+        model: the critic's trunk, whole on this rank.
+        head: the value head.
+        rows: tokenised rows, N of them.
+        batches: indices of the rows to take, some at a time.
+        rewards_N: standardised rewards of all rows.
+
+    Returns:
+        fp64 [3], so that ranks can add theirs up.
+    """
+    found = np.zeros(3)
+    for indices in batches:
+        batch, delta_BT = row_advantages(model, head, rows, indices, rewards_N, lam=0.0)
+        found += near_marks(delta_BT, batch["y"], batch["noise"])
+    return found
