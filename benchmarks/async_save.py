@@ -23,7 +23,8 @@ from common import hardware
 
 from wmtp_modules.loss.mtp_loss import mtp_labels
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.process_group import init_process_group, init_weights_, shard_model
+from wmtp_modules.parallel.process_group import init_process_group
+from wmtp_modules.parallel.sharding import init_weights_, shard_model
 from wmtp_modules.run.training_state import TrainingStates
 
 STEPS = 20  # per save

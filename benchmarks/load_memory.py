@@ -25,7 +25,7 @@ from wmtp_modules.checkpoints.read import load_into, model_args_from_folder
 from wmtp_modules.checkpoints.write import write_meta
 from wmtp_modules.convert import convert
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.process_group import shard_model
+from wmtp_modules.parallel.sharding import shard_model
 
 WORLD = 2
 ALLOWANCE = 1_500_000_000  # bytes above a rank's own shard

@@ -17,7 +17,7 @@ from common import hardware
 
 from wmtp_modules.loss.mtp_loss import head_alphas, mtp_labels
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.scoring.reference import align_reference
 from wmtp_modules.weighting.advantage import CriticWeighting, advantages, standardise
 from wmtp_modules.weighting.token_weighting import TokenWeighting

@@ -109,14 +109,12 @@ from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import (
     all_reduce_sum,
-    cast_parameters_,
     init_process_group,
-    init_weights_,
     patient_barrier,
     rank_zero_first,
-    shard_model,
     share_from_rank_zero,
 )
+from wmtp_modules.parallel.sharding import cast_parameters_, init_weights_, shard_model
 from wmtp_modules.reports.curves import plot_calibration, plot_curves
 from wmtp_modules.run.bad_steps import (
     BadSteps,

@@ -47,12 +47,12 @@ from wmtp_modules.generation.measure import measure_decoding
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import (
     all_reduce_sum,
-    cast_parameters_,
     init_process_group,
     patient_barrier,
     rank_zero_first,
     share_from_rank_zero,
 )
+from wmtp_modules.parallel.sharding import cast_parameters_
 from wmtp_modules.reports.evaluation import FILES as REPORTS
 from wmtp_modules.reports.evaluation import build_report, print_report, write_report
 from wmtp_modules.run.metric_logging import code_version

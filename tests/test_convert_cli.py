@@ -13,7 +13,7 @@ from wmtp_modules.checkpoints.read import Checkpoint
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.checkpoints.write_hf import write_hf
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.parallel.sharding import init_weights_
 
 
 def make(save, args, folder, tokenizer, dtype=torch.bfloat16):

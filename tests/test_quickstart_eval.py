@@ -8,9 +8,9 @@ import pytest
 import sentencepiece as spm
 from omegaconf import OmegaConf
 
+from wmtp_modules.parallel.process_group import die_with_parent
 from wmtp_modules.quickstarts import functions as quickstart_eval
 from wmtp_modules.quickstarts.functions import PROBES, deal_members, prepare_functions
-from wmtp_modules.run.stopping import die_with_parent
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart/eval_base.yaml"
 ARGUMENTS = {"vocab_size": 384, "seed": 0, "model_config": str(CONFIG)}

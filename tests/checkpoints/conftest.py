@@ -8,7 +8,7 @@ import torch
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.checkpoints.write_hf import write_hf
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.parallel.sharding import init_weights_
 
 
 def built(args, seed=0):

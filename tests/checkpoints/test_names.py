@@ -15,7 +15,7 @@ from wmtp_modules.checkpoints.names import (
     rows_to_hf,
 )
 from wmtp_modules.models import mtp_llama2, mtp_llama2_7b
-from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.parallel.sharding import init_weights_
 
 META_7B_BLOCK = {
     "attention.wq.weight",

@@ -20,7 +20,7 @@ from wmtp_modules.checkpoints.read import (
 from wmtp_modules.checkpoints.write import save_meta, write_meta
 from wmtp_modules.checkpoints.write_hf import write_hf
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.process_group import shard_model
+from wmtp_modules.parallel.sharding import shard_model
 
 CPU = torch.device("cpu")
 

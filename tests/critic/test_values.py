@@ -15,7 +15,7 @@ from wmtp_modules.critic.values import (
 )
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.parallel.sharding import init_weights_
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from wmtp_modules.parallel.process_group import die_with_parent, init_process_group
 from wmtp_modules.run import stopping
-from wmtp_modules.run.stopping import Stopped, StopRequests, die_with_parent, exit_code
+from wmtp_modules.run.stopping import Stopped, StopRequests, exit_code
 from wmtp_modules.run.watchdog import Watchdog
 
 OPTIONS = {
@@ -26,7 +27,7 @@ OPTIONS = {
     "max_hours": None,
     "timeout_s": 100,
     "stuck": None,  # rank whose next batch does not come, in step 3
-    "real_group": False,  # of wmtp_modules.parallel.process_group, which takes seconds to import
+    "real_group": False,  # of wmtp_modules.parallel.process_group
 }
 
 
@@ -36,8 +37,6 @@ def wait(seconds: float) -> None:
 
 def join(options: dict) -> None:
     if options["real_group"]:
-        from wmtp_modules.parallel.process_group import init_process_group
-
         init_process_group("cpu", options["timeout_s"])
     else:
         die_with_parent()

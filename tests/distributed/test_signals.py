@@ -141,7 +141,7 @@ def test_worker_that_is_killed(job):
 def test_what_a_process_starts_ends_with_it(job, tmp_path):
     """As the quickstart of the evaluation starts the training of its model."""
     job.run_code(
-        "import subprocess; from wmtp_modules.run.stopping import die_with_parent; "
+        "import subprocess; from wmtp_modules.parallel.process_group import die_with_parent; "
         "subprocess.run(['sleep', '1000'], preexec_fn=die_with_parent)"
     )
     job.wait_for(lambda: len(job.alive()) == 2, "the child")

@@ -13,12 +13,8 @@ from wmtp_modules.loss.mtp_loss import head_alphas, mtp_labels
 from wmtp_modules.loss.value_loss import regression_loss
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.process_group import (
-    all_reduce_sum,
-    init_process_group,
-    init_weights_,
-    shard_model,
-)
+from wmtp_modules.parallel.process_group import all_reduce_sum, init_process_group
+from wmtp_modules.parallel.sharding import init_weights_, shard_model
 
 pytestmark = pytest.mark.slow
 

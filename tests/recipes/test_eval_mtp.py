@@ -17,7 +17,7 @@ from torchtune.models.llama2 import llama2_tokenizer
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.sandbox.jobs import SandboxError
 from wmtp_modules.sandbox.pool import Sandbox
 

@@ -21,7 +21,7 @@ from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.data import rows_dataset
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.run.plan import cpp_compiler
 from wmtp_modules.run.stopping import Stopped, StopRequests
 

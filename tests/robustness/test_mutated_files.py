@@ -25,7 +25,7 @@ from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
 from wmtp_modules.evaluation.tasks import load_tasks
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.run.metric_logging import JSONLLogger
 from wmtp_modules.scoring.score_table import ScoreTable, compute_scores
 

@@ -143,7 +143,7 @@ def test_the_first_module_that_gives_no_number():
 def test_rows_whose_losses_are_no_numbers(gloo_group, tiny_model_args):
     """A token that only one document holds, with an embedding that is no number."""
     from wmtp_modules.models import mtp_llama2
-    from wmtp_modules.parallel.process_group import init_weights_
+    from wmtp_modules.parallel.sharding import init_weights_
 
     model = mtp_llama2(**tiny_model_args)
     init_weights_(model, 0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.process_group import init_weights_
+from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.run.figures import TrainingError, epoch_dataloader, heldout_losses
 
 

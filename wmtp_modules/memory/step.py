@@ -34,7 +34,7 @@ from wmtp_modules.loss.value_loss import regression_loss, response_mask
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.process_group import cast_parameters_, shard_model
+from wmtp_modules.parallel.sharding import cast_parameters_, shard_model
 from wmtp_modules.scoring.reference import align_reference, reference_losses
 from wmtp_modules.weighting.advantage import CriticWeighting
 from wmtp_modules.weighting.token_weighting import TokenWeighting

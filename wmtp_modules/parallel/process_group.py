@@ -1,6 +1,9 @@
-"""Process group and FSDP2 sharding of the multi-token-prediction model."""
+"""Joins the process group; sums, shares and waits over its ranks; ends with its launcher."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,15 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-from wmtp_modules.models.mtp_transformer import MTPTransformer
-from wmtp_modules.run.stopping import Stopped, die_with_parent
 
 # The process group's own time-outs name no rank, so the watchdog has this many seconds to speak.
 WATCHDOG_FIRST_S = 60.0
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def check_environment() -> None:
@@ -90,36 +89,19 @@ def init_process_group(
     return device, init_device_mesh(device_type, (dist.get_world_size(),))
 
 
-def shard_model(
-    model: MTPTransformer, mesh: DeviceMesh, *, compute_dtype: torch.dtype
-) -> MTPTransformer:
-    """Shard each trunk block, each head, the output and the embedding as one FSDP2 unit each.
+def die_with_parent() -> None:
+    """Have this process sent SIGTERM when the one that started it ends, whatever ended it.
 
-    A value head, if there is one, is another unit, which stays fp32.
-
-    The heads and the output come last in the forward and first in the backward, so they stay
-    gathered between the two; only trunk blocks are gathered twice. A step without accumulation
-    takes units + trunk blocks all-gathers and one reduce-scatter per unit.
-
-    Gradients are reduced in fp32. Inputs are not cast: the embedding makes activations in
-    ``compute_dtype`` already, and a cast would round fp32 token weights to bf16.
-
-    Args:
-        model: the model, on its device or on meta.
-        mesh: one-dimensional data-parallel mesh.
-        compute_dtype: dtype of the gathered parameters; the sharded ones keep theirs.
+    A launcher that is killed with -9 passes nothing on to its workers. Linux only; elsewhere
+    nothing happens. A parent that had ended before is not noticed: then joining the process group
+    fails, as its store was the launcher's.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    if model.value_head is not None:  # before the root: gradients of what comes later are lost
-        exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(model.value_head, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
-    for unit in (*model.heads, model.output, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    return model
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it ended meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def all_reduce_sum(*values: torch.Tensor) -> list[torch.Tensor]:
@@ -128,22 +110,6 @@ def all_reduce_sum(*values: torch.Tensor) -> list[torch.Tensor]:
     dist.all_reduce(flat)
     parts = flat.split([value.numel() for value in values])
     return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
-
-
-def init_weights_(model: nn.Module, seed: int) -> None:
-    """Fill a model that starts from nothing: normal(0, 0.02), norms 1, equal on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".scale"):
-            nn.init.ones_(parameter)
-        else:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
-
-
-def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Change the dtype of parameters only: ``model.to`` would round the RoPE tables as well."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 @cache
@@ -174,9 +140,7 @@ def rank_zero_first() -> Iterator[None]:
         patient_barrier()
     try:
         yield
-    except Stopped:
-        raise  # the others stop as well, and may have left
-    except BaseException:
+    except (Exception, SystemExit):  # not when asked to stop: the others stop as well, or have left
         if dist.get_rank() == 0:
             patient_barrier()
         raise

@@ -20,9 +20,9 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 from torchtune.utils import get_logger
 
+from wmtp_modules.parallel.process_group import die_with_parent
 from wmtp_modules.quickstarts.stdlib import assets_folder, train_tokenizer
 from wmtp_modules.run.plan import is_done, required_runs
-from wmtp_modules.run.stopping import die_with_parent
 
 log = get_logger("INFO")
 

@@ -11,7 +11,6 @@ before.
 """
 
 import atexit
-import ctypes
 import json
 import os
 import select
@@ -41,7 +40,6 @@ DEBOUNCE_S = 2.0
 # main thread leaves the C code it may be in, such as a barrier; after this long it is left alone.
 PATIENCE_S = 10.0
 LAST_WAIT_S = 60.0  # for the ranks that are still saving
-PR_SET_PDEATHSIG = 1  # prctl(2)
 AGREEMENT_TIMEOUT = timedelta(days=2)  # the watchdog speaks much earlier
 
 
@@ -281,21 +279,6 @@ def exit_code(stops: StopRequests) -> Iterator[None]:
 def _rank() -> int:
     """Also before there is a process group."""
     return int(os.environ.get("RANK", 0))
-
-
-def die_with_parent() -> None:
-    """Have this process sent SIGTERM when the one that started it ends, whatever ended it.
-
-    A launcher that is killed with -9 passes nothing on to its workers. Linux only; elsewhere
-    nothing happens. A parent that had ended before is not noticed: then joining the process group
-    fails, as its store was the launcher's.
-    """
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it ended meanwhile
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 # -------------------------------------------------------------------- exit.json
