@@ -95,6 +95,7 @@ from wmtp_modules.critic.values import (
     row_values,
     sums_of_rows,
 )
+from wmtp_modules.data.loader import epoch_dataloader, heldout_batches, to_device
 from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.files import new_file
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
@@ -127,13 +128,10 @@ from wmtp_modules.run.bad_steps import (
 )
 from wmtp_modules.run.figures import (
     TrainingError,
-    epoch_dataloader,
-    heldout_batches,
     heldout_losses,
     noise_sums,
     peak_memory_gib,
     step_metrics,
-    to_device,
 )
 from wmtp_modules.run.metric_logging import JSONLLogger
 from wmtp_modules.run.plan import (

@@ -45,6 +45,7 @@ from wmtp_modules.config.check import (
     Optional,
     check_config,
 )
+from wmtp_modules.data.loader import epoch_dataloader, heldout_batches, to_device
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
@@ -71,13 +72,10 @@ from wmtp_modules.run.bad_steps import (
 )
 from wmtp_modules.run.figures import (
     TrainingError,
-    epoch_dataloader,
-    heldout_batches,
     heldout_losses,
     noise_sums,
     peak_memory_gib,
     step_metrics,
-    to_device,
 )
 from wmtp_modules.run.metric_logging import JSONLLogger
 from wmtp_modules.run.plan import (

@@ -352,6 +352,6 @@ def _fingerprint(**parts: object) -> str:
     digest.update(f"{sentencepiece.__version__} {datasets.__version__}".encode())
     folder = Path(__file__).parent
     for path in sorted([*folder.glob("*.py"), contamination.HASHES]):
-        if path.name != "packing.py":
+        if path.name not in ("packing.py", "loader.py"):  # they come after the rows
             digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

@@ -1,0 +1,71 @@
+"""Ranks share the packs of an epoch in order, and another number of them goes on from there."""
+
+import pytest
+import torch
+
+from wmtp_modules.data.loader import epoch_dataloader
+
+
+class Packs:
+    """As many packs as asked for, each its own number."""
+
+    max_seq_len = 8
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return {"tokens": torch.tensor([index]), "seq_lens": torch.tensor([1])}
+
+
+def joint_batches(loaders):
+    """The packs of every joint micro-batch, in the order in which one process would see them."""
+    for batches in zip(*loaders, strict=True):
+        ranks = [batch["tokens"].flatten().tolist() for batch in batches]
+        yield [pack for packs in zip(*ranks, strict=True) for pack in packs]
+
+
+def loaders(n, batch_size, world, packs_per_step, state=None):
+    made = [epoch_dataloader(Packs(n), batch_size, r, world, packs_per_step) for r in range(world)]
+    for loader in made:
+        if state is not None:
+            loader.load_state_dict(state)
+    return made
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(6, 1), (3, 2), (2, 3), (1, 6)])
+def test_ranks_share_the_packs_in_order(batch_size, world):
+    batches = list(joint_batches(loaders(20, batch_size, world, 6)))
+    assert batches == [list(range(start, start + 6)) for start in (0, 6, 12)]
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(6, 1), (3, 2), (1, 6), (2, 1), (1, 2), (1, 1)])
+def test_another_number_of_ranks_goes_on_at_the_same_pack(batch_size, world):
+    """Saved after two of the joint micro-batches of 2 ranks x 3; a step has 6 packs."""
+    made = loaders(23, 3, 2, 6)
+    for loader in made:
+        iterator = iter(loader)
+        next(iterator), next(iterator)
+    states = [loader.state_dict() for loader in made]
+    for state in states:  # that of any rank will do
+        resumed = joint_batches(loaders(23, batch_size, world, 6, state))
+        assert [pack for batch in resumed for pack in batch] == [12, 13, 14, 15, 16, 17]
+
+
+def test_an_epoch_of_less_than_a_step_has_whole_joint_micro_batches():
+    assert list(joint_batches(loaders(7, 1, 2, 16))) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_state_at_the_end_of_an_epoch():
+    (loader,) = loaders(6, 3, 1, 6)
+    assert len(list(loader)) == 2
+    (resumed,) = loaders(6, 3, 1, 6, loader.state_dict())
+    assert list(resumed) == []
+
+
+def test_fewer_packs_than_a_joint_micro_batch():
+    with pytest.raises(ValueError, match="packs into 3 rows of 8 tokens, fewer than one joint"):
+        loaders(3, 2, 2, 4)
