@@ -1,6 +1,8 @@
 """A critic's folder: its value head, the record that marks it complete, and unfinished training."""
 
+import hashlib
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -8,8 +10,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from wmtp_modules.critic.figures import shortcomings
+from wmtp_modules.critic.pairs import fingerprint_responses
+from wmtp_modules.critic.rewards import Responses
 from wmtp_modules.files import new_file
 from wmtp_modules.models.value_head import ValueHead
+from wmtp_modules.run.figures import TrainingError
+from wmtp_modules.scoring.score_table import fingerprint_checkpoint, fingerprint_tokenizer
 
 HEAD_FILE, RECORD_FILE = "value_head.safetensors", "critic.json"
 
@@ -61,8 +68,20 @@ class TrainingState:
 
     def evaluated(
         self, heldout_loss: float, head: ValueHead, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Record an evaluation; rank 0 writes the state. Equal on all ranks."""
+    ) -> float:
+        """Record an evaluation, equal on all ranks; rank 0 writes the state.
+
+        Returns:
+            The held-out loss.
+
+        Raises:
+            TrainingError: if it is not finite.
+        """
+        if not math.isfinite(heldout_loss):
+            raise TrainingError(
+                f"the critic's held-out loss after step {self.step} is {heldout_loss}: lower "
+                "critic.optimizer.lr"
+            )
         if heldout_loss < min(self.heldout_losses, default=float("inf")):
             self.evaluations_since_best = 0
             self.best_head = {key: value.clone() for key, value in head.state_dict().items()}
@@ -82,6 +101,7 @@ class TrainingState:
             }
             with new_file(self._path) as unfinished, unfinished.open("wb") as file:
                 torch.save(state, file)
+        return heldout_loss
 
 
 def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
@@ -147,6 +167,65 @@ def check_critic(folder: Path, fingerprint: dict, settings: dict | None = None) 
         raise ValueError(
             f"the critic in {folder} was made from something else ({'; '.join(differences)}): "
             "delete that folder to train again, or name another critic.checkpoint_dir"
+        )
+    return record
+
+
+def critic_fingerprint(
+    train: Responses,
+    heldout: Responses,
+    *,
+    rows_made_from: list[str],
+    checkpoint_dir: str | Path,
+    tokenizer_path: str | Path,
+    objective: str,
+    dtype: str,
+) -> dict:
+    """What a critic is made from: another trunk, data set or reward makes another critic.
+
+    Reads every byte of the trunk: with several ranks compute it on rank 0 and share it.
+
+    Args:
+        train: responses to train on.
+        heldout: responses to judge on.
+        rows_made_from: ``fingerprint_rows`` of both.
+        checkpoint_dir: folder of the trunk.
+        tokenizer_path: SentencePiece model of the rows.
+        objective: ``regression`` or ``pairwise``.
+        dtype: that the trunk runs in, by name.
+    """
+    rewards = [[*map(float, responses.rewards)] for responses in (train, heldout)]
+    return {
+        "trunk": fingerprint_checkpoint(checkpoint_dir),
+        "tokenizer": fingerprint_tokenizer(tokenizer_path),
+        "dataset": rows_made_from[0],
+        "dataset_val": rows_made_from[1],
+        "responses": fingerprint_responses(train.rows),
+        "responses_val": fingerprint_responses(heldout.rows),
+        "rewards": hashlib.sha256(json.dumps(rewards).encode()).hexdigest(),
+        "objective": objective,
+        "dtype": dtype,
+    }
+
+
+def useful_critic(folder: Path, fingerprint: dict, *, objective: str, allow_any: bool) -> dict:
+    """The record of the critic in a folder, which is this run's and knows something.
+
+    Args:
+        folder: of the critic.
+        fingerprint: what this run expects it to be made from.
+        objective: ``regression`` or ``pairwise``.
+        allow_any: accept one that is no better than knowing nothing.
+
+    Raises:
+        ValueError: as ``check_critic``, and if it has ``shortcomings``.
+    """
+    record = check_critic(folder, fingerprint)
+    found = shortcomings(record["report"], objective)
+    if found and not allow_any:
+        raise ValueError(
+            f"the critic in {folder} knows nothing of use: {'; and '.join(found)}. Give it "
+            "more data or steps, or set allow_uninformative_critic: true"
         )
     return record
 

@@ -6,6 +6,8 @@ import json
 import numpy as np
 from datasets import Dataset
 
+from wmtp_modules.critic.rewards import Responses
+
 LENGTH_BIN = 1.25  # responses of a pair differ in length by less than a quarter
 
 
@@ -59,6 +61,39 @@ def fingerprint_responses(rows: Dataset) -> str:
     """Hash of what the tokens do not show: how long each response is, and to which problem."""
     content = [response_lengths(rows).tolist(), problem_ids(rows)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def training_items(
+    train: Responses, heldout: Responses, *, objective: str, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a critic is trained on, and the held-out pairs that judge it.
+
+    Args:
+        train: responses to train on.
+        heldout: responses to judge on.
+        objective: ``regression`` or ``pairwise``.
+        seed: of the pairs.
+
+    Returns:
+        int64 [n, 1], rows with a response, or [n, 2], pairs of rows; and held-out pairs [P, 2].
+
+    Raises:
+        ValueError: if the objective needs pairs and there are none.
+    """
+    found = {}
+    for name, responses in (("dataset", train), ("dataset_val", heldout)):
+        lengths, problems = response_lengths(responses.rows), problem_ids(responses.rows)
+        found[name] = make_pairs(lengths, responses.rewards, problems, seed=seed)
+        if objective == "pairwise" and not len(found[name]):
+            raise ValueError(
+                f"{name} has no two responses to one problem of like length and unlike reward: "
+                "the pairwise objective needs good and bad responses with a problem_id; with "
+                "critic.objective: regression a reward is enough"
+            )
+    items = found["dataset"]
+    if objective == "regression":
+        items = np.flatnonzero(response_lengths(train.rows))[:, None]
+    return items, found["dataset_val"]
 
 
 def joint_batch(n_items: int, size: int, step: int, seed: int) -> np.ndarray:

@@ -15,10 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 
 from wmtp_modules.json_fault import json_fault
+from wmtp_modules.parallel.sharding import DTYPES
+from wmtp_modules.run.watchdog import Watchdog
 from wmtp_modules.scoring.score_table import (
+    ScoreTable,
+    compute_scores,
     fingerprint_checkpoint,
     fingerprint_rows,
     fingerprint_tokenizer,
@@ -219,6 +224,116 @@ class RewardStatistics:
     def standardise(self, rewards_N: np.ndarray) -> np.ndarray:
         """(R - mean) / std, fp64 [N]."""
         return (np.asarray(rewards_N, np.float64) - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Rows of a data set and what each was rewarded with.
+
+    Attributes:
+        rows: N tokenised rows.
+        rewards: standardised, fp64 [N]; None where a config has no rewards.
+    """
+
+    rows: Dataset
+    rewards: np.ndarray | None = None
+
+    def above(self, threshold: float | None) -> np.ndarray:
+        """Indices of the rows with a reward above a threshold; of all rows for None."""
+        if threshold is None or self.rewards is None:
+            return np.arange(len(self.rows))
+        return np.flatnonzero(self.rewards > threshold)
+
+
+class RewardTables:
+    """Rewards of data sets, computed once and kept in tables.
+
+    Args:
+        source: "reward_model", "column" or "labels".
+        table_dir: folder of the tables, one for each split.
+        tokenizer_path: SentencePiece model of the rows.
+        max_seq_len: of the rows.
+        batch_tokens: tokens that are scored at a time, padding included.
+        checkpoint_dir: folder of the reward model; the other sources have none.
+        dtype: that the reward model runs in, by name.
+        device: of this rank.
+        watchdog: of the run; a reward model takes long to load and to hash.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        table_dir: str | Path,
+        tokenizer_path: str | Path,
+        max_seq_len: int,
+        batch_tokens: int,
+        checkpoint_dir: str | Path | None,
+        dtype: str,
+        device: torch.device,
+        watchdog: Watchdog,
+    ) -> None:
+        self._source = source
+        self._table_dir = Path(table_dir)
+        self._rows = {"tokenizer_path": tokenizer_path, "max_seq_len": max_seq_len}
+        self._batch_tokens = batch_tokens
+        self._checkpoint_dir, self._dtype, self._device = checkpoint_dir, dtype, device
+        self._watchdog = watchdog
+        self._model: RewardModel | None = None  # loaded when the first response has to be scored
+
+    def of(self, rows: Dataset, split: str, *, score: bool) -> np.ndarray:
+        """Rewards of the rows, fp64 [N], equal on all ranks; a collective.
+
+        Args:
+            rows: as ``reward_fingerprint`` takes them.
+            split: names the table.
+            score: complete the table first; else it has to be there.
+
+        Raises:
+            ValueError: if the rows lack what the source reads, or the table is of something else.
+        """
+        folder = self._table_dir / split
+        fingerprint = self._watchdog.on_rank_zero(
+            lambda: reward_fingerprint(
+                rows,
+                self._source,
+                checkpoint_dir=self._checkpoint_dir,
+                dtype=self._dtype,
+                **self._rows,
+            )
+        )
+        if score:
+            if self._source != "reward_model":
+                reward_rows(rows, self._source)  # all of them are sound
+            with self._watchdog:
+                compute_scores(
+                    folder,
+                    fingerprint,
+                    rows,
+                    self._score,
+                    inputs=self._inputs,
+                    batch_tokens=self._batch_tokens,
+                    rank=dist.get_rank(),
+                    world=dist.get_world_size(),
+                    desc=f"rewards ({split})",
+                    beat=self._watchdog.beat,
+                )
+        return ScoreTable.open(folder, fingerprint, rows).per_row().astype(np.float64)
+
+    def _inputs(self, part: Dataset) -> list:
+        if self._source == "reward_model":
+            return list(zip(part["prompt"], part["response"], strict=True))
+        return list(part["reward"])
+
+    def _score(self, batch: list) -> list[np.ndarray]:
+        if self._source == "reward_model":
+            if self._model is None:
+                with self._watchdog.paused():
+                    self._model = RewardModel(
+                        self._checkpoint_dir, device=self._device, dtype=DTYPES[self._dtype]
+                    )
+            batch = self._model.score(batch)
+        return [np.array([reward], np.float32) for reward in batch]
 
 
 def reward_rows(rows: Dataset, source: str) -> np.ndarray:

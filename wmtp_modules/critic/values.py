@@ -3,18 +3,26 @@
 Shapes: N rows of a data set, B rows of a batch, T positions. V[t] is the value after token t.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset
+from torch.utils.data import Subset
+from tqdm import tqdm
 
 from wmtp_modules.critic.figures import near_marks
-from wmtp_modules.data.packing import pad_rows
+from wmtp_modules.critic.rewards import Responses
+from wmtp_modules.data.packing import PackedDataset, collate, pad_rows
 from wmtp_modules.loss.value_loss import response_mask, value_sums
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.weighting.advantage import advantages
+from wmtp_modules.parallel.process_group import all_reduce_sum
+from wmtp_modules.run.watchdog import Watchdog
+from wmtp_modules.scoring.score_table import ScoreTable, compute_scores, fingerprint_tokenizer
+from wmtp_modules.weighting.advantage import advantages, check_one_response
 
 
 @torch.no_grad()
@@ -147,3 +155,128 @@ def near_marks_of_rows(
         batch, delta_BT = row_advantages(model, head, rows, indices, rewards_N, lam=0.0)
         found += near_marks(delta_BT, batch["y"], batch["noise"])
     return found
+
+
+def values_fingerprint(critic: dict, head_file: Path, *, max_seq_len: int) -> dict:
+    """What a table of values depends on, as ``compute_scores`` asks for it.
+
+    Args:
+        critic: of ``critic_fingerprint``.
+        head_file: weights of the value head.
+        max_seq_len: of the rows.
+    """
+    return {
+        "checkpoint": critic["trunk"],
+        "critic": fingerprint_tokenizer(head_file),
+        "tokenizer": critic["tokenizer"],
+        "dataset": critic["dataset"],
+        "max_seq_len": max_seq_len,
+        "kind": "values",
+        "n_heads": 1,
+        "dtype": critic["dtype"],
+    }
+
+
+def compute_values(
+    trunk: Callable[[], MTPTransformer],
+    head: ValueHead,
+    rows: Dataset,
+    *,
+    table_dir: str | Path,
+    fingerprint: dict,
+    batch_tokens: int,
+    watchdog: Watchdog,
+) -> None:
+    """V after every token of some rows, kept in a table; the ranks share the rows.
+
+    Args:
+        trunk: gives the critic's trunk, whole on this rank, where a row is missing.
+        head: the value head.
+        rows: tokenised rows.
+        table_dir: folder of the table.
+        fingerprint: from ``values_fingerprint``.
+        batch_tokens: tokens at a time, padding included.
+        watchdog: of the run.
+
+    Raises:
+        ValueError: if the folder holds a table of something else, or a value is not finite.
+    """
+    with watchdog:
+        compute_scores(
+            table_dir,
+            fingerprint,
+            rows,
+            lambda batch: row_values(trunk(), head, batch),
+            batch_tokens=batch_tokens,
+            rank=dist.get_rank(),
+            world=dist.get_world_size(),
+            desc="values",
+            beat=watchdog.beat,
+        )
+
+
+def valued_packs(
+    responses: Responses,
+    chosen: np.ndarray,
+    *,
+    table_dir: str | Path,
+    fingerprint: dict,
+    max_seq_len: int,
+    seed: int,
+) -> PackedDataset:
+    """Packs of some responses with values and rewards beside the tokens.
+
+    Args:
+        responses: all that the table has values of.
+        chosen: rows to pack.
+        table_dir: folder of the table of values.
+        fingerprint: from ``values_fingerprint``.
+        max_seq_len: tokens of a pack.
+        seed: of the packs' order.
+
+    Raises:
+        ValueError: if the table is missing, incomplete or of something else.
+    """
+    table = ScoreTable.open(table_dir, fingerprint, responses.rows)
+    return PackedDataset(
+        responses.rows.select(chosen),
+        max_seq_len=max_seq_len,
+        seed=seed,
+        scores={"values": Subset(table, chosen.tolist())},
+        rewards=responses.rewards[chosen],
+    )
+
+
+def batch_advantages(batch: dict[str, torch.Tensor], lam: float) -> torch.Tensor:
+    """Advantages of a micro-batch of ``valued_packs``, fp64 [B, T]; see ``advantages``."""
+    return advantages(batch["values"], batch["reward"], batch["keep"], batch["doc"], lam=lam)
+
+
+def advantage_statistics(
+    packs: PackedDataset, chosen: np.ndarray, lam: float, device: torch.device
+) -> tuple[float, float]:
+    """Mean and standard deviation of the advantage over all response tokens; a collective.
+
+    Args:
+        packs: from ``valued_packs``; the ranks share the work.
+        chosen: rows of the data set that the packs are of.
+        lam: see ``advantages``.
+        device: of this rank.
+
+    Raises:
+        ValueError: if the response of a row is not one contiguous run of tokens; names the row.
+    """
+    row_of = torch.from_numpy(np.append(chosen, -1))  # padding's row is -1
+    sums = torch.zeros(3, dtype=torch.float64)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for index in tqdm(
+        range(rank, len(packs), world), desc="advantages", disable=rank != 0, mininterval=5
+    ):
+        pack = collate([packs[index]])
+        check_one_response(pack["keep"], pack["doc"], row_of[pack["row"]])
+        a_BT = batch_advantages(pack, lam)
+        y_BT = response_mask(pack["keep"], pack["doc"])
+        sums += torch.stack([y_BT.sum(), a_BT[y_BT].sum(), a_BT[y_BT].square().sum()])
+    (sums,) = all_reduce_sum(sums.to(device))
+    n, total, square = sums.tolist()
+    return total / n, max(square / n - (total / n) ** 2, 0.0) ** 0.5

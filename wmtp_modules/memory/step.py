@@ -1,47 +1,49 @@
-"""Peak memory of one rank's training step, found by taking the step with tensors without contents.
+"""Peak memory of one rank's training step, found by a step of the recipe without any numbers.
 
-The model, its sharding, the loss, the weighting and the optimizer are those of the recipes. They
-run under ``FakeTensorMode`` with a fake process group, and torch's memory tracker adds up what is
-alive after each operation. No GPU, checkpoint or data is needed, and almost no memory.
+The recipe's own ``setup_model`` and ``train`` run, those of a copied and edited recipe too, with
+tensors that have a shape and no contents (``FakeTensorMode``) and a process group that moves
+nothing; torch's memory tracker adds up what is alive after each operation. No GPU, checkpoint or
+data is needed, and almost no memory.
 
-What is not in it: a GPU's context, libraries and fragmentation, compiled blocks (counted as eager,
+Not included: a GPU's context, libraries and fragmentation, compiled blocks (counted as eager,
 which needs more), validation, and the copies that saving makes.
 
-Shapes: B packed rows of a rank's micro-batch, T positions, K heads.
+Shapes: B packed rows of a rank's micro-batch, T positions.
 """
 
 import contextlib
+import importlib.util
+import inspect
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torchtune import config, training
-from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune import config
 
 import wmtp_modules.loss.linear_cross_entropy as loss_module
 from wmtp_modules.checkpoints.read import model_args_from_folder
-from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
-from wmtp_modules.loss.value_loss import regression_loss, response_mask
-from wmtp_modules.models import mtp_llama2
+from wmtp_modules.critic.judge import BATCH_ROWS
+from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.sharding import cast_parameters_, shard_model
-from wmtp_modules.scoring.reference import align_reference, reference_losses
-from wmtp_modules.weighting.advantage import CriticWeighting
-from wmtp_modules.weighting.token_weighting import TokenWeighting
+from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_
+from wmtp_modules.run.figures import Sums
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CPU = torch.device("cpu")  # where tensors without contents say they are
-CRITIC_HELDOUT_BATCH = 32  # HELDOUT_BATCH of the critic's recipe
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 # What the trackers call things, put together to what a user can do something about.
 PARTS = {
@@ -105,26 +107,169 @@ class _WholeTracker(_Peak, MemTracker):
     pass
 
 
-def estimate_step(cfg: DictConfig, ranks: int) -> Estimate:
+def load_recipe(path: str | Path) -> ModuleType:
+    """The module of a training recipe, ours or a copy of one.
+
+    Raises:
+        ValueError: if the file is not there, fails, or has no class that trains as ours do.
+    """
+    path = Path(path)
+    name = f"recipe_of_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or not path.is_file():
+        raise ValueError(f"{path} is not a recipe: name a Python file such as recipes/mine.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickles look
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # any code runs at import
+        raise ValueError(f"the recipe {path} cannot be imported: {error!r}") from error
+    _recipe_class(module)
+    return module
+
+
+def recipe_of(cfg: DictConfig) -> Path:
+    """The recipe of this repository that a config is for."""
+    name = "critic_wmtp_distributed.py" if "stages" in cfg else "rho1_wmtp_distributed.py"
+    return RECIPES / name
+
+
+def _recipe_class(module: ModuleType) -> type:
+    for _, found in inspect.getmembers(module, inspect.isclass):
+        parts = ("setup_model", "_loss_step", "train")
+        if found.__module__ == module.__name__ and all(hasattr(found, part) for part in parts):
+            return found
+    raise ValueError(
+        f"{module.__file__} has no class with setup_model, _loss_step and train, which the "
+        "estimate runs: keep these names in a copied recipe"
+    )
+
+
+def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     """Peak memory of one rank in a step after the first, when the optimizer has its state.
 
     Args:
-        cfg: config of a recipe that trains; it has ``stages`` if it is the critic's, whose policy
-            stage this is about.
+        cfg: config of the recipe; of the critic's it is the policy stage that is estimated.
         ranks: size of the process group.
+        recipe: from ``load_recipe``.
 
     Raises:
         ValueError: if an online reference's folder is not there: its size is read from it.
     """
-    reference_args = _online_reference_args(cfg)  # before the fake mode: it reads files
+    reference_args = _online_reference_args(cfg, recipe)  # before the fake mode: it reads files
     _make_tables(cfg)
-    chunk = loss_module.CHUNK_LOGITS_CUDA if cfg.device == "cuda" else loss_module.CHUNK_LOGITS_CPU
+    on_gpu, B, T = cfg.device == "cuda", cfg.batch_size, cfg.tokenizer.max_seq_len
+    chunk = loss_module.CHUNK_LOGITS_CUDA if on_gpu else loss_module.CHUNK_LOGITS_CPU
+    two_steps = {"checkpointer": None, "compile": False, "max_steps": 2, "num_warmup_steps": 0}
+    cfg = OmegaConf.merge(cfg, two_steps)
+
+    def make_mask(seq_lens: object) -> torch.Tensor | None:
+        # Dense on a CPU. On a GPU flex attention has blocks that take next to nothing.
+        return None if on_gpu else torch.ones(B, T, T, dtype=torch.bool)
+
     with (
         _fake_world(ranks) as mesh,
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(loss_module, "CHUNK_LOGITS_CPU", chunk),
+        mock.patch.object(recipe, "Watchdog", mock.MagicMock(), create=True),
+        mock.patch.object(recipe, "packed_block_causal_mask", make_mask, create=True),
     ):
-        return _Step(cfg, mesh, reference_args).estimate()
+        one = _recipe_class(recipe)(cfg, CPU, mesh, None)
+        one.setup_model()
+        if on_gpu:  # what torch.optim would choose there; on a CPU it goes through one by one
+            for group in one._optimizer.param_groups:
+                if group.get("foreach", False) is None and not group.get("fused"):
+                    group["foreach"] = True
+        if reference_args:
+            one._reference_model = _make_reference(reference_args, DTYPES[cfg.dtype])
+        rehearsal = Rehearsal(cfg, one)
+        one._run, one._loss_step = rehearsal, rehearsal.loss_step
+        one.train()
+        return rehearsal.tracker.estimate()
+
+
+class Rehearsal:
+    """Stands in for ``Run`` under a recipe's ``train``: two steps, the second of them tracked.
+
+    The first gives the optimizer its state, and DTensor works out once, with tensors of its own,
+    what it then remembers: neither is to count.
+
+    Args:
+        cfg: of the recipe.
+        recipe: after ``setup_model``.
+    """
+
+    def __init__(self, cfg: DictConfig, recipe: Any) -> None:
+        self._cfg = cfg
+        self._model: MTPTransformer = recipe._model
+        self._optimizer: torch.optim.Optimizer = recipe._optimizer
+        self._loss_step: Callable[[dict], tuple] = recipe._loss_step
+        self._batch = _make_batch(cfg)
+        self._reference = getattr(recipe, "_reference_model", None)
+        self.world = dist.get_world_size()
+        self.step = self.micro_step = 0
+        # What the two recipes keep.
+        self.kept = {"noise_sums": torch.zeros(4, dtype=torch.float64), "statistics": (0.0, 1.0)}
+        is_sharded = cfg.fp32_master_weights
+        self.tracker: _ShardedTracker | _WholeTracker = (
+            _ShardedTracker(self._model, self._optimizer) if is_sharded else _WholeTracker()
+        )
+
+    def start_steps(self) -> None: ...
+
+    def finish_steps(self) -> None: ...
+
+    def micro_batches(self) -> Iterator[dict]:
+        """The last micro-batch of a step; it meets the gradients of those before."""
+        if self.step == 1:
+            if self._cfg.gradient_accumulation_steps > 1:
+                for parameter in self._model.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+            self._start_tracking()
+        self.tracker.where = "forward"
+        yield self._batch
+
+    def _start_tracking(self) -> None:
+        kept = [value for value in self._batch.values() if torch.is_tensor(value)]
+        if self._reference is not None:
+            kept += [*self._reference.parameters(), *self._reference.buffers()]
+        if isinstance(self.tracker, _ShardedTracker):
+            self.tracker.track_inputs(tuple(kept))
+        else:
+            self.tracker.track_external(self._model, self._optimizer, *kept)
+        self.tracker.__enter__()
+
+    def loss_step(self, batch: dict) -> tuple:
+        """The recipe's own; what follows it is the backward."""
+        result = self._loss_step(batch)
+        self.tracker.where = "backward"
+        return result
+
+    def new_sums(self) -> Sums:
+        return _TellingSums(self.tracker)
+
+    def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
+        # torchao compiles its step, one kernel for each parameter and no tensors between; taken
+        # eagerly it would seem to need many. So only the step that makes the state is taken.
+        is_compiled = type(self._optimizer).__module__.startswith("torchao.")
+        return self.step == 0 or not is_compiled
+
+    def end_step(self, *_: Any) -> None:
+        if self.step == 1:
+            self.tracker.__exit__(None, None, None)
+        self.step += 1
+
+
+class _TellingSums(Sums):
+    """Tells the tracker that what follows the reduction is the update."""
+
+    def __init__(self, tracker: "_ShardedTracker | _WholeTracker") -> None:
+        super().__init__()
+        self._tracker = tracker
+
+    def all_reduced(self) -> Sums:
+        self._tracker.where = "optimizer"
+        return self
 
 
 def estimate_trunk(cfg: DictConfig) -> Estimate:
@@ -137,7 +282,7 @@ def estimate_trunk(cfg: DictConfig) -> Estimate:
         cfg: config of the critic's recipe with its block ``critic``.
     """
     pairs = 2 if cfg.critic.objective == "pairwise" else 1
-    rows = max(CRITIC_HELDOUT_BATCH, pairs * cfg.critic.batch_size)
+    rows = max(BATCH_ROWS, pairs * cfg.critic.batch_size)
     tokens_BT = torch.zeros(rows, cfg.tokenizer.max_seq_len, dtype=torch.int64)
     with _fake_world(1), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = config.instantiate(cfg.model).eval()
@@ -171,152 +316,25 @@ def _fake_world(ranks: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-def make_weighting(cfg: DictConfig) -> TokenWeighting:
-    kind = CriticWeighting if "stages" in cfg else TokenWeighting
-    return kind(**{"seed": cfg.seed, **cfg.weighting})
-
-
-def _online_reference_args(cfg: DictConfig) -> dict | None:
+def _online_reference_args(cfg: DictConfig, recipe: ModuleType) -> dict | None:
     reference = cfg.get("reference")
-    if not reference or reference.mode != "online" or not make_weighting(cfg).needs_scores:
+    if not reference or reference.mode != "online" or not recipe.make_weighting(cfg).needs_scores:
         return None
     folder = reference.checkpointer.checkpoint_dir
     return model_args_from_folder(folder, max_seq_len=cfg.tokenizer.max_seq_len)
 
 
-class _Step:
-    """What ``setup`` and ``train`` of the recipes make, as far as it takes memory."""
+def _make_reference(args: dict, dtype: torch.dtype) -> MTPTransformer:
+    model = mtp_llama2(**args)
+    cast_parameters_(model, dtype)
+    return model.eval().requires_grad_(False)
 
-    def __init__(self, cfg: DictConfig, mesh: DeviceMesh, reference_args: dict | None) -> None:
-        self._cfg = cfg
-        self._dtype = DTYPES[cfg.dtype]
-        self._weighting = make_weighting(cfg)
-        self._model = self._make_model(mesh)
-        self._reference = self._make_reference(reference_args) if reference_args else None
-        self._optimizer = config.instantiate(cfg.optimizer, self._model.parameters())
-        # torchao compiles its step, one kernel for each parameter and no tensors between; taken
-        # eagerly it would seem to need many. So only the step that makes the state is taken.
-        self._optimizer_is_compiled = type(self._optimizer).__module__.startswith("torchao.")
-        if cfg.device == "cuda":
-            # What torch.optim would choose there; on a CPU it goes through one by one.
-            for group in self._optimizer.param_groups:
-                if group.get("foreach", False) is None and not group.get("fused"):
-                    group["foreach"] = True
-        self._batch = self._make_batch()
 
-    def _make_model(self, mesh: DeviceMesh) -> MTPTransformer:
-        cfg = self._cfg
-        model = config.instantiate(cfg.model)
-        cast_parameters_(model, torch.float32 if cfg.fp32_master_weights else self._dtype)
-        if cfg.get("auxiliary_value_coef"):
-            model.value_head = ValueHead(model.args["embed_dim"])
-        if cfg.enable_activation_checkpointing:
-            training.set_activation_checkpointing(
-                model, auto_wrap_policy={TransformerSelfAttentionLayer}
-            )
-        if cfg.fp32_master_weights:
-            shard_model(model, mesh, compute_dtype=self._dtype)
-        return model.train()
-
-    def _make_reference(self, args: dict) -> MTPTransformer:
-        model = mtp_llama2(**args)
-        cast_parameters_(model, self._dtype)
-        return model.eval().requires_grad_(False)
-
-    def _make_batch(self) -> dict[str, torch.Tensor]:
-        B, T = self._cfg.batch_size, self._cfg.tokenizer.max_seq_len
-        names = ("tokens", "doc", "input_pos", "row")
-        integers = {name: torch.zeros(B, T, dtype=torch.int64) for name in names}
-        marks = {name: torch.zeros(B, T, dtype=torch.bool) for name in ("keep", "noise")}
-        # One number per token: reference losses, or values, which come with rewards.
-        scores = {"scores": torch.zeros(B, T), "reward": torch.zeros(B, T)}
-        return integers | marks | scores
-
-    def estimate(self) -> Estimate:
-        # The first step gives the optimizer its state, and DTensor works out once, with tensors of
-        # its own, what it then remembers: neither is to count.
-        self._make_gradients()
-        self._update()
-        if self._cfg.gradient_accumulation_steps > 1:
-            self._make_gradients()  # the last micro-step meets the gradients of those before
-        tracker = self._start_tracker()
-        with tracker:
-            tracker.where = "forward"
-            loss = self._loss()
-            tracker.where = "backward"
-            loss.backward()
-            tracker.where = "optimizer"
-            self._update()
-        return tracker.estimate()
-
-    def _make_gradients(self) -> None:
-        for parameter in self._model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-
-    def _start_tracker(self) -> _ShardedTracker | _WholeTracker:
-        kept = list(self._batch.values())
-        if self._reference is not None:
-            kept += [*self._reference.parameters(), *self._reference.buffers()]
-        if self._cfg.fp32_master_weights:
-            tracker = _ShardedTracker(self._model, self._optimizer)
-            tracker.track_inputs(tuple(kept))
-        else:
-            tracker = _WholeTracker()
-            tracker.track_external(self._model, self._optimizer, *kept)
-        return tracker
-
-    def _loss(self) -> torch.Tensor:
-        batch, K = self._batch, self._model.n_future_tokens
-        labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
-        mask_BTK = labels_BTK != IGNORE_INDEX
-        alphas_K = head_alphas(K, self._weighting.decay)
-        inputs = {"mask": self._attention_mask(), "input_pos": batch["input_pos"]}
-        scores = self._scores(inputs)
-        with_values = bool(self._cfg.get("auxiliary_value_coef"))
-
-        if self._weighting.needs_losses:
-            out = self._forward(labels_BTK, with_values=with_values, **inputs)
-            losses_BTK = out[0]
-            weights_BTK, _ = self._weighting(losses_BTK, mask_BTK, batch["doc"], scores, step=0)
-            loss = (alphas_K * weights_BTK * losses_BTK).sum()
-        else:
-            weights_BTK, _ = self._weighting(None, mask_BTK, batch["doc"], scores, step=0)
-            weights_BTK = alphas_K * weights_BTK
-            out = self._forward(
-                labels_BTK, token_weights_BTK=weights_BTK, with_values=with_values, **inputs
-            )
-            loss = out[0]
-        if with_values:
-            y_BT = response_mask(batch["keep"], batch["doc"])
-            loss = loss + regression_loss(out[-1], batch["reward"], y_BT)
-        return loss
-
-    def _forward(self, labels_BTK: torch.Tensor, **inputs) -> tuple[torch.Tensor, ...]:
-        out = self._model(self._batch["tokens"], labels_BTK, **inputs)
-        return out if isinstance(out, tuple) else (out,)
-
-    def _attention_mask(self) -> torch.Tensor | None:
-        """Dense on a CPU. On a GPU flex attention has blocks that take next to nothing."""
-        if self._cfg.device == "cuda":
-            return None
-        B, T = self._batch["tokens"].shape
-        return torch.ones(B, T, T, dtype=torch.bool)
-
-    def _scores(self, inputs: dict) -> torch.Tensor | None:
-        if not self._weighting.needs_scores:
-            return None
-        if "stages" in self._cfg:
-            return self._batch["scores"]
-        reference = self._batch["scores"]
-        if self._reference is not None:
-            reference = reference_losses(
-                self._reference, self._batch["tokens"], self._batch["doc"], **inputs
-            )
-        return align_reference(reference, self._model.n_future_tokens)
-
-    def _update(self) -> None:
-        training.scale_grads(self._model, torch.ones(()))
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._cfg.clip_grad_norm)
-        if not self._optimizer_is_compiled or not self._optimizer.state:
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+def _make_batch(cfg: DictConfig) -> dict[str, Any]:
+    """What a loader of either recipe gives."""
+    B, T = cfg.batch_size, cfg.tokenizer.max_seq_len
+    names = ("tokens", "doc", "input_pos", "row")
+    integers = {name: torch.zeros(B, T, dtype=torch.int64) for name in names}
+    marks = {name: torch.zeros(B, T, dtype=torch.bool) for name in ("keep", "noise")}
+    numbers = {name: torch.zeros(B, T) for name in ("reference", "values", "reward")}
+    return integers | marks | numbers | {"seq_lens": None}

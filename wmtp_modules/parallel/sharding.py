@@ -7,13 +7,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # names in a config
+
 
 def shard_model(
     model: MTPTransformer, mesh: DeviceMesh, *, compute_dtype: torch.dtype
 ) -> MTPTransformer:
     """Shard each trunk block, each head, the output and the embedding as one FSDP2 unit each.
-
-    A value head, if there is one, is another unit, which stays fp32.
 
     The heads and the output come last in the forward and first in the backward, so they stay
     gathered between the two; only trunk blocks are gathered twice. A step without accumulation
@@ -32,9 +32,6 @@ def shard_model(
     )
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    if model.value_head is not None:  # before the root: gradients of what comes later are lost
-        exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(model.value_head, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
     for unit in (*model.heads, model.output, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model

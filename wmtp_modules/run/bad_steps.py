@@ -231,6 +231,24 @@ def bad_gradients(model: nn.Module) -> list[str]:
     return bad
 
 
+def look_again(model: nn.Module, batch: dict, loss_step: Callable[[dict], tuple]) -> dict:
+    """What in a micro-batch is not finite, forward and backward; collectives of the model.
+
+    Args:
+        model: ``mtp_llama2`` model; gradients are added to it.
+        batch: the micro-batch, on the device.
+        loss_step: of the recipe.
+
+    Returns:
+        A finding for ``print_replay``.
+    """
+    rows = {"rows": row_ids(batch["row"]), "bad_rows": bad_rows(model, batch)}
+    with first_bad_module(model) as modules:
+        loss, _, _ = loss_step(batch)
+    loss.backward()
+    return rows | {"modules": modules[:1], "gradients": bad_gradients(model)}
+
+
 def print_replay(step: int, findings: list[dict]) -> None:
     """What a replayed step shows, of all ranks on rank 0; a collective.
 

@@ -5,7 +5,9 @@ Shapes: B packed rows of a rank's micro-batch, T positions, K heads.
 
 import math
 import resource
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -98,6 +100,45 @@ def step_metrics(
     if in_data:
         metrics |= {"noise_in_data": in_data / targets, "noise_in_weight": on_noise / weight}
     return metrics
+
+
+class Sums(dict[str, torch.Tensor]):
+    """Figures of an optimizer step that are added up: over micro-batches, then over ranks."""
+
+    def __iadd__(self, other: Mapping[str, torch.Tensor]) -> "Sums":
+        for name, value in other.items():
+            self[name] = self[name] + value if name in self else value
+        return self
+
+    def all_reduced(self) -> "Sums":
+        """The sums over all ranks, in one collective; fp64."""
+        return Sums(zip(self, all_reduce_sum(*self.values()), strict=True))
+
+
+class Throughput:
+    """Tokens per second since the last reading, pauses left out."""
+
+    def __init__(self) -> None:
+        self._tokens: torch.Tensor | int = 0
+        self._started = time.perf_counter()
+
+    def add(self, tokens: torch.Tensor) -> None:
+        """Count tokens that are done, or under way on the device."""
+        self._tokens = self._tokens + tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block that does not count."""
+        started = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - started
+
+    def per_second(self) -> float:
+        """Read it and begin anew; waits for the device."""
+        tokens = float(self._tokens)  # waits, so before the clock is read
+        speed = tokens / (time.perf_counter() - self._started)
+        self._tokens, self._started = 0, time.perf_counter()
+        return speed
 
 
 def noise_sums(

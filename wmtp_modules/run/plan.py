@@ -1,68 +1,39 @@
 """The runs that one config asks for: required ones, controls, and the table of their figures."""
 
-import functools
 import json
-import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
+import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
+from torchtune import config
 
 from wmtp_modules.config.check import ConfigError
-from wmtp_modules.config.file import load_config, read_config
+from wmtp_modules.config.file import load_config
 from wmtp_modules.files import new_file
-from wmtp_modules.parallel.process_group import check_environment
+from wmtp_modules.parallel.process_group import patient_barrier
+from wmtp_modules.run.figures import TrainingError
+from wmtp_modules.run.out_of_memory import explain_out_of_memory
+from wmtp_modules.run.resume import check_not_begun
+from wmtp_modules.run.start import exit_with_message
+from wmtp_modules.run.stopping import StopRequests
+from wmtp_modules.run.watchdog import Watchdog
 
-# A rank reports what it alone found after this many seconds; torchrun ends it before where rank 0
-# found the same, reported and left.
-PATIENCE = 5
 
-
-@contextmanager
-def one_sentence(*errors: type[Exception]) -> Iterator[None]:
-    """End the process with a sentence on stderr, and exit code 1, at what its user can mend.
-
-    Of what every rank finds only rank 0 speaks. What another rank found alone has its number.
+def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[DictConfig]:
+    """Configs that ``requires`` names, on this run's device; finished ones are not run again.
 
     Args:
-        errors: exceptions that say all in their message; of others the traceback shows.
-    """
-    try:
-        yield
-    except errors as error:
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # the sentence gets a line of its own
-        sentence, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK", "0")
-        if rank.isdecimal() and int(rank):
-            time.sleep(PATIENCE)
-            sentence = f"rank {rank}: {sentence}"
-        sys.exit(sentence)
-
-
-def parse(main: Callable[[DictConfig], None]) -> Callable[[], None]:
-    """Decorator of a recipe's main: the config that the command line names, or one sentence."""
-
-    @functools.wraps(main)
-    def wrapper() -> None:
-        with one_sentence(ValueError, OSError):
-            check_environment()
-            cfg = read_config(description=sys.modules[main.__module__].__doc__)
-        main(cfg)
-
-    return wrapper
-
-
-def required_runs(cfg: DictConfig) -> Iterator[DictConfig]:
-    """Configs that ``requires`` names, on this run's device; done ones are not run again.
+        cfg: that names them.
+        check: of the recipe, for each.
 
     Raises:
-        ConfigError: if one cannot be read.
+        ConfigError: if one cannot be read or is not sound.
     """
+    runs = []
     for path in cfg.get("requires") or []:
         inherited = {key: cfg[key] for key in ("device", "assets_dir") if key in cfg}
         try:
@@ -70,7 +41,9 @@ def required_runs(cfg: DictConfig) -> Iterator[DictConfig]:
         except ConfigError as error:
             raise ConfigError(f"requires: {error}") from error
         # Resuming makes a finished one a no-op and goes on with one that was killed.
-        yield OmegaConf.merge(required, inherited, {"resume_from_checkpoint": True})
+        runs.append(OmegaConf.merge(required, inherited, {"resume_from_checkpoint": True}))
+        check(runs[-1])
+    return runs
 
 
 def control_runs(cfg: DictConfig) -> Iterator[DictConfig]:
@@ -82,8 +55,90 @@ def control_runs(cfg: DictConfig) -> Iterator[DictConfig]:
         yield OmegaConf.merge(cfg, {"weighting": {"name": name}, "output_dir": output_dir})
 
 
+def prepare(cfg: DictConfig, runs: list[DictConfig]) -> None:
+    """What comes before all runs of a config, on all ranks.
+
+    Makes sure that none of the runs would delete one that was interrupted, then makes what
+    ``prepare`` makes, such as the quickstart's data.
+
+    Args:
+        cfg: the config.
+        runs: of it, controls included, that start over unless they resume.
+    """
+    if not cfg.resume_from_checkpoint:
+        with exit_with_message(ValueError):  # now, not when the controls have had their hours
+            for one in runs:
+                check_not_begun(Path(one.output_dir))
+    if cfg.get("prepare") and dist.get_rank() == 0:
+        with exit_with_message(ValueError, OSError):
+            config.instantiate(cfg.prepare)
+    patient_barrier()
+
+
+class Recipe(Protocol):
+    """What ``train`` needs of a training recipe that is set up."""
+
+    model_args: dict
+    device: torch.device
+    watchdog: Watchdog
+
+    def train(self) -> None: ...
+
+    def finish(self, beside: dict[str, Path]) -> dict: ...
+
+
+def train(
+    recipe: Recipe, cfg: DictConfig, stops: StopRequests, beside: dict[str, Path], started: float
+) -> dict:
+    """Train what a recipe has set up, then write its summary.
+
+    Args:
+        recipe: of this rank.
+        cfg: of the run.
+        stops: what may end it early.
+        beside: metrics files of the runs before, drawn in the same picture.
+        started: ``time.perf_counter()`` when the run's setup began.
+
+    Raises:
+        Stopped: when it has saved and has to end.
+    """
+    with (
+        exit_with_message(TrainingError, OSError),
+        explain_out_of_memory(cfg, recipe.model_args, recipe.device),
+        stops.step_by_step(),
+        recipe.watchdog,
+    ):
+        recipe.train()
+    seconds = round(time.perf_counter() - started, 1)
+    with exit_with_message(OSError):
+        # "seconds" of the run that has controls becomes the sum of all.
+        summary = recipe.finish(beside) | {"seconds": seconds, "run_seconds": seconds}
+        if dist.get_rank() == 0:
+            write_summary(Path(cfg.output_dir), summary)
+    return summary
+
+
+def run_all(runs: list[DictConfig], run: Callable[[DictConfig, dict[str, Path]], dict]) -> dict:
+    """Controls first, then the run itself: a claim about weighting is a claim against them.
+
+    Args:
+        runs: in their order.
+        run: makes one, given the metrics files of those before, and returns its summary.
+
+    Returns:
+        The last one's summary with the held-out losses of all and the seconds that all took.
+    """
+    heldout, seconds, metrics = {}, 0.0, {}
+    for cfg in runs:
+        summary = run(cfg, metrics)
+        heldout |= summary["heldout_loss"]
+        seconds += summary.get("run_seconds", summary["seconds"])
+        metrics[cfg.weighting.name] = Path(cfg.output_dir) / "metrics.jsonl"
+    return summary | {"heldout_loss": heldout, "seconds": round(seconds, 1)}
+
+
 def write_summary(output_dir: Path, summary: dict) -> None:
-    """Write ``summary.json``, whole or not at all: its being there marks a run as complete.
+    """Write ``summary.json``, whole or not at all: its presence marks a run as complete.
 
     Raises:
         ValueError: if a figure is NaN or infinite, which JSON cannot hold.
@@ -94,15 +149,16 @@ def write_summary(output_dir: Path, summary: dict) -> None:
         unfinished.write_text(text)
 
 
-def is_done(cfg: DictConfig) -> bool:
-    """Whether this very config has run to its end in its ``output_dir``."""
+def finished(cfg: DictConfig) -> dict | None:
+    """The summary of this very config if it has run to its end in its ``output_dir``."""
     files = [Path(cfg.output_dir) / name for name in ("config.yaml", "summary.json")]
     if not all(file.exists() for file in files):
-        return False
-    saved, wanted = OmegaConf.load(files[0]), OmegaConf.to_container(cfg, resolve=True)
-    return OmegaConf.to_container(saved) | {"resume_from_checkpoint": None} == wanted | {
-        "resume_from_checkpoint": None
-    }
+        return None
+    saved, wanted = load_config(files[0]), OmegaConf.to_container(cfg, resolve=True)
+    same = {"resume_from_checkpoint": None}
+    if OmegaConf.to_container(saved) | same != wanted | same:
+        return None
+    return json.loads(files[1].read_text())
 
 
 def print_losses(losses: dict[str, list[float]], steps: int) -> None:
@@ -127,66 +183,3 @@ def print_places(output_dir: Path, summary: dict) -> None:
     print(f"Figures      {output_dir / 'summary.json'} and {output_dir / 'metrics.jsonl'}")
     if "tracking" in summary:
         print(f"MLflow       {summary['tracking']}")
-
-
-# ------------------------------------------------------------ what keys have to be together
-
-
-def cpp_compiler() -> str | None:
-    """The compiler that ``torch.compile`` calls on a CPU: the one of $CXX, else g++."""
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
-def _split_once(dataset: dict, dataset_val: dict) -> str | None:
-    """Two hashes of one source do not divide it: rows would be on both sides."""
-    if dataset.get("source") != dataset_val.get("source") or dataset.get("source") is None:
-        return None
-    defaults = {"validation_fraction": 0.0, "seed": 0}
-    ours, theirs = ({**defaults, **one} for one in (dataset, dataset_val))
-    differing = [key for key in defaults if ours[key] != theirs[key]]
-    if theirs["validation_fraction"] and differing:
-        told = " and ".join(f"{key} ({ours[key]} and {theirs[key]})" for key in differing)
-        return (
-            f"dataset_val: divides the source of dataset with another {told}, so that rows would "
-            "be on both sides: give both the same"
-        )
-
-
-def _compiler_is_there(compile: bool, device: str, optimizer: dict) -> str | None:
-    component = str(optimizer.get("_component_"))
-    is_compiled = component.startswith("torchao.optim")  # whatever ``compile`` says
-    if (compile or is_compiled) and device == "cpu" and cpp_compiler() is None:
-        key, off = (
-            ("compile: true", "set compile: false")
-            if compile
-            else (f"optimizer: {component}", "take one of torch.optim")
-        )
-        return (
-            f"{key} needs a C++ compiler on a CPU and {os.environ.get('CXX', 'g++')!r} is not "
-            f"there: install g++, name another one in the environment variable CXX, or {off}"
-        )
-
-
-def _bf16_parameters_learn(fp32_master_weights: bool, optimizer: dict) -> str | None:
-    if not fp32_master_weights and not optimizer.get("bf16_stochastic_round"):
-        return (
-            "fp32_master_weights: false loses most updates of bf16 parameters: take an optimizer "
-            "with bf16_stochastic_round: true (torchao.optim), or keep fp32 masters"
-        )
-
-
-def _bf16_parameters_are_whole(fp32_master_weights: bool) -> str | None:
-    if not fp32_master_weights and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return (
-            "fp32_master_weights: false is for one rank: torchao 0.15 cannot round sharded "
-            "parameters stochastically; keep fp32 masters, which are sharded over the ranks"
-        )
-
-
-# For ``check_config``; they hold for every recipe that trains.
-TRAINING_RULES = (
-    _split_once,
-    _compiler_is_there,
-    _bf16_parameters_learn,
-    _bf16_parameters_are_whole,
-)

@@ -21,6 +21,8 @@ FREE_KEYS = (
     # Only their product with the number of ranks counts, see ``check_same_run``.
     *("batch_size", "gradient_accumulation_steps"),
 )
+# Keys of earlier versions, which had no effect while they were off.
+REMOVED_KEYS = ("auxiliary_value_coef", "auxiliary_value_lr")
 # Where tables and critics lie: what is in them is proven when they are opened.
 FREE_PATHS = ("table_dir", "batch_tokens", "critic.checkpoint_dir")
 
@@ -53,8 +55,9 @@ def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
             would see another number of packs.
     """
     run = read_run(folder)
+    free = {*FREE_KEYS, *(key for key in REMOVED_KEYS if not run["config"].get(key))}
     before, now = (
-        flatten_dict({key: value for key, value in one.items() if key not in FREE_KEYS})
+        flatten_dict({key: value for key, value in one.items() if key not in free})
         for one in (run["config"], resolved(cfg))
     )
     differences = [

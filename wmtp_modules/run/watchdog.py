@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -29,6 +29,7 @@ from typing import NamedTuple, TypeVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from wmtp_modules.parallel.process_group import share_from_rank_zero
 from wmtp_modules.run.stopping import write_exit
 
 T = TypeVar("T")
@@ -134,6 +135,14 @@ class Watchdog:
         finally:
             self._beat_again()
             self._paused = outer
+
+    def on_rank_zero(self, function: Callable[[], T]) -> T:
+        """What a function returns on rank 0, on all ranks; it may take long, a collective.
+
+        For what reads every byte of a checkpoint: once is enough.
+        """
+        with self.paused():
+            return share_from_rank_zero(function() if self._rank == 0 else None)
 
     def beating(self, items: Iterable[T], what: str, step: int | None = None) -> Iterator[T]:
         """The same items, with a ``beat`` before each one."""

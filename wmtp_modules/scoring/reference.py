@@ -7,12 +7,121 @@ that predicts this token shares: r[b, t, k] = q[b, t + k + 1]. An MTP reference 
 own loss, stored at the position that predicts.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import torch
+import torch.distributed as dist
+from datasets import Dataset
 
+from wmtp_modules.checkpoints.read import (
+    check_same_vocabulary,
+    load_into,
+    model_args_from_folder,
+)
 from wmtp_modules.data.packing import pad_rows
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
+from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.parallel.process_group import share_from_rank_zero
+from wmtp_modules.parallel.sharding import cast_parameters_
+from wmtp_modules.scoring.score_table import (
+    ScoreTable,
+    compute_scores,
+    fingerprint_checkpoint,
+    fingerprint_rows,
+    fingerprint_tokenizer,
+)
+
+
+def load_reference(
+    checkpoint_dir: str | Path,
+    *,
+    tokenizer_path: str | Path,
+    max_seq_len: int,
+    n_future_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> MTPTransformer:
+    """The reference, whole on each rank and in compute precision: it only scores.
+
+    Args:
+        checkpoint_dir: folder of the reference, in any format that ``Checkpoint`` reads.
+        tokenizer_path: of the training model, whose vocabulary the reference must share.
+        max_seq_len: tokens of a row.
+        n_future_tokens: heads of the training model.
+        dtype: of its parameters.
+        device: of this rank.
+
+    Raises:
+        ValueError: if it has another vocabulary, or more than one head but fewer than the model.
+    """
+    args = model_args_from_folder(checkpoint_dir, max_seq_len=max_seq_len)
+    check_same_vocabulary(tokenizer_path, Path(checkpoint_dir) / "tokenizer.model")
+    if 1 < args["n_future_tokens"] < n_future_tokens:
+        raise ValueError(
+            f"the MTP reference in {checkpoint_dir} has {args['n_future_tokens']} heads, the model "
+            f"{n_future_tokens}: use one with at least as many heads, or a next-token reference"
+        )
+    with torch.device("meta"):
+        model = mtp_llama2(**args)
+    cast_parameters_(model, dtype)
+    load_into(model, checkpoint_dir, device=device)
+    return model.eval().requires_grad_(False)
+
+
+def reference_table(
+    model: MTPTransformer,
+    rows: Dataset,
+    *,
+    checkpoint_dir: str | Path,
+    table_dir: str | Path,
+    tokenizer_path: str | Path,
+    max_seq_len: int,
+    dtype: str,
+    batch_tokens: int,
+    beat: Callable[[str], None],
+) -> ScoreTable:
+    """Reference losses of every row: computed once, data-parallel, and kept in a table.
+
+    Args:
+        model: from ``load_reference``.
+        rows: tokenised rows, before packing.
+        checkpoint_dir: where the model is from.
+        table_dir: folder of the table.
+        tokenizer_path: that made the rows.
+        max_seq_len: tokens of a row at most.
+        dtype: name of the dtype that computes the losses.
+        batch_tokens: tokens that are scored at a time, padding included.
+        beat: see ``compute_scores``.
+
+    Raises:
+        ValueError: if the folder holds a table of something else; see ``compute_scores``.
+    """
+    n_heads, fingerprint = model.n_future_tokens, None
+    if dist.get_rank() == 0:  # reads every byte of the checkpoint: once is enough
+        fingerprint = {
+            "checkpoint": fingerprint_checkpoint(checkpoint_dir),
+            "tokenizer": fingerprint_tokenizer(tokenizer_path),
+            "dataset": fingerprint_rows(rows),
+            "max_seq_len": max_seq_len,
+            "kind": "next-token loss" if n_heads == 1 else "mtp losses",
+            "n_heads": n_heads,
+            "dtype": dtype,
+        }
+    fingerprint = share_from_rank_zero(fingerprint)
+    compute_scores(
+        table_dir,
+        fingerprint,
+        rows,
+        lambda batch: score_rows(model, batch),
+        batch_tokens=batch_tokens,
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        beat=beat,
+    )
+    return ScoreTable.open(table_dir, fingerprint, rows)
 
 
 @torch.no_grad()

@@ -1,0 +1,102 @@
+"""Rules about keys that depend on each other, for every recipe that trains.
+
+Each is a function whose parameters are named after keys and that returns what is wrong, or None;
+see ``check_config``.
+"""
+
+import importlib.util
+import os
+import shutil
+
+STAGES = ("rewards", "critic", "values", "policy")  # of the critic's recipe
+
+
+def cpp_compiler() -> str | None:
+    """The compiler that ``torch.compile`` calls on a CPU: the one of $CXX, else g++."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _split_once(dataset: dict, dataset_val: dict) -> str | None:
+    """Two hashes of one source do not divide it: rows would be on both sides."""
+    if dataset.get("source") != dataset_val.get("source") or dataset.get("source") is None:
+        return None
+    defaults = {"validation_fraction": 0.0, "seed": 0}
+    ours, theirs = ({**defaults, **one} for one in (dataset, dataset_val))
+    differing = [key for key in defaults if ours[key] != theirs[key]]
+    if theirs["validation_fraction"] and differing:
+        told = " and ".join(f"{key} ({ours[key]} and {theirs[key]})" for key in differing)
+        return (
+            f"dataset_val: divides the source of dataset with another {told}, so that rows would "
+            "be on both sides: give both the same"
+        )
+
+
+def _compiler_is_there(compile: bool, device: str, optimizer: dict) -> str | None:
+    component = str(optimizer.get("_component_"))
+    is_compiled = component.startswith("torchao.optim")  # whatever ``compile`` says
+    if (compile or is_compiled) and device == "cpu" and cpp_compiler() is None:
+        key, off = (
+            ("compile: true", "set compile: false")
+            if compile
+            else (f"optimizer: {component}", "take one of torch.optim")
+        )
+        return (
+            f"{key} needs a C++ compiler on a CPU and {os.environ.get('CXX', 'g++')!r} is not "
+            f"there: install g++, name another one in the environment variable CXX, or {off}"
+        )
+
+
+def _bf16_parameters_learn(fp32_master_weights: bool, optimizer: dict) -> str | None:
+    if not fp32_master_weights and not optimizer.get("bf16_stochastic_round"):
+        return (
+            "fp32_master_weights: false loses most updates of bf16 parameters: take an optimizer "
+            "with bf16_stochastic_round: true (torchao.optim), or keep fp32 masters"
+        )
+
+
+def _bf16_parameters_are_whole(fp32_master_weights: bool) -> str | None:
+    if not fp32_master_weights and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return (
+            "fp32_master_weights: false is for one rank: torchao 0.15 cannot round sharded "
+            "parameters stochastically; keep fp32 masters, which are sharded over the ranks"
+        )
+
+
+# For ``check_config``; they hold for every recipe that trains.
+TRAINING_RULES = (
+    _split_once,
+    _compiler_is_there,
+    _bf16_parameters_learn,
+    _bf16_parameters_are_whole,
+)
+
+
+# ------------------------------------------------------------------ of the critic's recipe
+
+
+def _stages_in_order(stages: list) -> str | None:
+    if not stages or stages != [stage for stage in STAGES if stage in stages]:
+        return f"stages: {stages} must be some of {', '.join(STAGES)}, in that order"
+
+
+def _threshold_has_rewards(policy_rewards_above: float | None, rewards: dict | None) -> str | None:
+    if policy_rewards_above is not None and not rewards:
+        return "policy_rewards_above: there are no rewards without the block rewards"
+
+
+def _reward_source_is_there(rewards: dict | None) -> str | None:
+    if not rewards:
+        return None
+    is_model, folder = rewards["source"] == "reward_model", rewards.get("checkpointer")
+    if is_model and importlib.util.find_spec("transformers") is None:
+        return (
+            "rewards.source: reward_model needs transformers: `uv sync --extra reward`, or "
+            "`pip install wmtp[reward]`"
+        )
+    if is_model and not folder:
+        return "rewards.checkpointer: missing, source reward_model needs it"
+    if not is_model and folder:
+        return f"rewards.checkpointer: source {rewards['source']} reads no model"
+
+
+CRITIC_RULES = (_stages_in_order, _threshold_has_rewards, _reward_source_is_there)

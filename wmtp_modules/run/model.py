@@ -1,0 +1,65 @@
+"""Makes the model that a config names ready to train: precision, checkpointing, compile, shards."""
+
+import torch
+from omegaconf import DictConfig
+from torch.distributed.device_mesh import DeviceMesh
+from torchtune import config, training
+from torchtune.modules import TransformerSelfAttentionLayer
+
+from wmtp_modules.checkpoints.read import load_into
+from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_, init_weights_, shard_model
+
+
+def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTransformer:
+    """The model to train, sharded over the ranks and filled from its checkpoint; a collective.
+
+    Masters stay fp32 and compute runs in ``dtype``: at a learning rate of 1e-5 most updates of a
+    bf16 parameter round to nothing. Pure bf16 needs stochastic rounding to be of use.
+
+    Args:
+        cfg: config of a training recipe.
+        mesh: data-parallel mesh.
+        device: of this rank.
+
+    Raises:
+        ValueError: if the checkpoint does not hold this model.
+    """
+    compute_dtype = DTYPES[cfg.dtype]
+    with torch.device("meta" if cfg.checkpointer else "cpu"):
+        model = config.instantiate(cfg.model)
+    if not cfg.checkpointer:  # from nothing: made whole, and equal on all ranks
+        init_weights_(model, cfg.seed)
+    cast_parameters_(model, torch.float32 if cfg.fp32_master_weights else compute_dtype)
+    if cfg.enable_activation_checkpointing:
+        training.set_activation_checkpointing(
+            model, auto_wrap_policy={TransformerSelfAttentionLayer}
+        )
+    if cfg.compile:
+        for block in (*model.layers, *model.heads):
+            block.compile()
+        model.output.loss_impl = "compiled"
+    if cfg.fp32_master_weights:
+        shard_model(model, mesh, compute_dtype=compute_dtype)
+    elif not cfg.checkpointer:  # one rank, nothing to shard or to cast
+        model.to(device)
+    if cfg.checkpointer:
+        load_into(model, cfg.checkpointer.checkpoint_dir, device=device)
+    return model.train()
+
+
+def frozen_model(cfg: DictConfig, device: torch.device) -> MTPTransformer:
+    """The model as its checkpoint has it, whole on each rank and in compute precision.
+
+    Args:
+        cfg: config of a training recipe, with a checkpoint.
+        device: of this rank.
+
+    Raises:
+        ValueError: if the checkpoint does not hold this model.
+    """
+    with torch.device("meta"):
+        model = config.instantiate(cfg.model)
+    cast_parameters_(model, DTYPES[cfg.dtype])
+    load_into(model, cfg.checkpointer.checkpoint_dir, device=device)
+    return model.eval().requires_grad_(False)

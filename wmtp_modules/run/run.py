@@ -1,0 +1,432 @@
+"""What a training run keeps about itself: position, figures, states, loggers, and when to stop.
+
+Both training recipes drive one, and it never touches a loss. Every rank makes one and calls the
+same methods in the same order.
+
+Shapes: K heads.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torchtune import config, training, utils
+from tqdm import tqdm
+
+from wmtp_modules.data.loader import epoch_dataloader, to_device
+from wmtp_modules.data.packing import PackedDataset
+from wmtp_modules.files import new_file
+from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
+from wmtp_modules.run.figures import (
+    Sums,
+    Throughput,
+    TrainingError,
+    peak_memory_gib,
+    step_metrics,
+)
+from wmtp_modules.run.metric_logging import JSONLLogger
+from wmtp_modules.run.resume import (
+    check_not_ended,
+    check_same_run,
+    notes_on_resume,
+    packs_per_step,
+    random_state,
+    resolved,
+    resume_schedule_,
+    set_random_state,
+)
+from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit
+from wmtp_modules.run.training_state import TrainingStates
+from wmtp_modules.run.watchdog import Watchdog
+
+log = utils.get_logger("INFO")
+
+
+class Run:
+    """One training run, from its state to resume from to its last checkpoint.
+
+    Args:
+        cfg: config of the run.
+        device: of this rank.
+        stops: what may end the run early.
+        watchdog: ends the run when a rank hangs.
+        model: sharded model.
+        optimizer: of the model.
+        lr_scheduler: of the optimizer.
+        dataset: packs to train on.
+        alphas_K: weights of the heads.
+        made_from: names data, scores and the like; a state that was made from others is refused.
+        validate: gives the held-out loss of each head, equal on all ranks.
+        export: writes the model to a folder.
+        kept: what else a resumed run has to find again: tensors and plain values by name.
+
+    Attributes:
+        step: optimizer steps done.
+        micro_step: micro-steps done.
+        world: number of ranks.
+        heldout: held-out losses, "base" before training and "last" since.
+        kept: as above.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        *,
+        device: torch.device,
+        stops: StopRequests,
+        watchdog: Watchdog,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LRScheduler,
+        dataset: PackedDataset,
+        alphas_K: torch.Tensor,
+        made_from: Any,
+        validate: Callable[[], list[float]],
+        export: Callable[[Path], None],
+        kept: dict[str, Any] | None = None,
+    ) -> None:
+        self._cfg = cfg
+        self._device = device
+        self._stops = stops
+        self._watchdog = watchdog
+        self._model = model
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._dataset = dataset
+        self._alphas_K = alphas_K
+        self._made_from = made_from
+        self._validate = validate
+        self._export = export
+        self.kept = kept or {}
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.step = self.micro_step = self._epoch = 0
+        self.heldout: dict[str, list[float]] = {}
+        self._best_loss = float("inf")
+        self._output_dir = Path(cfg.output_dir)
+        self._bad_steps = BadSteps(self._output_dir, cfg.max_skipped_steps)
+        self._states = TrainingStates(self._output_dir / "training_state", cfg.keep_last)
+        self._loggers: list = []  # on rank 0; the last one is the configured one
+        self._profiler = training.DummyProfiler()
+        self._bar = tqdm(disable=True)
+        self._throughput = Throughput()
+        self._dataloader = self._epoch_dataloader()
+        self._batches = self._endless_batches()
+        self._position: dict[str, Any] = {}  # where a state that is saved goes on
+        self._rows: list[torch.Tensor] = []  # of the data set, in each micro-batch of this step
+        self._problem = ""  # why this step must not update anything
+
+    # ---------------------------------------------------------------- begin
+
+    def begin(self) -> None:
+        """Resume if the config asks for it and there is a state, and open the loggers."""
+        run_id = self._resume() if self._cfg.resume_from_checkpoint else None
+        if self._states.last_step is None:  # what lies there is another run's
+            self._states.drop_all()
+        if self.rank != 0:
+            return
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        # What an earlier run left here must not look like this one's.
+        (self._output_dir / "summary.json").unlink(missing_ok=True)
+        clear_exit(self._output_dir)
+        self._bad_steps.write_files()
+        with new_file(self._output_dir / "config.yaml") as unfinished:
+            OmegaConf.save(self._cfg, unfinished, resolve=True)
+        jsonl = JSONLLogger(self._output_dir / "metrics.jsonl", resume_step=self.step)
+        known = {"run_id": run_id} if run_id else {}
+        self._loggers = [jsonl, config.instantiate(self._cfg.metric_logger, **known)]
+        for logger in self._loggers:
+            logger.log_config(self._cfg)
+
+    def _resume(self) -> str | None:
+        """Go on where the newest sound training state stands; returns the logger's run."""
+        folder = self._states.newest()
+        if folder is None:
+            check_not_ended(self._output_dir)
+            utils.log_rank_zero(
+                log, f"Nothing to resume in {self._output_dir}: starting from step 0."
+            )
+            return None
+        run = check_same_run(folder, self._cfg, self.world)
+        if run["made_from"] != self._made_from:
+            raise ValueError(
+                f"{folder} was trained on other data, rewards or values than the config names now: "
+                "bring those back, or start another run with resume_from_checkpoint: false and "
+                "another output_dir"
+            )
+        notes = notes_on_resume(run, self._cfg, self.world, len(self._dataset))
+        run, own = self._states.load(folder, self._model, self._optimizer)
+        self.load_state_dict(run)
+        if run["world"] == self.world:
+            set_random_state(own["rng"], self._device)
+        utils.log_rank_zero(log, " ".join([f"Resumed {folder} after step {self.step}.", *notes]))
+        return run["run_id"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is the same on all ranks where a state is saved: plain values and tensors."""
+        kept = {
+            name: value.cpu().clone() if torch.is_tensor(value) else value
+            for name, value in self.kept.items()
+        }
+        return {
+            **self._position,
+            "step": self.step,
+            "best_loss": self._best_loss,
+            "heldout": dict(self.heldout),
+            "made_from": self._made_from,
+            "lr_scheduler": self._lr_scheduler.state_dict(),
+            "bad_steps": self._bad_steps.state_dict(),
+            "config": resolved(self._cfg),
+            "run_id": getattr(self._loggers[-1], "run_id", None) if self._loggers else None,
+            **kept,
+        }
+
+    def load_state_dict(self, run: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        self.step, self.micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
+        self._best_loss, self.heldout = run["best_loss"], run["heldout"]
+        before = run["config"]
+        if self.step % before["run_val_every_n_steps"] and self.step != before["max_steps"]:
+            self.heldout.pop("last", None)  # it is of an earlier step
+        for name in self.kept:
+            value = run[name]
+            self.kept[name] = value.to(self._device) if torch.is_tensor(value) else value
+        self._bad_steps.load_state_dict(run["bad_steps"])
+        resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
+        self._dataloader = self._epoch_dataloader()
+        self._dataloader.load_state_dict(run["dataloader"])
+
+    def _where(self) -> dict:
+        """The position of this rank: what the next micro-step reads and draws."""
+        return {
+            "micro_step": self.micro_step,
+            "epoch": self._epoch,
+            "dataloader": self._dataloader.state_dict(),
+            "rng": random_state(self._device),
+        }
+
+    # ------------------------------------------------------------- the steps
+
+    def start_steps(self) -> None:
+        """Held-out loss before training, progress bar and profiler."""
+        cfg = self._cfg
+        if "base" not in self.heldout:
+            self.heldout["base"] = self._heldout_losses()
+        if cfg.profiler.get("enabled"):
+            self._profiler, _ = training.setup_torch_profiler(**cfg.profiler)
+        self._profiler.start()
+        self._bar = tqdm(
+            total=cfg.max_steps,
+            initial=self.step,
+            desc=cfg.weighting.name,
+            disable=self.rank != 0,
+            mininterval=1 if sys.stderr.isatty() else 20,
+        )
+        self._throughput = Throughput()
+
+    def _epoch_dataloader(self):
+        self._dataset.set_epoch(self._epoch)
+        packs = packs_per_step(self._cfg, self.world)
+        batch_size = self._cfg.batch_size
+        return epoch_dataloader(self._dataset, batch_size, self.rank, self.world, packs)
+
+    def _endless_batches(self) -> Iterator[dict]:
+        """Micro-batches on the device, epoch after epoch, each packed in an order of its own."""
+        while True:
+            for batch in self._dataloader:
+                yield to_device(batch, self._device)
+            self._epoch += 1
+            self._dataloader = self._epoch_dataloader()
+
+    def micro_batches(self) -> Iterator[dict]:
+        """This rank's micro-batches of one optimizer step.
+
+        Before each it tells the watchdog that the rank is alive and stops where one is asked to.
+
+        Raises:
+            Stopped: on all ranks, after what the last whole step left is saved.
+        """
+        self._position = self._where()  # a stop before the update goes on from here
+        self._rows = []
+        for _ in range(self._cfg.gradient_accumulation_steps):
+            self._watchdog.beat(f"step {self.step + 1}", self.step)
+            self._stops.note_save(self._states.seconds)
+            if reason := self._stops.agreed():
+                self._stop(reason)
+            batch = next(self._batches)
+            self._rows.append(batch["row"])
+            yield batch
+            self.micro_step += 1
+
+    def new_sums(self) -> Sums:
+        """Sums of a step; that a state could not be written is told to the other ranks in them."""
+        failed = torch.tensor(float(self._states.has_failed), device=self._device)
+        return Sums(failed_saves=failed)
+
+    def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
+        """Whether the step may update, the same on all ranks; else it is skipped and written down.
+
+        Args:
+            sums: of the step, over all ranks.
+            grad_norm: of the whole model, before clipping.
+
+        Raises:
+            TrainingError: after too many skipped steps in a row. ``bad_step/`` then holds the state
+                from before this very step, for ``replay``.
+        """
+        figures = {"reference loss": sums.get("reference"), "loss": sums["objective"]}
+        self._problem = what_is_wrong(figures | {"gradient norm": grad_norm}, sums["n_K"])
+        if not self._problem:
+            loss = (sums["loss_K"] / sums["n_K"].clamp(min=1)).mean().item()
+            self._bad_steps.look_for_spike(self.step + 1, loss, self._rows)
+            return True
+        self._optimizer.zero_grad(set_to_none=True)
+        self._bad_steps.skip(self.step + 1, self._problem, self._rows)
+        if self._bad_steps.is_over_limit:
+            with self._watchdog.paused():
+                raise TrainingError(self._bad_steps.why_stopped(self.save_checkpoint))
+        return False
+
+    def end_step(self, sums: Sums, stats: dict, grad_norm: torch.Tensor, lr: float) -> None:
+        """Log, validate, keep the best model and save, each when it is due.
+
+        Args:
+            sums: of the step, over all ranks.
+            stats: ``weight_stats`` of the step's last joint micro-batch.
+            grad_norm: of the whole model, before clipping.
+            lr: learning rate of the step.
+        """
+        cfg = self._cfg
+        self.step += 1
+        self._throughput.add(sums["tokens"])
+        if self.step % cfg.log_every_n_steps == 0:
+            self._log_step(sums, stats, grad_norm, lr)
+        self._bar.update()
+        self._profiler.step()
+        is_last = self.step == cfg.max_steps
+        with self._throughput.paused():
+            if is_last or self.step % cfg.run_val_every_n_steps == 0:
+                self._evaluate()
+            if sums["failed_saves"]:
+                self._states.wait()  # raises
+            # Not in a row of skipped steps: what is kept shall be from before them.
+            if is_last or (self.step % cfg.save_every_n_steps == 0 and not self._problem):
+                self._position = self._where()
+                self.save_checkpoint(self._states)
+
+    def _log_step(self, sums: Sums, stats: dict, grad_norm: torch.Tensor, lr: float) -> None:
+        tokens_per_s = self._throughput.per_second()
+        metrics = step_metrics(sums, stats, self._alphas_K) | {
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "tokens_per_s": tokens_per_s,
+            "memory_gib": peak_memory_gib(self._device),
+            "skipped_steps": len(self._bad_steps.skipped),
+        }
+        self._log(metrics)
+        heads = "/".join(f"{metrics[f'loss_head_{k}']:.2f}" for k in range(len(self._alphas_K)))
+        self._bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f} heads {heads} ess {metrics['ess']:.2f} "
+            f"sel {metrics['selected_share']:.2f} {tokens_per_s:.0f} tok/s "
+            f"{metrics['memory_gib']:.1f} GiB",
+            refresh=False,
+        )
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        for logger in self._loggers:
+            logger.log_dict(metrics, step=self.step)
+
+    def beating(self, batches: Iterable[dict]) -> Iterator[dict]:
+        """Held-out batches; before each the watchdog hears that this rank is alive."""
+        return self._watchdog.beating(batches, f"validation after step {self.step}", self.step)
+
+    def _heldout_losses(self) -> list[float]:
+        heldout = self._validate()
+        metrics = {f"val_loss_head_{k}": loss for k, loss in enumerate(heldout)}
+        self._log(metrics | {"val_loss": sum(heldout) / len(heldout)})
+        return heldout
+
+    def _evaluate(self) -> None:
+        """Validate, and keep ``best/`` when the mean over heads is the lowest since step 0.
+
+        The loss before training does not count, so there is a ``best/`` also where training made
+        the model worse: ``heldout_loss.base`` in summary.json tells.
+        """
+        self.heldout["last"] = self._heldout_losses()
+        loss = sum(self.heldout["last"]) / len(self.heldout["last"])
+        if loss < self._best_loss:
+            self._best_loss = loss
+            with self._watchdog.paused():
+                self._export(self._output_dir / "best")
+
+    # ------------------------------------------------------- save, stop, end
+
+    def save_checkpoint(self, states: TrainingStates) -> None:
+        """Save the training state to resume from, among these; training goes on meanwhile."""
+        run = self.state_dict()
+        own = {"rng": run.pop("rng")}
+        # Within a row of skipped steps the parameters may be what is wrong.
+        in_a_row = self._bad_steps.in_a_row > 0
+        with self._watchdog.paused():  # the disk may be slow with the one before
+            states.save(self.step, self._model, self._optimizer, run, own, keep_older=in_a_row)
+
+    def _stop(self, reason: str) -> None:
+        """Save what the last whole step left, and end all runs of this process."""
+        if self._states.last_step != self.step:
+            self.save_checkpoint(self._states)
+        with self._watchdog.paused():
+            self._states.wait()
+            if self._loggers and hasattr(self._loggers[-1], "run_id"):
+                self._loggers[-1].close("KILLED")
+        raise Stopped(reason, self.step)
+
+    def finish_steps(self) -> None:
+        """Write ``last/`` and wait until the newest state is on the disk."""
+        self._profiler.stop()
+        self._bar.close()
+        if "last" not in self.heldout:  # a run that was cut short to the step of its state
+            self._evaluate()
+        with self._watchdog.paused():
+            self._export(self._output_dir / "last")
+            self._states.wait()
+
+    def summary(self) -> dict:
+        """Held-out loss per head before and after, and where the logger has the run."""
+        losses = {"base": self.heldout["base"], self._cfg.weighting.name: self.heldout["last"]}
+        summary = {"steps": self.step, "heldout_loss": losses}
+        if self._loggers and hasattr(self._loggers[-1], "location"):
+            summary["tracking"] = self._loggers[-1].location
+        return summary
+
+    def close(self, *artifacts: Path) -> None:
+        """Give files to the loggers that take them, and close everything."""
+        self._states.close()
+        for logger in self._loggers:
+            if hasattr(logger, "log_artifact"):
+                for path in filter(Path.exists, artifacts):
+                    logger.log_artifact(path)
+            logger.close()
+
+    def replay(self, loss_step: Callable[[dict], tuple]) -> None:
+        """Repeat the step at which a run stopped: where does what is not finite come from?
+
+        Args:
+            loss_step: of the recipe.
+
+        Raises:
+            ValueError: if the folder that ``replay`` names holds no state.
+        """
+        self._states = TrainingStates(Path(self._cfg.replay), keep_last=1)
+        self._resume()
+        if self._states.last_step is None:
+            raise ValueError(f"replay: {self._cfg.replay} holds no state, name a run's bad_step")
+        findings = []
+        for _ in range(self._cfg.gradient_accumulation_steps):
+            findings.append(look_again(self._model, next(self._batches), loss_step))
+            self.micro_step += 1
+        print_replay(self.step + 1, findings)

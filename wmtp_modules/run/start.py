@@ -1,0 +1,125 @@
+"""From a recipe's command line to its process group; what a user can mend ends in one sentence."""
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
+
+from wmtp_modules.config.file import read_config
+from wmtp_modules.parallel.process_group import (
+    check_environment,
+    init_process_group,
+    patient_barrier,
+)
+from wmtp_modules.run.stopping import StopRequests, exit_code
+
+# Seconds that a rank which failed alone waits before it says so: rank 0 may fail in the same way a
+# little later, and then speaks for all.
+PATIENCE = 60
+FAILED, JOINING = "wmtp/rank_0_failed", "wmtp/rank_0_joins"  # keys of the launcher's store
+
+
+@contextmanager
+def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
+    """End the process with a sentence on stderr, and exit code 1, at what its user can mend.
+
+    Of what every rank finds only rank 0 speaks; the others then wait for the launcher to end them.
+    What another rank found alone carries its number.
+
+    Args:
+        errors: exceptions that say everything in their message; others keep their traceback.
+    """
+    try:
+        yield
+    except errors as error:
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # the sentence gets a line of its own
+        sentence, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK", "0")
+        if not rank.isdecimal() or int(rank) == 0:
+            _tell_others(FAILED)
+            sys.exit(sentence)
+        if _rank_zero_speaks():
+            time.sleep(PATIENCE)  # an earlier end would have the launcher kill rank 0
+            sys.exit(1)
+        sys.exit(f"rank {rank}: {sentence}")
+
+
+def parse(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+    """Decorator of a recipe's main: the config that the command line names, or one sentence."""
+
+    @functools.wraps(main)
+    def wrapper() -> None:
+        with exit_with_message(ValueError, OSError):
+            check_environment()
+            cfg = read_config(description=sys.modules[main.__module__].__doc__)
+        main(cfg)
+
+    return wrapper
+
+
+@contextmanager
+def process_group(
+    cfg: DictConfig, **stop_requests: str
+) -> Iterator[tuple[torch.device, DeviceMesh, StopRequests]]:
+    """The process group of a recipe, with signals heard; all ranks leave it together.
+
+    Args:
+        cfg: the recipe's config, checked.
+        stop_requests: further arguments of ``StopRequests``.
+
+    Yields:
+        This rank's device, the data-parallel mesh, and what may end the runs early.
+    """
+    hours = cfg.get("max_hours")
+    with StopRequests(hours, cfg.output_dir, **stop_requests) as stops, exit_code(stops):
+        with exit_with_message(ValueError, OSError):
+            if os.environ.get("RANK") == "0":
+                _tell_others(JOINING)
+            device, mesh = init_process_group(cfg.device, cfg.get("collective_timeout_s"))
+        yield device, mesh, stops
+    patient_barrier()  # a rank that leaves early would abort another's gloo threads
+    dist.destroy_process_group()
+
+
+def _rank_zero_speaks() -> bool:
+    """Whether rank 0 has failed as well, on another rank that has.
+
+    Before they join a process group rank 0 waits for nobody: it either fails too or goes on to
+    join, and until then no clock decides. Afterwards it may be waiting for this very rank.
+    """
+    try:
+        store = _store()
+        started = time.monotonic()
+        while not store.check([FAILED]):
+            is_joining = dist.is_initialized() or store.check([JOINING])
+            late = time.monotonic() - started > PATIENCE
+            if (is_joining and not dist.is_initialized()) or (dist.is_initialized() and late):
+                return store.check([FAILED])
+            time.sleep(0.1)
+        return True
+    except (RuntimeError, ValueError):  # no launcher, or it has ended
+        return False
+
+
+def _tell_others(key: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        with suppress(RuntimeError, ValueError):  # no launcher: every rank speaks for itself
+            _store().set(key, "1")
+
+
+@functools.cache
+def _store() -> dist.Store:
+    """The store of the launcher, through which ranks also find each other."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise ValueError("not started by torchrun")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
