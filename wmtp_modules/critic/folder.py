@@ -8,7 +8,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from wmtp_modules.files import new_file
+from wmtp_modules.files import new_file, read_json
 from wmtp_modules.models.value_head import ValueHead
 
 HEAD_FILE, RECORD_FILE = "value_head.safetensors", "critic.json"
@@ -111,11 +111,11 @@ def read_critic(folder: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        record = None
+        record = read_json(path)
+    except ValueError:
+        record = {}
     blocks = ("fingerprint", "settings", "report")
-    if not isinstance(record, dict) or not all(isinstance(record.get(b), dict) for b in blocks):
+    if not all(isinstance(record.get(b), dict) for b in blocks):
         raise ValueError(f"{path} is damaged: train the critic again in another folder")
     return record
 

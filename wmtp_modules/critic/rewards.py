@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from wmtp_modules.json_fault import json_fault
+from wmtp_modules.files import json_fault
 from wmtp_modules.scoring.score_table import (
     fingerprint_checkpoint,
     fingerprint_rows,
