@@ -59,7 +59,7 @@ from wmtp_modules.parallel.process_group import (
     rank_zero_first,
     share_from_rank_zero,
 )
-from wmtp_modules.parallel.sharding import cast_parameters_, init_weights_, shard_model
+from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_, init_weights_, shard_model
 from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.run.bad_steps import (
     BadSteps,
@@ -118,7 +118,6 @@ warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchd
 # torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 OPTIMIZER = Component(
     given=("params",), keys={"lr": Optional(Above(float, 0))}, makes=torch.optim.Optimizer

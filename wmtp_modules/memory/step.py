@@ -34,12 +34,11 @@ from wmtp_modules.loss.value_loss import regression_loss, response_mask
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.sharding import cast_parameters_, shard_model
+from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_, shard_model
 from wmtp_modules.scoring.reference import align_reference, reference_losses
 from wmtp_modules.weighting.advantage import CriticWeighting
 from wmtp_modules.weighting.token_weighting import TokenWeighting
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CPU = torch.device("cpu")  # where tensors without contents say they are
 CRITIC_HELDOUT_BATCH = 32  # HELDOUT_BATCH of the critic's recipe
 

@@ -7,6 +7,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # a config's names
+
 
 def shard_model(
     model: MTPTransformer, mesh: DeviceMesh, *, compute_dtype: torch.dtype
