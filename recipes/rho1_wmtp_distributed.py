@@ -118,7 +118,6 @@ warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchd
 # torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
-
 OPTIMIZER = Component(
     given=("params",), keys={"lr": Optional(Above(float, 0))}, makes=torch.optim.Optimizer
 )

@@ -99,7 +99,7 @@ def is_done(cfg: DictConfig) -> bool:
     files = [Path(cfg.output_dir) / name for name in ("config.yaml", "summary.json")]
     if not all(file.exists() for file in files):
         return False
-    saved, wanted = OmegaConf.load(files[0]), OmegaConf.to_container(cfg, resolve=True)
+    saved, wanted = load_config(files[0]), OmegaConf.to_container(cfg, resolve=True)
     return OmegaConf.to_container(saved) | {"resume_from_checkpoint": None} == wanted | {
         "resume_from_checkpoint": None
     }
