@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from common import hardware
 
+from wmtp_modules.files import file_hash
 from wmtp_modules.quickstarts.stdlib import prepare_stdlib
-from wmtp_modules.run.training_state import MANIFEST, file_hash
+from wmtp_modules.run.training_state import MANIFEST
 
 WITHOUT_TIME = ("tokens_per_s", "memory_gib")
 

@@ -52,7 +52,7 @@ from wmtp_modules.parallel.process_group import (
     rank_zero_first,
     share_from_rank_zero,
 )
-from wmtp_modules.parallel.sharding import cast_parameters_
+from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_
 from wmtp_modules.reports.evaluation import FILES as REPORTS
 from wmtp_modules.reports.evaluation import build_report, print_report, write_report
 from wmtp_modules.run.metric_logging import code_version
@@ -66,7 +66,6 @@ log = utils.get_logger("INFO")
 # torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STAGES = ("generate", "execute", "heldout", "decode_speed")
 REFERENCE = "reference"  # samples=reference: the tasks' own solutions
 TOO_LONG = "prompt_too_long"  # finish reason of a sample that was not made

@@ -1,6 +1,8 @@
-"""Folders and files that appear under their names only when the disk has all of them."""
+"""Folders and files that appear under their names whole or not at all; JSON and hashes of files."""
 
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -125,3 +127,38 @@ def new_file(path: Path) -> Iterator[Path]:
             f"{path} could not be written ({error.strerror or error}); what was there before is "
             "untouched: make room and start the same command again",
         ) from error
+
+
+def file_hash(path: Path) -> str:
+    """sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: if the file holds anything else, or is damaged.
+        OSError: if it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        raise ValueError(f"{path} is not valid JSON, copy it again: {json_fault(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def json_fault(error: Exception) -> str:
+    """What ``json.loads`` ran into, without Python's names for it.
+
+    Args:
+        error: that it raised: ValueError, UnicodeDecodeError or RecursionError.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 ({error.reason} at byte {error.start})"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error)

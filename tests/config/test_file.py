@@ -4,9 +4,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from torchtune import config as torchtune_config
 
-from wmtp_modules.config.check import ConfigError
+from wmtp_modules.config.check import Component, ConfigError, check_config
+from wmtp_modules.config.components import MOVED, locate
 from wmtp_modules.config.file import load_config, read_config
+from wmtp_modules.run.metric_logging import JSONLLogger
 
 
 @pytest.fixture
@@ -73,6 +76,55 @@ def test_what_is_no_file(tmp_path):
         load_config(tmp_path)
     with pytest.raises(ConfigError, match="cannot be read as a config: No such file"):
         load_config(tmp_path / "nope.yaml")
+
+
+OLD_LOGGER = "wmtp_modules.training.metric_logging.JSONLLogger"
+
+
+@pytest.mark.parametrize("overrides", [[], ["logger._component_=" + OLD_LOGGER]])
+def test_a_logger_under_its_old_name_is_checked_and_made(file, tmp_path, overrides):
+    component = "a.b" if overrides else OLD_LOGGER
+    file.write_text(f"logger:\n  _component_: {component}\n  path: {tmp_path / 'metrics.jsonl'}\n")
+    cfg = read_config(["--config", str(file), *overrides])
+    check_config(cfg, {"logger": Component()})
+    logger = torchtune_config.instantiate(cfg.logger)
+    assert type(logger) is JSONLLogger
+    logger.close()
+
+
+def test_an_override_of_a_whole_component_by_its_old_name(file):
+    cfg = read_config(["--config", str(file), "model=wmtp_modules.quickstart.prepare_stdlib"])
+    assert cfg.model["_component_"] == "wmtp_modules.quickstarts.stdlib.prepare_stdlib"
+
+
+def test_only_components_are_renamed_wherever_they_stand(file):
+    file.write_text(
+        "a: [{_component_: wmtp_modules.quickstart_eval.prepare_functions}, '???', null, '${b}']\n"
+        "b: {_component_: '${c}', d: wmtp_modules.quickstart.prepare_stdlib}\n"
+        "c: wmtp_modules.quickstarts.stdlib.prepare_stdlib\n_component_: ???\n"
+    )
+    assert OmegaConf.to_container(load_config(file)) == {
+        "a": [
+            {"_component_": "wmtp_modules.quickstarts.functions.prepare_functions"},
+            *("???", None, "${b}"),
+        ],
+        "b": {"_component_": "${c}", "d": "wmtp_modules.quickstart.prepare_stdlib"},
+        "c": "wmtp_modules.quickstarts.stdlib.prepare_stdlib",
+        "_component_": "???",
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "name"),
+    [
+        ("quickstart", "prepare_stdlib"),
+        ("quickstart_critic", "prepare_critic_stdlib"),
+        ("quickstart_eval", "prepare_functions"),
+        ("training.metric_logging", "MLflowLogger"),
+    ],
+)
+def test_what_has_moved_is_there(old, name):
+    assert locate(f"{MOVED['wmtp_modules.' + old]}.{name}").__name__ == name
 
 
 YAML_BITS = ("a", ": ", "\n", "- ", "[", "]", "{", "}", "${", "&x ", "*x", "!!int ", "'", "\t")

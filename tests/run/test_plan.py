@@ -84,6 +84,12 @@ def test_is_done_is_for_the_very_config(tmp_path):
     assert is_done(cfg)
     assert is_done(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}))
     assert not is_done(OmegaConf.merge(cfg, {"x": 2}))
+    logger = {"_component_": "wmtp_modules.run.metric_logging.JSONLLogger"}
+    (tmp_path / "config.yaml").write_text(
+        OmegaConf.to_yaml(cfg) + "logger:\n"
+        "  _component_: wmtp_modules.training.metric_logging.JSONLLogger\n"  # as it was called
+    )
+    assert is_done(OmegaConf.merge(cfg, {"logger": logger}))
 
 
 def test_a_summary_is_json_that_every_reader_takes(tmp_path):

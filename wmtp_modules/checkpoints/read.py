@@ -27,8 +27,7 @@ from wmtp_modules.checkpoints.names import (
     rotary_heads,
     rows_from_hf,
 )
-from wmtp_modules.files import recover_folder
-from wmtp_modules.json_fault import json_fault
+from wmtp_modules.files import read_json, recover_folder
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
 # Meta's params.json does not name the context length; Llama-2 and the multi-token release have
@@ -92,7 +91,7 @@ class Checkpoint:
             self._file_of |= dict.fromkeys(tensors, file)
         self._files = files
 
-        config = _read_json(self.config_file)
+        config = read_json(self.config_file)
         read_args = self._args_from_hf if self.is_hf else self._args_from_meta
         self.args = read_args(config, n_future_tokens)
         self._check_widths()
@@ -428,16 +427,6 @@ def _pieces(path: Path) -> list[str]:
         ) from error
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # also what is not UTF-8
-        raise ValueError(f"{path} is not valid JSON, copy it again: {json_fault(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
-
-
 def _number(
     config: dict,
     name: str,
@@ -484,7 +473,7 @@ def _hf_weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.exists():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no 'weight_map' from keys to files")
             names = list(weight_map.values())

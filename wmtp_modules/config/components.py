@@ -25,6 +25,13 @@ NAMESPACES = (
     "wmtp_modules.run.metric_logging",
 )
 VARIABLE = "WMTP_ALLOWED_COMPONENTS"
+# Modules that users' configs, and those kept by their runs, name as they were called before.
+MOVED = {
+    "wmtp_modules.quickstart": "wmtp_modules.quickstarts.stdlib",
+    "wmtp_modules.quickstart_critic": "wmtp_modules.quickstarts.mutations",
+    "wmtp_modules.quickstart_eval": "wmtp_modules.quickstarts.functions",
+    "wmtp_modules.training.metric_logging": "wmtp_modules.run.metric_logging",
+}
 
 
 class NotAllowedError(ImportError):
@@ -35,6 +42,12 @@ def allowed_components() -> tuple[str, ...]:
     """Namespaces that components may come from: ours and those of the environment variable."""
     added = (name.strip() for name in os.environ.get(VARIABLE, "").split(","))
     return (*NAMESPACES, *filter(None, added))
+
+
+def todays_name(dotted_path: str) -> str:
+    """The path itself, or where what it names is since its module has moved."""
+    module, dot, name = dotted_path.rpartition(".")
+    return f"{MOVED.get(module, module)}{dot}{name}"
 
 
 def locate(dotted_path: str) -> Any:

@@ -9,12 +9,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from yaml import MarkedYAMLError, YAMLError
 
-from wmtp_modules.config.check import ConfigError
+from wmtp_modules.config.check import COMPONENT, ConfigError
+from wmtp_modules.config.components import todays_name
 
 
 def read_config(argv: Sequence[str] | None = None, description: str | None = None) -> DictConfig:
@@ -40,16 +41,18 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
         )
     config = load_config(known.config)
     try:
-        return _merge_yaml_and_cli_args(Namespace(**OmegaConf.to_container(config)), overrides)
+        merged = _merge_yaml_and_cli_args(Namespace(**OmegaConf.to_container(config)), overrides)
     except (ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(
             f"the overrides {' '.join(overrides)} cannot be merged into {known.config} "
             f"({_in_one_line(error)})"
         ) from error
+    _rename_moved_(merged)
+    return merged
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """A config file, interpolations not yet resolved.
+    """A config file, interpolations not yet resolved; components that have moved by today's names.
 
     Raises:
         ConfigError: if there is none, or it is not YAML of keys and values.
@@ -73,7 +76,19 @@ def load_config(path: str | Path) -> DictConfig:
     for key in config:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: the key {key!r} is no text: write it in quotes, or mend it")
+    _rename_moved_(config)
     return config
+
+
+def _rename_moved_(node: DictConfig | ListConfig) -> None:
+    """torchtune imports a ``_component_`` by its path, so the path has to be today's."""
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        if isinstance(node[key], DictConfig | ListConfig):
+            _rename_moved_(node[key])
+        elif key == COMPONENT and isinstance(node[key], str):
+            node[key] = todays_name(node[key])
 
 
 def _in_one_line(error: Exception) -> str:

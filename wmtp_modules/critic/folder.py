@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from wmtp_modules.critic.figures import shortcomings
 from wmtp_modules.critic.pairs import fingerprint_responses
 from wmtp_modules.critic.rewards import Responses
-from wmtp_modules.files import new_file
+from wmtp_modules.files import new_file, read_json
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.scoring.score_table import fingerprint_checkpoint, fingerprint_tokenizer
@@ -131,11 +131,11 @@ def read_critic(folder: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        record = None
+        record = read_json(path)
+    except ValueError:
+        record = {}
     blocks = ("fingerprint", "settings", "report")
-    if not isinstance(record, dict) or not all(isinstance(record.get(b), dict) for b in blocks):
+    if not all(isinstance(record.get(b), dict) for b in blocks):
         raise ValueError(f"{path} is damaged: train the critic again in another folder")
     return record
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
-from wmtp_modules.json_fault import json_fault
+from wmtp_modules.files import json_fault
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.run.watchdog import Watchdog
 from wmtp_modules.scoring.score_table import (

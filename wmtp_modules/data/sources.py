@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wmtp_modules.json_fault import json_fault
+from wmtp_modules.files import json_fault
 
 ROW_SUFFIXES = {".jsonl", ".parquet"}
 # fmt: off

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp_modules.evaluation.task import Task
-from wmtp_modules.json_fault import json_fault
+from wmtp_modules.files import json_fault
 
 BLOCK = 1 << 16  # bytes read at once in search of the last line's end
 

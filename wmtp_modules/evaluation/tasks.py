@@ -13,7 +13,7 @@ from wmtp_modules.evaluation.code_contests import code_contests_task
 from wmtp_modules.evaluation.humaneval import humaneval_task
 from wmtp_modules.evaluation.mbpp import TEST_IDS, mbpp_task, with_shots
 from wmtp_modules.evaluation.task import Task
-from wmtp_modules.json_fault import json_fault
+from wmtp_modules.files import json_fault
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # names in a config
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # a config's names
 
 
 def shard_model(

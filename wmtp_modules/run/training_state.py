@@ -11,7 +11,6 @@ synced, and renamed when all of it is there. So what has the name is complete, u
 damaged it since, which the manifest tells.
 """
 
-import hashlib
 import json
 import logging
 import pickle
@@ -41,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmtp_modules.files import disk_errors, sync
+from wmtp_modules.files import disk_errors, file_hash, sync
 
 log = logging.getLogger(__name__)
 
@@ -375,12 +374,6 @@ def _load_plain(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} carries Python code or objects and was not opened: it is not of this package"
         ) from error
-
-
-def file_hash(path: Path) -> str:
-    """sha256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file_name(name: str) -> str:

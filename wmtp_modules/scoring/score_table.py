@@ -27,7 +27,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 from wmtp_modules.data.packing import row_lengths
-from wmtp_modules.files import new_file
+from wmtp_modules.files import file_hash, new_file, read_json
 from wmtp_modules.parallel.process_group import patient_barrier
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,13 @@ def fingerprint_checkpoint(folder: str | Path) -> str:
     configs = [folder / name for name in CONFIG_FILES if (folder / name).exists()]
     digest = hashlib.sha256()
     for path in weights + configs:
-        digest.update(f"{path.name} {_hash_file(path)}\n".encode())
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 
 def fingerprint_tokenizer(path: str | Path) -> str:
     """Content hash (sha256 in hex) of a tokenizer file."""
-    return _hash_file(Path(path))
+    return file_hash(Path(path))
 
 
 def fingerprint_rows(rows: Dataset) -> str:
@@ -259,11 +259,6 @@ def compute_scores(
         patient_barrier()  # nobody opens the table before the manifest is there
 
 
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _token_chunks(rows: Dataset) -> Iterator[pa.Array]:
     """The tokens column as Arrow list arrays, in row order also behind a select or shuffle."""
     for table in rows.select_columns("tokens").with_format("arrow").iter(batch_size=4096):
@@ -313,7 +308,7 @@ def _stamp_path(part: Path) -> Path:
 
 def _stamp(path: Path) -> dict:
     """What a part is known by: its size, which is quick to compare, and its hash."""
-    return {"size": path.stat().st_size, "sha256": _hash_file(path)}
+    return {"size": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def _read_stamp(path: Path) -> dict | None:
@@ -386,10 +381,9 @@ def _read_record(path: Path, fingerprint: dict, n_rows: int) -> dict:
 def _read_json(path: Path) -> dict | None:
     """The object in a file; None where there is no sound one."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _write_json(path: Path, record: dict) -> None:
