@@ -1,0 +1,557 @@
+"""Whole optimizer steps in float64, from the mathematics alone: a second opinion on the recipes.
+
+Nothing here comes from the code under test. One document at a time goes through a Llama written out
+by hand, from position 0 and seeing itself only, so there are no packs, masks, shards or chunks;
+selections sort, calibrations bisect, and the optimizer is its textbook formula.
+
+Shapes: T positions of one document, N tokens of a joint micro-batch (all ranks' documents one after
+the other, padding left out), K heads, D model width. Head k at position t predicts token t + k + 1.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+FIRST_TOKEN = 256  # row i begins with token FIRST_TOKEN + i, and no other token is that large
+
+
+@dataclass(frozen=True)
+class Row:
+    """One document: token ids, and for each whether it is supervised and whether it is noise."""
+
+    tokens: list[int]
+    keep: list[bool]
+    noise: list[bool]
+    reward: float
+
+
+@dataclass(frozen=True)
+class Document:
+    """A row at its place in a joint micro-batch: it begins at ``start`` in pack ``pack``."""
+
+    row: int
+    pack: int
+    start: int
+
+
+def documents_of(packs: Sequence[Sequence[int]], rows: Sequence[Row]) -> list[Document]:
+    """The documents of a joint micro-batch, told apart by their first tokens."""
+    found = []
+    for pack, tokens in enumerate(packs):
+        place = 0
+        while place < len(tokens) and tokens[place] >= FIRST_TOKEN:
+            row = tokens[place] - FIRST_TOKEN
+            length = len(rows[row].tokens)
+            assert list(tokens[place : place + length]) == rows[row].tokens, f"row {row} is cut"
+            found.append(Document(row, pack, place))
+            place += length
+        assert all(token < FIRST_TOKEN for token in tokens[place:]), "a row begins behind padding"
+    return found
+
+
+# ------------------------------------------------------------------------------- model
+
+
+def rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """x over its root mean square, times a scale per feature."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
+
+
+class Llama:
+    """The model of a folder in Meta's format, in float64, for one document at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.params = json.loads((folder / "params.json").read_text())
+        weights = torch.load(folder / "consolidated.pth", weights_only=True)
+        self.weights = {key: w.double().requires_grad_() for key, w in weights.items()}
+        self.n_heads = self.params.get("n_future_tokens", 1)
+        self._n_trunk = self.params["n_layers"] - self.n_heads
+        self._eps = self.params["norm_eps"]
+
+    def trunk(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Output [T, D] of the last trunk block, which all heads read."""
+        hidden_TD = self.weights["tok_embeddings.weight"][list(tokens)]
+        for i in range(self._n_trunk):
+            hidden_TD = self._block(f"layers.{i}", hidden_TD)
+        return hidden_TD
+
+    def losses(self, tokens: Sequence[int], trunk_TD: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy [T, K] of every head on every token; 0 where its target is past the end."""
+        T, columns = len(tokens), []
+        for k in range(self.n_heads):
+            name = f"layers.{self._n_trunk}" if k == 0 else f"extra_heads.{k - 1}"
+            hidden_TD = self._block(name, trunk_TD)
+            hidden_TD = rms_norm(hidden_TD, self.weights["norm.weight"], self._eps)
+            logits_TV = hidden_TD @ self.weights["output.weight"].T
+            targets = torch.tensor(tokens[k + 1 :], dtype=torch.int64)
+            log_p = logits_TV.log_softmax(-1)[: len(targets)].gather(1, targets[:, None])
+            columns.append(F.pad(-log_p.squeeze(1), (0, T - len(targets))))
+        return torch.stack(columns, 1)
+
+    def _block(self, name: str, x_TD: torch.Tensor) -> torch.Tensor:
+        def weight(part: str) -> torch.Tensor:
+            return self.weights[f"{name}.{part}.weight"]
+
+        x_TD = x_TD + self._attention(weight, rms_norm(x_TD, weight("attention_norm"), self._eps))
+        y_TD = rms_norm(x_TD, weight("ffn_norm"), self._eps)
+        gate, up = y_TD @ weight("feed_forward.w1").T, y_TD @ weight("feed_forward.w3").T
+        return x_TD + (gate * gate.sigmoid() * up) @ weight("feed_forward.w2").T
+
+    def _attention(self, weight: Callable, x_TD: torch.Tensor) -> torch.Tensor:
+        T, D = x_TD.shape
+        n_heads = self.params["n_heads"]
+        n_kv_heads = self.params.get("n_kv_heads", n_heads)
+        width = D // n_heads
+
+        def project(name: str, heads: int) -> torch.Tensor:
+            return (x_TD @ weight(f"attention.{name}").T).view(T, heads, width)
+
+        q, k, v = project("wq", n_heads), project("wk", n_kv_heads), project("wv", n_kv_heads)
+        q, k = self._rotate(q), self._rotate(k)
+        later = torch.ones(T, T, dtype=torch.bool).triu(1)
+        outputs = []
+        for head in range(n_heads):
+            shared = head * n_kv_heads // n_heads  # grouped queries share keys and values
+            scores = q[:, head] @ k[:, shared].T / math.sqrt(width)
+            outputs.append(scores.masked_fill(later, -math.inf).softmax(-1) @ v[:, shared])
+        return torch.cat(outputs, 1) @ weight("attention.wo").T
+
+    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Turn each pair of neighbouring features i by t * base^(-2i / width), Meta's RoPE."""
+        T, _, width = x.shape
+        base = self.params.get("rope_theta", 10_000.0)
+        speeds = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angles = (torch.arange(T, dtype=torch.float64)[:, None] * speeds)[:, None]
+        even, odd = x[..., 0::2], x[..., 1::2]
+        turned = (
+            even * angles.cos() - odd * angles.sin(),
+            even * angles.sin() + odd * angles.cos(),
+        )
+        return torch.stack(turned, -1).flatten(-2)
+
+
+class ValueHead:
+    """The critic's value head, in float64: V after every token from the trunk's output."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        tensors = {key: tensor.double() for key, tensor in tensors.items()}
+        self._scale, self._shift = tensors.pop("scale"), tensors.pop("shift")
+        self.weights = {key: tensor.requires_grad_() for key, tensor in tensors.items()}
+
+    def __call__(self, trunk_TD: torch.Tensor) -> torch.Tensor:
+        w = self.weights
+        x_TD = rms_norm(trunk_TD, w["norm.scale"], 1e-6)
+        x_TD = x_TD @ w["hidden.weight"].T + w["hidden.bias"]
+        x_TD = x_TD * x_TD.sigmoid()
+        return self._scale * (x_TD @ w["out.weight"][0] + w["out.bias"]) + self._shift
+
+
+# ----------------------------------------------------------------------------- weights
+
+
+def calibrate(raw: torch.Tensor, w_min: float, w_max: float) -> torch.Tensor:
+    """clip(c * raw, w_min, w_max) with mean 1, c by bisection."""
+    low, high = 0.0, 1.0
+    while (high * raw).clamp(w_min, w_max).mean() < 1:
+        high *= 2
+    for _ in range(200):
+        c = (low + high) / 2
+        low, high = (c, high) if (c * raw).clamp(w_min, w_max).mean() < 1 else (low, c)
+    return (high * raw).clamp(w_min, w_max)
+
+
+def softened(z: torch.Tensor, cfg: dict) -> torch.Tensor:
+    """Calibrated exp(z / temperature)."""
+    return calibrate(((z - z.max()) / cfg["temperature"]).exp(), cfg["w_min"], cfg["w_max"])
+
+
+def soft(scores: torch.Tensor, cfg: dict) -> torch.Tensor:
+    """Weights of the soft selection over the tokens of one head."""
+    mean, std = scores.mean(), scores.std(correction=0)
+    return softened(((scores - mean) / (std + 1e-6)).clamp(-5, 5), cfg)
+
+
+def topk(scores: torch.Tensor, scopes: Sequence[int], ratio: float) -> torch.Tensor:
+    """N / m on the m best of each scope's N tokens, 0 on the others; the first of equals wins."""
+    weights = torch.zeros_like(scores)
+    for scope in set(scopes):
+        members = [i for i, s in enumerate(scopes) if s == scope]
+        m = min(len(members), max(1, round(ratio * len(members))))
+        best = sorted(members, key=lambda i: (-scores[i].item(), i))[:m]
+        weights[best] = len(members) / m
+    return weights
+
+
+def shuffled(scores: torch.Tensor, groups: Sequence[int], keys: Sequence[float]) -> torch.Tensor:
+    """Scores permuted inside each group: its i-th place gets that of its i-th smallest key."""
+    out = scores.clone()
+    for group in set(groups):
+        members = [i for i, g in enumerate(groups) if g == group]
+        out[members] = scores[sorted(members, key=lambda i: keys[i])]
+    return out
+
+
+def advantages(row: Row, values: Sequence[float], reward: float, lam: float) -> dict[int, float]:
+    """Generalised advantage of each response token of a row, given V after every token."""
+    found, after = {}, 0.0
+    response = [u for u in range(1, len(row.tokens)) if row.keep[u]]
+    for u in reversed(response):
+        delta = (reward if u == response[-1] else values[u]) - values[u - 1]
+        found[u] = after = delta + lam * after
+    return found
+
+
+# -------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class Critic:
+    """What the critic's stages leave to the policy.
+
+    Attributes:
+        rewards: standardised, one per training row.
+        policy_rows: training rows that train the policy.
+        values: V after every token of each training row.
+        value_head: trained on beside the policy where ``auxiliary_value_coef`` says so.
+    """
+
+    rewards: list[float]
+    policy_rows: list[int]
+    values: list[list[float]]
+    value_head: ValueHead | None = None
+
+
+class Run:
+    """One training run of a recipe's config.
+
+    Args:
+        cfg: the config, as plain containers.
+        world: number of ranks.
+        folder: checkpoint to start from.
+        rows: training rows.
+        rows_val: held-out rows.
+        draw: ``draw(G, T, seed=, step=)``, the random number of each token of micro-batch ``step``.
+        reference: the reference model of Rho-1.
+        critic: what the critic's stages left.
+    """
+
+    def __init__(
+        self,
+        cfg: dict,
+        world: int,
+        folder: Path,
+        rows: Sequence[Row],
+        rows_val: Sequence[Row],
+        *,
+        draw: Callable,
+        reference: Llama | None = None,
+        critic: Critic | None = None,
+    ) -> None:
+        self.cfg, self.weighting, self.world = cfg, cfg["weighting"], world
+        self.model = Llama(folder)
+        self.before = {key: w.detach().clone() for key, w in self.model.weights.items()}
+        self.rows, self.rows_val = rows, rows_val
+        self._draw, self._reference, self._critic = draw, reference, critic
+        K = self.model.n_heads
+        decayed = [self.weighting["decay"] ** k for k in range(K)]
+        self._alphas_K = torch.tensor(decayed, dtype=torch.float64) / sum(decayed)
+        self._aux = cfg.get("auxiliary_value_coef") or 0.0
+        groups = [(self.model.weights, cfg["optimizer"]["lr"])]
+        if self._aux:
+            groups.append((critic.value_head.weights, cfg["auxiliary_value_lr"]))
+        self._groups = groups
+        self.clipped: list[bool] = []  # of each step
+        self.times_seen = torch.zeros(len(rows), dtype=torch.int64)
+        self._moments = [{key: (0.0, 0.0) for key in weights} for weights, _ in groups]
+        if critic is not None:
+            self._z = self._standardised_advantages()
+
+    def __call__(self, micro_batches: Sequence[Sequence[Sequence[int]]]) -> list[dict]:
+        """Train, and give what is logged, a line per step and one before them.
+
+        Args:
+            micro_batches: token ids of the packs of every joint micro-batch.
+        """
+        accumulation = self.cfg["gradient_accumulation_steps"]
+        lines = [{"step": 0} | self.heldout()]
+        self.noise_sums = torch.zeros(4, dtype=torch.float64)
+        for step in range(self.cfg["max_steps"]):
+            numbers = range(step * accumulation, (step + 1) * accumulation)
+            figures = self._step(step, [(n, micro_batches[n]) for n in numbers])
+            is_last = step + 1 == self.cfg["max_steps"]
+            if is_last or (step + 1) % self.cfg["run_val_every_n_steps"] == 0:
+                figures |= self.heldout()
+            lines.append({"step": step + 1} | figures)
+        return lines
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """What all steps together added to each parameter."""
+        return {key: w.detach() - self.before[key] for key, w in self.model.weights.items()}
+
+    @torch.no_grad()
+    def heldout(self) -> dict[str, float]:
+        """Unweighted losses of the held-out rows."""
+        K = self.model.n_heads
+        total_K, count_K = torch.zeros(2, K, dtype=torch.float64)
+        for row in self.rows_val:
+            losses_TK = self.model.losses(row.tokens, self.model.trunk(row.tokens))
+            mask_TK = self._mask(row)
+            total_K += (losses_TK * mask_TK).sum(0)
+            count_K += mask_TK.sum(0)
+        losses = (total_K / count_K).tolist()
+        named = {f"val_loss_head_{k}": loss for k, loss in enumerate(losses)}
+        return named | {"val_loss": sum(losses) / K}
+
+    def _mask(self, row: Row) -> torch.Tensor:
+        """Where a head has a target: a supervised token of the same document."""
+        T, K = len(row.tokens), self.model.n_heads
+        has = [[t + k + 1 < T and row.keep[t + k + 1] for k in range(K)] for t in range(T)]
+        return torch.tensor(has, dtype=torch.bool)
+
+    def _of_targets(self, row: Row, per_token: Sequence[float], nothing: float) -> torch.Tensor:
+        """[T, K]: the number of each token where heads predict it."""
+        T, K = len(row.tokens), self.model.n_heads
+        at = [
+            [per_token[t + k + 1] if t + k + 1 < T else nothing for k in range(K)] for t in range(T)
+        ]
+        return torch.tensor(at, dtype=torch.float64)
+
+    # -------------------------------------------------------------------- one step
+
+    def _step(self, step: int, micro_batches: list[tuple[int, Sequence]]) -> dict[str, float]:
+        K = self.model.n_heads
+        n_K, loss_K = torch.zeros(2, K, dtype=torch.float64)
+        objective, value_loss = 0.0, 0.0
+        noise_4 = torch.zeros(4, dtype=torch.float64)
+        for number, packs in micro_batches:
+            documents = documents_of(packs, self.rows)
+            self.times_seen[[document.row for document in documents]] += 1
+            chosen = [self.rows[document.row] for document in documents]
+            trunks = [self.model.trunk(row.tokens) for row in chosen]
+            losses_NK = torch.cat(
+                [
+                    self.model.losses(row.tokens, trunk)
+                    for row, trunk in zip(chosen, trunks, strict=True)
+                ]
+            )
+            mask_NK = torch.cat([self._mask(row) for row in chosen])
+            weights_NK = self._weights(number, packs, documents, losses_NK.detach(), mask_NK)
+            loss = (self._alphas_K * weights_NK * losses_NK).sum()
+            objective += loss.item()
+            if self._aux:
+                errors = self._value_errors(documents, trunks)
+                value_loss += errors.item()
+                loss = loss + self._aux * errors
+            loss.backward()
+            n_K += mask_NK.sum(0)
+            loss_K += (losses_NK.detach() * mask_NK).sum(0)
+            on_noise_NK = torch.cat([self._of_targets(r, r.noise, False) for r in chosen]) * mask_NK
+            noise_4 += torch.stack(
+                [
+                    on_noise_NK.sum(),
+                    mask_NK.sum(),
+                    (weights_NK * on_noise_NK).sum(),
+                    weights_NK.sum(),
+                ]
+            )
+        n_prime = (self._alphas_K * n_K).sum()
+        norms = self._optimize(step, n_prime)
+        self.noise_sums += noise_4
+
+        losses = (loss_K / n_K).tolist()
+        figures = {
+            "loss": ((self._alphas_K * loss_K).sum() / n_prime).item(),
+            **{f"loss_head_{k}": loss for k, loss in enumerate(losses)},
+            "weighted_loss": objective / n_prime.item(),
+            "lr": self.cfg["optimizer"]["lr"] * self.schedule(step),
+            "grad_norm": norms[0],
+            **self._statistics(weights_NK, mask_NK),
+        }
+        if noise_4[0]:
+            figures["noise_in_data"] = (noise_4[0] / noise_4[1]).item()
+            figures["noise_in_weight"] = (noise_4[2] / noise_4[3]).item()
+        if self._aux:
+            figures["value_loss"] = value_loss / n_K[0].item()
+        return figures
+
+    def _statistics(self, weights_NK: torch.Tensor, mask_NK: torch.Tensor) -> dict[str, float]:
+        """Figures of the weights of one joint micro-batch; NaN for a head without targets."""
+        w_min, w_max, near = self.weighting["w_min"], self.weighting["w_max"], 1e-6
+        found = {name: [] for name in ("mean", "ess", "selected", "at_min", "at_max")}
+        for k in range(self.model.n_heads):
+            w = weights_NK[mask_NK[:, k], k]
+            found["mean"].append(w.mean().item())
+            found["ess"].append((w.sum() ** 2 / (len(w) * w.square().sum())).item())
+            found["selected"].append((w >= 1 - near).double().mean().item())
+            found["at_min"].append((w <= w_min + near).double().mean().item())
+            found["at_max"].append((w >= w_max - near).double().mean().item())
+        K = self.model.n_heads
+        named = {
+            f"weight_{n}_head_{k}": v
+            for n, per_head in found.items()
+            for k, v in enumerate(per_head)
+        }
+        return named | {"ess": sum(found["ess"]) / K, "selected_share": sum(found["selected"]) / K}
+
+    def _optimize(self, step: int, n_prime: torch.Tensor) -> list[float]:
+        """One update of every group of parameters, each clipped by itself; their norms before."""
+        norms = []
+        for (weights, lr), moments in zip(self._groups, self._moments, strict=True):
+            lr = lr * self.schedule(step)
+            grads = {
+                key: torch.zeros_like(w) if w.grad is None else w.grad / n_prime
+                for key, w in weights.items()
+            }
+            norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
+            norms.append(norm)
+            share = min(1.0, self.cfg["clip_grad_norm"] / (norm + 1e-6))
+            for key, w in weights.items():
+                with torch.no_grad():
+                    w += self._change(step, w, grads[key] * share, lr, key, moments)
+                w.grad = None
+        self.clipped.append(norms[0] > self.cfg["clip_grad_norm"])
+        return norms
+
+    def _change(self, step, w, grad, lr, key, moments) -> torch.Tensor:
+        optimizer = self.cfg["optimizer"]
+        if optimizer["_component_"] == "torch.optim.SGD":
+            return -lr * grad
+        assert optimizer["_component_"] == "torch.optim.AdamW"
+        beta1, beta2 = optimizer["betas"]
+        first, second = moments[key]
+        first = beta1 * first + (1 - beta1) * grad
+        second = beta2 * second + (1 - beta2) * grad.square()
+        moments[key] = first, second
+        first, second = first / (1 - beta1 ** (step + 1)), second / (1 - beta2 ** (step + 1))
+        return -lr * (optimizer["weight_decay"] * w + first / (second.sqrt() + optimizer["eps"]))
+
+    def schedule(self, step: int) -> float:
+        """Share of the learning rate in a step, from 0: linear warm-up, then half a cosine."""
+        warmup, steps = self.cfg["num_warmup_steps"], self.cfg["max_steps"]
+        if step < warmup:
+            return step / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    # --------------------------------------------------------------------- weights
+
+    def _weights(
+        self,
+        number: int,
+        packs: Sequence[Sequence[int]],
+        documents: list[Document],
+        losses_NK: torch.Tensor,
+        mask_NK: torch.Tensor,
+    ) -> torch.Tensor:
+        """Final weights of a joint micro-batch, 0 where a head has no target."""
+        keys = self._draw(len(packs), len(packs[0]), seed=self.cfg["seed"], step=number)
+        chosen = [self.rows[document.row] for document in documents]
+        keys_of = [
+            [float(keys[d.pack][d.start + t]) for t in range(len(row.tokens))]
+            for d, row in zip(documents, chosen, strict=True)
+        ]
+        keys_NK = torch.cat(
+            [self._of_targets(r, k, math.nan) for r, k in zip(chosen, keys_of, strict=True)]
+        )
+        numbers = [i for i, row in enumerate(chosen) for _ in row.tokens]  # document of each token
+        scores_NK = self._scores(documents, keys_of, losses_NK)
+        name, weights_NK = self.weighting["name"], torch.zeros_like(losses_NK)
+        for k in range(self.model.n_heads):
+            places = mask_NK[:, k].nonzero().flatten().tolist()
+            if not places:
+                continue
+            own = [numbers[n] for n in places]
+            if name == "uniform":
+                weights = torch.ones(len(places), dtype=torch.float64)
+            elif name == "dft":
+                raw = (-losses_NK[places, k]).exp()
+                weights = calibrate(raw, self.weighting["w_min"], self.weighting["w_max"])
+            elif name == "random_topk":
+                weights = self._select(keys_NK[places, k], own, documents)
+            elif name == "top_loss":
+                weights = self._select(losses_NK[places, k], own, documents)
+            elif self._critic is not None:  # critic and its shuffled, which permutes tokens
+                weights = softened(scores_NK[places, k], self.weighting)
+            else:
+                scores = scores_NK[places, k]
+                if name == "shuffled":
+                    scores = shuffled(scores, own, keys_NK[places, k].tolist())
+                if self.weighting["selection"] == "soft":
+                    weights = soft(scores, self.weighting)
+                else:
+                    weights = self._select(scores, own, documents)
+            strength = self.weighting["strength"]
+            weights_NK[places, k] = (1 - strength) + strength * weights
+        return weights_NK
+
+    def _select(self, scores, own: list[int], documents: list[Document]) -> torch.Tensor:
+        scope = self.weighting.get("scope", "microbatch")
+        scope_of = {
+            "microbatch": lambda i: 0,
+            "rank": lambda i: documents[i].pack % self.world,
+            "document": lambda i: i,
+        }[scope]
+        return topk(scores, [scope_of(i) for i in own], self.weighting["ratio"])
+
+    def _scores(self, documents, keys_of, losses_NK) -> torch.Tensor | None:
+        """Excess losses, or standardised advantages, at the targets of every head."""
+        if self.weighting["name"] not in ("rho1", "critic", "shuffled"):
+            return None
+        if self._critic is not None:
+            parts = []
+            for document, keys in zip(documents, keys_of, strict=True):
+                z = self._z[document.row]
+                if self.weighting["name"] == "shuffled":
+                    order = sorted(z, key=lambda u: keys[u])
+                    z = {u: z[other] for u, other in zip(z, order, strict=True)}
+                row = self.rows[document.row]
+                per_token = [z.get(u, math.nan) for u in range(len(row.tokens))]
+                parts.append(self._of_targets(row, per_token, math.nan))
+            return torch.cat(parts)
+        reference_NK = torch.cat([self._reference_losses(d.row) for d in documents])
+        excess_NK = losses_NK - reference_NK
+        return excess_NK.abs() if self.weighting["score"] == "abs_excess" else excess_NK
+
+    @torch.no_grad()
+    def _reference_losses(self, row_number: int) -> torch.Tensor:
+        """r[t, k]: the reference's own head k, or its next-token loss on head k's target."""
+        row, K = self.rows[row_number], self.model.n_heads
+        losses = self._reference.losses(row.tokens, self._reference.trunk(row.tokens))
+        if self._reference.n_heads > 1:
+            return losses[:, :K]
+        before = [math.nan, *losses[:-1, 0].tolist()]  # of each token, by the one before it
+        return self._of_targets(row, before, math.nan)
+
+    # ---------------------------------------------------------------------- critic
+
+    def _standardised_advantages(self) -> dict[int, dict[int, float]]:
+        """z of every response token of the policy's rows, over all of which it is standardised."""
+        lam = 0.0 if self.weighting["advantage"] == "td" else self.weighting["lam"]
+        critic = self._critic
+        found = {
+            i: advantages(self.rows[i], critic.values[i], critic.rewards[i], lam)
+            for i in critic.policy_rows
+        }
+        every = torch.tensor(
+            [a for of_row in found.values() for a in of_row.values()], dtype=torch.float64
+        )
+        mean, std = every.mean().item(), every.std(correction=0).item()
+        return {
+            # In the order of the tokens, which is what a permutation of them goes by.
+            i: {u: min(5.0, max(-5.0, (of_row[u] - mean) / (std + 1e-6))) for u in sorted(of_row)}
+            for i, of_row in found.items()
+        }
+
+    def _value_errors(self, documents: list[Document], trunks: list) -> torch.Tensor:
+        """Sum over response tokens u of (V[u - 1] - R)^2 / 2."""
+        total = torch.zeros((), dtype=torch.float64)
+        for document, trunk_TD in zip(documents, trunks, strict=True):
+            row, reward = self.rows[document.row], self._critic.rewards[document.row]
+            values_T = self._critic.value_head(trunk_TD)
+            response = [u for u in range(1, len(row.tokens)) if row.keep[u]]
+            total = total + 0.5 * sum((values_T[u - 1] - reward) ** 2 for u in response)
+        return total

@@ -1,0 +1,337 @@
+"""The golden test: whole optimizer steps of both recipes against a replay in float64.
+
+A recipe runs as its users run it, from a config to the files that it leaves, and replay.py does the
+same from the mathematics. Compared are what the steps added to all parameters together, and every
+figure in metrics.jsonl. Not compared is what is logged of heads without targets.
+
+Of the code under test come, besides the recipes' files, only the names below: which tokens fall
+into which micro-batch is read off the model's embedding, and the two random controls share their
+drawing of random numbers with the recipe.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wmtp_modules.weighting.controls import random_keys
+
+TOLERANCE = 1e-5
+# Not of the mathematics: the machine's, and what went wrong.
+UNCHECKED = {"step", "tokens_per_s", "memory_gib", "skipped_steps"}
+
+SGD = {"_component_": "torch.optim.SGD", "lr": 1.0}
+# eps far above a gradient's rounding: where a gradient is next to nothing, Adam's step would
+# otherwise be rounding itself. It also makes a step depend on the gradient's scale.
+ADAMW = {
+    "_component_": "torch.optim.AdamW",
+    "lr": 0.02,
+    "betas": [0.9, 0.95],
+    "eps": 1e-3,
+    "weight_decay": 0.1,
+}
+RHO1 = {
+    "name": "rho1",
+    "score": "excess",
+    "selection": "topk",
+    "ratio": 0.6,
+    "scope": "microbatch",
+    "temperature": 0.7,
+    "w_min": 0.1,
+    "w_max": 2.0,
+    "strength": 1.0,
+    "decay": 1.0,
+}
+CRITIC = {
+    "name": "critic",
+    "advantage": "gae",
+    "lam": 0.9,
+    "temperature": 0.8,
+    "ratio": 0.6,
+    "w_min": 0.2,
+    "w_max": 2.0,
+    "strength": 1.0,
+    "decay": 1.0,
+}
+CONTROLS = ["uniform", "random_topk", "shuffled", "dft", "top_loss"]
+
+
+def draw(n_packs: int, length: int, *, seed: int, step: int) -> torch.Tensor:
+    """The recipe's random number of each token of a joint micro-batch."""
+    return random_keys(n_packs, length, seed=seed, step=step, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def compare(server, assets, replay, tmp_path, record_property):
+    """compare(recipe, world, overrides): run, replay, and hold the one against the other.
+
+    Returns:
+        The replayed runs by the name of their weighting.
+    """
+
+    def one(recipe, world, cfg, output, batches, reference, critic):
+        run = replay.Run(
+            cfg,
+            world,
+            assets.model,
+            assets.rows,
+            critic.held_out if critic else assets.rows_val,
+            draw=draw,
+            reference=replay.Llama(reference) if reference else None,
+            critic=critic.parts() if critic else None,
+        )
+        lines = run(batches)
+        logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        name = f"{recipe} {cfg['weighting']['name']}"
+        figures = worst_figure(logged, lines)
+        got = torch.load(output / "last" / "consolidated.pth", weights_only=True)
+        update = error_of_update(got, run)
+        print(f"{name}: update {update:.1e}, figures {figures[0]:.1e} ({figures[1]})")
+        assert figures[0] <= TOLERANCE, f"{name}: {figures}"
+        assert update <= TOLERANCE, f"{name}: the update is off by {update:.1e}"
+        check_summary(json.loads((output / "summary.json").read_text()), run, lines)
+        return run
+
+    def go(recipe, world, overrides, reference=None, critic=None):
+        cfg = assets.cfg | {"output_dir": str(tmp_path / "out")} | overrides
+        batches = server.run(recipe, cfg, world, tmp_path)
+        controls = cfg.get("controls", [])
+        outputs = {name: tmp_path / "out" / "controls" / name for name in controls}
+        outputs[cfg["weighting"]["name"]] = tmp_path / "out"  # after its controls
+        each = cfg["max_steps"] * cfg["gradient_accumulation_steps"]
+        assert len(batches) == each * len(outputs)
+        runs = {}
+        for i, (name, output) in enumerate(outputs.items()):
+            own = cfg | {"weighting": cfg["weighting"] | {"name": name}}
+            part = batches[i * each : (i + 1) * each]
+            runs[name] = one(recipe, world, own, output, part, reference, critic)
+        return runs
+
+    return go
+
+
+def worst_figure(logged: list[dict], replayed: list[dict]) -> tuple[float, str]:
+    """Largest relative error of what was logged, and where; every figure has to be replayed."""
+    assert [line["step"] for line in logged] == [line["step"] for line in replayed]
+    worst = (0.0, "none")
+    for got, want in zip(logged, replayed, strict=True):
+        known = {key for key, value in want.items() if not math.isnan(value)} - UNCHECKED
+        # NaN is of a head without targets, or a mean with it: whatever is logged then.
+        assert known <= got.keys() <= want.keys() | UNCHECKED, f"step {got['step']}"
+        for key in known:
+            error = abs(got[key] - want[key])
+            error = error / abs(want[key]) if want[key] else error
+            worst = max(worst, (error, f"{key} of step {got['step']}"))
+    return worst
+
+
+def error_of_update(after: dict, run) -> float:
+    """Relative error, in the Euclidean norm, of what the run added to its parameters."""
+    update = run.update()
+    assert after.keys() == update.keys()
+    difference = torch.cat(
+        [(after[key].double() - run.before[key] - update[key]).flatten() for key in update]
+    )
+    return (difference.norm() / torch.cat([u.flatten() for u in update.values()]).norm()).item()
+
+
+def check_summary(summary: dict, run, lines: list[dict]) -> None:
+    """Held-out losses before and after, and the share of weight on noise."""
+    for name, line in (("base", lines[0]), (run.weighting["name"], lines[-1])):
+        heads = [line[f"val_loss_head_{k}"] for k in range(run.model.n_heads)]
+        assert summary["heldout_loss"][name] == pytest.approx(heads, rel=TOLERANCE)
+    if "corrupted_share" in summary:
+        in_data, targets, on_noise, weight = run.noise_sums.tolist()
+        share = {"data": in_data / targets, "selected": on_noise / weight}
+        assert summary["corrupted_share"] == pytest.approx(share, rel=TOLERANCE)
+
+
+# -------------------------------------------------------------------------------- rho1
+
+
+@pytest.fixture
+def reference(assets, tmp_path):
+    """reference(folder, mode): the block of a config."""
+
+    def block(folder: Path, mode: str = "cached") -> dict:
+        return {
+            "mode": mode,
+            "checkpointer": {"checkpoint_dir": str(folder)},
+            "table_dir": str(tmp_path / "table"),
+            "batch_tokens": 64,
+        }
+
+    return block
+
+
+def test_rho1_topk_and_its_controls(compare, assets, reference):
+    """Two ranks and accumulation 2; the first step sees packs in which nothing is supervised."""
+    compare(
+        "rho1",
+        2,
+        {
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "weighting": RHO1,
+            "controls": CONTROLS,
+            "reference": reference(assets.reference),
+            "optimizer": SGD,
+            "clip_grad_norm": 1000.0,
+            "max_steps": 2,
+        },
+        reference=assets.reference,
+    )
+
+
+def test_rho1_soft_with_strength_and_decay(compare, assets, reference):
+    """Against an MTP reference."""
+    compare(
+        "rho1",
+        2,
+        {
+            "batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "weighting": RHO1 | {"selection": "soft", "strength": 0.7, "decay": 0.6},
+            "controls": ["shuffled", "dft"],
+            "reference": reference(assets.mtp_reference),
+            "optimizer": SGD,
+            "clip_grad_norm": 1000.0,
+            "max_steps": 3,
+        },
+        reference=assets.mtp_reference,
+    )
+
+
+@pytest.mark.parametrize(("scope", "score"), [("rank", "abs_excess"), ("document", "excess")])
+def test_rho1_topk_in_smaller_scopes(scope, score, compare, assets, reference):
+    """The reference is asked while training."""
+    compare(
+        "rho1",
+        2,
+        {
+            "batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "weighting": RHO1 | {"scope": scope, "score": score},
+            "reference": reference(assets.mtp_reference, "online"),
+            "optimizer": SGD,
+            "clip_grad_norm": 1000.0,
+            "max_steps": 1,
+        },
+        reference=assets.mtp_reference,
+    )
+
+
+def test_rho1_adamw_with_warmup_clip_and_epochs(compare, assets, reference):
+    """Nine steps: three without full rate, each clipped, through more than two epochs."""
+    runs = compare(
+        "rho1",
+        2,
+        {
+            "batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "weighting": RHO1,
+            "reference": reference(assets.reference),
+            "optimizer": ADAMW,
+            "num_warmup_steps": 3,
+            "clip_grad_norm": 0.5,
+            "max_steps": 9,
+        },
+        reference=assets.reference,
+    )
+    assert runs["rho1"].clipped == [True] * 9
+    assert runs["rho1"].times_seen.max() >= 3
+
+
+# ------------------------------------------------------------------------------ critic
+
+
+class Stages:
+    """What the stages before the policy left, read from their files."""
+
+    def __init__(self, cfg: dict, folder: Path, assets, replay) -> None:
+        self.cfg, self._folder, self._assets, self._replay = cfg, folder, assets, replay
+        rewards = torch.tensor([row.reward for row in assets.rows], dtype=torch.float64)
+        rewards_val = torch.tensor([row.reward for row in assets.rows_val], dtype=torch.float64)
+        mean, std = rewards.mean(), rewards.std(correction=0)
+        self._rewards = ((rewards - mean) / std).tolist()
+        self._rewards_val = ((rewards_val - mean) / std).tolist()
+        with pa.memory_map(str(folder / "values" / "part-000000.arrow")) as file:
+            self._values = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
+
+    def above(self, threshold: float | None) -> "Stages":
+        """With the responses that train the policy."""
+        threshold = -math.inf if threshold is None else threshold
+        self._chosen = [i for i, r in enumerate(self._rewards) if r > threshold]
+        pairs = zip(self._assets.rows_val, self._rewards_val, strict=True)
+        self.held_out = [row for row, reward in pairs if reward > threshold]
+        return self
+
+    def parts(self):
+        """What one run starts from."""
+        head = load_file(self._folder / "critic" / "value_head.safetensors")
+        head = self._replay.ValueHead(head)
+        return self._replay.Critic(self._rewards, self._chosen, self._values, head)
+
+
+@pytest.fixture(scope="module")
+def stages(server, assets, replay, tmp_path_factory):
+    """Rewards from a column, a critic of a few steps, its values."""
+    folder = tmp_path_factory.mktemp("golden_critic")
+    blocks = {
+        "rewards": {"source": "column", "table_dir": str(folder / "rewards"), "batch_tokens": 999},
+        "critic": {
+            "objective": "regression",
+            "checkpoint_dir": str(folder / "critic"),
+            "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.05},
+            "batch_size": 16,
+            "max_steps": 12,
+            "eval_every_n_steps": 12,
+            "patience": 1,
+        },
+        "value_table": {"table_dir": str(folder / "values"), "batch_tokens": 999},
+        "allow_uninformative_critic": True,
+    }
+    of_policy = {
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "weighting": CRITIC,
+        "optimizer": SGD,
+        "clip_grad_norm": 1000.0,
+        "max_steps": 2,
+    }
+    cfg = assets.cfg | of_policy | blocks | {"output_dir": str(folder / "out")}
+    server.run("critic", cfg | {"stages": ["rewards", "critic", "values"]}, 1, folder)
+    return Stages(of_policy | blocks | {"stages": ["policy"]}, folder, assets, replay)
+
+
+def test_critic_gae_and_its_controls(compare, stages):
+    """Every response trains the policy, on two ranks with accumulation 2."""
+    compare(
+        "critic",
+        2,
+        stages.cfg | {"policy_rewards_above": None, "controls": CONTROLS},
+        critic=stages.above(None),
+    )
+
+
+def test_critic_td_with_strength_and_decay(compare, stages):
+    """Good responses only; the value head learns beside the policy, and both are clipped."""
+    compare(
+        "critic",
+        2,
+        stages.cfg
+        | {
+            "batch_size": 1,
+            "weighting": CRITIC | {"advantage": "td", "strength": 0.6, "decay": 0.5},
+            "policy_rewards_above": 0.0,
+            "auxiliary_value_coef": 0.5,
+            "auxiliary_value_lr": 0.3,
+            "clip_grad_norm": 0.5,
+            "max_steps": 3,
+        },
+        critic=stages.above(0.0),
+    )
