@@ -319,7 +319,7 @@ def test_critic_gae_and_its_controls(compare, stages):
 
 
 def test_critic_td_with_strength_and_decay(compare, stages):
-    """Good responses only; the value head learns beside the policy, and both are clipped."""
+    """Good responses only, with an active clip."""
     compare(
         "critic",
         2,
@@ -328,8 +328,6 @@ def test_critic_td_with_strength_and_decay(compare, stages):
             "batch_size": 1,
             "weighting": CRITIC | {"advantage": "td", "strength": 0.6, "decay": 0.5},
             "policy_rewards_above": 0.0,
-            "auxiliary_value_coef": 0.5,
-            "auxiliary_value_lr": 0.3,
             "clip_grad_norm": 0.5,
             "max_steps": 3,
         },
