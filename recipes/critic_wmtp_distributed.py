@@ -614,7 +614,7 @@ def recipe_main(cfg: DictConfig) -> None:
                 recipe = CriticWMTPRecipeDistributed(cfg, device, mesh, stops)
                 recipe.setup()
                 recipe.setup_policy(cfg)
-            recipe.replay()
+                recipe.replay()
             return
         # What the stages make stays where it is, also where ${output_dir} is a control's.
         made = {name: resolved(cfg).get(name) for name in ("rewards", "critic", "value_table")}

@@ -329,7 +329,7 @@ def recipe_main(cfg: DictConfig) -> None:
             with exit_with_message(ValueError, OSError):
                 recipe = Rho1WMTPRecipeDistributed(cfg, *group)
                 recipe.setup()
-            recipe.replay()
+                recipe.replay()
             return
         runs = [*plan.control_runs(cfg), cfg]
         plan.prepare(cfg, runs)

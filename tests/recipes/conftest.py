@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-REMEMBERED = ("_step", "_micro_step", "_epoch", "_best_loss", "_heldout", "_noise_sums")
-REMEMBERED += ("_statistics",)
+from wmtp_modules.run.run import Run
+
+REMEMBERED = ("step", "micro_step", "_epoch", "_best_loss", "heldout", "kept")
 
 
 @pytest.fixture
@@ -22,36 +23,36 @@ def check_resumed(monkeypatch):
     best loss or the counts of bad steps change no parameter.
     """
 
-    def everything(recipe):
-        state = {name: copy.deepcopy(vars(recipe).get(name)) for name in REMEMBERED}
+    def everything(run):
+        state = {name: copy.deepcopy(vars(run)[name]) for name in REMEMBERED}
         return state | {
-            "bad steps": copy.deepcopy(recipe._bad_steps.state_dict()),
-            "rate": recipe._lr_scheduler.get_last_lr(),
+            "bad steps": copy.deepcopy(run._bad_steps.state_dict()),
+            "rate": run._lr_scheduler.get_last_lr(),
             "draws": (random.random(), float(np.random.rand()), float(torch.rand(()))),
         }
 
     def check(cls, run, folder):
         """``run(overrides, folder)`` trains 6 steps and saves after steps 2, 4 and 6."""
-        loss_step, save, train = cls._loss_step, cls.save_checkpoint, cls.train
+        loss_step, save, train = cls._loss_step, Run.save_checkpoint, cls.train
         seen = {}
 
         def drawing(self, batch):
             loss, sums, stats = loss_step(self, batch)
             torch.rand(3), np.random.rand(3), random.random()
-            if self._step == 1:  # a step that is skipped
+            if self._run.step == 1:  # a step that is skipped
                 sums = sums | {"objective": sums["objective"] * torch.nan}
             return loss, sums, stats
 
         def noting(self, states):
             save(self, states)
-            seen[self._step] = everything(self)
+            seen[self.step] = everything(self)
 
         def comparing(self):
-            seen["resumed"] = everything(self)
+            seen["resumed"] = everything(self._run)
             train(self)
 
         monkeypatch.setattr(cls, "_loss_step", drawing)
-        monkeypatch.setattr(cls, "save_checkpoint", noting)
+        monkeypatch.setattr(Run, "save_checkpoint", noting)
         run({"max_skipped_steps": 2, "keep_last": 9}, folder)
         for path in (folder / "training_state").iterdir():
             if path.name > "step_000004":
