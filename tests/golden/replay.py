@@ -265,7 +265,8 @@ class Run:
         if self._aux:
             groups.append((critic.value_head.weights, cfg["auxiliary_value_lr"]))
         self._groups = groups
-        self.clipped: list[bool] = []  # of each step
+        self.clipped: list[bool] = []  # whether all groups were, in each step
+        self.empty_packs = 0  # in which no head has a target
         self.times_seen = torch.zeros(len(rows), dtype=torch.int64)
         self._moments = [{key: (0.0, 0.0) for key in weights} for weights, _ in groups]
         if critic is not None:
@@ -332,6 +333,9 @@ class Run:
             documents = documents_of(packs, self.rows)
             self.times_seen[[document.row for document in documents]] += 1
             chosen = [self.rows[document.row] for document in documents]
+            pairs = zip(documents, chosen, strict=True)
+            filled = {document.pack for document, row in pairs if self._mask(row).any()}
+            self.empty_packs += len(packs) - len(filled)
             trunks = [self.model.trunk(row.tokens) for row in chosen]
             losses_NK = torch.cat(
                 [
@@ -414,7 +418,7 @@ class Run:
                 with torch.no_grad():
                     w += self._change(step, w, grads[key] * share, lr, key, moments)
                 w.grad = None
-        self.clipped.append(norms[0] > self.cfg["clip_grad_norm"])
+        self.clipped.append(min(norms) > self.cfg["clip_grad_norm"])
         return norms
 
     def _change(self, step, w, grad, lr, key, moments) -> torch.Tensor:

@@ -66,7 +66,7 @@ def draw(n_packs: int, length: int, *, seed: int, step: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def compare(server, assets, replay, tmp_path, record_property):
+def compare(server, assets, replay, tmp_path):
     """compare(recipe, world, overrides): run, replay, and hold the one against the other.
 
     Returns:
@@ -169,8 +169,8 @@ def reference(assets, tmp_path):
 
 
 def test_rho1_topk_and_its_controls(compare, assets, reference):
-    """Two ranks and accumulation 2; the first step sees packs in which nothing is supervised."""
-    compare(
+    """Two ranks and accumulation 2; some packs supervise nothing."""
+    runs = compare(
         "rho1",
         2,
         {
@@ -185,6 +185,7 @@ def test_rho1_topk_and_its_controls(compare, assets, reference):
         },
         reference=assets.reference,
     )
+    assert runs["rho1"].empty_packs
 
 
 def test_rho1_soft_with_strength_and_decay(compare, assets, reference):
@@ -319,8 +320,8 @@ def test_critic_gae_and_its_controls(compare, stages):
 
 
 def test_critic_td_with_strength_and_decay(compare, stages):
-    """Good responses only; the value head learns beside the policy, and both are clipped."""
-    compare(
+    """Good responses only; the value head learns beside the policy, and each is clipped."""
+    runs = compare(
         "critic",
         2,
         stages.cfg
@@ -329,9 +330,11 @@ def test_critic_td_with_strength_and_decay(compare, stages):
             "weighting": CRITIC | {"advantage": "td", "strength": 0.6, "decay": 0.5},
             "policy_rewards_above": 0.0,
             "auxiliary_value_coef": 0.5,
-            "auxiliary_value_lr": 0.3,
-            "clip_grad_norm": 0.5,
+            "auxiliary_value_lr": 1.0,
+            "optimizer": SGD | {"lr": 5.0},
+            "clip_grad_norm": 0.1,
             "max_steps": 3,
         },
         critic=stages.above(0.0),
     )
+    assert runs["critic"].clipped == [True] * 3
