@@ -32,6 +32,15 @@ def replay():
     return load_beside("replay")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More of them only wait for each other over matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Server:
     """``fork_server.py`` as a process of its own: this one has threads by now."""
 

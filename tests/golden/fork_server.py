@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 300  # of a machine that does other things meanwhile
+PATIENCE_S = 600  # of a machine that does other things meanwhile
 RECIPES = ("rho1", "critic")
 
 FEATURES = Features(

@@ -135,22 +135,6 @@ class Llama:
         return torch.stack(turned, -1).flatten(-2)
 
 
-class ValueHead:
-    """The critic's value head, in float64: V after every token from the trunk's output."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        tensors = {key: tensor.double() for key, tensor in tensors.items()}
-        self._scale, self._shift = tensors.pop("scale"), tensors.pop("shift")
-        self.weights = {key: tensor.requires_grad_() for key, tensor in tensors.items()}
-
-    def __call__(self, trunk_TD: torch.Tensor) -> torch.Tensor:
-        w = self.weights
-        x_TD = rms_norm(trunk_TD, w["norm.scale"], 1e-6)
-        x_TD = x_TD @ w["hidden.weight"].T + w["hidden.bias"]
-        x_TD = x_TD * x_TD.sigmoid()
-        return self._scale * (x_TD @ w["out.weight"][0] + w["out.bias"]) + self._shift
-
-
 # ----------------------------------------------------------------------------- weights
 
 
@@ -217,13 +201,11 @@ class Critic:
         rewards: standardised, one per training row.
         policy_rows: training rows that train the policy.
         values: V after every token of each training row.
-        value_head: trained on beside the policy where ``auxiliary_value_coef`` says so.
     """
 
     rewards: list[float]
     policy_rows: list[int]
     values: list[list[float]]
-    value_head: ValueHead | None = None
 
 
 class Run:
@@ -260,14 +242,10 @@ class Run:
         K = self.model.n_heads
         decayed = [self.weighting["decay"] ** k for k in range(K)]
         self._alphas_K = torch.tensor(decayed, dtype=torch.float64) / sum(decayed)
-        self._aux = cfg.get("auxiliary_value_coef") or 0.0
-        groups = [(self.model.weights, cfg["optimizer"]["lr"])]
-        if self._aux:
-            groups.append((critic.value_head.weights, cfg["auxiliary_value_lr"]))
-        self._groups = groups
-        self.clipped: list[bool] = []  # of each step
+        self.clipped: list[bool] = []  # whether all groups were, in each step
+        self.empty_packs = 0  # in which no head has a target
         self.times_seen = torch.zeros(len(rows), dtype=torch.int64)
-        self._moments = [{key: (0.0, 0.0) for key in weights} for weights, _ in groups]
+        self._moments = {key: (0.0, 0.0) for key in self.model.weights}
         if critic is not None:
             self._z = self._standardised_advantages()
 
@@ -326,27 +304,22 @@ class Run:
     def _step(self, step: int, micro_batches: list[tuple[int, Sequence]]) -> dict[str, float]:
         K = self.model.n_heads
         n_K, loss_K = torch.zeros(2, K, dtype=torch.float64)
-        objective, value_loss = 0.0, 0.0
+        objective = 0.0
         noise_4 = torch.zeros(4, dtype=torch.float64)
         for number, packs in micro_batches:
             documents = documents_of(packs, self.rows)
             self.times_seen[[document.row for document in documents]] += 1
             chosen = [self.rows[document.row] for document in documents]
-            trunks = [self.model.trunk(row.tokens) for row in chosen]
+            pairs = zip(documents, chosen, strict=True)
+            filled = {document.pack for document, row in pairs if self._mask(row).any()}
+            self.empty_packs += len(packs) - len(filled)
             losses_NK = torch.cat(
-                [
-                    self.model.losses(row.tokens, trunk)
-                    for row, trunk in zip(chosen, trunks, strict=True)
-                ]
+                [self.model.losses(row.tokens, self.model.trunk(row.tokens)) for row in chosen]
             )
             mask_NK = torch.cat([self._mask(row) for row in chosen])
             weights_NK = self._weights(number, packs, documents, losses_NK.detach(), mask_NK)
             loss = (self._alphas_K * weights_NK * losses_NK).sum()
             objective += loss.item()
-            if self._aux:
-                errors = self._value_errors(documents, trunks)
-                value_loss += errors.item()
-                loss = loss + self._aux * errors
             loss.backward()
             n_K += mask_NK.sum(0)
             loss_K += (losses_NK.detach() * mask_NK).sum(0)
@@ -360,7 +333,7 @@ class Run:
                 ]
             )
         n_prime = (self._alphas_K * n_K).sum()
-        norms = self._optimize(step, n_prime)
+        grad_norm = self._optimize(step, n_prime)
         self.noise_sums += noise_4
 
         losses = (loss_K / n_K).tolist()
@@ -369,14 +342,12 @@ class Run:
             **{f"loss_head_{k}": loss for k, loss in enumerate(losses)},
             "weighted_loss": objective / n_prime.item(),
             "lr": self.cfg["optimizer"]["lr"] * self.schedule(step),
-            "grad_norm": norms[0],
+            "grad_norm": grad_norm,
             **self._statistics(weights_NK, mask_NK),
         }
         if noise_4[0]:
             figures["noise_in_data"] = (noise_4[0] / noise_4[1]).item()
             figures["noise_in_weight"] = (noise_4[2] / noise_4[3]).item()
-        if self._aux:
-            figures["value_loss"] = value_loss / n_K[0].item()
         return figures
 
     def _statistics(self, weights_NK: torch.Tensor, mask_NK: torch.Tensor) -> dict[str, float]:
@@ -398,24 +369,21 @@ class Run:
         }
         return named | {"ess": sum(found["ess"]) / K, "selected_share": sum(found["selected"]) / K}
 
-    def _optimize(self, step: int, n_prime: torch.Tensor) -> list[float]:
-        """One update of every group of parameters, each clipped by itself; their norms before."""
-        norms = []
-        for (weights, lr), moments in zip(self._groups, self._moments, strict=True):
-            lr = lr * self.schedule(step)
-            grads = {
-                key: torch.zeros_like(w) if w.grad is None else w.grad / n_prime
-                for key, w in weights.items()
-            }
-            norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
-            norms.append(norm)
-            share = min(1.0, self.cfg["clip_grad_norm"] / (norm + 1e-6))
-            for key, w in weights.items():
-                with torch.no_grad():
-                    w += self._change(step, w, grads[key] * share, lr, key, moments)
-                w.grad = None
-        self.clipped.append(norms[0] > self.cfg["clip_grad_norm"])
-        return norms
+    def _optimize(self, step: int, n_prime: torch.Tensor) -> float:
+        """One update of every parameter; the gradient's norm before it is clipped."""
+        weights, lr = self.model.weights, self.cfg["optimizer"]["lr"] * self.schedule(step)
+        grads = {
+            key: torch.zeros_like(w) if w.grad is None else w.grad / n_prime
+            for key, w in weights.items()
+        }
+        norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
+        share = min(1.0, self.cfg["clip_grad_norm"] / (norm + 1e-6))
+        for key, w in weights.items():
+            with torch.no_grad():
+                w += self._change(step, w, grads[key] * share, lr, key, self._moments)
+            w.grad = None
+        self.clipped.append(norm > self.cfg["clip_grad_norm"])
+        return norm
 
     def _change(self, step, w, grad, lr, key, moments) -> torch.Tensor:
         optimizer = self.cfg["optimizer"]
@@ -545,13 +513,3 @@ class Run:
             i: {u: min(5.0, max(-5.0, (of_row[u] - mean) / (std + 1e-6))) for u in sorted(of_row)}
             for i, of_row in found.items()
         }
-
-    def _value_errors(self, documents: list[Document], trunks: list) -> torch.Tensor:
-        """Sum over response tokens u of (V[u - 1] - R)^2 / 2."""
-        total = torch.zeros((), dtype=torch.float64)
-        for document, trunk_TD in zip(documents, trunks, strict=True):
-            row, reward = self.rows[document.row], self._critic.rewards[document.row]
-            values_T = self._critic.value_head(trunk_TD)
-            response = [u for u in range(1, len(row.tokens)) if row.keep[u]]
-            total = total + 0.5 * sum((values_T[u - 1] - reward) ** 2 for u in response)
-        return total

@@ -16,7 +16,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from wmtp_modules.weighting.controls import random_keys
 
@@ -66,7 +65,7 @@ def draw(n_packs: int, length: int, *, seed: int, step: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def compare(server, assets, replay, tmp_path, record_property):
+def compare(server, assets, replay, tmp_path):
     """compare(recipe, world, overrides): run, replay, and hold the one against the other.
 
     Returns:
@@ -169,8 +168,8 @@ def reference(assets, tmp_path):
 
 
 def test_rho1_topk_and_its_controls(compare, assets, reference):
-    """Two ranks and accumulation 2; the first step sees packs in which nothing is supervised."""
-    compare(
+    """Two ranks and accumulation 2; some packs supervise nothing."""
+    runs = compare(
         "rho1",
         2,
         {
@@ -185,6 +184,7 @@ def test_rho1_topk_and_its_controls(compare, assets, reference):
         },
         reference=assets.reference,
     )
+    assert runs["rho1"].empty_packs
 
 
 def test_rho1_soft_with_strength_and_decay(compare, assets, reference):
@@ -253,7 +253,7 @@ class Stages:
     """What the stages before the policy left, read from their files."""
 
     def __init__(self, cfg: dict, folder: Path, assets, replay) -> None:
-        self.cfg, self._folder, self._assets, self._replay = cfg, folder, assets, replay
+        self.cfg, self._assets, self._replay = cfg, assets, replay
         rewards = torch.tensor([row.reward for row in assets.rows], dtype=torch.float64)
         rewards_val = torch.tensor([row.reward for row in assets.rows_val], dtype=torch.float64)
         mean, std = rewards.mean(), rewards.std(correction=0)
@@ -272,9 +272,7 @@ class Stages:
 
     def parts(self):
         """What one run starts from."""
-        head = load_file(self._folder / "critic" / "value_head.safetensors")
-        head = self._replay.ValueHead(head)
-        return self._replay.Critic(self._rewards, self._chosen, self._values, head)
+        return self._replay.Critic(self._rewards, self._chosen, self._values)
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +318,7 @@ def test_critic_gae_and_its_controls(compare, stages):
 
 def test_critic_td_with_strength_and_decay(compare, stages):
     """Good responses only, with an active clip."""
-    compare(
+    runs = compare(
         "critic",
         2,
         stages.cfg
@@ -328,8 +326,10 @@ def test_critic_td_with_strength_and_decay(compare, stages):
             "batch_size": 1,
             "weighting": CRITIC | {"advantage": "td", "strength": 0.6, "decay": 0.5},
             "policy_rewards_above": 0.0,
-            "clip_grad_norm": 0.5,
+            "optimizer": SGD | {"lr": 5.0},
+            "clip_grad_norm": 0.1,
             "max_steps": 3,
         },
         critic=stages.above(0.0),
     )
+    assert runs["critic"].clipped == [True] * 3
