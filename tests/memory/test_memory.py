@@ -12,15 +12,14 @@ from omegaconf import OmegaConf
 from torchtune import config
 
 from wmtp_modules import estimate_memory
-from wmtp_modules.estimate_memory import check, main
-from wmtp_modules.memory import explain as memory
+from wmtp_modules.estimate_memory import main
 from wmtp_modules.memory import step as step_memory
-from wmtp_modules.memory.explain import (
+from wmtp_modules.memory.step import Estimate, estimate_trunk, load_recipe, recipe_of
+from wmtp_modules.run.out_of_memory import (
     helpful_settings,
     is_out_of_memory,
     out_of_memory_sentence,
 )
-from wmtp_modules.memory.step import Estimate, estimate_step, estimate_trunk
 
 ROOT = Path(__file__).parents[2]
 TRAINING_CONFIGS = [
@@ -29,6 +28,19 @@ TRAINING_CONFIGS = [
     if "optimizer" in OmegaConf.load(path)
 ]
 MIB = 2**20
+ROUNDS = ("optimizer._component_=torchao.optim.AdamW8bit", "~optimizer.fused")
+ROUNDS += ("optimizer.bf16_stochastic_round=true",)
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """Our two training recipes, by file name."""
+    return {path.name: load_recipe(path) for path in step_memory.RECIPES.glob("*_wmtp_*.py")}
+
+
+@pytest.fixture
+def estimate_step(recipes):
+    return lambda cfg, ranks: step_memory.estimate_step(cfg, ranks, recipes[recipe_of(cfg).name])
 
 
 @pytest.fixture
@@ -55,7 +67,22 @@ def cfg(tiny_model_args, tmp_path):
             "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.001, "fused": True},
             "clip_grad_norm": 1.0,
             "enable_activation_checkpointing": False,
-            "max_steps": 10,  # of no matter to memory
+            # Of no matter to memory.
+            "resume_from_checkpoint": False,
+            "checkpointer": None,
+            "dataset": {"_component_": "wmtp_modules.data.rows_dataset", "source": "a.jsonl"},
+            "dataset_val": {"_component_": "wmtp_modules.data.rows_dataset", "source": "b.jsonl"},
+            "num_warmup_steps": 2,
+            "max_steps": 10,
+            "run_val_every_n_steps": 10,
+            "save_every_n_steps": 10,
+            "keep_last": 1,
+            "max_skipped_steps": 1,
+            "collective_timeout_s": 60,
+            "log_every_n_steps": 1,
+            "compile": False,
+            "metric_logger": {"_component_": "torchtune.training.metric_logging.StdoutLogger"},
+            "profiler": {"enabled": False},
         }
     )
 
@@ -69,7 +96,7 @@ def parameter_bytes(cfg):
 # ----------------------------------------------------------------------------- estimates
 
 
-def test_parts_are_those_of_the_definition(cfg):
+def test_parts_are_those_of_the_definition(cfg, estimate_step):
     estimate = estimate_step(cfg, 1)
     parameters = parameter_bytes(cfg)
     assert estimate.peak == sum(estimate.parts.values())
@@ -78,13 +105,13 @@ def test_parts_are_those_of_the_definition(cfg):
     assert 2 * parameters <= estimate.parts["optimizer state"] < 2 * parameters + 1000
 
 
-def test_every_setting_that_is_said_to_help_does(cfg):
+def test_every_setting_that_is_said_to_help_does(cfg, estimate_step):
     now = estimate_step(cfg, 1).peak
     for name, (change, ranks) in helpful_settings(cfg, 1).items():
         assert estimate_step(OmegaConf.merge(cfg, change), ranks).peak < now, name
 
 
-def test_what_else_a_step_depends_on(cfg):
+def test_what_else_a_step_depends_on(cfg, estimate_step):
     now = estimate_step(cfg, 1)
     deeper = estimate_step(OmegaConf.merge(cfg, {"model": {"num_layers": 4}}), 1)
     assert deeper.peak > now.peak
@@ -96,7 +123,7 @@ def test_what_else_a_step_depends_on(cfg):
     assert waiting.peak < now.peak
 
 
-def test_logits_are_held_twice_while_the_loss_is_made(cfg):
+def test_logits_are_held_twice_while_the_loss_is_made(cfg, estimate_step):
     """Once by us and once inside ``logsumexp``, where there is one chunk of them."""
     cfg.update({"batch_size": 1})
     cfg.model.vocab_size = 2**15
@@ -109,7 +136,7 @@ def test_logits_are_held_twice_while_the_loss_is_made(cfg):
     [(2**15, 256, 64 * MIB), (2**9, 1024, -4 * MIB)],
     ids=["larger chunks of logits", "no dense mask"],
 )
-def test_what_differs_on_a_gpu(cfg, vocab_size, seq_len, more):
+def test_what_differs_on_a_gpu(cfg, vocab_size, seq_len, more, estimate_step):
     cfg.batch_size, cfg.tokenizer.max_seq_len = 4, seq_len
     cfg.model.vocab_size, cfg.model.max_seq_len = vocab_size, seq_len
     on_cpu = estimate_step(cfg, 1).peak
@@ -117,7 +144,7 @@ def test_what_differs_on_a_gpu(cfg, vocab_size, seq_len, more):
     assert on_gpu > on_cpu + more if more > 0 else on_gpu <= on_cpu + more
 
 
-def test_bf16_parameters_of_one_rank_are_not_sharded(cfg):
+def test_bf16_parameters_of_one_rank_are_not_sharded(cfg, estimate_step):
     cfg.update({"dtype": "bf16", "fp32_master_weights": False, "batch_size": 1})
     cfg.tokenizer.max_seq_len = 2  # so that a step of the optimizer, taken eagerly, would show
     cfg.optimizer = {
@@ -132,7 +159,7 @@ def test_bf16_parameters_of_one_rank_are_not_sharded(cfg):
     assert parameters < parts["optimizer state"] < 1.2 * parameters  # 2 bytes and scales
 
 
-def test_an_update_on_a_gpu_goes_through_all_parameters_at_once(cfg):
+def test_an_update_on_a_gpu_goes_through_all_parameters_at_once(cfg, estimate_step):
     cfg.update({"optimizer": {"_component_": "torch.optim.AdamW"}, "batch_size": 1})
     cfg.tokenizer.max_seq_len = 2
     on_cpu = estimate_step(cfg, 1)
@@ -141,7 +168,9 @@ def test_an_update_on_a_gpu_goes_through_all_parameters_at_once(cfg):
     assert on_gpu.peak > on_cpu.peak + 0.2 * MIB
 
 
-def test_an_online_reference_is_counted_where_it_is_used(cfg, tiny_model_args, monkeypatch):
+def test_an_online_reference_is_counted_where_it_is_used(
+    cfg, tiny_model_args, monkeypatch, estimate_step
+):
     args = tiny_model_args | {"num_layers": 2, "n_future_tokens": 1, "max_seq_len": 128}
     args |= {"vocab_size": 2048}
     monkeypatch.setattr(step_memory, "model_args_from_folder", lambda folder, max_seq_len: args)
@@ -153,23 +182,63 @@ def test_an_online_reference_is_counted_where_it_is_used(cfg, tiny_model_args, m
     assert reference <= with_it - without < reference + 0.2 * MIB
 
 
-def test_the_critics_policy_with_its_value_head_and_its_frozen_trunk(cfg):
+def test_the_critics_policy_and_its_frozen_trunk(cfg, estimate_step):
+    """The policy's step is that of any weights known beforehand."""
+    uniform = estimate_step(cfg, 1).parts["parameters"]
     cfg.update({"stages": ["policy"], "weighting": {"name": "critic"}})
-    cfg.critic = {"objective": "pairwise", "batch_size": 4}
-    check(cfg, 1)
-    plain = estimate_step(cfg, 1)
-    aux = estimate_step(OmegaConf.merge(cfg, {"auxiliary_value_coef": 0.5}), 1)
-    head = 4 * (64 * 64 + 3 * 64 + 1)
-    assert aux.parts["parameters"] - plain.parts["parameters"] == head + 8  # scale and shift
+    cfg.critic = {"objective": "pairwise", "batch_size": 4, "checkpoint_dir": "critic"}
+    assert estimate_step(cfg, 1).parts["parameters"] == uniform
     trunk = estimate_trunk(cfg)
     assert trunk.parts["optimizer state"] == trunk.parts["gradients"] == 0
     more = OmegaConf.merge(cfg, {"critic": {"batch_size": 32}})
     assert estimate_trunk(more).peak > trunk.peak
-    recipe = (ROOT / "recipes" / "critic_wmtp_distributed.py").read_text()
-    assert f"\nHELDOUT_BATCH = {step_memory.CRITIC_HELDOUT_BATCH}  #" in recipe
 
 
-def test_no_process_group_is_left_behind(cfg):
+# ------------------------------------------------------------------------ copied recipes
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """copied(old, new): the Rho-1 recipe with one edit, imported."""
+
+    def make(old, new):
+        text = (step_memory.RECIPES / "rho1_wmtp_distributed.py").read_text()
+        assert old in text
+        path = tmp_path / "mine.py"
+        path.write_text(text.replace(old, new, 1))
+        return path
+
+    return make
+
+
+def test_a_copied_recipe_is_estimated_as_it_was_edited(cfg, estimate_step, copied):
+    """A loss that keeps another 128 MiB until the backward, and a key of its own."""
+    edit = "loss.double() + 0 * (self._optimizer.mine * torch.ones(2**25)).exp().sum()"
+    path = copied("        return loss, sums, stats", f"        return {edit}, sums, stats")
+    text = path.read_text().replace("KEYS | {", 'KEYS | {"mine": int,')
+    one = "torch.nn.Parameter(torch.ones(()))"
+    text = text.replace(
+        "        self._lr_scheduler =",
+        f"        self._optimizer.mine = {one}\n        self._lr_scheduler =",
+    )
+    path.write_text(text)
+    now = estimate_step(cfg, 1).peak
+    assert now < 2**26
+    mine = load_recipe(path)
+    mine.check(OmegaConf.merge(cfg, {"mine": 3}))
+    assert step_memory.estimate_step(cfg, 1, mine).peak > 2**27
+
+
+def test_recipes_that_cannot_be_estimated(copied, tmp_path):
+    with pytest.raises(ValueError, match=r"none.py is not a recipe: name a Python file"):
+        load_recipe(tmp_path / "none.py")
+    with pytest.raises(ValueError, match=r"mine.py cannot be imported: NameError"):
+        load_recipe(copied("SCHEMA = TRAINING_KEYS", "SCHEMA = TRAINING_KEY"))
+    with pytest.raises(ValueError, match="has no class with setup_model, _loss_step and train"):
+        load_recipe(copied("def setup_model(self)", "def setup_the_model(self)"))
+
+
+def test_no_process_group_is_left_behind(cfg, estimate_step):
     cfg.model.num_layers = 1  # no trunk block is left
     with pytest.raises(Exception, match="n_future_tokens 2 must be at least 1 and below"):
         estimate_step(cfg, 2)
@@ -186,14 +255,15 @@ def config_file(cfg, tmp_path):
 
 
 @pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_are_accepted(path):
-    check(OmegaConf.load(path), 1)
+def test_shipped_configs_are_accepted(path, recipes):
+    cfg = OmegaConf.load(path)
+    estimate_memory.check(cfg, 1, recipes[recipe_of(cfg).name])
 
 
 def test_the_table(config_file, capsys, monkeypatch):
     """Sorted by peak, at most three, and none that does not help."""
 
-    def estimate(cfg, ranks):
+    def estimate(cfg, ranks, recipe):
         rows, tokens = cfg.batch_size, cfg.tokenizer.max_seq_len
         peak = rows * tokens * (1 + (ranks == 4)) * (8 - 2 * cfg.enable_activation_checkpointing)
         return Estimate(peak * MIB, "backward", {"parameters": peak * MIB})
@@ -226,7 +296,7 @@ def test_the_table(config_file, capsys, monkeypatch):
         (["optimizer.learning_rte=4"], r"optimizer.learning_rte: unknown key \(did you mean 'lr'"),
         (["batch_size=0"], "batch_size: has to be at least 1, it is 0"),
         (["~batch_size"], "batch_size: missing"),
-        (["--ranks", "0"], "--ranks: has to be at least 1, it is 0"),
+        (["--ranks", "0"], "--ranks: must be at least 1, got 0"),
         (
             ["--ranks", "2", "fp32_master_weights=false"],
             "fp32_master_weights: false is for one rank: give --ranks 1 or keep them",
@@ -240,12 +310,14 @@ def test_what_is_wrong_is_one_sentence(config_file, capsys, arguments, message):
     assert re.fullmatch(f"ConfigError: {message}.*\n", printed.err)
 
 
-def test_a_mistyped_key_in_the_file_is_found_and_the_recipes_own_are_not(cfg, config_file, capsys):
-    OmegaConf.save(OmegaConf.merge(cfg, {"my_own_key": 3}), config_file)
-    check(OmegaConf.load(config_file), 1)
-    OmegaConf.save(OmegaConf.merge(cfg, {"refernce": {"mode": "online"}}), config_file)
+def test_a_copied_recipe_has_keys_of_its_own(cfg, config_file, copied, capsys, monkeypatch):
+    few = Estimate(MIB, "backward", {"parameters": MIB})
+    monkeypatch.setattr(estimate_memory, "estimate_step", lambda *_: few)
+    OmegaConf.save(OmegaConf.merge(cfg, {"mine": 3}), config_file)
     assert main(["--config", config_file]) == 1
-    assert "refernce: unknown key (did you mean 'reference'?)" in capsys.readouterr().err
+    assert "mine: unknown key" in capsys.readouterr().err
+    path = copied("SCHEMA = TRAINING_KEYS | {", 'SCHEMA = TRAINING_KEYS | {"mine": int,')
+    assert main(["--config", config_file, "--recipe", str(path)]) == 0
 
 
 # ---------------------------------------------------------------------- out of memory
@@ -289,46 +361,16 @@ def test_what_is_set_already_is_not_advised(cfg):
     ]
 
 
-@pytest.mark.slow
-def test_the_sentence_when_memory_ran_out(cfg, gloo_group):
-    """Beside a real process group, as in a run."""
+def test_the_sentence_when_memory_ran_out(cfg):
     args = {"n_future_tokens": 2, "vocab_size": 2048}
-    sentence = out_of_memory_sentence(cfg, args, ranks=2, peak_gib=1.25)
-    assert sentence.startswith(
+    assert out_of_memory_sentence(cfg, args, ranks=2, peak_gib=1.25) == (
         "out of memory in a step of 8 rows x 128 tokens x 2 heads on each of 2 ranks (vocabulary "
-        "2048, fp32); the peak so far is 1.2 GiB, the estimate for this config is 0.0 GiB. What "
-        "helps most: "
+        "2048, fp32); the peak so far is 1.2 GiB. What needs less: "
+        "enable_activation_checkpointing=true; batch_size=4 gradient_accumulation_steps=2; "
+        "tokenizer.max_seq_len=64; 4 ranks. `python -m wmtp_modules.estimate_memory --config "
+        f"{cfg.output_dir}/config.yaml --ranks 2` predicts the peak of each, and of others with "
+        "key=value"
     )
-    assert len(re.findall(r"\(0\.\d GiB\)", sentence)) == 3
-    assert f"--config {cfg.output_dir}/config.yaml --ranks 2 key=value`" in sentence
-
-
-@pytest.mark.parametrize(
-    ("script", "reason"),
-    [
-        ("import sys; sys.exit('ConfigError: that is wrong')", "ConfigError: that is wrong"),
-        ("import time; time.sleep(60)", "timed out"),
-        ("print('no json')", "Expecting value"),
-        ("import os; exit(repr(os.environ['CUDA_VISIBLE_DEVICES']))", "''"),  # it has no memory
-    ],
-)
-def test_the_sentence_when_no_estimate_can_be_made(cfg, monkeypatch, tmp_path, script, reason):
-    interpreter = tmp_path / "python"
-    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{script}"\n')
-    interpreter.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(interpreter))
-    monkeypatch.setattr(memory, "ESTIMATE_SECONDS", 2 if "sleep" in script else 60)
-    args = {"n_future_tokens": 2, "vocab_size": 2048}
-    sentence = out_of_memory_sentence(cfg, args, ranks=2, peak_gib=1.0)
-    assert "What helps: enable_activation_checkpointing=true; batch_size=4 gradient_acc" in sentence
-    assert re.search(rf"\(no estimates: [^)]*{reason}", sentence)
-
-
-def test_the_sentence_when_no_process_can_be_started(cfg, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    args = {"n_future_tokens": 2, "vocab_size": 2048}
-    sentence = out_of_memory_sentence(cfg, args, ranks=1, peak_gib=1.0)
-    assert "(no estimates: [Errno 2] No such file or directory: '/nowhere/python')" in sentence
 
 
 @pytest.mark.slow

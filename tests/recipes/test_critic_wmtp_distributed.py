@@ -12,6 +12,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from wmtp_modules.config import rules
+from wmtp_modules.critic import rewards
+from wmtp_modules.parallel.process_group import init_process_group
+from wmtp_modules.run import plan, start
+from wmtp_modules.run.run import Run
 from wmtp_modules.run.stopping import StopRequests
 
 ROOT = Path(__file__).parents[2]
@@ -30,9 +35,9 @@ def recipe():
 
 
 @pytest.fixture(scope="module")
-def one_process(recipe):
+def one_process():
     """Device and mesh of a process that torchrun did not start."""
-    yield recipe.init_process_group("cpu")
+    yield init_process_group("cpu")
     dist.destroy_process_group()
 
 
@@ -122,14 +127,11 @@ def go(recipe, one_process, base_config, tmp_path_factory):
         output_dir = output_dir or tmp_path_factory.mktemp("run")
         cfg = OmegaConf.merge(base_config, overrides or {}, {"output_dir": str(output_dir)})
         recipe.check(cfg)
-        before = [stage for stage in cfg.stages if stage != "policy"]
-        summary = {}
-        if before:
-            stages_cfg = OmegaConf.merge(cfg, {"stages": before})
-            summary = recipe.run_stages(stages_cfg, *one_process, stops)
+        one = recipe.CriticWMTPRecipeDistributed(cfg, *one_process, stops)
+        summary = recipe.make_stages(one, cfg.stages)
         if "policy" in cfg.stages:
             policy_cfg = OmegaConf.merge(cfg, {"stages": ["policy"]})
-            summary |= recipe.run(policy_cfg, *one_process, stops)
+            summary |= recipe.train_one(one, policy_cfg, stops, {})
         return Path(output_dir), summary
 
     return run
@@ -386,22 +388,27 @@ def test_a_disk_that_is_full_at_any_write_of_a_stage(base, go, small_disk, tmp_p
     assert len(ended) >= 5, ended
 
 
+@pytest.fixture
+def main(recipe, one_process, base_config, monkeypatch):
+    """main(overrides): ``recipe_main`` of a config, in the group of this process."""
+    monkeypatch.setattr(start, "init_process_group", lambda *_: one_process)
+    monkeypatch.setattr(start.dist, "destroy_process_group", lambda: None)
+    return lambda overrides: recipe.recipe_main.__wrapped__(OmegaConf.merge(base_config, overrides))
+
+
 @pytest.mark.slow
-def test_stages_alone_do_not_mark_a_policy_as_complete(
-    staged, recipe, one_process, base_config, tmp_path
-):
+def test_stages_alone_do_not_mark_a_policy_as_complete(staged, main, tmp_path):
     """A start without resume_from_checkpoint would then delete the states of an interrupted one."""
-    more = {"stages": ["rewards", "critic"], "output_dir": str(tmp_path)}
-    cfg = OmegaConf.merge(base_config, staged[0], more)
+    overrides = staged[0] | {"stages": ["rewards", "critic"], "output_dir": str(tmp_path)}
     (tmp_path / "training_state" / "step_000002").mkdir(parents=True)
-    recipe.make_runs(cfg, [], *one_process, StopRequests())
+    main(overrides)
     assert not (tmp_path / "summary.json").exists()
-    policy = OmegaConf.merge(cfg, {"stages": ["critic", "policy"], "controls": ["uniform"]})
+    policy = {"stages": ["critic", "policy"], "controls": ["uniform"]}
     with pytest.raises(SystemExit, match="holds a run that was interrupted after step 2 or later"):
-        recipe.make_runs(policy, [], *one_process, StopRequests())
+        main(overrides | policy)
     assert [path.name for path in tmp_path.iterdir()] == ["training_state"]
-    recipe.write_summary(tmp_path, {"steps": 3})
-    recipe.make_runs(cfg, [], *one_process, StopRequests())
+    plan.write_summary(tmp_path, {"steps": 3})
+    main(overrides)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 3
     assert "critic" in summary
@@ -422,16 +429,16 @@ def test_a_policy_on_other_values_is_neither_done_nor_resumed(staged, go, base, 
 
 
 @pytest.mark.slow
-def test_a_resumed_policy_equals_an_uninterrupted_one(staged, go, recipe, monkeypatch, tmp_path):
+def test_a_resumed_policy_equals_an_uninterrupted_one(staged, go, monkeypatch, tmp_path):
     overrides = staged[0] | {"stages": ["policy"]}
-    original = recipe.CriticWMTPRecipeDistributed._log_step
+    original = Run._log_step
 
     def die(self, *args):
         original(self, *args)
-        if self._step == 3:
+        if self.step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe.CriticWMTPRecipeDistributed, "_log_step", die)
+    monkeypatch.setattr(Run, "_log_step", die)
     with pytest.raises(KeyboardInterrupt):
         go(overrides, tmp_path)
     monkeypatch.undo()
@@ -442,9 +449,9 @@ def test_a_resumed_policy_equals_an_uninterrupted_one(staged, go, recipe, monkey
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
-    """A small reward model in Hugging Face's format, as tests/scoring makes it."""
+    """A small reward model in Hugging Face's format, as tests/critic makes it."""
     spec = importlib.util.spec_from_file_location(
-        "reward_model_factory", ROOT / "tests" / "scoring" / "reward_model_factory.py"
+        "reward_model_factory", ROOT / "tests" / "critic" / "reward_model_factory.py"
     )
     factory = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(factory)
@@ -452,7 +459,7 @@ def reward_model(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_rewards_of_a_reward_model(base, go, reward_model, recipe, monkeypatch, tmp_path):
+def test_rewards_of_a_reward_model(base, go, reward_model, monkeypatch, tmp_path):
     overrides = with_critic(base, tmp_path, objective="regression", max_steps=10)
     overrides["rewards"] |= {
         "source": "reward_model",
@@ -463,35 +470,8 @@ def test_rewards_of_a_reward_model(base, go, reward_model, recipe, monkeypatch, 
     record = json.loads((tmp_path / "critic" / "critic.json").read_text())
     assert record["rewards"]["std"] > 0
     assert summary["critic"]["rows"] == 60
-    monkeypatch.delattr(recipe, "RewardModel")  # found done: it is not even loaded
+    monkeypatch.delattr(rewards, "RewardModel")  # found done: it is not even loaded
     go(overrides)
-
-
-# ------------------------------------------------------------------ auxiliary value loss
-
-
-@pytest.mark.slow
-def test_auxiliary_value_loss_trains_the_head_at_its_own_rate(staged, go, recipe, monkeypatch):
-    overrides, plain, _ = staged
-    overrides = overrides | {"stages": ["policy"]}
-    heads = []
-    original = recipe.CriticWMTPRecipeDistributed.save_checkpoint
-
-    def keep(self, states):
-        original(self, states)
-        state = self._model.value_head.state_dict()
-        heads.append({key: getattr(v, "full_tensor", lambda v=v: v)() for key, v in state.items()})
-
-    monkeypatch.setattr(recipe.CriticWMTPRecipeDistributed, "save_checkpoint", keep)
-    folder, _ = go(overrides | {"auxiliary_value_coef": 0.5, "auxiliary_value_lr": 0.0003})
-    assert all(line["value_loss"] > 0 for line in metrics_of(folder) if "loss" in line)
-    start = recipe.load_value_head(folder_of(overrides), 32).state_dict()
-    moved = (heads[-1]["hidden.weight"] - start["hidden.weight"]).abs().max()
-    assert 0 < moved < 4 * 0.0003 * 1.1  # four steps of AdamW at its own rate, not at 0.003
-    assert torch.equal(heads[-1]["scale"], start["scale"])
-    assert not any("value_head" in key for key in weights_of(folder))
-    with pytest.raises(AssertionError):  # its gradient reaches the trunk
-        assert_same_weights(folder, plain, tolerance=1e-6)
 
 
 # -------------------------------------------------------------------------- refusals
@@ -505,7 +485,10 @@ def check_error(recipe, base_config, overrides, match):
 def test_config_errors_come_before_anything_is_built(recipe, base_config, base, tmp_path):
     full = with_critic(base, tmp_path)
     for wrong, match in (
-        ({"stages": ["policy", "critic"]}, "some of rewards, critic, values, policy in that order"),
+        (
+            {"stages": ["policy", "critic"]},
+            "some of rewards, critic, values, policy, in that order",
+        ),
         ({"stages": ["polcy"]}, "some of rewards"),
         ({"stages": []}, "some of rewards"),
         ({"rewards": None}, "rewards: missing"),
@@ -515,7 +498,6 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
         ({"rewards": {"source": "reward_model"}}, r"rewards\.checkpointer: missing"),
         ({"rewards": {"source": "human"}}, r"rewards\.source: has to be one of"),
         ({"critic": {"objective": "gan"}}, r"critic\.objective: has to be one of"),
-        ({"auxiliary_value_coef": 0.1}, "needs auxiliary_value_lr with it"),
         ({"stages": ["values"], "weighting": {"name": "uniform"}, "rewards": None}, "rewards: mis"),
         (
             {"stages": ["critic"], "weighting": {"name": "uniform"}, "checkpointer": None},
@@ -539,7 +521,7 @@ def test_a_reward_model_needs_transformers(recipe, base_config, base, tmp_path, 
     model = {"source": "reward_model", "checkpointer": {"checkpoint_dir": "x"}}
     cfg = OmegaConf.merge(base_config, with_critic(base, tmp_path), {"rewards": model})
     recipe.check(cfg)
-    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(recipe.ConfigError, match=r"needs transformers: `uv sync --extra reward`"):
         recipe.check(cfg)
 

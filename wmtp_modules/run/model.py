@@ -41,7 +41,7 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
         model.output.loss_impl = "compiled"
     if cfg.fp32_master_weights:
         shard_model(model, mesh, compute_dtype=compute_dtype)
-    elif not cfg.checkpointer:  # one rank, nothing to shard or to cast
+    elif not cfg.checkpointer and device.type != "cpu":  # one rank, nothing to shard or to cast
         model.to(device)
     if cfg.checkpointer:
         load_into(model, cfg.checkpointer.checkpoint_dir, device=device)
