@@ -298,7 +298,7 @@ def test_the_table(config_file, capsys, monkeypatch):
         (["~batch_size"], "batch_size: missing"),
         (["--ranks", "0"], "--ranks: must be at least 1, got 0"),
         (
-            ["--ranks", "2", "fp32_master_weights=false"],
+            ["--ranks", "2", "fp32_master_weights=false", *ROUNDS],
             "fp32_master_weights: false is for one rank: give --ranks 1 or keep them",
         ),
     ],
