@@ -83,6 +83,7 @@ from wmtp_modules.parallel.process_group import (
     shard_model,
     share_from_rank_zero,
 )
+from wmtp_modules.progress import progress_bar
 from wmtp_modules.reports.curves import plot_calibration, plot_curves
 from wmtp_modules.run.bad_steps import (
     BadSteps,
@@ -607,12 +608,8 @@ class CriticWMTPRecipeDistributed:
         joint_size = self._world * cfg.batch_size
         state = critics.TrainingState(folder, made_from | settings | {"joint": joint_size})
         state.resume(head, optimizer)
-        bar = tqdm(
-            total=cfg.max_steps,
-            initial=state.step,
-            desc="critic",
-            disable=self._rank != 0,
-            mininterval=1 if sys.stderr.isatty() else 20,
+        bar = progress_bar(
+            total=cfg.max_steps, initial=state.step, desc="critic", shown=self._rank == 0
         )
         while state.step < cfg.max_steps and state.evaluations_since_best < cfg.patience:
             self.watchdog.beat(f"the critic's step {state.step + 1}")
@@ -811,7 +808,7 @@ class CriticWMTPRecipeDistributed:
         row_of = torch.from_numpy(np.append(chosen, -1))  # padding's row is -1
         sums = torch.zeros(3, dtype=torch.float64)
         indices = range(self._rank, len(packs), self._world)
-        for index in tqdm(indices, desc="advantages", disable=self._rank != 0, mininterval=5):
+        for index in progress_bar(indices, desc="advantages", shown=self._rank == 0):
             pack = collate([packs[index]])
             check_one_response(pack["keep"], pack["doc"], row_of[pack["row"]])
             a_BT = self._advantages(pack)
@@ -906,12 +903,11 @@ class CriticWMTPRecipeDistributed:
         cfg = self._cfg
         if "base" not in self._heldout:
             self._heldout["base"] = self.validate()
-        bar = tqdm(
+        bar = progress_bar(
             total=cfg.max_steps,
             initial=self._step,
             desc=cfg.weighting.name,
-            disable=self._rank != 0,
-            mininterval=1 if sys.stderr.isatty() else 20,
+            shown=self._rank == 0,
         )
         batches = self._batches()
         profiler = training.DummyProfiler()

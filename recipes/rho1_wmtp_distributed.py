@@ -61,6 +61,7 @@ from wmtp_modules.parallel.process_group import (
     shard_model,
     share_from_rank_zero,
 )
+from wmtp_modules.progress import progress_bar
 from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.run.bad_steps import (
     BadSteps,
@@ -463,12 +464,11 @@ class Rho1WMTPRecipeDistributed:
         cfg = self._cfg
         if "base" not in self._heldout:
             self._heldout["base"] = self.validate()
-        bar = tqdm(
+        bar = progress_bar(
             total=cfg.max_steps,
             initial=self._step,
             desc=cfg.weighting.name,
-            disable=self._rank != 0,
-            mininterval=1 if sys.stderr.isatty() else 20,
+            shown=self._rank == 0,
         )
         batches = self._batches()
         profiler = training.DummyProfiler()

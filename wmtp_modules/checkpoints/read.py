@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtune.modules import RotaryPositionalEmbeddings
 from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
 from wmtp_modules.checkpoints.names import (
@@ -38,6 +39,7 @@ from wmtp_modules.checkpoints.names import (
 from wmtp_modules.files import disk_errors, new_folder, recover_folder
 from wmtp_modules.json_fault import json_fault
 from wmtp_modules.parallel.process_group import share_from_rank_zero
+from wmtp_modules.progress import progress_bar
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
 HF_SHARD_BYTES = 5_000_000_000  # the usual size of Hugging Face's shards
@@ -463,13 +465,13 @@ def write_meta(
     }
     if args["max_seq_len"] != META_CONTEXT:
         params["max_seq_len"] = args["max_seq_len"]
-    bar = {"desc": "writing", "total": bar_bytes, "disable": bar_bytes is None}
     with _checkpoint_folder(folder, tokenizer_path) as partial:
         with (
             disk_errors(),
             (partial / "consolidated.pth").open("wb") as file,
-            tqdm.wrapattr(file, "write", **bar) as counted,
+            _writing_bar(bar_bytes) as bar,
         ):
+            counted = CallbackIOWrapper(bar.update, file, "write")
             torch.save(state, counted)
         (partial / "params.json").write_text(json.dumps(params, indent=2))
 
@@ -508,8 +510,7 @@ def write_hf(
             shards.append(list(shard))
             shard.clear()
 
-        bar_style = {"desc": "writing", "unit": "B", "unit_scale": True}
-        with tqdm(total=bar_bytes, disable=bar_bytes is None, **bar_style) as bar:
+        with _writing_bar(bar_bytes) as bar:
             for key, tensor in tensors:
                 if is_extra_head(key):
                     continue
@@ -620,6 +621,12 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     start = tensor.storage_offset() * tensor.element_size()
     storage = tensor.untyped_storage()[start : start + tensor.nbytes]
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+
+
+def _writing_bar(n_bytes: int | None) -> tqdm:
+    return progress_bar(
+        desc="writing", total=n_bytes, unit="B", unit_scale=True, shown=n_bytes is not None
+    )
 
 
 @contextmanager

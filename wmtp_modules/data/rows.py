@@ -20,6 +20,7 @@ from torchtune.utils import get_logger, log_rank_zero
 
 from wmtp_modules.data import contamination, sources, tokenize
 from wmtp_modules.data.sources import BadRow, Source
+from wmtp_modules.progress import quiet_datasets
 
 FEATURES = datasets.Features(
     {
@@ -165,6 +166,7 @@ def build_rows(
     )
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE, "wmtp", fingerprint)
     report_path = cache_dir / "report.json"
+    quiet_datasets()
     try:
         rows = datasets.Dataset.from_generator(
             _generate,

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmtp_modules.json_fault import json_fault
+from wmtp_modules.progress import quiet_datasets
 
 ROW_SUFFIXES = {".jsonl", ".parquet"}
 # fmt: off
@@ -178,6 +179,7 @@ def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | No
     Raises:
         ValueError: if there is no train split or none of the columns.
     """
+    quiet_datasets()
     splits = datasets.load_dataset(name, config)
     own = {s: next((n for n in SPLIT_NAMES[s] if n in splits), None) for s in SPLIT_NAMES}
     own_split = own["validation"] is not None

@@ -14,6 +14,7 @@ from wmtp_modules.evaluation.humaneval import humaneval_task
 from wmtp_modules.evaluation.mbpp import TEST_IDS, mbpp_task, with_shots
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.json_fault import json_fault
+from wmtp_modules.progress import quiet_datasets
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def _hub_parts(name: str, split: str, benchmark: Benchmark) -> Iterator[Iterator
             "Face hub name (owner/name)"
         )
     try:
+        quiet_datasets()
         splits = datasets.load_dataset(name, benchmark.hub_config)
     except (OSError, ValueError) as error:  # includes not found, no access and no network
         raise ValueError(

@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece as spm
 from torchtune.utils import get_logger
 
-from wmtp_modules.checkpoints.read import new_folder
+from wmtp_modules.files import new_folder
 
 log = get_logger("INFO")
 
