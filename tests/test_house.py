@@ -44,6 +44,10 @@ MOST_LINES_OF_ALL = 17_000  # wmtp_modules and recipes together
 MOST_NAMES_OF_RHO1 = 40  # that its recipe imports from wmtp_modules
 MOST_LINES_BEHIND_RHO1 = 8_000  # of it and all first-party files that it imports at its start
 
+# They take up to seconds, which nobody who mistyped a key shall wait for: imported where used.
+# (torchtune imports datasets, and datasets pandas, whatever we do.)
+IMPORTED_WHEN_USED = {"mlflow", "matplotlib", "sklearn", "pandas", "scipy", "transformers"}
+
 RHO1 = "recipes.rho1_wmtp_distributed"
 
 
@@ -209,6 +213,18 @@ def test_a_package_exports_what_a_yaml_names_and_nothing_else(package):
         and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
     ]
     assert others == []
+
+
+def test_heavy_libraries_are_imported_when_they_are_used():
+    found = []
+    for module in sources():
+        for node in ast.walk(at_start(tree_of(module))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            if IMPORTED_WHEN_USED & {name.split(".")[0] for name in names}:
+                found.append(module)
+    assert found == []
 
 
 def test_config_objects_stay_in_their_rooms():
