@@ -10,7 +10,7 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -94,7 +94,7 @@ def check(cfg: DictConfig, ranks: int, added: Iterable[str] = ()) -> None:
 def best_settings(cfg: DictConfig, ranks: int, now: Estimate) -> dict[str, Estimate]:
     """The settings that need least, and less than now, each by how it is written."""
     others = {
-        name: estimate_step(OmegaConf.merge(cfg, change), other_ranks)
+        name: estimate_step(cast(DictConfig, OmegaConf.merge(cfg, change)), other_ranks)
         for name, (change, other_ranks) in helpful_settings(cfg, ranks).items()
     }
     best = sorted(others.items(), key=lambda item: item[1].peak)[:SHOWN]

@@ -66,7 +66,7 @@ class Source:
         A part is a jsonl or parquet file, a hub split, or a whole folder of text. Its records are
         (where, dict) or (where, BadRow).
         """
-        if self.kind == "hub":
+        if self.hub is not None:
             yield self.name, ((f"{self.name}[{i}]", row) for i, row in enumerate(self.hub))
         elif self.kind == "text":
             yield self.name, map(self._text_record, self.files)

@@ -341,7 +341,8 @@ def _character_classes(text: str) -> bytearray:
 def _means(sums_S: torch.Tensor) -> tuple[int, float | None, float | None, float | None]:
     """Number of targets, and the means of the other ``SUMS``."""
     n, *sums = sums_S.tolist()
-    return int(n), *(x / n if n else None for x in sums)
+    first, second, third = (x / n if n else None for x in sums)
+    return int(n), first, second, third
 
 
 def _calibration(bins_MS: torch.Tensor) -> tuple[float | None, list[dict]]:

@@ -233,7 +233,7 @@ def compute_scores(
             part_dataset = rows.select(range(start, start + len(part_lengths)))
             items = (inputs or _token_ids)(part_dataset)
             assert len(items) == len(part_lengths), (len(items), len(part_lengths))
-            scores = [None] * len(items)
+            scores: list[np.ndarray] = [np.empty(0)] * len(items)
             for batch in _batches(part_lengths, batch_tokens):
                 beat(desc)
                 try:
