@@ -31,7 +31,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
-from tqdm import tqdm
 
 from wmtp_modules.checkpoints.read import check_model
 from wmtp_modules.checkpoints.write import save_meta
@@ -54,6 +53,7 @@ from wmtp_modules.parallel.process_group import (
     rank_zero_first,
 )
 from wmtp_modules.parallel.sharding import DTYPES
+from wmtp_modules.progress import progress_bar
 from wmtp_modules.reports.curves import plot_calibration, plot_curves
 from wmtp_modules.run import plan
 from wmtp_modules.run.bad_steps import what_is_wrong
@@ -237,12 +237,8 @@ class CriticWMTPRecipeDistributed:
         made_from = self._critic_made_from | settings | {"joint": joint_size}
         state = folder.TrainingState(self._critic_dir, made_from)
         state.resume(head, optimizer)
-        bar = tqdm(
-            total=cfg.max_steps,
-            initial=state.step,
-            desc="critic",
-            disable=self._rank != 0,
-            mininterval=1 if sys.stderr.isatty() else 20,
+        bar = progress_bar(
+            total=cfg.max_steps, initial=state.step, desc="critic", shown=self._rank == 0
         )
         while state.step < cfg.max_steps and state.evaluations_since_best < cfg.patience:
             self.watchdog.beat(f"the critic's step {state.step + 1}")

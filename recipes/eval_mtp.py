@@ -29,7 +29,6 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
 from torchtune.models.llama2 import Llama2Tokenizer
 from torchtune.training.metric_logging import MetricLoggerInterface
-from tqdm import tqdm
 
 from wmtp_modules.checkpoints.read import (
     Checkpoint,
@@ -53,6 +52,7 @@ from wmtp_modules.parallel.process_group import (
     share_from_rank_zero,
 )
 from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_
+from wmtp_modules.progress import progress_bar
 from wmtp_modules.reports.evaluation import FILES as REPORTS
 from wmtp_modules.reports.evaluation import build_report, print_report, write_report
 from wmtp_modules.run.metric_logging import code_version
@@ -260,7 +260,8 @@ class EvalMTPRecipe:
         log_zero(f"generate: {len(wanted)} samples, {len(wanted) - len(missing)} there already")
         patient_barrier()  # nobody appends before everybody has read
         mine = missing[self._rank :: self._world]
-        with tqdm(total=len(mine), unit="sample", disable=self._rank != 0) as bar:
+        total, shown = len(mine), self._rank == 0
+        with progress_bar(desc="generate", total=total, unit="sample", shown=shown) as bar:
             for temperature in cfg.temperatures:
                 todo = [item for item in mine if item[0]["temperature"] == temperature]
                 for start in range(0, len(todo), cfg.batch_size):
@@ -376,7 +377,7 @@ class EvalMTPRecipe:
             for i in missing
         )
         verdicts = Counter()
-        with tqdm(total=len(missing), unit="program") as bar:
+        with progress_bar(desc=name, total=len(missing), unit="program") as bar:
             for i, outcome in sandbox.run(jobs):
                 row = {"key": keys[i], "task_id": samples[i]["task_id"]}
                 row |= {"sample": samples[i]["sample"], "temperature": samples[i]["temperature"]}

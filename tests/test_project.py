@@ -1,5 +1,6 @@
 """What the repository promises beside its code: pins, lock, licence, commands, no addresses."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -196,6 +197,35 @@ def test_what_is_large_stays_out_of_git_and_images():
     assert not {".git", ".git/"} & set(left_out)  # the commit that a run is stamped with
 
 
+def test_commits_and_ci_are_checked_with_the_same_tools():
+    ci = (ROOT / ".ci" / "run").read_text()
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    for tool in ("ruff check", "ruff format", "pyrefly check"):
+        assert f"say uv run {tool}" in ci
+        assert f"entry: uv run {tool}" in hooks
+
+
+def test_the_workflow_runs_ci_on_every_python():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert "- run: .ci/run\n" in workflow
+    pythons = re.search(r"python: (\[.*\])", workflow)[1]
+    low, high = re.fullmatch(
+        r">=3\.(\d+),<3\.(\d+)", PYPROJECT["project"]["requires-python"]
+    ).groups()
+    assert json.loads(pythons) == [f"3.{minor}" for minor in range(int(low), int(high))]
+
+
+def test_the_changelog_names_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
+    assert versions[0] == "Unreleased"
+    assert versions[1] == PYPROJECT["project"]["version"]
+
+
+def test_types_are_part_of_the_package():
+    assert (ROOT / "wmtp_modules" / "py.typed").read_text() == ""
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_library_only(tmp_path):
     """torchtune owns a top-level ``recipes``: a wheel of ours must not write into it."""
@@ -208,7 +238,7 @@ def test_wheel_holds_the_library_only(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"wmtp_modules", "wmtp-0.1.0.dist-info"}
-    assert "wmtp_modules/tune_plugin.py" in names
+    assert {"wmtp_modules/tune_plugin.py", "wmtp_modules/py.typed"} <= set(names)
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     assert (
         "wmtp_tune = wmtp_modules.tune_plugin:activate"

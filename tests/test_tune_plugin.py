@@ -1,9 +1,13 @@
 """`tune run` of our recipes, past torchtune's package of that name; what its launcher is told."""
 
+import logging
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -135,6 +139,58 @@ def test_loading_it_imports_nothing_more():
     )
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert output.strip() == "['wmtp_modules', 'wmtp_modules.tune_plugin']"
+
+
+def torchao_says(text: str) -> list[str]:
+    shown = []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
+    logger = logging.getLogger("torchao")
+    logger.addHandler(handler)
+    try:
+        logger.warning(text)
+    finally:
+        logger.removeHandler(handler)
+    return shown
+
+
+EXTENSIONS = (
+    "Skipping import of cpp extensions due to incompatible torch version {} for torchao version {} "
+    "            Please see https://github.com/pytorch/ao/issues/2919 for more info"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_shown"),
+    [
+        (EXTENSIONS.format("2.13.0+cu130", "0.15.0"), False),
+        (EXTENSIONS.format("2.13.0+cpu", "0.15.0"), False),
+        (EXTENSIONS.format("2.14.0", "0.15.0"), True),
+        (EXTENSIONS.format("2.13.0", "0.16.0"), True),
+        ("Skipping import of cpp extensions due to TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1", True),
+    ],
+)
+def test_torchaos_line_about_the_pinned_versions_is_held_back(text, is_shown):
+    assert torchao_says(text) == ([text] if is_shown else [])
+
+
+def test_the_versions_are_those_pinned_and_the_words_torchaos():
+    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    pins = dict(p.split("==") for p in pyproject["project"]["dependencies"])
+    assert (
+        tuple(f"{name} version {pins[name]}" for name in ("torch", "torchao"))
+        == tune_plugin.EXPECTED
+    )
+    (line,) = re.findall(
+        r'f"(Skipping import.*?)\{torch', Path(find_spec("torchao").origin).read_text()
+    )
+    assert EXTENSIONS.startswith(line)
+
+
+def test_a_process_that_imports_torchao_says_nothing():
+    code = "import torchao"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 @pytest.mark.slow

@@ -354,7 +354,7 @@ def test_a_per_row_table_of_other_rows_names_the_data_set(tmp_path):
 def test_the_progress_bar_says_what_is_scored(tmp_path, capsys):
     rows = make_rows()
     compute_scores(tmp_path, FINGERPRINT, rows, score, batch_tokens=100, desc="values (train)")
-    assert "values (train): 100%" in capsys.readouterr().err
+    assert f"values (train): {len(rows)}/{len(rows)} row [" in capsys.readouterr().err
 
 
 def test_row_fingerprint_sees_values_and_order_but_not_chunks():

@@ -57,7 +57,7 @@ def write_hf_tokenizer(tokenizer_path: str | Path, folder: Path, *, max_seq_len:
     prefix = normalizer.add_dummy_prefix
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
-    decoders = [
+    decoders: list[dict] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},

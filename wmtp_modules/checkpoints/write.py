@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from wmtp_modules.checkpoints.names import meta_key
 from wmtp_modules.checkpoints.read import (
@@ -24,6 +25,7 @@ from wmtp_modules.checkpoints.read import (
 )
 from wmtp_modules.files import disk_errors, new_folder
 from wmtp_modules.parallel.process_group import share_from_rank_zero
+from wmtp_modules.progress import progress_bar
 
 
 def save_meta(
@@ -97,15 +99,21 @@ def write_meta(
     }
     if args["max_seq_len"] != META_CONTEXT:
         params["max_seq_len"] = args["max_seq_len"]
-    bar = {"desc": "writing", "total": bar_bytes, "disable": bar_bytes is None}
     with checkpoint_folder(folder, tokenizer_path) as partial:
         with (
             disk_errors(),
             (partial / "consolidated.pth").open("wb") as file,
-            tqdm.wrapattr(file, "write", **bar) as counted,
+            writing_bar(bar_bytes) as bar,
         ):
-            torch.save(state, counted)
+            torch.save(state, CallbackIOWrapper(bar.update, file, "write"))
         (partial / "params.json").write_text(json.dumps(params, indent=2))
+
+
+def writing_bar(n_bytes: int | None) -> tqdm:
+    """A bar of bytes; none is shown for None."""
+    return progress_bar(
+        desc="writing", total=n_bytes, unit="B", unit_scale=True, shown=n_bytes is not None
+    )
 
 
 @torch.no_grad()

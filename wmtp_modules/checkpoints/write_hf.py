@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
 from wmtp_modules.checkpoints.names import hf_key, is_extra_head, rotary_heads, rows_to_hf
-from wmtp_modules.checkpoints.write import checkpoint_folder
+from wmtp_modules.checkpoints.write import checkpoint_folder, writing_bar
 from wmtp_modules.files import disk_errors
 
 HF_SHARD_BYTES = 5_000_000_000  # the usual size of Hugging Face's shards
@@ -51,8 +51,7 @@ def write_hf(
             shards.append(list(shard))
             shard.clear()
 
-        bar_style = {"desc": "writing", "unit": "B", "unit_scale": True}
-        with tqdm(total=bar_bytes, disable=bar_bytes is None, **bar_style) as bar:
+        with writing_bar(bar_bytes) as bar:
             for key, tensor in tensors:
                 if is_extra_head(key):
                     continue

@@ -22,9 +22,9 @@ import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from wmtp_modules.config.components import NotAllowedError, closest, locate
@@ -101,7 +101,7 @@ def check_config(
     """
     values, errors = _resolve(cfg, "")
     errors += _check_block(values, schema, "")
-    wrong = {re.match(r"[^.:[]*", error)[0] for error in errors}
+    wrong = {re.split(r"[.:[]", error, maxsplit=1)[0] for error in errors}
     wrong |= {key for key, kind in schema.items() if not isinstance(kind, Optional)} - values.keys()
     for rule in rules:
         keys = inspect.signature(rule).parameters
@@ -117,7 +117,7 @@ class _Unresolved:
     """Stands for a value that has its error already."""
 
 
-def _resolve(node: Container, path: str) -> tuple[Any, list[str]]:
+def _resolve(node: DictConfig | ListConfig, path: str) -> tuple[Any, list[str]]:
     """Plain containers with every interpolation resolved, and what did not resolve."""
     keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
     values, errors = {}, []
@@ -127,16 +127,16 @@ def _resolve(node: Container, path: str) -> tuple[Any, list[str]]:
             continue
         child_path = f"{path}[{key}]" if isinstance(node, ListConfig) else _join(path, key)
         try:
-            value = node[key]
+            value = cast(Any, node)[key]
         except MissingMandatoryValue:
             errors.append(f"{child_path}: has to be given a value, it is '???'")
             value = _Unresolved()
         except OmegaConfBaseException as error:
-            raw = OmegaConf.to_container(node, resolve=False)[key]
+            raw = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
             reason = str(error).splitlines()[0].removeprefix(KEY_ERROR)
             errors.append(f"{child_path}: {raw!r} does not resolve ({reason})")
             value = _Unresolved()
-        if isinstance(value, Container):
+        if isinstance(value, DictConfig | ListConfig):
             value, child_errors = _resolve(value, child_path)
             errors += child_errors
         problem = _unusable(value)
@@ -176,7 +176,8 @@ def _check(value: Any, schema: Any, path: str) -> list[str]:
     if isinstance(schema, AtLeast | Above):
         return _check_range(value, schema, path)
     if isinstance(schema, tuple):
-        return _check(value, Literal[schema], path)
+        choices = Literal[schema]  # pyrefly: ignore[not-a-type]  # known when this runs, not before
+        return _check(value, choices, path)
     is_block = isinstance(schema, Mapping | Component) or _is_callable_schema(schema)
     if is_block and not isinstance(value, dict):
         return [f"{path}: has to be a block of keys, it is {_show(value)}"]
@@ -185,7 +186,7 @@ def _check(value: Any, schema: Any, path: str) -> list[str]:
     if isinstance(schema, Mapping):
         return _check_block(value, schema, path)
     if is_block:
-        return _check_call(value, schema, (), path)
+        return _check_call(value, cast(Callable, schema), (), path)
     return _check_leaf(value, schema, path)
 
 
@@ -386,7 +387,7 @@ def _fits(value: Any, kind: Any) -> bool | None:
         return isinstance(value, origin)
     if not isinstance(origin, type) or origin is object:
         return None
-    if issubclass(origin, os.PathLike):
+    if _is_path(origin):
         return isinstance(value, str)
     if issubclass(origin, Mapping):
         items = value.values() if isinstance(value, dict) else ()
@@ -401,6 +402,11 @@ def _fits(value: Any, kind: Any) -> bool | None:
             )
         return _all_fit(value, args[:1])
     return None
+
+
+def _is_path(kind: type) -> bool:
+    # An abstract class when this runs; for the type checker a protocol, which has no subclasses.
+    return issubclass(kind, os.PathLike)  # pyrefly: ignore[invalid-argument]
 
 
 def _all_fit(items: Iterable, args: tuple) -> bool:
@@ -422,7 +428,7 @@ def _describe(kind: Any) -> str:
         return f"a list of {len(args)}: {', '.join(_describe(arg) for arg in args)}"
     if origin in (tuple, Sequence, Iterable):
         return "a list"
-    if isinstance(origin, type) and issubclass(origin, os.PathLike):
+    if isinstance(origin, type) and _is_path(origin):
         return "a path"
     return names.get(origin) or getattr(kind, "__name__", str(kind))
 

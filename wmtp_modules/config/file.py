@@ -8,6 +8,7 @@ import argparse
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,9 +40,9 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
         raise ConfigError(
             f"{flags[0]} is no option of a recipe: give --config FILE, and overrides as key=value"
         )
-    config = load_config(known.config)
+    values = cast(dict[str, Any], OmegaConf.to_container(load_config(known.config)))
     try:
-        merged = _merge_yaml_and_cli_args(Namespace(**OmegaConf.to_container(config)), overrides)
+        merged = _merge_yaml_and_cli_args(Namespace(**values), overrides)
     except (ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(
             f"the overrides {' '.join(overrides)} cannot be merged into {known.config} "

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from wmtp_modules.critic.figures import near_marks
 from wmtp_modules.critic.rewards import Responses
@@ -20,6 +19,7 @@ from wmtp_modules.loss.value_loss import response_mask, value_sums
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import all_reduce_sum
+from wmtp_modules.progress import progress_bar
 from wmtp_modules.run.watchdog import Watchdog
 from wmtp_modules.scoring.score_table import ScoreTable, compute_scores, fingerprint_tokenizer
 from wmtp_modules.weighting.advantage import advantages, check_one_response
@@ -269,9 +269,8 @@ def advantage_statistics(
     row_of = torch.from_numpy(np.append(chosen, -1))  # padding's row is -1
     sums = torch.zeros(3, dtype=torch.float64)
     rank, world = dist.get_rank(), dist.get_world_size()
-    for index in tqdm(
-        range(rank, len(packs), world), desc="advantages", disable=rank != 0, mininterval=5
-    ):
+    mine = range(rank, len(packs), world)
+    for index in progress_bar(mine, desc="advantages", shown=rank == 0):
         pack = collate([packs[index]])
         check_one_response(pack["keep"], pack["doc"], row_of[pack["row"]])
         a_BT = batch_advantages(pack, lam)

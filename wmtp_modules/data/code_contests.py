@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import partial
+from typing import Any
 
 import datasets
 from torchtune.models.llama2 import Llama2Tokenizer
@@ -84,7 +85,7 @@ def _to_samples(record: dict, fields: tuple[str, ...], seed: int, limit: int) ->
 
 
 def _python3(record: dict, field: str) -> set[str]:
-    solutions = record.get(field)
+    solutions: Any = record.get(field)
     try:
         pairs = list(zip(solutions["language"], solutions["solution"], strict=True))
     except (TypeError, KeyError, ValueError) as error:

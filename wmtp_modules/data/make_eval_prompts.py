@@ -27,11 +27,17 @@ def humaneval_words(task: dict) -> list[list[str]]:
     A short description is preceded by the signature, as it is and without annotations.
     """
     tree = ast.parse(task["prompt"] + "\n    pass\n")
-    function = next(n for n in tree.body if getattr(n, "name", None) == task["entry_point"])
+    function = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name == task["entry_point"]
+    )
     description = next(
         node.value.value
         for node in function.body
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
     )
     examples = rf">>>|\bexamples?\b|\be\.g\b|^\s*{re.escape(task['entry_point'])}\s*\("
     words = words_of(re.split(examples, description, flags=re.IGNORECASE | re.MULTILINE)[0])

@@ -102,7 +102,7 @@ class PackedDataset(Dataset):
         }
         noise = flat.get("noise", np.zeros(n_tokens, bool))
         starts = np.cumsum(lengths) - lengths
-        columns = {
+        columns: dict[str, tuple[np.ndarray, float]] = {
             "tokens": (flat["tokens"].astype(np.int64), self._pad_id),
             "keep": (flat["keep"].astype(bool), False),
             "doc": (np.repeat(np.arange(len(rows)), lengths), -1),

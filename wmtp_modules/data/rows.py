@@ -20,6 +20,7 @@ from torchtune.utils import get_logger, log_rank_zero
 
 from wmtp_modules.data import contamination, sources, tokenize
 from wmtp_modules.data.sources import BadRow, Source
+from wmtp_modules.progress import quiet_datasets
 
 FEATURES = datasets.Features(
     {
@@ -165,6 +166,7 @@ def build_rows(
     )
     cache_dir = Path(datasets.config.HF_DATASETS_CACHE, "wmtp", fingerprint)
     report_path = cache_dir / "report.json"
+    quiet_datasets()
     try:
         rows = datasets.Dataset.from_generator(
             _generate,
@@ -251,11 +253,12 @@ def _to_samples(record: dict) -> list[Sample]:
 
 
 def _spans(noise: object, length: int) -> tuple[tuple[int, int], ...]:
-    for span in noise if isinstance(noise, list) else [noise]:
+    spans = noise if isinstance(noise, list) else [noise]
+    for span in spans:
         is_pair = isinstance(span, list) and [type(x) for x in span] == [int, int]
         if not is_pair or not 0 <= span[0] < span[1] <= length:
             raise BadRow(f"noise span {span!r} is no [start, end) within {length} characters")
-    return tuple(map(tuple, noise))
+    return tuple((start, end) for start, end in spans)
 
 
 def _generate(
@@ -337,6 +340,7 @@ def _generate(
 
 
 def _tokenise(tokenizer: Llama2Tokenizer, sample: Sample) -> Iterator[tokenize.TokenRow]:
+    assert tokenizer.max_seq_len is not None  # build_rows has seen to that
     if sample.prompt is None:
         row = tokenize.encode_text(tokenizer, sample.response, sample.noise)
         yield from tokenize.split_row(row, tokenizer.max_seq_len)

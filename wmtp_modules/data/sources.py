@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmtp_modules.files import json_fault
+from wmtp_modules.progress import quiet_datasets
 
 ROW_SUFFIXES = {".jsonl", ".parquet"}
 # fmt: off
@@ -65,7 +66,7 @@ class Source:
         A part is a jsonl or parquet file, a hub split, or a whole folder of text. Its records are
         (where, dict) or (where, BadRow).
         """
-        if self.kind == "hub":
+        if self.hub is not None:
             yield self.name, ((f"{self.name}[{i}]", row) for i, row in enumerate(self.hub))
         elif self.kind == "text":
             yield self.name, map(self._text_record, self.files)
@@ -178,6 +179,7 @@ def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | No
     Raises:
         ValueError: if there is no train split or none of the columns.
     """
+    quiet_datasets()
     splits = datasets.load_dataset(name, config)
     own = {s: next((n for n in SPLIT_NAMES[s] if n in splits), None) for s in SPLIT_NAMES}
     own_split = own["validation"] is not None

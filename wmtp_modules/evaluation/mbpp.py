@@ -19,6 +19,7 @@ SECONDS = 15.0
 class MBPPTask(Task):
     """One MBPP task; its completion is a whole program."""
 
+    reference: str
     text: str
     tests: tuple[str, ...]
     imports: tuple[str, ...]  # of the tests; only the sanitized file has them

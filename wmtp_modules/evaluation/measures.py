@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torchtune.models.llama2 import Llama2Tokenizer
-from tqdm import tqdm
 
 from wmtp_modules.data.packing import pad_rows
 from wmtp_modules.data.rows import text_field
@@ -27,6 +26,7 @@ from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, open_source
 from wmtp_modules.data.tokenize import encode_with_offsets
 from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
 from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.progress import progress_bar
 
 # Of a target token; Python's own token types, names divided into keywords and identifiers.
 TOKEN_CLASSES = (
@@ -188,8 +188,8 @@ def heldout_sums(
     n_tokens = sum(len(document.tokens) for document in documents)
     documents.sort(key=lambda document: len(document.tokens), reverse=True)
 
-    with tqdm(
-        total=n_tokens, desc="held-out tokens", unit="tok", disable=not show_progress
+    with progress_bar(
+        total=n_tokens, desc="held-out tokens", unit="tok", shown=show_progress
     ) as progress:
         while documents:
             n_rows = max(1, batch_tokens // len(documents[0].tokens))
@@ -341,7 +341,8 @@ def _character_classes(text: str) -> bytearray:
 def _means(sums_S: torch.Tensor) -> tuple[int, float | None, float | None, float | None]:
     """Number of targets, and the means of the other ``SUMS``."""
     n, *sums = sums_S.tolist()
-    return int(n), *(x / n if n else None for x in sums)
+    first, second, third = (x / n if n else None for x in sums)
+    return int(n), first, second, third
 
 
 def _calibration(bins_MS: torch.Tensor) -> tuple[float | None, list[dict]]:

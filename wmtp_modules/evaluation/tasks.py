@@ -11,9 +11,10 @@ import datasets
 from wmtp_modules.data.sources import ROW_SUFFIXES, SPLIT_NAMES, BadRow, Source
 from wmtp_modules.evaluation.code_contests import code_contests_task
 from wmtp_modules.evaluation.humaneval import humaneval_task
-from wmtp_modules.evaluation.mbpp import TEST_IDS, mbpp_task, with_shots
+from wmtp_modules.evaluation.mbpp import TEST_IDS, MBPPTask, mbpp_task, with_shots
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.files import json_fault
+from wmtp_modules.progress import quiet_datasets
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ def load_tasks(task: str, source: str | Path, split: str) -> list[Task]:
                 f"remove one of them, or give one file of {source}"
             )
         by_id[made.task_id] = made, where
-    tasks = [made for made, _ in by_id.values()]
+    tasks: list[Task] = [made for made, _ in by_id.values()]
     if not tasks:
         raise ValueError(f"{source} is empty: give a file with {benchmark.title} tasks")
     if task == "mbpp":
-        tasks = with_shots(tasks)
+        tasks = [*with_shots([made for made in tasks if isinstance(made, MBPPTask)])]
         if split == "test":
             tasks = [made for made in tasks if made.task_id in TEST_IDS]
             if not tasks:
@@ -169,6 +170,7 @@ def _hub_parts(name: str, split: str, benchmark: Benchmark) -> Iterator[Iterator
             "Face hub name (owner/name)"
         )
     try:
+        quiet_datasets()
         splits = datasets.load_dataset(name, benchmark.hub_config)
     except (OSError, ValueError) as error:  # includes not found, no access and no network
         raise ValueError(

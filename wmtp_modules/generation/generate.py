@@ -1,16 +1,17 @@
 """Completions of a batch of prompts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torchtune.models.llama2 import Llama2Tokenizer
 
 from wmtp_modules.generation.sampling import check_sampling, request_uniforms
-from wmtp_modules.generation.self_speculative import Decoder, Row
+from wmtp_modules.generation.self_speculative import Decoder, FinishReason, Row
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
-DECODINGS = ("plain", "self_speculative")
+Decoding = Literal["plain", "self_speculative"]
+DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Generation:
 
     tokens: list[int]
     text: str
-    finish_reason: Literal["eos", "stop", "length"]
+    finish_reason: FinishReason
     forwards: int
     drafted: list[int]
     accepted: list[int]
@@ -57,7 +58,7 @@ def generate(
     tokenizer: Llama2Tokenizer,
     requests: list[Request],
     *,
-    decoding: Literal["plain", "self_speculative"],
+    decoding: Decoding,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -123,7 +124,7 @@ def generate(
         Generation(
             tokens=row.tokens,
             text=row.text.text,
-            finish_reason=row.finish_reason,
+            finish_reason=row.ended_by,
             forwards=row.forwards,
             drafted=[row.forwards if k < n_drafts else 0 for k in range(n_heads - 1)],
             accepted=row.accepted + [0] * (n_heads - 1 - n_drafts),

@@ -6,7 +6,7 @@ from statistics import median
 import torch
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.generation.generate import DECODINGS, Generation, Request, generate
+from wmtp_modules.generation.generate import DECODINGS, Decoding, Generation, Request, generate
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
 
@@ -115,7 +115,7 @@ def measure_decoding(
         dtype=dtype,
     )
 
-    def decode(decoding: str, batch: list[Request]) -> tuple[list[Generation], float]:
+    def decode(decoding: Decoding, batch: list[Request]) -> tuple[list[Generation], float]:
         start = time.perf_counter()
         done = generate(model, tokenizer, batch, decoding=decoding, **settings)
         if on_cuda:
@@ -125,9 +125,10 @@ def measure_decoding(
     for decoding in DECODINGS:
         decode(decoding, requests[:batch_size])
     seconds: dict[str, list[float]] = {decoding: [] for decoding in DECODINGS}
+    done: dict[str, list[Generation]] = {}  # of the last repeat
     turn = 0
     for _ in range(repeats):
-        done: dict[str, list[Generation]] = {decoding: [] for decoding in DECODINGS}
+        done = {decoding: [] for decoding in DECODINGS}
         spent = dict.fromkeys(DECODINGS, 0.0)
         for first in range(0, len(requests), batch_size):
             # By turns, and by turns first, so that a machine that slows down favours neither.

@@ -100,6 +100,7 @@ def draw_tokens(
     """
     if temperature == 0:
         return logits.argmax(-1)
+    assert uniforms is not None, "a draw above temperature 0 needs uniform numbers"
     probs = next_token_probs(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     cdf = probs.cumsum(-1)
     # The first id whose cumulative probability exceeds the number, so never one of probability 0.

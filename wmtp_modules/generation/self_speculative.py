@@ -15,6 +15,7 @@ same holds for rejected guesses.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torchtune.models.llama2 import Llama2Tokenizer
@@ -22,6 +23,8 @@ from torchtune.models.llama2 import Llama2Tokenizer
 from wmtp_modules.generation.new_text import NewText
 from wmtp_modules.generation.sampling import draw_tokens
 from wmtp_modules.models.mtp_transformer import MTPTransformer
+
+FinishReason = Literal["eos", "stop", "length"]
 
 
 def count_kept(fed_BS: torch.Tensor, draws_BS: torch.Tensor) -> torch.Tensor:
@@ -59,7 +62,7 @@ class Row:
         self.prompt = prompt
         self.tokens: list[int] = []
         self.text = NewText(tokenizer, prompt, stop)
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.forwards = 0
         self.accepted = [0] * n_drafts
         self._eos_id = tokenizer.eos_id
@@ -69,6 +72,11 @@ class Row:
     def position(self) -> int:
         """Position of the last token."""
         return len(self.prompt) + len(self.tokens) - 1
+
+    @property
+    def ended_by(self) -> FinishReason:
+        assert self.finish_reason is not None, "the row has not ended"
+        return self.finish_reason
 
     def take(self, run: list[int]) -> None:
         """Take the tokens of one forward, in order, until one of them ends the row."""
@@ -173,7 +181,7 @@ class Decoder:
         """
         return logits_BKV.argmax(-1)
 
-    def _ids(self, values: list[int]) -> torch.Tensor:
+    def _ids(self, values: list[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _prefill(self) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -153,7 +153,8 @@ class _PerTokenLoss(torch.autograd.Function):
         return _shaped(losses_N, labels.shape)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
+        (grad,) = grads
         grad_N = grad.reshape(-1)
         hidden_ND, weight_VD, labels_N, lse_N = ctx.saved_tensors
         logit_grads = _pick(_logit_grads, ctx.impl)
@@ -189,7 +190,8 @@ class _WeightedLoss(torch.autograd.Function):
         return (losses_N * token_weights_N).sum(), losses
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, *outer):
+        grad, _ = outer  # of the losses, which are not differentiable, there is none
         # The products are already made; only the incoming scalar is left to apply.
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
         if hidden_grad is not None:

@@ -1,5 +1,7 @@
 """Component and model builders of the multi-token-prediction Llama, torchtune style."""
 
+from typing import cast
+
 from torch import nn
 from torchtune.models.llama2._component_builders import llama2_mlp
 from torchtune.models.llama2._model_utils import scale_hidden_dim_for_mlp
@@ -80,7 +82,9 @@ def mtp_llama2(
         norm_eps=norm_eps,
         rope_base=rope_base,
     )
-    rope = RotaryPositionalEmbeddings(dim=head_dim, max_seq_len=max_seq_len, base=rope_base)
+    # Said to be an int there, and any number in the computation; some checkpoints have a fraction.
+    base = cast(int, rope_base)
+    rope = RotaryPositionalEmbeddings(dim=head_dim, max_seq_len=max_seq_len, base=base)
 
     def block() -> TransformerSelfAttentionLayer:
         kv_dim = num_kv_heads * head_dim

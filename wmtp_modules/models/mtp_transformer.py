@@ -5,6 +5,7 @@ Head k (0-based) at position t predicts token t + k + 1.
 """
 
 from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -41,6 +42,15 @@ class MTPOutput(nn.Module):
         return linear_cross_entropy(
             hidden_BTKD, self.proj.weight, labels_BTK, token_weights_BTK, impl=self.loss_impl
         )
+
+
+class _Attention(Protocol):
+    """What the caches need of a block's attention; torchtune's own is typed for its own cache."""
+
+    kv_cache: RowKVCache | None
+    cache_enabled: bool
+    num_kv_heads: int
+    head_dim: int
 
 
 class MTPTransformer(nn.Module):
@@ -133,6 +143,7 @@ class MTPTransformer(nn.Module):
         out = self.output(hidden_BTKD, labels_BTK, token_weights_BTK)
         if not with_values:
             return out
+        assert self.value_head is not None, "values are asked of a model without a value head"
         return (*(out if isinstance(out, tuple) else (out,)), self.value_head(hidden_BTD))
 
     def trunk(
@@ -160,8 +171,7 @@ class MTPTransformer(nn.Module):
             cache_len: positions of each row, at most ``max_seq_len``.
         """
         self.cache_len = cache_len
-        for block in (*self.layers, *self.heads):
-            attn = block.attn
+        for attn in self._attentions():
             with self.tok_embeddings.weight.device:  # made there: it may not fit in host memory
                 attn.kv_cache = RowKVCache(
                     batch_size, cache_len, attn.num_kv_heads, attn.head_dim, dtype
@@ -179,21 +189,27 @@ class MTPTransformer(nn.Module):
             mask for the blocks, bool [B, S, end]. Keys sit in the cache at their own position, so
             a query sees what is not later.
         """
-        for block in (*self.layers, *self.heads):
-            block.attn.kv_cache.input_pos = input_pos
-            block.attn.kv_cache.end = end
+        for cache in self._caches():
+            cache.input_pos = input_pos
+            cache.end = end
         return torch.arange(end, device=input_pos.device) <= input_pos[:, :, None]
 
     def select_cache_rows(self, rows: torch.Tensor) -> None:
         """Keep these rows, int64, of every cache, in this order; one may be named several times."""
-        for block in (*self.layers, *self.heads):
-            block.attn.kv_cache.select_rows(rows)
+        for cache in self._caches():
+            cache.select_rows(rows)
 
     def delete_caches(self) -> None:
         """Drop the KV caches, e.g. to train or score again."""
-        for block in (*self.layers, *self.heads):
-            block.attn.kv_cache = None
-            block.attn.cache_enabled = False
+        for attn in self._attentions():
+            attn.kv_cache = None
+            attn.cache_enabled = False
 
     def caches_are_setup(self) -> bool:
-        return self.heads[0].attn.kv_cache is not None
+        return self._attentions()[-1].kv_cache is not None
+
+    def _attentions(self) -> list[_Attention]:
+        return [cast(_Attention, block.attn) for block in (*self.layers, *self.heads)]
+
+    def _caches(self) -> list[RowKVCache]:
+        return [attn.kv_cache for attn in self._attentions() if attn.kv_cache is not None]

@@ -17,12 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
 from torchtune.utils import get_logger
 
 from wmtp_modules.parallel.process_group import die_with_parent
 from wmtp_modules.quickstarts.stdlib import assets_folder, train_tokenizer
-from wmtp_modules.run.plan import is_done, required_runs
+from wmtp_modules.run.plan import finished_run
 
 log = get_logger("INFO")
 
@@ -183,11 +182,10 @@ def _task(number: int, member: Member) -> dict:
 
 def _train_model(model_config: str, assets_dir: str) -> None:
     """Train in processes of their own, as no recipe imports another; what they print is shown."""
-    (cfg,) = required_runs(OmegaConf.create({"requires": [model_config], "assets_dir": assets_dir}))
-    output_dir = Path(cfg.output_dir)
-    if is_done(cfg) and (output_dir / "last").is_dir():
+    output_dir = finished_run(model_config, assets_dir=assets_dir)
+    if output_dir is not None and (output_dir / "last").is_dir():
         return
-    log.info(f"Training the model of {model_config} in {output_dir} ...")
+    log.info(f"Training the model of {model_config} ...")
     command = [sys.executable, "-m", "torchtune._cli.tune", "run", "--nproc_per_node"]
     command += [str(PROCESSES), RECIPE, "--config", model_config]
     command += ["resume_from_checkpoint=true", f"assets_dir={assets_dir}"]

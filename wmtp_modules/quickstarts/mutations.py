@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchtune.utils import get_logger
 
@@ -233,8 +233,9 @@ def _outermost_functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncF
 
 
 def _is_string(node: ast.stmt) -> bool:
-    is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return is_constant and isinstance(node.value.value, str)
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+        return False
+    return isinstance(node.value.value, str)
 
 
 def _canonical_tree(text: str) -> ast.Module | None:
@@ -265,6 +266,7 @@ def _mutation(function: Function, edit: _Edit, changed: str) -> Mutation:
 def _edits(text: str) -> list[_Edit]:
     """Changes of one place in the body of a function that may be worth a try."""
     function, span = ast.parse(text).body[0], _locator(text)
+    assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
     bound = _bound_names(function, span)
     edits = []
     for statement in function.body:
@@ -314,10 +316,11 @@ def _locator(text: str) -> Callable[[ast.AST], tuple[int, int]]:
     def position(line: int, column: int) -> int:
         return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
 
-    return lambda node: (
-        position(node.lineno, node.col_offset),
-        position(node.end_lineno, node.end_col_offset),
-    )
+    def span(node: Any) -> tuple[int, int]:
+        start = position(node.lineno, node.col_offset)
+        return start, position(node.end_lineno, node.end_col_offset)
+
+    return span
 
 
 def _bound_names(

@@ -200,7 +200,7 @@ def _at_temperature(
 
 def _published(task: str, tasks: Sequence[Task]) -> list[dict]:
     """The paper's rows for this benchmark; none for other tasks in HumanEval's schema."""
-    if task == "humaneval" and not all(HUMANEVAL_ID.fullmatch(made.task_id) for made in tasks):
+    if task == "humaneval" and not all(HUMANEVAL_ID.fullmatch(str(made.task_id)) for made in tasks):
         return []
     return [
         {

@@ -161,6 +161,21 @@ def finished(cfg: DictConfig) -> dict | None:
     return json.loads(files[1].read_text())
 
 
+def finished_run(config_file: str, **inherited: str) -> Path | None:
+    """The folder of another run, of which only its config's path is known here; None until it ends.
+
+    Args:
+        config_file: config of that run.
+        inherited: what the run that requires it hands on, such as ``assets_dir``.
+
+    Raises:
+        ConfigError: if the file cannot be read.
+    """
+    asking = OmegaConf.create({"requires": [config_file], **inherited})
+    (cfg,) = required_runs(asking, check=lambda cfg: None)
+    return Path(cfg.output_dir) if finished(cfg) else None
+
+
 def print_losses(losses: dict[str, list[float]], steps: int) -> None:
     """Held-out loss per head of every run, as a table.
 

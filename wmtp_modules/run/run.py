@@ -6,7 +6,6 @@ same methods in the same order.
 Shapes: K heads.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import config, training, utils
-from tqdm import tqdm
 
 from wmtp_modules.data.loader import epoch_dataloader, to_device
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
+from wmtp_modules.progress import progress_bar
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
 from wmtp_modules.run.figures import (
     Sums,
@@ -113,7 +112,7 @@ class Run:
         self._states = TrainingStates(self._output_dir / "training_state", cfg.keep_last)
         self._loggers: list = []  # on rank 0; the last one is the configured one
         self._profiler = training.DummyProfiler()
-        self._bar = tqdm(disable=True)
+        self._bar = progress_bar(desc="", shown=False)
         self._throughput = Throughput()
         self._dataloader = self._epoch_dataloader()
         self._batches = self._endless_batches()
@@ -220,12 +219,11 @@ class Run:
         if cfg.profiler.get("enabled"):
             self._profiler, _ = training.setup_torch_profiler(**cfg.profiler)
         self._profiler.start()
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=cfg.max_steps,
             initial=self.step,
             desc=cfg.weighting.name,
-            disable=self.rank != 0,
-            mininterval=1 if sys.stderr.isatty() else 20,
+            shown=self.rank == 0,
         )
         self._throughput = Throughput()
 

@@ -11,6 +11,7 @@ import json
 import marshal
 import os
 import traceback
+from typing import Any, NoReturn
 
 import wire
 
@@ -29,10 +30,11 @@ class Program:
     """
 
     def __init__(self, link: int) -> None:
-        self.failure = None  # (verdict, detail), final
-        self.error = self.error_verdict = None  # the last exception that the program raised
+        self.failure: tuple[str, str] | None = None  # verdict and detail, final
+        self.error: Exception | None = None  # the last one that the program raised
+        self.error_verdict = ""
         self._link = link
-        self._objects = {}
+        self._objects: dict[int, Handle] = {}
 
     def ask(self, operation: str, *arguments):
         """Has the program do something; returns the value or raises its exception."""
@@ -62,13 +64,13 @@ class Program:
         if issubclass(kind, StopIteration | StopAsyncIteration) and operation != "next":
             kind = RuntimeError  # or it would quietly end a loop of the tests
         try:
-            self.error = kind(text)
+            error = kind(text)
         except TypeError:  # UnicodeDecodeError and others want more
-            self.error = Exception(text)
-        self.error_verdict = verdict
-        raise self.error
+            error = Exception(text)
+        self.error, self.error_verdict = error, verdict
+        raise error
 
-    def _fail(self, verdict: str, detail: str) -> None:
+    def _fail(self, verdict: str, detail: str) -> NoReturn:
         self.failure = verdict, detail
         raise ProgramEnded
 
@@ -148,7 +150,7 @@ def examine(program: Program, tests: dict) -> tuple[str, str]:
             its process ended, which is for others to explain.
         detail: what failed, and where.
     """
-    namespace = {"__name__": "tests"}
+    namespace: dict[str, Any] = {"__name__": "tests"}
     try:
         for name in tests["names"]:
             found, value = program.ask("global", name)
@@ -166,7 +168,9 @@ def examine(program: Program, tests: dict) -> tuple[str, str]:
     return program.failure or ("pass", "")
 
 
-def _explain(error, program: Program, missing: set[str], source: str) -> tuple[str, str]:
+def _explain(
+    error: BaseException, program: Program, missing: set[str], source: str
+) -> tuple[str, str]:
     if error is program.error:
         return program.error_verdict, str(error.args[0])
     if isinstance(error, MemoryError):
@@ -174,7 +178,9 @@ def _explain(error, program: Program, missing: set[str], source: str) -> tuple[s
     if isinstance(error, NameError) and error.name in missing:
         return "crash", f"the program defines no {error.name}"
     lines = [
-        f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == wire.TESTS
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == wire.TESTS and frame.lineno is not None
     ]
     line = source.splitlines()[lines[-1] - 1].strip() if lines else ""
     text = type(error).__name__

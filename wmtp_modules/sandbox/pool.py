@@ -53,7 +53,8 @@ class Sandbox:
         self._live: set[Worker] = set()
         self._threads: list[threading.Thread] = []
         self._inbox = queue.SimpleQueue()
-        self._folder = self._lock = None
+        self._folder: str | None = None
+        self._lock = -1  # of the folder
         try:
             self.tier = self._open_first(TIERS[:2] if tier == "auto" else (tier,))
             self.self_test = prove(self)

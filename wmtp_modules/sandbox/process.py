@@ -86,12 +86,14 @@ class Server:
             start_new_session=True,  # an interrupt from the keyboard is for the parent alone
         )
         self.pid = self._process.pid
-        self.reply = None
+        self.reply: dict | None = None
         text = BOOTSTRAP.format(sources=sources, control=theirs.fileno(), config=config)
         theirs.close()
+        script = self._process.stdin
+        assert script is not None
         try:
-            self._process.stdin.write(text.encode())
-            self._process.stdin.close()
+            script.write(text.encode())
+            script.close()
             ready = self._answers(START_SECONDS) and self.link.recv(100)
         except OSError:  # it ended before it read all
             ready = None
@@ -114,8 +116,8 @@ class Server:
         except OSError as error:
             raise ServerLost(f"a fork server is gone: {error}") from None
 
-    def receive(self) -> None:
-        """Takes the reply that is there, into ``reply``."""
+    def receive(self) -> dict:
+        """Takes the reply that is there, into ``reply`` too."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self.link, 1 << 16, 4)
         except OSError as error:
@@ -126,18 +128,19 @@ class Server:
         if "failed" in reply:
             raise ServerLost(reply["failed"], ours=True)
         self.reply = reply | {"descriptors": descriptors}
+        return self.reply
 
-    def stop(self) -> None:
-        """Ends the program if it runs still, and takes the reply."""
+    def stop(self) -> dict:
+        """Ends the program if it runs still; its reply."""
         if self.reply is not None:
-            return
+            return self.reply
         try:
             self.link.send(b'{"kill": true}')
         except OSError as error:
             raise ServerLost(f"a fork server is gone: {error}") from None
         if not self._answers(BACKSTOP_SECONDS):
             raise ServerLost(f"a fork server did not answer within {BACKSTOP_SECONDS} s")
-        self.receive()
+        return self.receive()
 
     def _answers(self, seconds: float) -> bool:
         """Whether something comes within a time. Not by ``select``, which stops at 1,024 files."""

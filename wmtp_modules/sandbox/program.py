@@ -33,7 +33,7 @@ def classify(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "process_limit"
     if isinstance(error, OSError):
-        return BY_ERRNO.get(error.errno, "crash")
+        return BY_ERRNO.get(error.errno or 0, "crash")
     return "crash"
 
 
@@ -54,7 +54,9 @@ def run_script(source: str) -> None:
         raise
     except BaseException as error:
         status = wire.STATUSES[classify(error)]
-        frames = error.__traceback__.tb_next.tb_next  # without ours
+        frames = error.__traceback__
+        for _ in range(2):  # without ours
+            frames = frames and frames.tb_next
         try:
             traceback.print_exception(type(error), error, frames)
         finally:

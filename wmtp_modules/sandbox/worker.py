@@ -24,7 +24,7 @@ MOST_ERRORS = 1 << 20
 TAIL = 2000  # characters
 JUDGE_MEMORY_MB = 1024
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-SIGNALS = {
+SIGNALS: dict[int, str] = {
     signal.SIGXCPU: "timeout",
     signal.SIGXFSZ: "output_limit",
     signal.SIGSYS: "policy",  # a system call of another architecture
@@ -52,9 +52,9 @@ class Stream:
 
     def close_theirs(self) -> None:
         """Must follow once it has been handed on: else the end of the program is no end here."""
-        if self.theirs is not None:
+        if self.theirs >= 0:
             os.close(self.theirs)
-            self.theirs = None
+            self.theirs = -1
 
     def read(self) -> bool:
         """Takes what is there; False once nobody can write any more."""
@@ -127,8 +127,7 @@ class Worker:
             reason = self._attend(self._judges, [output, errors, said], job.limits.seconds)
             self._judges.stop()
             ended_early = self._programs.reply is not None
-            self._programs.stop()
-            reply = self._programs.reply
+            reply = self._programs.stop()
             if reason is not None or reply["overfull"]:
                 return failed(reason or "overfull", reply, job.limits)
             if not said.data:
@@ -160,8 +159,7 @@ class Worker:
                 ],
             )
             reason = self._attend(self._programs, [output, errors], job.limits.seconds)
-            self._programs.stop()
-            reply = self._programs.reply
+            reply = self._programs.stop()
             for descriptor in reply["descriptors"]:
                 stack.callback(os.close, descriptor)
             if reason is not None or reply["overfull"]:
@@ -169,7 +167,7 @@ class Worker:
             if reply["status"] != 0:
                 verdict, detail = explain_end(reply["status"], errors)
                 return outcome(verdict, reply, detail)
-            data = output.data
+            data = bytes(output.data)
             if job.output_file is not None:
                 if not reply["descriptors"]:
                     return outcome("wrong", reply, f"the program wrote no file {job.output_file}")

@@ -24,11 +24,11 @@ import pyarrow.compute as pc
 import torch.distributed as dist
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
-from tqdm import tqdm
 
 from wmtp_modules.data.packing import row_lengths
 from wmtp_modules.files import file_hash, new_file, read_json
 from wmtp_modules.parallel.process_group import patient_barrier
+from wmtp_modules.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +216,8 @@ def compute_scores(
     sizes, n_heads = _row_sizes(lengths, fingerprint), fingerprint["n_heads"]
 
     mine = range(rank, _n_parts(len(lengths), part_rows), world)
-    with tqdm(unit="row", desc=desc, disable=rank != 0) as bar:
-        bar.total = sum(len(lengths[part * part_rows :][:part_rows]) for part in mine)
+    total = sum(len(lengths[part * part_rows :][:part_rows]) for part in mine)
+    with progress_bar(unit="row", desc=desc, total=total, shown=rank == 0) as bar:
         for part in mine:
             beat(desc)
             start, path = part * part_rows, _part_path(folder, part)
@@ -233,7 +233,7 @@ def compute_scores(
             part_dataset = rows.select(range(start, start + len(part_lengths)))
             items = (inputs or _token_ids)(part_dataset)
             assert len(items) == len(part_lengths), (len(items), len(part_lengths))
-            scores = [None] * len(items)
+            scores: list[np.ndarray] = [np.empty(0)] * len(items)
             for batch in _batches(part_lengths, batch_tokens):
                 beat(desc)
                 try:

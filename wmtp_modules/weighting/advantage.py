@@ -136,7 +136,7 @@ class CriticWeighting(TokenWeighting):
         ValueError: for an unknown name or a value out of range.
     """
 
-    NAMES = ("critic", "uniform", "shuffled", "random_topk", "dft", "top_loss")
+    NAMES: tuple[str, ...] = ("critic", "uniform", "shuffled", "random_topk", "dft", "top_loss")
 
     def __init__(
         self,
@@ -180,15 +180,15 @@ class CriticWeighting(TokenWeighting):
         """Whether a call needs this forward's losses; a critic's weights are known before it."""
         return self.name in ("dft", "top_loss")
 
-    def _joint_weights(self, mask_GTK, doc_GT, *scores, step):
+    def _joint_weights(
+        self, mask_GTK: torch.Tensor, doc_GT: torch.Tensor, *needed: torch.Tensor, step: int
+    ) -> torch.Tensor:
         if not self.needs_scores:
-            return super()._joint_weights(mask_GTK, doc_GT, *scores, step=step)
-        z_GT = scores[0].squeeze(-1)
+            return super()._joint_weights(mask_GTK, doc_GT, *needed, step=step)
+        z_GT = needed[0].squeeze(-1)
         if self.name == "shuffled":
             # Head 0 has a target wherever there is a response token: its view is the tokens'.
-            keys_GT = controls.random_keys(
-                *doc_GT.shape, seed=self.seed, step=step, device=doc_GT.device
-            )
+            keys_GT = self._keys(doc_GT, step)
             z_GT1 = shift_to_heads(z_GT, 1, 0.0)
             z_GT1 = controls.shuffle_scores(z_GT1, mask_GTK[..., :1], doc_GT, keys_GT)
             z_GT = values_before(z_GT1.squeeze(-1))

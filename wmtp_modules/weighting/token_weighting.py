@@ -114,7 +114,7 @@ class TokenWeighting:
         ValueError: for an unknown name or a value out of range.
     """
 
-    NAMES = ("uniform", "random_topk", "shuffled", "dft", "top_loss", "rho1")
+    NAMES: tuple[str, ...] = ("uniform", "random_topk", "shuffled", "dft", "top_loss", "rho1")
 
     def __init__(
         self,
@@ -207,11 +207,12 @@ class TokenWeighting:
             ("losses", losses_BTK, self.needs_losses),
             ("scores", scores, self.needs_scores),
         ):
-            if needs and value is None:
+            if not needs:
+                continue
+            if value is None:
                 raise ValueError(f"weighting {self.name!r} needs {key}")
-            if needs:
-                value = value.detach().float()
-                needed.append(value if value.dim() == 3 else value[..., None])
+            value = value.detach().float()
+            needed.append(value if value.dim() == 3 else value[..., None])
         K = mask_BTK.shape[-1]
         # Document numbers stay below T, far inside what fp32 represents exactly.
         joint = gather_rows(torch.cat([mask_BTK.float(), doc_BT[..., None].float(), *needed], -1))
@@ -227,29 +228,32 @@ class TokenWeighting:
         self,
         mask_GTK: torch.Tensor,
         doc_GT: torch.Tensor,
-        losses_GTK: torch.Tensor | None = None,
-        reference_GTK: torch.Tensor | None = None,
-        *,
+        *needed: torch.Tensor,
         step: int,
     ) -> torch.Tensor:
+        """From what is needed, of all ranks: losses if there are any, then scores."""
         if self.name == "uniform":
             return controls.uniform(mask_GTK)
         if self.name == "dft":
-            return controls.dft_weights(losses_GTK, mask_GTK, self.w_min, self.w_max)
+            return controls.dft_weights(needed[0], mask_GTK, self.w_min, self.w_max)
 
-        if self.name in ("random_topk", "shuffled"):
-            G, T = doc_GT.shape
-            keys_GT = controls.random_keys(G, T, seed=self.seed, step=step, device=doc_GT.device)
         if self.name == "random_topk":
-            scores_GTK = controls.random_scores(keys_GT, mask_GTK.shape[-1])
+            scores_GTK = controls.random_scores(self._keys(doc_GT, step), mask_GTK.shape[-1])
         elif self.name == "top_loss":
-            scores_GTK = losses_GTK
+            scores_GTK = needed[0]
         else:
+            losses_GTK, reference_GTK = needed
             scores_GTK = excess_scores(losses_GTK, reference_GTK, self.score)
         if self.name == "shuffled":
+            keys_GT = self._keys(doc_GT, step)
             scores_GTK = controls.shuffle_scores(scores_GTK, mask_GTK, doc_GT, keys_GT)
 
         if self.needs_scores and self.selection == "soft":
             return soft_weights(scores_GTK, mask_GTK, self.temperature, self.w_min, self.w_max)
         scope_GT = scope_ids(self.scope, doc_GT, _rank_and_world()[1])
         return topk_weights(scores_GTK, mask_GTK, self.ratio, scope_GT)
+
+    def _keys(self, doc_GT: torch.Tensor, step: int) -> torch.Tensor:
+        """A random number for each token of the joint micro-batch, of this step."""
+        G, T = doc_GT.shape
+        return controls.random_keys(G, T, seed=self.seed, step=step, device=doc_GT.device)

@@ -1,0 +1,327 @@
+"""The rules of the house: where a line may stand, what may import what, how long a recipe is.
+
+Read off the source, nothing is imported. An arrow (import) points down ``LEVELS``; imports inside
+functions and for annotations count like any other.
+"""
+
+import ast
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A room is a folder of wmtp_modules or one of its files; upper levels may import lower ones, rooms
+# of one level each other in one direction.
+LEVELS = (
+    ("recipes", "convert", "estimate_memory"),  # what a command line starts
+    ("reports", "critic", "quickstarts", "memory"),
+    ("run",),
+    ("scoring", "checkpoints"),
+    ("evaluation", "parallel", "generation"),
+    ("data", "weighting", "models"),
+    ("loss", "config", "sandbox", "files", "json_fault", "progress", "tune_plugin"),
+)
+LEVEL_OF = {room: len(LEVELS) - i for i, rooms in enumerate(LEVELS) for room in rooms}
+
+# What users name in a YAML is exported by the package; no other __init__ holds code.
+EXPORTS = {
+    "wmtp_modules.data": {"code_contests_dataset", "mbpp_dataset", "rows_dataset"},
+    "wmtp_modules.models": {"mtp_llama2", "mtp_llama2_7b", "mtp_sheared_llama_1_3b"},
+}
+
+# Rooms that may know a config object; every other function takes tensors, paths and numbers.
+KNOWS_CONFIGS = {"recipes", "run", "config", "memory", "estimate_memory"}
+
+MOST_LINES = {
+    "recipes/rho1_wmtp_distributed.py": 480,
+    "recipes/critic_wmtp_distributed.py": 620,
+    "recipes/eval_mtp.py": 480,
+}
+MOST_LINES_OF_ALL = 17_000  # wmtp_modules and recipes together
+MOST_NAMES_OF_RHO1 = 40  # that its recipe imports from wmtp_modules
+MOST_LINES_BEHIND_RHO1 = 8_000  # of it and all first-party files that it imports at its start
+
+# They take up to seconds, which nobody who mistyped a key shall wait for: imported where used.
+# (torchtune imports datasets, and datasets pandas, whatever we do.)
+IMPORTED_WHEN_USED = {"mlflow", "matplotlib", "sklearn", "pandas", "scipy", "transformers"}
+
+RHO1 = "recipes.rho1_wmtp_distributed"
+
+
+@cache
+def sources() -> dict[str, Path]:
+    """First-party modules by dotted name."""
+    found = {}
+    for folder in ("wmtp_modules", "recipes"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(sources()[module].read_text())
+
+
+@cache
+def n_lines(module: str) -> int:
+    return len(sources()[module].read_text().splitlines())
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[0] if parts[0] == "recipes" or len(parts) == 1 else parts[1]
+
+
+def imports_of(module: str, tree: ast.AST, *, modules=None) -> list[tuple[str, str | None, int]]:
+    """(module, name taken from it or None, line) of each first-party import in a tree."""
+    modules = modules or sources()
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name in modules:
+                    found.append((alias.name, None, node.lineno))
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:  # relative: from the package that the module lies in
+                is_package = sources()[module].name == "__init__.py"
+                package = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                base = ".".join([*package, *filter(None, [base])])
+            for alias in node.names:
+                if f"{base}.{alias.name}" in modules:
+                    found.append((f"{base}.{alias.name}", None, node.lineno))
+                elif base in modules:
+                    found.append((base, alias.name, node.lineno))
+    return found
+
+
+@cache
+def arrows() -> tuple[tuple[str, str, int], ...]:
+    """(importing module, imported module, line), all of them."""
+    return tuple(
+        (module, target, line)
+        for module in sources()
+        for target, _, line in imports_of(module, tree_of(module))
+    )
+
+
+def at_start(tree: ast.Module) -> ast.Module:
+    """A tree without what runs later or never: functions, and imports for annotations."""
+
+    class Drop(ast.NodeTransformer):
+        def visit_FunctionDef(self, node):
+            return None
+
+        visit_AsyncFunctionDef = visit_FunctionDef
+
+        def visit_If(self, node):
+            names = {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
+            names |= {n.attr for n in ast.walk(node.test) if isinstance(n, ast.Attribute)}
+            return None if "TYPE_CHECKING" in names else self.generic_visit(node)
+
+    return Drop().visit(ast.parse(ast.unparse(tree)))
+
+
+def closure(module: str) -> set[str]:
+    """The first-party modules that importing one of them brings, packages' own files among them."""
+    seen, waiting = set(), [module]
+    while waiting:
+        one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        parts = one.split(".")
+        waiting += [".".join(parts[:n]) for n in range(1, len(parts))]
+        waiting += [target for target, _, _ in imports_of(one, at_start(tree_of(one)))]
+    return {one for one in seen if one in sources()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+# --------------------------------------------------------------------------- directions
+
+
+def test_every_room_has_its_level():
+    assert {room_of(module) for module in sources()} - {"wmtp_modules"} <= LEVEL_OF.keys()
+
+
+def test_no_import_points_up():
+    up = [
+        f"{sources()[module].relative_to(ROOT)}:{line} imports {target}"
+        for module, target, line in arrows()
+        if LEVEL_OF.get(room_of(target), 0) > LEVEL_OF[room_of(module)]
+    ]
+    assert up == []
+
+
+def test_rooms_of_one_level_import_each_other_in_one_direction():
+    for rooms in LEVELS:
+        graph = {
+            room: {
+                room_of(target)
+                for module, target, _ in arrows()
+                if room_of(module) == room and room_of(target) in rooms
+            }
+            - {room}
+            for room in rooms
+        }
+        assert circles(graph) == []
+
+
+def test_no_module_imports_in_a_circle():
+    """Packages stand aside: theirs are the names that they export."""
+    graph = {module: set() for module in sources()}
+    for module, target, _ in arrows():
+        if sources()[target].name != "__init__.py":
+            graph[module].add(target)
+    assert circles(graph) == []
+
+
+def test_nothing_imports_a_recipe():
+    assert [arrow for arrow in arrows() if room_of(arrow[1]) == "recipes"] == []
+
+
+# ------------------------------------------------------------------------------ contents
+
+
+@pytest.mark.parametrize("package", [n for n, p in sources().items() if p.name == "__init__.py"])
+def test_a_package_exports_what_a_yaml_names_and_nothing_else(package):
+    tree = tree_of(package)
+    names = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert names == EXPORTS.get(package, set())
+    others = [
+        node
+        for node in tree.body
+        if not isinstance(node, ast.ImportFrom)
+        and not (isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
+        and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    ]
+    assert others == []
+
+
+def test_heavy_libraries_are_imported_when_they_are_used():
+    found = []
+    for module in sources():
+        for node in ast.walk(at_start(tree_of(module))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            if IMPORTED_WHEN_USED & {name.split(".")[0] for name in names}:
+                found.append(module)
+    assert found == []
+
+
+def test_config_objects_stay_in_their_rooms():
+    seen = []
+    for module in sources():
+        if room_of(module) in KNOWS_CONFIGS:
+            continue
+        for node in ast.walk(tree_of(module)):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name.split(".")[0] for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [(node.module or "").split(".")[0], *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.arg):
+                names = [node.arg]
+            elif isinstance(node, ast.Name):
+                names = [node.id]
+            elif isinstance(node, ast.Attribute):
+                names = [node.attr.strip("_")]
+            if {"omegaconf", "cfg", "DictConfig", "OmegaConf", "ListConfig"} & set(names):
+                seen.append(f"{sources()[module].relative_to(ROOT)}:{node.lineno}")
+    assert seen == []
+
+
+# -------------------------------------------------------------------------------- lengths
+
+
+@pytest.mark.parametrize("recipe", MOST_LINES)
+def test_a_recipe_is_read_in_one_sitting(recipe):
+    lines = n_lines(recipe.removesuffix(".py").replace("/", "."))
+    assert lines <= MOST_LINES[recipe]
+
+
+def test_every_recipe_has_its_bound():
+    recipes = {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("[!_]*.py")}
+    assert recipes == set(MOST_LINES)
+
+
+def test_all_lines_together():
+    lines = sum(n_lines(module) for module in sources())
+    assert lines <= MOST_LINES_OF_ALL
+
+
+def test_names_that_the_rho1_recipe_imports():
+    names = len({(module, name) for module, name, _ in imports_of(RHO1, tree_of(RHO1))})
+    assert names <= MOST_NAMES_OF_RHO1
+
+
+def test_lines_behind_the_rho1_recipe():
+    """Counted: every line of the recipe, of all first-party files that importing it brings."""
+    lines = sum(n_lines(module) for module in closure(RHO1))
+    assert lines <= MOST_LINES_BEHIND_RHO1
+
+
+# ------------------------------------------------------------------- that the reading works
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "found"),
+    [
+        ("wmtp_modules.data.rows", "import wmtp_modules.run.plan", "wmtp_modules.run.plan"),
+        ("wmtp_modules.data.rows", "from wmtp_modules.run import plan", "wmtp_modules.run.plan"),
+        ("wmtp_modules.data.rows", "from ..run.plan import parse", "wmtp_modules.run.plan"),
+        ("wmtp_modules.data.rows", "from . import mbpp", "wmtp_modules.data.mbpp"),
+        ("wmtp_modules.data", "from .mbpp import mbpp_dataset", "wmtp_modules.data.mbpp"),
+        ("recipes.eval_mtp", "from recipes import rho1_wmtp_distributed", RHO1),
+        (
+            "wmtp_modules.files",
+            "def f():\n    if x:\n        from wmtp_modules.run.plan import parse",
+            "wmtp_modules.run.plan",
+        ),
+        (
+            "wmtp_modules.files",
+            "if TYPE_CHECKING:\n    from wmtp_modules.run.plan import parse",
+            "wmtp_modules.run.plan",
+        ),
+    ],
+)
+def test_the_reading_sees_every_kind_of_import(module, text, found):
+    assert [target for target, _, _ in imports_of(module, ast.parse(text))] == [found]
+
+
+def test_what_runs_later_is_no_part_of_the_start():
+    text = """
+import a
+def f():
+    import b
+if typing.TYPE_CHECKING:
+    import c
+class D:
+    import d
+"""
+    known = dict.fromkeys("abcd")
+    found = imports_of("x", at_start(ast.parse(text)), modules=known)
+    assert [target for target, _, _ in found] == ["a", "d"]
+
+
+def test_a_circle_is_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}})
