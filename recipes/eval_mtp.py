@@ -13,14 +13,10 @@ All is appended to files of ``output_dir`` as it comes: started again, a run goe
 Copy this file and edit it: nothing imports it.
 """
 
-import hashlib
 import os
-import platform
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,12 +34,20 @@ from wmtp_modules.checkpoints.read import (
     model_args_from_folder,
 )
 from wmtp_modules.config.check import Above, AtLeast, Component, Optional, check_config
-from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples, result_key, sample_key
+from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
+from wmtp_modules.evaluation.execution import run_samples
 from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_texts
+from wmtp_modules.evaluation.samples import (
+    REFERENCE,
+    TOO_LONG,
+    generation_figures,
+    reference_samples,
+    wanted_samples,
+)
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.evaluation.tasks import TASKS, load_tasks
 from wmtp_modules.generation.generate import Request, generate
-from wmtp_modules.generation.measure import measure_decoding
+from wmtp_modules.generation.measure import measure_decoding, requests_from_texts
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import (
     all_reduce_sum,
@@ -54,7 +58,13 @@ from wmtp_modules.parallel.process_group import (
     share_from_rank_zero,
 )
 from wmtp_modules.reports.evaluation import FILES as REPORTS
-from wmtp_modules.reports.evaluation import build_report, print_report, write_report
+from wmtp_modules.reports.evaluation import (
+    build_report,
+    describe_machine,
+    print_report,
+    report_metrics,
+    write_report,
+)
 from wmtp_modules.run.metric_logging import code_version
 from wmtp_modules.run.plan import one_sentence, parse
 from wmtp_modules.run.resume import resolved
@@ -68,8 +78,6 @@ warnings.filterwarnings("ignore", message="Mismatch dtype between input and weig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STAGES = ("generate", "execute", "heldout", "decode_speed")
-REFERENCE = "reference"  # samples=reference: the tasks' own solutions
-TOO_LONG = "prompt_too_long"  # finish reason of a sample that was not made
 
 # Every key of a config; what a component takes is read from its signature.
 SCHEMA = {
@@ -200,7 +208,10 @@ class EvalMTPRecipe:
         if "generate" in self._stages:
             self._prompts = {task.task_id: task.prompt for task in self._tasks}
         elif "execute" in self._stages:
-            self._samples = self._ready_samples()
+            if cfg.samples == REFERENCE:
+                self._samples = reference_samples(self._tasks)
+            else:
+                self._samples = read_samples(cfg.samples, self._tasks)
         self._texts = {
             stage: read_texts(cfg[stage].source)
             for stage in ("heldout", "decode_speed")
@@ -255,10 +266,24 @@ class EvalMTPRecipe:
         fingerprint = share_from_rank_zero(fingerprint)  # reading 27 GB may take long
         path = self._output_dir / "samples.jsonl"
         with rank_zero_first():  # which mends what a killed run left half-written
-            store = open_store(path)
-        wanted = list(self._wanted_samples(fingerprint))
+            store = EvidenceStore(path)
+        # All that shapes a sample beside its task, temperature and seed. Ranks and batches do not.
+        settings = {
+            "checkpoint": fingerprint,
+            "dtype": self._cfg.dtype,
+            "max_seq_len": self._model.max_seq_len,
+            **{name: cfg[name] for name in ("top_p", "top_k", "max_new_tokens", "decoding")},
+        }
+        wanted = wanted_samples(
+            self._tasks,
+            settings,
+            temperatures=cfg.temperatures,
+            samples_per_task=cfg.samples_per_task,
+            seed=self._cfg.seed,
+        )
         missing = [(row, task) for row, task in wanted if row["key"] not in store]
-        log_zero(f"generate: {len(wanted)} samples, {len(wanted) - len(missing)} there already")
+        done = len(wanted) - len(missing)
+        utils.log_rank_zero(log, f"generate: {len(wanted)} samples, {done} there already")
         patient_barrier()  # nobody appends before everybody has read
         mine = missing[self._rank :: self._world]
         with tqdm(total=len(mine), unit="sample", disable=self._rank != 0) as bar:
@@ -275,30 +300,6 @@ class EvalMTPRecipe:
         samples = [store[row["key"]] for row, _ in wanted]
         self._report["generation"] = generation_figures(samples)
         return samples
-
-    def _wanted_samples(self, fingerprint: str) -> Iterator[tuple[dict, Task]]:
-        """What names each sample of this config, and its task."""
-        cfg = self._cfg.generation
-        # All that shapes a sample beside its task, temperature and seed. Ranks and batches do not.
-        settings = {
-            "checkpoint": fingerprint,
-            "dtype": self._cfg.dtype,
-            "max_seq_len": self._model.max_seq_len,
-            **{name: cfg[name] for name in ("top_p", "top_k", "max_new_tokens", "decoding")},
-        }
-        for temperature in cfg.temperatures:
-            for task in self._tasks:
-                for sample in range(cfg.samples_per_task):
-                    seed = sample_seed(self._cfg.seed, task.task_id, temperature, sample)
-                    row = {
-                        "key": sample_key(settings, task, temperature, seed),
-                        "task_id": task.task_id,
-                        "sample": sample,
-                        "temperature": temperature,
-                        "seed": seed,
-                        "checkpoint": fingerprint,
-                    }
-                    yield row, task
 
     def _generate_batch(self, batch: list[tuple[dict, Task]], temperature: float) -> list[dict]:
         """The rows of a batch, filled."""
@@ -333,16 +334,17 @@ class EvalMTPRecipe:
     def execute(self, samples: list[dict]) -> None:
         """Run the tasks' own solutions, then the samples that have no result; on one rank."""
         cfg = self._cfg
-        by_id = {task.task_id: task for task in self._tasks}
-        sampled = [by_id[task_id] for task_id in dict.fromkeys(row["task_id"] for row in samples)]
         workers = cfg.execution.workers or len(os.sched_getaffinity(0))
         with Sandbox(cfg.execution.tier, workers) as sandbox:
             log.info(f"execute: sandbox tier {sandbox.tier}, {workers} workers")
+            run = partial(run_samples, sandbox, self._tasks)
             if cfg.samples == REFERENCE:
-                references = results = self._run(sandbox, samples, "results.jsonl")
+                references = results = run(samples, self._output_dir / "results.jsonl")
             else:
-                references = self._run(sandbox, reference_samples(sampled), "references.jsonl")
-                results = self._run(sandbox, samples, "results.jsonl")
+                by_id = {task.task_id: task for task in self._tasks}
+                sampled = [by_id[name] for name in dict.fromkeys(row["task_id"] for row in samples)]
+                references = run(reference_samples(sampled), self._output_dir / "references.jsonl")
+                results = run(samples, self._output_dir / "results.jsonl")
             self._report |= build_report(
                 task=cfg.task,
                 tasks=self._tasks,
@@ -354,38 +356,6 @@ class EvalMTPRecipe:
                 self_test=sandbox.self_test,
                 machine_factor=sandbox.machine_factor,
             )
-
-    def _ready_samples(self) -> list[dict]:
-        if self._cfg.samples == REFERENCE:
-            return reference_samples(self._tasks)
-        return read_samples(self._cfg.samples, self._tasks)
-
-    def _run(self, sandbox: Sandbox, samples: list[dict], name: str) -> list[dict]:
-        """The results of samples, from the file of that name or by running them."""
-        store = open_store(self._output_dir / name)
-        by_id = {task.task_id: task for task in self._tasks}
-        keys = [result_key(by_id[row["task_id"]], row, sandbox.tier) for row in samples]
-        # What met a fault of the machine is tried again.
-        missing = [
-            i
-            for i, key in enumerate(keys)
-            if key not in store or store[key]["verdict"] == "infrastructure"
-        ]
-        log.info(f"{name}: {len(samples)} programs, {len(samples) - len(missing)} done already")
-        jobs = (
-            (i, by_id[samples[i]["task_id"]].job(samples[i]["completion"], sandbox.machine_factor))
-            for i in missing
-        )
-        verdicts = Counter()
-        with tqdm(total=len(missing), unit="program") as bar:
-            for i, outcome in sandbox.run(jobs):
-                row = {"key": keys[i], "task_id": samples[i]["task_id"]}
-                row |= {"sample": samples[i]["sample"], "temperature": samples[i]["temperature"]}
-                store.append([row | asdict(outcome)])
-                verdicts[outcome.verdict] += 1
-                bar.set_postfix(verdicts, refresh=False)
-                bar.update()
-        return [store[key] for key in keys]
 
     # ------------------------------------------------------------ the heads
 
@@ -405,12 +375,12 @@ class EvalMTPRecipe:
     def decode_speed(self) -> None:
         """Plain against self-speculative decoding, greedy, by turns; on one rank."""
         cfg, context = self._cfg.decode_speed, self._model.max_seq_len
-        requests = []
-        for text in self._texts["decode_speed"]:
-            tokens = self._tokenizer.encode(text, add_eos=False)
-            prompt = tokens[: min(cfg.prompt_tokens, len(tokens) // 2, context // 2)]
-            if prompt and len(requests) < cfg.prompts:
-                requests.append(Request(tuple(prompt), seed=0))
+        requests = requests_from_texts(
+            self._tokenizer,
+            self._texts["decode_speed"],
+            n_requests=cfg.prompts,
+            prompt_tokens=min(cfg.prompt_tokens, context // 2),
+        )
         room = context - max((len(request.prompt) for request in requests), default=0)
         if room < cfg.max_new_tokens:
             log.info(f"decode_speed: {room} new tokens, where the context of {context} ends")
@@ -431,7 +401,8 @@ class EvalMTPRecipe:
 
     def run(self) -> None:
         """All stages of the config; after each of them the report has what it found."""
-        self._report = {"settings": resolved(self._cfg), "machine": machine(self._device)}
+        machine = describe_machine(self._device, self._world) | code_version()
+        self._report = {"settings": resolved(self._cfg), "machine": machine}
         for stage in self._stages:
             if stage == "generate":
                 self._samples = self.generate()
@@ -462,76 +433,6 @@ class EvalMTPRecipe:
         for name in REPORTS:
             if (self._output_dir / name).exists():
                 print(self._output_dir / name)
-
-
-def reference_samples(tasks: list[Task]) -> list[dict]:
-    """The tasks' own solutions, as samples."""
-    return [
-        {"task_id": task.task_id, "sample": 0, "temperature": None, "completion": task.reference}
-        for task in tasks
-        if task.reference is not None
-    ]
-
-
-def sample_seed(seed: int, task_id: int | str, temperature: float, sample: int) -> int:
-    """A seed for each sample of a run, whatever rank and batch it falls to."""
-    text = f"{seed} {task_id} {float(temperature)} {sample}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
-
-
-def generation_figures(samples: list[dict]) -> dict:
-    """How the samples were made, of all temperatures."""
-    made = [row for row in samples if row["finish_reason"] != TOO_LONG]
-    forwards = sum(row["forwards"] for row in made)
-    accepted = [sum(heads) for heads in zip(*(row["accepted"] for row in made), strict=True)]
-    return {
-        "samples": len(samples),
-        "finish_reasons": dict(Counter(row["finish_reason"] for row in samples)),
-        "tokens": sum(row["tokens"] for row in made),
-        # Without the prefill and the token that it gives.
-        "tokens_per_forward": 1 + sum(accepted) / forwards if forwards else None,
-        "acceptance_per_head": [n / forwards if forwards else None for n in accepted],
-    }
-
-
-def report_metrics(report: dict) -> dict[str, float]:
-    """The figures of a report by names that MLflow takes."""
-    metrics = {}
-    for at in report.get("by_temperature", ()):
-        where = "" if at["temperature"] is None else f"/T{at['temperature']}"
-        metrics |= {f"pass_at_{k}{where}": v["value"] for k, v in at["pass_at_k"].items()}
-    for row in report.get("per_head", ()):
-        names = ("loss", "top1", "top5", "ece")
-        metrics |= {f"heldout/{name}_head_{row['head']}": row[name] for name in names}
-    names = ("acceptance_length", "tokens_per_forward")
-    names += ("plain_tokens_per_s", "self_speculative_tokens_per_s")
-    metrics |= {name: report.get(name) for name in names}
-    return {name: value for name, value in metrics.items() if value is not None}
-
-
-def machine(device: torch.device) -> dict:
-    """What a figure of speed or a limit of time was measured on."""
-    is_cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "ranks": dist.get_world_size(),
-        "python": platform.python_version(),
-        **code_version(),
-    }
-
-
-def open_store(path: Path) -> EvidenceStore:
-    """What is done already, without the half line that a killed run may have left."""
-    store = EvidenceStore(path)
-    if store.dropped_bytes:
-        log.info(f"{path}: {store.dropped_bytes} bytes of an unfinished last line were cut off")
-    return store
-
-
-def log_zero(message: str) -> None:
-    if dist.get_rank() == 0:
-        log.info(message)
 
 
 @parse

@@ -16,6 +16,8 @@ from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.checkpoints.read import save_meta
 from wmtp_modules.config.check import ConfigError
+from wmtp_modules.evaluation import execution
+from wmtp_modules.evaluation.samples import generation_figures
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import init_weights_
 from wmtp_modules.sandbox.jobs import SandboxError
@@ -256,13 +258,13 @@ def test_one_head_drafts_nothing(run, tmp_path, tiny_tokenizer_path):
     assert report["generation"]["acceptance_per_head"] == []
 
 
-def test_generation_figures_are_sums_over_samples(recipe):
+def test_generation_figures_are_sums_over_samples():
     rows = [
         {"finish_reason": "eos", "tokens": 7, "forwards": 2, "accepted": [2, 1, 1]},
         {"finish_reason": "length", "tokens": 5, "forwards": 4, "accepted": [0, 0, 0]},
         {"finish_reason": "prompt_too_long"},
     ]
-    figures = recipe.generation_figures(rows)
+    figures = generation_figures(rows)
     assert figures["tokens_per_forward"] == pytest.approx((7 + 5 - 2) / 6)
     assert figures["acceptance_per_head"] == pytest.approx([2 / 6, 1 / 6, 1 / 6])
     assert (figures["samples"], figures["tokens"]) == (3, 12)
@@ -332,12 +334,12 @@ def test_ready_made_samples(run, tier, tmp_path):
         assert (out / name).stat().st_size > 0
 
 
-def test_nothing_is_executed_twice(run, recipe, tier, monkeypatch):
+def test_nothing_is_executed_twice(run, tier, monkeypatch):
     _, out = run(stages="[execute]", samples="reference")
     results = (out / "results.jsonl").read_bytes()
     assert len(results.splitlines()) == 3
     started = []
-    monkeypatch.setattr(recipe, "asdict", lambda outcome: started.append(1) or asdict(outcome))
+    monkeypatch.setattr(execution, "asdict", lambda o: started.append(1) or asdict(o))
     run(stages="[execute]", samples="reference")
     assert started == []
     lines = results.splitlines(keepends=True)

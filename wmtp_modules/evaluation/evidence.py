@@ -16,8 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from torchtune.utils import get_logger
+
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.json_fault import json_fault
+
+log = get_logger("INFO")
 
 BLOCK = 1 << 16  # bytes read at once in search of the last line's end
 
@@ -47,6 +51,8 @@ class EvidenceStore:
             self.dropped_bytes = _cut_incomplete_line(fd)
             with open(fd, "rb", closefd=False) as file:
                 self._read(file)
+        if self.dropped_bytes:
+            log.info(f"{path}: {self.dropped_bytes} bytes of an unfinished last line were cut off")
 
     def __contains__(self, key: str) -> bool:
         return key in self._places

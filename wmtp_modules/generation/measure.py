@@ -1,6 +1,7 @@
 """Whether both decodings agree, and how fast they are."""
 
 import time
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -54,6 +55,26 @@ def compare_decodings(
             {"request": i, "position": at, "plain": a, "self_speculative": b, "logit_gap": gap}
         )
     return {"identical": not differences, "differences": differences}
+
+
+def requests_from_texts(
+    tokenizer: Llama2Tokenizer, texts: Sequence[str], *, n_requests: int, prompt_tokens: int
+) -> list[Request]:
+    """Prompts for a measurement: the beginnings of texts, none longer than half of its text.
+
+    Args:
+        tokenizer: encodes the texts.
+        texts: at most one prompt is taken from each.
+        n_requests: most requests to make.
+        prompt_tokens: most tokens of a prompt.
+    """
+    requests = []
+    for text in texts:
+        tokens = tokenizer.encode(text, add_eos=False)
+        prompt = tokens[: min(prompt_tokens, len(tokens) // 2)]
+        if prompt and len(requests) < n_requests:
+            requests.append(Request(tuple(prompt), seed=0))
+    return requests
 
 
 def measure_decoding(

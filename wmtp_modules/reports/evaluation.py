@@ -3,13 +3,17 @@
 import io
 import json
 import os
+import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from wmtp_modules.evaluation.pass_at_k import best_temperatures, pass_at_k
 from wmtp_modules.evaluation.task import Task
+from wmtp_modules.files import new_file
 from wmtp_modules.reports.evaluation_page import percent, report_page
 
 FILES = ("report.json", "report.md", "report.png")
@@ -137,9 +141,37 @@ def write_report(report: Mapping, output_dir: str | Path) -> None:
     page = report_page(report, with_figure=figure is not None)
     # NaN is no JSON; a figure that is not finite would be one of ours gone wrong.
     texts = (json.dumps(report, indent=1, allow_nan=False).encode(), page.encode())
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, (*texts, picture.getvalue()), strict=True):
         if content:
-            _write_whole(Path(output_dir, name), content)
+            with new_file(Path(output_dir, name)) as unfinished:
+                unfinished.write_bytes(content)
+
+
+def report_metrics(report: Mapping) -> dict[str, float]:
+    """The figures of a report under names that MLflow accepts."""
+    metrics = {}
+    for at in report.get("by_temperature", ()):
+        where = "" if at["temperature"] is None else f"/T{at['temperature']}"
+        metrics |= {f"pass_at_{k}{where}": v["value"] for k, v in at["pass_at_k"].items()}
+    for row in report.get("per_head", ()):
+        names = ("loss", "top1", "top5", "ece")
+        metrics |= {f"heldout/{name}_head_{row['head']}": row[name] for name in names}
+    names = ("acceptance_length", "tokens_per_forward")
+    names += ("plain_tokens_per_s", "self_speculative_tokens_per_s")
+    metrics |= {name: report.get(name) for name in names}
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def describe_machine(device: torch.device, ranks: int) -> dict:
+    """What a speed or a time limit was measured on."""
+    is_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "ranks": ranks,
+        "python": platform.python_version(),
+    }
 
 
 def print_report(report: Mapping) -> None:
@@ -212,10 +244,3 @@ def _published(task: str, tasks: Sequence[Task]) -> list[dict]:
         }
         for model, values in PUBLISHED.get(task, ())
     ]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)
