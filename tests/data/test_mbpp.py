@@ -77,7 +77,7 @@ def test_hub_splits(tokenizer, tmp_path, monkeypatch):
     [
         ({"task_id": "601"}, "task_id is '601', not an integer"),
         ({"test_list": "assert"}, "test_list is not a list of strings"),
-        ({"test_list": []}, "test_list is not a list of strings"),
+        ({"test_list": []}, "test_list is empty"),
         ({"code": ""}, "code is empty"),
         ({"text": None}, "text is missing"),
     ],

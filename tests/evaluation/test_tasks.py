@@ -241,13 +241,13 @@ def test_hub_that_cannot_be_read(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ValueError, match=r"owner/x is no local path.*ConnectionError: no route"):
+    with pytest.raises(ValueError, match=r"owner/x is not a local path.*ConnectionError: no route"):
         load_tasks("humaneval", "owner/x", "test")
 
 
 @pytest.mark.parametrize("name", ["nothing.jsonl", "folder/nothing.json", "folder/a.parquet"])
 def test_missing_files_are_not_looked_for_on_the_hub(name):
-    with pytest.raises(ValueError, match=f"{name} does not exist: give a .jsonl"):
+    with pytest.raises(ValueError, match=f"{name} does not exist: give a local file"):
         load_tasks("mbpp", name, "test")
 
 

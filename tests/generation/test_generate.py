@@ -23,7 +23,6 @@ def check_counts(generations, n_heads=4):
     for g in generations:
         assert len(g.tokens) == 1 + g.forwards + sum(g.accepted)
         assert sorted(g.accepted, reverse=True) == g.accepted
-        assert g.drafted == [g.forwards] * (n_heads - 1)
 
 
 @pytest.fixture(params=["random", "trained"])
@@ -39,7 +38,7 @@ def test_self_speculative_equals_plain_token_for_token(model, requests, decode, 
     assert [g.text for g in fast] == [g.text for g in plain]
     check_counts(fast)
     for g in plain:
-        assert (g.forwards, g.drafted, g.accepted) == (len(g.tokens) - 1, [0] * 3, [0] * 3)
+        assert (g.forwards, g.accepted) == (len(g.tokens) - 1, [0] * 3)
 
 
 def test_training_makes_forwards_fewer(trained_model, requests, decode):

@@ -6,8 +6,8 @@ from functools import partial
 import datasets
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.data.rows import Sample, build_rows, text_field
-from wmtp_modules.data.sources import BadRow
+from wmtp_modules.data.rows import Sample, build_rows
+from wmtp_modules.data.sources import BadRow, text_field
 
 PYTHON3 = 3  # of the data set's language codes: 1 Python 2, 2 C++, 3 Python 3, 4 Java
 REWARDS = {"solutions": 1.0, "incorrect_solutions": 0.0}

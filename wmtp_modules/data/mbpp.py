@@ -5,8 +5,8 @@ from functools import partial
 import datasets
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.data.rows import Sample, build_rows, text_field
-from wmtp_modules.data.sources import BadRow
+from wmtp_modules.data.rows import Sample, build_rows
+from wmtp_modules.data.sources import BadRow, strings_field, text_field
 
 # The authors' division: 1-10 are few-shot prompts, 11-510 the test set.
 SPLIT_IDS = {"train": range(601, 975), "validation": range(511, 601)}
@@ -45,6 +45,20 @@ def mbpp_dataset(
     )
 
 
+def mbpp_fields(record: dict) -> tuple[int, list[str], str]:
+    """Task id, tests and code of a row, the code with Unix line ends.
+
+    Raises:
+        BadRow: if one of them is missing or of another type, or there is no test.
+    """
+    task_id, tests = record.get("task_id"), strings_field(record, "test_list")
+    if type(task_id) is not int:  # a bool is an int too
+        raise BadRow(f"task_id is {task_id!r}, not an integer")
+    if not tests:
+        raise BadRow("test_list is empty")
+    return task_id, tests, text_field(record, "code").replace("\r", "")
+
+
 def mbpp_prompt(text: str, tests: list[str]) -> str:
     """One task as the model reads it, up to where its code begins."""
     return (
@@ -54,13 +68,7 @@ def mbpp_prompt(text: str, tests: list[str]) -> str:
 
 
 def _to_samples(record: dict, split: str) -> list[Sample]:
-    task_id, tests = record.get("task_id"), record.get("test_list")
-    if type(task_id) is not int:
-        raise BadRow(f"task_id is {task_id!r}, not an integer")
-    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
-        raise BadRow("test_list is not a list of strings")
-    # The published code has Windows line ends.
-    code = text_field(record, "code").replace("\r", "")
+    task_id, tests, code = mbpp_fields(record)
     prompt = mbpp_prompt(text_field(record, "text"), tests)
     if task_id not in SPLIT_IDS[split]:
         return []

@@ -19,7 +19,7 @@ from torchtune.models.llama2 import Llama2Tokenizer
 from torchtune.utils import get_logger, log_rank_zero
 
 from wmtp_modules.data import contamination, sources, tokenize
-from wmtp_modules.data.sources import BadRow, Source
+from wmtp_modules.data.sources import BadRow, Source, text_field
 
 FEATURES = datasets.Features(
     {
@@ -203,26 +203,6 @@ def build_rows(
         ) from error
     log_rank_zero(log, f"{source} ({split}): {text}")
     return rows.remove_columns(unset)
-
-
-def text_field(record: dict, field: str) -> str:
-    """A field that must be text with something in it.
-
-    Raises:
-        BadRow: if it is missing, no string, blank, or holds what a tokenizer cannot take.
-    """
-    value = record.get(field)
-    if value is None:
-        raise BadRow(f"{field} is missing")
-    if not isinstance(value, str):
-        raise BadRow(f"{field} is {type(value).__name__}, not a string")
-    if not value.strip():
-        raise BadRow(f"{field} is empty")
-    if "\0" in value:
-        raise BadRow(f"{field} holds a NUL character")
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise BadRow(f"{field} holds half a surrogate pair")
-    return value
 
 
 def _to_samples(record: dict) -> list[Sample]:

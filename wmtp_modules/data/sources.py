@@ -37,6 +37,50 @@ class BadRow(ValueError):
     """A row that cannot be used; the message says why."""
 
 
+def string_field(record: dict, field: str) -> str:
+    """A field that must be a string; it may be empty.
+
+    Raises:
+        BadRow: if it is missing or not a string.
+    """
+    value = record.get(field)
+    if value is None:
+        raise BadRow(f"{field} is missing")
+    if not isinstance(value, str):
+        raise BadRow(f"{field} is {type(value).__name__}, not a string")
+    return value
+
+
+def text_field(record: dict, field: str) -> str:
+    """A field that must be text with something in it.
+
+    Raises:
+        BadRow: if it is missing, not a string, blank, or holds what a tokenizer cannot take.
+    """
+    value = string_field(record, field)
+    if not value.strip():
+        raise BadRow(f"{field} is empty")
+    if "\0" in value:
+        raise BadRow(f"{field} holds a NUL character")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise BadRow(f"{field} holds half a surrogate pair")
+    return value
+
+
+def strings_field(record: dict, field: str) -> list[str]:
+    """A field that must be a list of strings; it may be empty.
+
+    Raises:
+        BadRow: if it is missing or not a list of strings.
+    """
+    value = record.get(field)
+    if value is None:
+        raise BadRow(f"{field} is missing")
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise BadRow(f"{field} is not a list of strings")
+    return value
+
+
 @dataclass(frozen=True)
 class Source:
     """An opened source.
@@ -51,9 +95,9 @@ class Source:
 
     name: str
     kind: str
-    own_split: bool
-    fingerprint: str
-    note: str
+    own_split: bool = False
+    fingerprint: str = ""
+    note: str = ""
     files: tuple[Path, ...] = ()
     root: Path = Path()
     columns: tuple[str, ...] = ()
@@ -107,16 +151,9 @@ def open_source(
         raise ValueError("source is empty: give a file, a folder, or a hub name (owner/name)")
     path = Path(source).expanduser()
     if not path.exists():
-        return _open_hub(str(source), split, columns, hub_config)
+        return hub_source(str(source), split, columns, hub_config)
     root = path if path.is_dir() else path.parent
-    if path.is_file():
-        found = [path]
-    else:
-        found = sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
-        )
+    found = visible_files(path)
     rows = [p for p in found if p.suffix.lower() in ROW_SUFFIXES]
     texts = [p for p in found if p.suffix.lower() in TEXT_SUFFIXES]
     if not rows and not texts:
@@ -146,28 +183,44 @@ def open_source(
     )
 
 
-def _open_hub(name: str, split: str, columns: tuple[str, ...], config: str | None) -> Source:
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in "./"
-    if not looks_like_hub or Path(name).suffix in ROW_SUFFIXES | TEXT_SUFFIXES:
+def visible_files(path: Path) -> list[Path]:
+    """A file itself, or the files below a folder, sorted; nothing whose name begins with a dot."""
+    if path.is_file():
+        return [path]
+    return sorted(
+        p
+        for p in path.rglob("*")
+        if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
+    )
+
+
+def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
+    """``datasets.load_dataset`` on the hub.
+
+    Raises:
+        ValueError: if ``name`` looks like a path, or the data set cannot be read.
+    """
+    looks_like_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if not looks_like_hub or Path(name).suffix in {".json"} | ROW_SUFFIXES | TEXT_SUFFIXES:
         raise ValueError(
-            f"{name} does not exist: give a local .jsonl or .parquet file, a folder, or a "
-            "Hugging Face hub name (owner/name)"
+            f"{name} does not exist: give a local file, a folder, or a Hugging Face hub name "
+            "(owner/name)"
         )
     try:
-        return hub_source(name, split, columns, config)
+        return datasets.load_dataset(name, config)
     except (OSError, ValueError) as error:  # includes not found, no access and no network
         raise ValueError(
-            f"{name} is no local path, and as a Hugging Face data set it cannot be read "
+            f"{name} is not a local path, and cannot be read as a Hugging Face data set "
             f"({type(error).__name__}: {error}): check the name and the network, or download it "
-            "and give the folder"
+            "and give the files"
         ) from error
 
 
 def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | None) -> Source:
-    """The wanted split of ``datasets.load_dataset(name, config)``, as a source.
+    """The wanted split of a hub data set, as a source.
 
     Args:
-        name: hub name, or a local folder of the same shape.
+        name: hub name.
         split: "train" or "validation"; without a validation split both read the train split.
         columns: fields that are needed.
         config: configuration name, None for the default one.
@@ -176,9 +229,9 @@ def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | No
         The source, downloaded.
 
     Raises:
-        ValueError: if there is no train split or none of the columns.
+        ValueError: if it cannot be read, or has no train split or none of the columns.
     """
-    splits = datasets.load_dataset(name, config)
+    splits = load_hub(name, config)
     own = {s: next((n for n in SPLIT_NAMES[s] if n in splits), None) for s in SPLIT_NAMES}
     own_split = own["validation"] is not None
     chosen = own["validation"] if own_split and split == "validation" else own["train"]

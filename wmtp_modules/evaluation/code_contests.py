@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 
 from wmtp_modules.data.code_contests import PYTHON3, code_contests_prompt
-from wmtp_modules.data.rows import text_field
-from wmtp_modules.data.sources import BadRow
+from wmtp_modules.data.sources import BadRow, string_field, strings_field, text_field
 from wmtp_modules.evaluation.compare import compare_outputs
-from wmtp_modules.evaluation.task import Task, string_field, strings_field
+from wmtp_modules.evaluation.task import Task
 from wmtp_modules.sandbox.jobs import Limits, StdinJob
 
 LANGUAGES = {0: "UNKNOWN", 1: "PYTHON2", 2: "CPP", 3: "PYTHON3", 4: "JAVA"}

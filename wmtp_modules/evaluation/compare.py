@@ -11,7 +11,7 @@ INTEGER = re.compile(r"[+-]?[0-9]+")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 
 
-def compare_outputs(expected: str, actual: str, ignore_case: bool = False) -> str | None:
+def compare_outputs(expected: str, actual: str) -> str | None:
     """Compare two outputs; kind and amount of white space do not matter.
 
     An integer must be equal as a number, however many digits it has. Where the expected token has
@@ -21,13 +21,10 @@ def compare_outputs(expected: str, actual: str, ignore_case: bool = False) -> st
     Args:
         expected: from the test.
         actual: from the program, hostile until proven otherwise.
-        ignore_case: "Yes" is right for "YES".
 
     Returns:
         None if the output is right, else the first difference in one sentence.
     """
-    if ignore_case:
-        expected, actual = expected.lower(), actual.lower()
     wanted = expected.split()
     # No more pieces than are needed: an output of 16 MB may be 8 million tokens.
     found = actual.split(None, len(wanted))

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from wmtp_modules.data.rows import text_field
-from wmtp_modules.evaluation.task import Task, string_field
+from wmtp_modules.data.sources import string_field, text_field
+from wmtp_modules.evaluation.task import Task
 from wmtp_modules.sandbox.jobs import FunctionJob, Limits
 
 # No reference takes a second. As for MBPP, so that a slow but right program passes in both.

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from wmtp_modules.data.mbpp import END, mbpp_prompt
-from wmtp_modules.data.rows import text_field
-from wmtp_modules.data.sources import BadRow
-from wmtp_modules.evaluation.task import Task, string_field, strings_field
+from wmtp_modules.data.mbpp import END, mbpp_fields, mbpp_prompt
+from wmtp_modules.data.sources import string_field, strings_field, text_field
+from wmtp_modules.evaluation.task import Task
 from wmtp_modules.sandbox.jobs import FunctionJob, Limits
 
 TEST_IDS = range(11, 511)  # the authors' division
@@ -56,17 +55,11 @@ def mbpp_task(record: dict) -> MBPPTask:
     Raises:
         BadRow: if a field is missing or of another type.
     """
-    task_id = record.get("task_id")
-    if type(task_id) is not int:  # a bool is an int too
-        raise BadRow(f"task_id is {task_id!r}, not an integer")
+    task_id, tests, code = mbpp_fields(record)
     sanitized = record.get("text") is None and record.get("prompt") is not None
-    tests = strings_field(record, "test_list")
-    if not tests:
-        raise BadRow("test_list is empty")
     return MBPPTask(
         task_id=task_id,
-        # The published code has Windows line ends.
-        reference=text_field(record, "code").replace("\r", ""),
+        reference=code,
         text=text_field(record, "prompt" if sanitized else "text"),
         tests=tuple(tests),
         imports=tuple(strings_field(record, "test_imports")) if sanitized else (),

@@ -22,8 +22,7 @@ from torchtune.models.llama2 import Llama2Tokenizer
 from tqdm import tqdm
 
 from wmtp_modules.data.packing import pad_rows
-from wmtp_modules.data.rows import text_field
-from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, open_source
+from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, open_source, text_field
 from wmtp_modules.data.tokenize import encode_with_offsets
 from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
 from wmtp_modules.models.mtp_transformer import MTPTransformer

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from wmtp_modules.data.sources import BadRow
 from wmtp_modules.sandbox.jobs import FunctionJob, StdinJob
 
 
@@ -43,31 +42,3 @@ class Task(ABC):
             machine_factor: by which this machine is slower than the one that the limits of time
                 are meant for.
         """
-
-
-def string_field(record: dict, field: str) -> str:
-    """A field that must be a string; it may be empty.
-
-    Raises:
-        BadRow: if it is missing or no string.
-    """
-    value = record.get(field)
-    if value is None:
-        raise BadRow(f"{field} is missing")
-    if not isinstance(value, str):
-        raise BadRow(f"{field} is {type(value).__name__}, not a string")
-    return value
-
-
-def strings_field(record: dict, field: str) -> list[str]:
-    """A field that must be a list of strings; it may be empty.
-
-    Raises:
-        BadRow: if it is missing or no list of strings.
-    """
-    value = record.get(field)
-    if value is None:
-        raise BadRow(f"{field} is missing")
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise BadRow(f"{field} is not a list of strings")
-    return value

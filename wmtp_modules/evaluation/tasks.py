@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-
-from wmtp_modules.data.sources import ROW_SUFFIXES, SPLIT_NAMES, BadRow, Source
+from wmtp_modules.data.sources import (
+    ROW_SUFFIXES,
+    SPLIT_NAMES,
+    BadRow,
+    Source,
+    load_hub,
+    visible_files,
+)
 from wmtp_modules.evaluation.code_contests import code_contests_task
 from wmtp_modules.evaluation.humaneval import humaneval_task
 from wmtp_modules.evaluation.mbpp import TEST_IDS, mbpp_task, with_shots
@@ -117,14 +122,10 @@ def _records(source: str, split: str, benchmark: Benchmark) -> Iterator[tuple[st
     else:
         files = _files(path, split, benchmark)
         root = path if path.is_dir() else path.parent
-        parts = _source("rows", source, files=tuple(files), root=root).parts()
+        parts = Source(source, "rows", files=tuple(files), root=root, columns=COLUMNS).parts()
         parts = (records for _, records in parts)
     for records in parts:
         yield from records
-
-
-def _source(kind: str, name: str, **content) -> Source:
-    return Source(name, kind, own_split=False, fingerprint="", note="", columns=COLUMNS, **content)
 
 
 def _files(path: Path, split: str, benchmark: Benchmark) -> list[Path]:
@@ -133,8 +134,7 @@ def _files(path: Path, split: str, benchmark: Benchmark) -> list[Path]:
         if path.suffix.lower() not in ROW_SUFFIXES:
             raise ValueError(f"{path}: expected a .jsonl, .parquet or .json file")
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in ROW_SUFFIXES)
-    files = [p for p in files if not any(part[0] == "." for part in p.relative_to(path).parts)]
+    files = [p for p in visible_files(path) if p.suffix.lower() in ROW_SUFFIXES]
     if not files:
         raise ValueError(f"{path} holds no .jsonl or .parquet file: name a file itself")
     if split == "test" and benchmark.title != "MBPP":
@@ -160,29 +160,14 @@ def _json_list(path: Path) -> Iterator[tuple[str, dict | BadRow]]:
 
 
 def _hub_parts(name: str, split: str, benchmark: Benchmark) -> Iterator[Iterator]:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or Path(name).suffix in (
-        ".json",
-        *ROW_SUFFIXES,
-    ):
-        raise ValueError(
-            f"{name} does not exist: give a .jsonl, .json or .parquet file, a folder, or a Hugging "
-            "Face hub name (owner/name)"
-        )
-    try:
-        splits = datasets.load_dataset(name, benchmark.hub_config)
-    except (OSError, ValueError) as error:  # includes not found, no access and no network
-        raise ValueError(
-            f"{name} is no local path, and as a Hugging Face data set it cannot be read "
-            f"({type(error).__name__}: {error}): check the name and the network, or download it "
-            "and give a file"
-        ) from error
+    splits = load_hub(name, benchmark.hub_config)
     names = list(splits)
     if split == "test" and benchmark.title != "MBPP":
         names = [own for own in names if own in SPLIT_NAMES["test"]] or names
     for own in names:
         present = [column for column in COLUMNS if column in splits[own].column_names]
         hub = splits[own].select_columns(present)
-        yield from (records for _, records in _source("hub", f"{name}:{own}", hub=hub).parts())
+        yield from (records for _, records in Source(f"{name}:{own}", "hub", hub=hub).parts())
 
 
 def _other_file(record: object, benchmark: Benchmark) -> str | None:

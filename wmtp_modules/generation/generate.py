@@ -37,8 +37,6 @@ class Generation:
         finish_reason: "eos", "stop" (a stop string) or "length" (``max_new_tokens``).
         forwards: forwards that the row took part in after the prefill, which gives the first
             token: ``len(tokens) == 1 + forwards + sum(accepted)``.
-        drafted: for heads 1..K - 1, the forwards that were fed the head's guess: all of them, or
-            none in plain decoding.
         accepted: for heads 1..K - 1, the forwards that kept the head's guess, those of the heads
             before it too, and a token behind it. Where the row ended earlier it is not counted.
     """
@@ -47,7 +45,6 @@ class Generation:
     text: str
     finish_reason: Literal["eos", "stop", "length"]
     forwards: int
-    drafted: list[int]
     accepted: list[int]
 
 
@@ -125,7 +122,6 @@ def generate(
             text=row.text.text,
             finish_reason=row.finish_reason,
             forwards=row.forwards,
-            drafted=[row.forwards if k < n_drafts else 0 for k in range(n_heads - 1)],
             accepted=row.accepted + [0] * (n_heads - 1 - n_drafts),
         )
         for row in rows

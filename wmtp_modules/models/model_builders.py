@@ -49,25 +49,9 @@ def mtp_llama2(
             f"n_future_tokens {n_future_tokens} must be at least 1 and below num_layers "
             f"{num_layers}, which counts trunk and head blocks together"
         )
-    sizes = {
-        "vocab_size": vocab_size,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "embed_dim": embed_dim,
-        "max_seq_len": max_seq_len,
-        "intermediate_dim": 1 if intermediate_dim is None else intermediate_dim,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"model.{name} {size} must be at least 1")
-    if embed_dim % num_heads or num_heads % num_kv_heads:
-        raise ValueError(
-            f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads}, and num_heads "
-            f"a multiple of num_kv_heads {num_kv_heads}"
-        )
-    head_dim = embed_dim // num_heads
-    intermediate_dim = intermediate_dim or scale_hidden_dim_for_mlp(embed_dim)
-    # Read by the checkpoint code, to compare with a folder and to write its params.json.
+    if intermediate_dim is None:
+        intermediate_dim = scale_hidden_dim_for_mlp(embed_dim)
+    # Read by the checkpoint code too, to compare with a folder and to write its params.json.
     args = dict(
         vocab_size=vocab_size,
         num_layers=num_layers,
@@ -80,6 +64,15 @@ def mtp_llama2(
         norm_eps=norm_eps,
         rope_base=rope_base,
     )
+    for name, size in args.items():
+        if size < 1 and name not in ("norm_eps", "rope_base"):
+            raise ValueError(f"model.{name} {size} must be at least 1")
+    if embed_dim % num_heads or num_heads % num_kv_heads:
+        raise ValueError(
+            f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads}, and num_heads "
+            f"a multiple of num_kv_heads {num_kv_heads}"
+        )
+    head_dim = embed_dim // num_heads
     rope = RotaryPositionalEmbeddings(dim=head_dim, max_seq_len=max_seq_len, base=rope_base)
 
     def block() -> TransformerSelfAttentionLayer:

@@ -7,7 +7,6 @@ training member computes what a task asks for: copying a training solution solve
 
 import hashlib
 import itertools
-import json
 import os
 import random
 import shlex
@@ -20,7 +19,7 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 from torchtune.utils import get_logger
 
-from wmtp_modules.quickstarts.stdlib import assets_folder, train_tokenizer
+from wmtp_modules.quickstarts.stdlib import assets_folder, train_tokenizer, write_rows
 from wmtp_modules.run.plan import is_done, required_runs
 from wmtp_modules.run.stopping import die_with_parent
 
@@ -161,9 +160,9 @@ def _fill(folder: Path, vocab_size: int, seed: int) -> None:
         for name in ("base", "heldout")
     } | {"tasks": [_task(i, member) for i, member in enumerate(parts["tasks"])]}
     for name, part in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        log.info(f"  {name}: {len(part)} functions, {len(text) / 1e6:.1f} MB")
+        path = folder / f"{name}.jsonl"
+        write_rows(path, part)
+        log.info(f"  {name}: {len(part)} functions, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def _task(number: int, member: Member) -> dict:

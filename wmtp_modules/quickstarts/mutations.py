@@ -6,18 +6,17 @@ else; which place that was is known, and noted in the row.
 """
 
 import ast
-import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from torchtune.utils import get_logger
 
-from wmtp_modules.quickstarts.stdlib import assets_folder, deal_files, train_tokenizer
+from wmtp_modules.quickstarts.stdlib import assets_folder, deal_files, train_tokenizer, write_rows
 
 log = get_logger("INFO")
 
@@ -185,7 +184,7 @@ def _fill(folder: Path, vocab_size: int, max_tokens: int, seed: int) -> None:
     def n_tokens(text: str) -> int:
         return len(tokenizer.encode(text)) + 2
 
-    _write(folder / "base.jsonl", ({"text": text} for text in base_texts))
+    write_rows(folder / "base.jsonl", [{"text": text} for text in base_texts])
     log.info(f"  base: {len(base)} functions, {sum(map(len, base_texts)) / 1e6:.1f} MB")
     seen = {function.response for function in base}
     chosen: dict[str, list[tuple[str, Function]]] = {"train": [], "heldout": []}
@@ -215,7 +214,7 @@ def _fill(folder: Path, vocab_size: int, max_tokens: int, seed: int) -> None:
                 shared | {"response": function.response, "reward": 1.0},
                 shared | {"response": mutation.response, "reward": 0.0, "noise": [mutation.span]},
             ]
-        _write(folder / f"{name}.jsonl", rows)
+        write_rows(folder / f"{name}.jsonl", rows)
         n_pairs = kinds.total()
         log.info(
             f"  {name}: {n_pairs} pairs from {len(parts[name])} files "
@@ -365,9 +364,3 @@ def _walk(node: ast.AST, skip: type) -> Iterator[ast.AST]:
     if not isinstance(node, skip):
         for child in ast.iter_child_nodes(node):
             yield from _walk(child, skip)
-
-
-def _write(path: Path, rows: Iterable[dict]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")

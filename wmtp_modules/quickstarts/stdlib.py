@@ -93,14 +93,15 @@ def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, see
         tokenizer = train_tokenizer(folder, parts["base"] + parts["reference"], vocab_size)
         rng = random.Random(seed)
         for name, texts in parts.items():
-            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-                for text in texts:
-                    row: dict = {"text": text[:HELDOUT_CHARACTERS] if name == "heldout" else text}
-                    if name == "finetune":
-                        row["text"], row["noise"] = corrupt_lines(
-                            text, corrupted_share, tokenizer, rng
-                        )
-                    file.write(json.dumps(row) + "\n")
+            rows: list[dict] = [{"text": text} for text in texts]
+            for row in rows:
+                if name == "heldout":
+                    row["text"] = row["text"][:HELDOUT_CHARACTERS]
+                elif name == "finetune":
+                    row["text"], row["noise"] = corrupt_lines(
+                        row["text"], corrupted_share, tokenizer, rng
+                    )
+            write_rows(folder / f"{name}.jsonl", rows)
             log.info(f"  {name}: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB")
 
 
@@ -165,6 +166,11 @@ def deal_files(shares: dict[str, float], seed: int) -> dict[str, dict[str, str]]
                 break
             point -= share
     return parts
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> spm.SentencePieceProcessor:

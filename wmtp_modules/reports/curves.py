@@ -36,13 +36,11 @@ def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -
     figure = _curves({name: _read(path) for name, path in metrics_by_run.items()})
     if figure is None:
         raise ValueError(f"no loss to draw in {', '.join(map(str, metrics_by_run.values()))}")
-    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    with new_file(Path(out_png)) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130)
+    _save(figure, out_png)
 
 
-def _new_figure(width: float, height: float) -> "Figure":
-    """In inches."""
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, its size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,7 +62,7 @@ def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
     wide = [panel for panel in wide if panel[0] in keys]
     if not wide:
         return None
-    figure = _new_figure(4.4 * max(len(wide), 2), 7.2 if heads > 1 else 4.4)
+    figure = new_figure(4.4 * max(len(wide), 2), 7.2 if heads > 1 else 4.4)
     rows = figure.subfigures(2 if heads > 1 else 1, 1, squeeze=False)[:, 0]
     axes = rows[0].subplots(1, len(wide), squeeze=False)[0]
     for axis, (key, title, unit) in zip(axes, wide, strict=True):
@@ -96,10 +94,7 @@ def plot_calibration(
         out_png: the picture to write; its folder is made.
         bins: at most so many points.
     """
-    figure = _calibration(predicted, rewards, bins)
-    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    with new_file(Path(out_png)) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130)
+    _save(_calibration(predicted, rewards, bins), out_png)
 
 
 def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figure":
@@ -108,7 +103,7 @@ def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figu
     y = np.array([rewards[part].mean() for part in parts])
     error = np.array([rewards[part].std() / len(part) ** 0.5 for part in parts])
 
-    figure = _new_figure(4.8, 4.4)
+    figure = new_figure(4.8, 4.4)
     axis = figure.subplots()
     ends = [min(x.min(), y.min()), max(x.max(), y.max())]
     axis.plot(ends, ends, color="#000000", alpha=0.4, linewidth=1, label="right on average")
@@ -131,6 +126,12 @@ def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figu
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", fontsize="small")
     return figure
+
+
+def _save(figure: "Figure", out_png: str | Path) -> None:
+    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
+    with new_file(Path(out_png)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
 
 
 def _read(path: str | Path) -> list[dict]:

@@ -3,31 +3,15 @@
 from collections.abc import Callable, Mapping
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from wmtp_modules.reports.curves import COLOURS, MARKERS
+from wmtp_modules.reports.curves import COLOURS, MARKERS, new_figure
 from wmtp_modules.reports.evaluation_page import VERDICTS
 
 # What is good is green, what is our fault grey, so that both are found at a glance.
-VERDICT_COLOURS = dict(
-    zip(
-        VERDICTS,
-        (
-            "#009E73",
-            "#D55E00",
-            "#0072B2",
-            "#CC79A7",
-            "#E69F00",
-            "#F0E442",
-            "#56B4E9",
-            "#000000",
-            "#999999",
-        ),
-        strict=True,
-    )
-)
+PALETTE = "#009E73 #D55E00 #0072B2 #CC79A7 #E69F00 #F0E442 #56B4E9 #000000 #999999"
+VERDICT_COLOURS = dict(zip(VERDICTS, PALETTE.split(), strict=True))
 
 
 def draw_report(report: Mapping) -> Figure | None:
@@ -51,9 +35,7 @@ def draw_report(report: Mapping) -> Figure | None:
         return None
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns + 0.6, 3.9 * lines))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
+    figure = new_figure(4.6 * columns + 0.6, 3.9 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis, draw in zip(axes, panels, strict=False):
         draw(axis, report)

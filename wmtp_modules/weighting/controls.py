@@ -12,11 +12,6 @@ from wmtp_modules.weighting.calibrate import calibrate
 from wmtp_modules.weighting.rho1 import scope_ids
 
 
-def uniform(mask_BTK: torch.Tensor) -> torch.Tensor:
-    """Plain multi-token prediction: fp32 weights_BTK of 1 wherever the head has a target."""
-    return mask_BTK.float()
-
-
 def random_keys(B: int, T: int, *, seed: int, step: int, device: torch.device) -> torch.Tensor:
     """One random number per token, the same on every rank and whatever the number of ranks.
 
@@ -31,22 +26,6 @@ def random_keys(B: int, T: int, *, seed: int, step: int, device: torch.device) -
         keys_BT, fp64 in [0, 1).
     """
     return torch.from_numpy(np.random.default_rng((seed, step)).random((B, T))).to(device)
-
-
-def random_scores(keys_BT: torch.Tensor, n_future_tokens: int) -> torch.Tensor:
-    """Scores of ``random_topk``: each head sees the random number of the token it predicts.
-
-    Like a real score, the number belongs to the target token, so the heads agree on what they
-    select.
-
-    Args:
-        keys_BT: from ``random_keys``.
-        n_future_tokens: K.
-
-    Returns:
-        scores_BTK.
-    """
-    return shift_to_heads(keys_BT, n_future_tokens, 0.0)
 
 
 def shuffle_scores(

@@ -6,6 +6,7 @@ Shapes: B rows of the local micro-batch, G = B * world rows of the joint one, T 
 import torch
 import torch.distributed as dist
 
+from wmtp_modules.loss.mtp_loss import shift_to_heads
 from wmtp_modules.weighting import controls
 from wmtp_modules.weighting.calibrate import check_bounds
 from wmtp_modules.weighting.rho1 import (
@@ -233,7 +234,7 @@ class TokenWeighting:
         step: int,
     ) -> torch.Tensor:
         if self.name == "uniform":
-            return controls.uniform(mask_GTK)
+            return mask_GTK.float()
         if self.name == "dft":
             return controls.dft_weights(losses_GTK, mask_GTK, self.w_min, self.w_max)
 
@@ -241,7 +242,8 @@ class TokenWeighting:
             G, T = doc_GT.shape
             keys_GT = controls.random_keys(G, T, seed=self.seed, step=step, device=doc_GT.device)
         if self.name == "random_topk":
-            scores_GTK = controls.random_scores(keys_GT, mask_GTK.shape[-1])
+            # The number belongs to the target token, so the heads agree on what they select.
+            scores_GTK = shift_to_heads(keys_GT, mask_GTK.shape[-1], 0.0)
         elif self.name == "top_loss":
             scores_GTK = losses_GTK
         else:
