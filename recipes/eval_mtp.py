@@ -1,16 +1,16 @@
-"""Evaluation of a multi-token-prediction model: pass@k by running code, and what each head knows.
+"""Evaluates a multi-token-prediction model: pass@k by running code, and what each head knows.
 
     tune run --nproc_per_node 8 recipes/eval_mtp.py --config configs/eval/7b_mbpp.yaml
 
-``stages`` names what is done, in this order whatever theirs:
+``stages`` selects what to run; the stages always run in this order:
 
-- ``generate``: samples for every task, data-parallel over the samples;
-- ``execute``: every sample in a sandbox, after the tasks' own solutions; pass@k;
+- ``generate``: generates samples for every task, data-parallel over the samples;
+- ``execute``: runs the tasks' own solutions, then every sample, in a sandbox; pass@k;
 - ``heldout``: loss, accuracy and calibration of each head on held-out text;
-- ``decode_speed``: plain against self-speculative decoding.
+- ``decode_speed``: compares plain with self-speculative decoding.
 
-All is appended to files of ``output_dir`` as it comes: started again, a run goes on where it was.
-Copy this file and edit it: nothing imports it.
+Results are appended to files in ``output_dir`` as they arrive, so a restarted run continues where
+it stopped. Copy this file and edit it: nothing imports it.
 """
 
 import os
@@ -73,13 +73,13 @@ from wmtp_modules.sandbox.pool import Sandbox
 from wmtp_modules.scoring.score_table import fingerprint_checkpoint
 
 log = utils.get_logger("INFO")
-# torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
+# torchtune's RMSNorm combines fp32 activations with a bf16 scale on purpose.
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STAGES = ("generate", "execute", "heldout", "decode_speed")
 
-# Every key of a config; what a component takes is read from its signature.
+# Every key of a config; a component's keys are read from its signature.
 SCHEMA = {
     "output_dir": str,
     "stages": list[str],
@@ -96,7 +96,7 @@ SCHEMA = {
     "task": Optional(tuple(TASKS)),
     "source": Optional(str),
     "split": Optional(("test", "all")),
-    "samples": Optional(str),  # a file to execute, or "reference"; null: those that are generated
+    "samples": Optional(str),  # a file to execute, or "reference"; null: the generated samples
     "generation": Optional(
         {
             "samples_per_task": AtLeast(int, 1),
@@ -126,7 +126,7 @@ SCHEMA = {
         }
     ),
     "metric_logger": Optional(Component(makes=MetricLoggerInterface)),
-    # What comes before the evaluation: the quickstart makes its data and its model.
+    # Runs before the evaluation: the quickstart makes its data and model here.
     "assets_dir": Optional(str),
     "prepare": Optional(Component()),
 }
@@ -145,21 +145,21 @@ def _stages_have_what_they_need(
     given = locals()
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
-        return f"stages: {unknown[0] if unknown else 'none'!r} is none of {', '.join(STAGES)}"
+        return f"stages: {unknown[0] if unknown else 'none'!r} is not one of {', '.join(STAGES)}"
     for stage in stages:
         for key in NEEDS[stage]:
             if given[key] is None:
-                return f"{key}: missing, the stage {stage} needs it"
+                return f"{key}: missing, stage {stage} needs it"
     return None
 
 
 def _samples_come_from_one_place(stages, samples) -> str | None:
     if "generate" in stages and samples is not None:
-        return f"samples: {samples!r} are there already: leave generate out of stages, or set null"
+        return f"samples: {samples!r} already exist: remove generate from stages, or set null"
     if "execute" in stages and "generate" not in stages and samples is None:
         return (
-            "samples: missing, nothing to execute: a file of samples (samples.jsonl of an earlier "
-            f"run is one), or {REFERENCE}"
+            "samples: missing, nothing to execute: give a file of samples (such as samples.jsonl "
+            f"of an earlier run), or {REFERENCE}"
         )
     return None
 
@@ -168,18 +168,16 @@ def _numbers_are_usable(generation, k) -> str | None:
     if generation is not None:
         temperatures, top_p = generation["temperatures"], generation["top_p"]
         if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
-            return (
-                f"generation.temperatures: {temperatures} has to be different numbers, 0 or above"
-            )
+            return f"generation.temperatures: must be distinct and at least 0, got {temperatures}"
         if top_p > 1:
-            return f"generation.top_p: {top_p} has to be at most 1, which is off"
+            return f"generation.top_p: must be at most 1 (off), got {top_p}"
     if k is not None and (not k or min(k) < 1):
-        return f"k: {k} has to be numbers of samples, 1 or above"
+        return f"k: must be a list of numbers of at least 1, got {k}"
     return None
 
 
 def check(cfg: DictConfig) -> None:
-    """Everything that can be wrong with a config before a process group or a model exists."""
+    """Check the whole config, before a process group or a model exists."""
     rules = (_stages_have_what_they_need, _samples_come_from_one_place, _numbers_are_usable)
     check_config(cfg, SCHEMA, rules)
 
@@ -201,9 +199,9 @@ class EvalMTPRecipe:
     def setup(self) -> None:
         cfg = self._cfg
         training.set_seed(cfg.seed)
-        # Whatever a user may have mistyped comes first, not after hours of generation.
+        # Read the user's files first, so that a typo is not found after hours of generation.
         if {"generate", "execute"} & set(self._stages):
-            with rank_zero_first():  # who may have to download them
+            with rank_zero_first():  # it may have to download them
                 self._tasks = load_tasks(cfg.task, cfg.source, cfg.split)
         if "generate" in self._stages:
             self._prompts = {task.task_id: task.prompt for task in self._tasks}
@@ -224,14 +222,14 @@ class EvalMTPRecipe:
             self._setup_model()
         if self._rank == 0:
             self._output_dir.mkdir(parents=True, exist_ok=True)
-            # What an earlier run left here must not look like this one's.
+            # The report of an earlier run must not be taken for this one's.
             for name in REPORTS:
                 (self._output_dir / name).unlink(missing_ok=True)
             clear_exit(self._output_dir)
             OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
 
     def _setup_model(self) -> None:
-        """The model, whole on each rank and in compute precision: ranks share the work."""
+        """Load the model, whole on every rank and in compute precision: ranks split the work."""
         cfg = self._cfg
         checkpoint = Checkpoint(cfg.checkpointer.checkpoint_dir)
         check_same_vocabulary(cfg.tokenizer.path, checkpoint.tokenizer_path)
@@ -243,13 +241,13 @@ class EvalMTPRecipe:
         )
         if drafts and args["n_future_tokens"] == 1:
             raise ValueError(
-                f"{cfg.checkpointer.checkpoint_dir} has one head, which drafts nothing: set "
-                "generation.decoding=plain and leave decode_speed out of stages"
+                f"{cfg.checkpointer.checkpoint_dir} has only one head, so there are no drafts: "
+                "set generation.decoding=plain and remove decode_speed from stages"
             )
         if "generate" in self._stages and cfg.generation.max_new_tokens >= max_seq_len:
             raise ValueError(
                 f"generation.max_new_tokens {cfg.generation.max_new_tokens} leaves no room for a "
-                f"prompt in a context of {max_seq_len} tokens: lower it"
+                f"prompt in a context of {max_seq_len} tokens: reduce it"
             )
         with torch.device("meta"):
             self._model = mtp_llama2(**args)
@@ -260,14 +258,14 @@ class EvalMTPRecipe:
     # ------------------------------------------------------------- generate
 
     def generate(self) -> list[dict]:
-        """Make every sample that ``samples.jsonl`` lacks; returns all of this config's."""
+        """Generate the samples that ``samples.jsonl`` lacks; returns all of the config's."""
         cfg, folder = self._cfg.generation, self._cfg.checkpointer.checkpoint_dir
         fingerprint = fingerprint_checkpoint(folder) if self._rank == 0 else None
-        fingerprint = share_from_rank_zero(fingerprint)  # reading 27 GB may take long
+        fingerprint = share_from_rank_zero(fingerprint)  # reading 27 GB takes a while
         path = self._output_dir / "samples.jsonl"
-        with rank_zero_first():  # which mends what a killed run left half-written
+        with rank_zero_first():  # it cuts off a line that a killed run left incomplete
             store = EvidenceStore(path)
-        # All that shapes a sample beside its task, temperature and seed. Ranks and batches do not.
+        # All that shapes a sample besides its task, temperature and seed; ranks and batches do not.
         settings = {
             "checkpoint": fingerprint,
             "dtype": self._cfg.dtype,
@@ -283,8 +281,8 @@ class EvalMTPRecipe:
         )
         missing = [(row, task) for row, task in wanted if row["key"] not in store]
         done = len(wanted) - len(missing)
-        utils.log_rank_zero(log, f"generate: {len(wanted)} samples, {done} there already")
-        patient_barrier()  # nobody appends before everybody has read
+        utils.log_rank_zero(log, f"generate: {len(wanted)} samples, {done} already generated")
+        patient_barrier()  # no rank appends before all have read
         mine = missing[self._rank :: self._world]
         with tqdm(total=len(mine), unit="sample", disable=self._rank != 0) as bar:
             for temperature in cfg.temperatures:
@@ -296,19 +294,19 @@ class EvalMTPRecipe:
         patient_barrier()
         if self._rank != 0:
             return []
-        store = EvidenceStore(path)  # the other ranks' rows too
+        store = EvidenceStore(path)  # with the other ranks' rows
         samples = [store[row["key"]] for row, _ in wanted]
         self._report["generation"] = generation_figures(samples)
         return samples
 
     def _generate_batch(self, batch: list[tuple[dict, Task]], temperature: float) -> list[dict]:
-        """The rows of a batch, filled."""
+        """Complete the rows of a batch."""
         cfg = self._cfg.generation
         texts = [self._prompts[task.task_id] for _, task in batch]
         prompts = [self._tokenizer.encode(text, add_eos=False) for text in texts]
         room = self._model.max_seq_len - cfg.max_new_tokens
         fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        # A prompt that leaves no room has an empty sample, which fails: the report counts them.
+        # A prompt that leaves no room gets an empty sample, which fails; the report counts these.
         rows = [row | {"completion": "", "finish_reason": TOO_LONG} for row, _ in batch]
         made = generate(
             self._model,
@@ -332,7 +330,7 @@ class EvalMTPRecipe:
     # -------------------------------------------------------------- execute
 
     def execute(self, samples: list[dict]) -> None:
-        """Run the tasks' own solutions, then the samples that have no result; on one rank."""
+        """Run the tasks' own solutions, then the samples without a result; on rank 0 only."""
         cfg = self._cfg
         workers = cfg.execution.workers or len(os.sched_getaffinity(0))
         with Sandbox(cfg.execution.tier, workers) as sandbox:
@@ -373,7 +371,7 @@ class EvalMTPRecipe:
         self._report |= HeldoutSums(*all_reduce_sum(*sums)).result()
 
     def decode_speed(self) -> None:
-        """Plain against self-speculative decoding, greedy, by turns; on one rank."""
+        """Time plain and self-speculative greedy decoding in turn; on rank 0 only."""
         cfg, context = self._cfg.decode_speed, self._model.max_seq_len
         requests = requests_from_texts(
             self._tokenizer,
@@ -383,7 +381,7 @@ class EvalMTPRecipe:
         )
         room = context - max((len(request.prompt) for request in requests), default=0)
         if room < cfg.max_new_tokens:
-            log.info(f"decode_speed: {room} new tokens, where the context of {context} ends")
+            log.info(f"decode_speed: only {room} new tokens fit in the context of {context}")
         self._report |= measure_decoding(
             self._model,
             self._tokenizer,
@@ -400,7 +398,7 @@ class EvalMTPRecipe:
     # --------------------------------------------------------------- report
 
     def run(self) -> None:
-        """All stages of the config; after each of them the report has what it found."""
+        """Run the stages of the config, and write the report after each of them."""
         machine = describe_machine(self._device, self._world) | code_version()
         self._report = {"settings": resolved(self._cfg), "machine": machine}
         for stage in self._stages:
@@ -419,7 +417,7 @@ class EvalMTPRecipe:
             self.tell()
 
     def tell(self) -> None:
-        """Print the report and send it to the logger."""
+        """Print the report and log it."""
         report = self._report
         if self._cfg.get("metric_logger"):
             logger = config.instantiate(self._cfg.metric_logger)
@@ -439,7 +437,7 @@ class EvalMTPRecipe:
 def recipe_main(cfg: DictConfig) -> None:
     with one_sentence(ValueError, OSError):
         check(cfg)
-    # Every stage goes on where it was ended: a signal ends it at once.
+    # Every stage can continue where it was interrupted, so a signal ends it at once.
     with (
         StopRequests(output_dir=cfg.output_dir, again="the same command") as stops,
         exit_code(stops),
@@ -453,7 +451,7 @@ def recipe_main(cfg: DictConfig) -> None:
             recipe = EvalMTPRecipe(cfg, device)
             recipe.setup()
             recipe.run()
-    patient_barrier()  # a rank that leaves early would abort another's gloo threads
+    patient_barrier()  # leaving early would abort another rank's gloo threads
     dist.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ from torchtune.models.llama2 import Llama2Tokenizer
 from wmtp_modules.data.rows import Sample, build_rows
 from wmtp_modules.data.sources import BadRow, strings_field, text_field
 
-# The authors' division: 1-10 are few-shot prompts, 11-510 the test set.
+# The authors' split: 1-10 are few-shot prompts, 11-510 the test set.
 SPLIT_IDS = {"train": range(601, 975), "validation": range(511, 601)}
 END = "\n[DONE]"
 
@@ -23,13 +23,13 @@ def mbpp_dataset(
         source: hub name (``google-research-datasets/mbpp``), or a local file or folder with the
             columns text, code, task_id, test_list.
         split: "train" (task ids 601-974) or "validation" (511-600).
-        seed: unused by the official division; part of the builders' common signature.
+        seed: unused by the official split; part of the builders' common signature.
 
     Returns:
         Rows ``tokens``, ``keep`` and ``problem_id`` ("MBPP/601").
 
     Raises:
-        ValueError: if the source is missing or unusable, or no row is left.
+        ValueError: if the source is missing or unusable, or no row remains.
     """
     return build_rows(
         tokenizer,
@@ -49,7 +49,7 @@ def mbpp_fields(record: dict) -> tuple[int, list[str], str]:
     """Task id, tests and code of a row, the code with Unix line ends.
 
     Raises:
-        BadRow: if one of them is missing or of another type, or there is no test.
+        BadRow: if one of them is missing or of the wrong type, or there is no test.
     """
     task_id, tests = record.get("task_id"), strings_field(record, "test_list")
     if type(task_id) is not int:  # a bool is an int too
@@ -60,7 +60,7 @@ def mbpp_fields(record: dict) -> tuple[int, list[str], str]:
 
 
 def mbpp_prompt(text: str, tests: list[str]) -> str:
-    """One task as the model reads it, up to where its code begins."""
+    """One task as the model reads it, up to the start of its code."""
     return (
         f"You are an expert Python programmer, and here is your task: {text} "
         "Your code should pass these tests:\n\n" + "\n".join(tests) + "\n[BEGIN]\n"

@@ -1,7 +1,7 @@
-"""Where rows come from: local files and folders, and the Hugging Face hub.
+"""Reads records from local files and folders and from the Hugging Face hub.
 
-A source yields records (dicts) or, in the place of what cannot be read, a ``BadRow`` that says why.
-Files are data only: nothing of a data set is ever executed.
+A source yields records (dicts), or a ``BadRow`` that says why a record cannot be read. Files are
+data only: no code of a data set is ever executed.
 """
 
 import json
@@ -34,7 +34,7 @@ SPLIT_NAMES = {
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message says why."""
+    """A row that cannot be used, and why."""
 
 
 def string_field(record: dict, field: str) -> str:
@@ -88,9 +88,9 @@ class Source:
     Attributes:
         name: as the user wrote it.
         kind: "rows", "text" or "hub".
-        own_split: the source has a validation split of its own, and this is the asked-for one.
-        fingerprint: changes when the content does (files: relative name, size and mtime).
-        note: what was left aside, for the report.
+        own_split: whether the source has its own validation split and this is the requested one.
+        fingerprint: changes with the content (files: relative name, size and mtime).
+        note: what was read and skipped, for the report.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Source:
     hub: datasets.Dataset | None = None
 
     def parts(self) -> Iterator[tuple[str, Iterator]]:
-        """(name, records) of each part in which at least one record must be valid.
+        """(name, records) of each part; at least one record of a part must be valid.
 
         A part is a jsonl or parquet file, a hub split, or a whole folder of text. Its records are
         (where, dict) or (where, BadRow).
@@ -130,22 +130,22 @@ class Source:
 def open_source(
     source: str | Path, split: str, columns: tuple[str, ...], hub_config: str | None = None
 ) -> Source:
-    """Find out what ``source`` is and which of its files or splits serve ``split``.
+    """Determine what ``source`` is and which of its files or splits belong to ``split``.
 
     Args:
         source: .jsonl or .parquet file, text or code file, folder of either kind, or hub name
             ``owner/name``. In a folder of row files, files or their folders named after a split
-            (``train-00000-of-00002.parquet``, ``valid/a.jsonl``) belong to it; what is named
-            ``test`` is never read.
+            (``train-00000-of-00002.parquet``, ``valid/a.jsonl``) belong to it; files
+            named ``test`` are never read.
         split: "train" or "validation".
-        columns: fields that are needed; others are not read where the format allows it.
+        columns: fields to read; others are skipped if the format allows it.
         hub_config: configuration of a hub data set.
 
     Returns:
-        The source, nothing but names and sizes read yet (a hub data set is downloaded).
+        The source, with only names and sizes read so far (a hub data set is downloaded).
 
     Raises:
-        ValueError: if there is no such path or hub data set, or it holds no supported file.
+        ValueError: if there is no such path or hub data set, or it has no supported file.
     """
     if not str(source).strip():
         raise ValueError("source is empty: give a file, a folder, or a hub name (owner/name)")
@@ -158,7 +158,7 @@ def open_source(
     texts = [p for p in found if p.suffix.lower() in TEXT_SUFFIXES]
     if not rows and not texts:
         raise ValueError(
-            f"{source} holds no supported file: expected .jsonl, .parquet or text "
+            f"{source} has no supported file: expected .jsonl, .parquet or text "
             f"({' '.join(sorted(TEXT_SUFFIXES))})"
         )
     own_split, files = False, rows or texts
@@ -184,7 +184,7 @@ def open_source(
 
 
 def visible_files(path: Path) -> list[Path]:
-    """A file itself, or the files below a folder, sorted; nothing whose name begins with a dot."""
+    """The file itself, or the files below a folder, sorted, without hidden ones."""
     if path.is_file():
         return [path]
     return sorted(
@@ -254,7 +254,7 @@ def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | No
 
 
 def _split_of_path(path: Path) -> str | None:
-    """The split that a row file's name, or its folder's, begins with."""
+    """The split that the name of a row file, or of its folder, starts with."""
     for part in (path.stem, *path.parent.parts):
         word = re.match(r"[a-z]+(?![a-z])", part.lower())
         for split, names in SPLIT_NAMES.items():

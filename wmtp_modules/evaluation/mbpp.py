@@ -10,7 +10,7 @@ from wmtp_modules.sandbox.jobs import FunctionJob, Limits
 TEST_IDS = range(11, 511)  # the authors' division
 SHOT_IDS = (2, 3, 4)  # of the paper's three-shot prompt
 BETWEEN_SHOTS = "\n\n"
-# The reference of task 123 takes several seconds, all others together less than that.
+# The reference of task 123 takes several seconds, all others together take less.
 SECONDS = 15.0
 
 
@@ -31,12 +31,12 @@ class MBPPTask(Task):
         """Three solved tasks and this one.
 
         Raises:
-            ValueError: if the source lacks one of the three. Ready-made samples need no prompt.
+            ValueError: if the source lacks one of the three.
         """
         if self.shots is None:
             raise ValueError(
-                f"the MBPP prompt shows tasks {SHOT_IDS}, which the source does not have: add "
-                "their rows, or execute ready-made samples, which need no prompt"
+                f"the MBPP prompt shows tasks {SHOT_IDS}, which the source lacks: add their rows, "
+                "or execute existing samples, which need no prompt"
             )
         return self.shots + mbpp_prompt(self.text, list(self.tests))
 
@@ -53,7 +53,7 @@ def mbpp_task(record: dict) -> MBPPTask:
     ``test_imports``).
 
     Raises:
-        BadRow: if a field is missing or of another type.
+        BadRow: if a field is missing or of the wrong type.
     """
     task_id, tests, code = mbpp_fields(record)
     sanitized = record.get("text") is None and record.get("prompt") is not None
@@ -68,7 +68,7 @@ def mbpp_task(record: dict) -> MBPPTask:
 
 
 def with_shots(tasks: list[MBPPTask]) -> list[MBPPTask]:
-    """The tasks with the solved ones that go before them, if all of those are there."""
+    """The tasks with the solved examples in their prompts, if the source has all three."""
     by_id = {task.task_id: task for task in tasks}
     if not by_id.keys() >= set(SHOT_IDS):
         return tasks

@@ -1,4 +1,4 @@
-"""What a benchmark's problem is to the rest of the evaluation, whichever benchmark it is of."""
+"""The interface of a benchmark's problem, the same for every benchmark."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,10 +12,9 @@ class Task(ABC):
     """One problem of a benchmark.
 
     Attributes:
-        task_id: as the benchmark has it; unique in a list of tasks.
-        reference: the benchmark's own solution in the form of a completion, None where it has
-            none in Python 3.
-        stop: strings at which a completion ends; the completion does not hold them.
+        task_id: the benchmark's id; unique in a list of tasks.
+        reference: the benchmark's own solution as a completion; None if it has none in Python 3.
+        stop: strings at which a completion ends; they are not part of it.
     """
 
     task_id: int | str
@@ -26,7 +25,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def prompt(self) -> str:
-        """What a model goes on from."""
+        """The text that a model continues."""
 
     @property
     def reference_languages(self) -> tuple[str, ...]:
@@ -38,7 +37,6 @@ class Task(ABC):
         """What the sandbox runs to judge a completion.
 
         Args:
-            completion: what came after the prompt.
-            machine_factor: by which this machine is slower than the one that the limits of time
-                are meant for.
+            completion: the text after the prompt.
+            machine_factor: how much slower this machine is than the one the time limits are for.
         """

@@ -1,4 +1,4 @@
-"""A KV cache whose rows stand at different positions.
+"""A KV cache whose rows are at different positions.
 
 torchtune's ``KVCache`` keeps one position for the whole batch. Self-speculative decoding
 accepts a different number of drafted tokens in each row, so each row writes where its own

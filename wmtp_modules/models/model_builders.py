@@ -66,7 +66,7 @@ def mtp_llama2(
     )
     for name, size in args.items():
         if size < 1 and name not in ("norm_eps", "rope_base"):
-            raise ValueError(f"model.{name} {size} must be at least 1")
+            raise ValueError(f"model.{name} must be at least 1, got {size}")
     if embed_dim % num_heads or num_heads % num_kv_heads:
         raise ValueError(
             f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads}, and num_heads "
@@ -122,7 +122,7 @@ def mtp_llama2_7b(*, n_future_tokens: int = 4, max_seq_len: int = 4096) -> MTPTr
 def mtp_sheared_llama_1_3b(*, n_future_tokens: int = 1, max_seq_len: int = 4096) -> MTPTransformer:
     """Sheared-LLaMA-1.3B (princeton-nlp), the Rho-1 reference: 24 blocks of width 2048.
 
-    With ``n_future_tokens`` above 1 the extra heads come on top of the 24 blocks.
+    With ``n_future_tokens`` above 1 the extra heads are added to the 24 blocks.
     """
     return mtp_llama2(
         vocab_size=32_000,

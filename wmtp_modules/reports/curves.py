@@ -1,6 +1,6 @@
-"""A picture of training runs from their ``metrics.jsonl``.
+"""Draws training curves from ``metrics.jsonl``, and a critic's calibration.
 
-matplotlib takes two seconds to import: only where something is drawn, not at every rank's start.
+matplotlib takes two seconds to import, so it is imported only when something is drawn.
 """
 
 import json
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with any colour vision; markers tell the runs apart without
-# colour. Black comes last: a picture has seldom that many runs.
+# Okabe and Ito's palette, which suits every kind of colour vision; markers distinguish the runs
+# without colour. Black comes last because few pictures have that many runs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-SMOOTHING = 0.9  # of the exponential average over logged steps; the raw line is shown pale
+SMOOTHING = 0.9  # of the exponential average over logged steps; the raw line is drawn pale
 
 
 def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -> None:
     """Draw held-out loss (mean of heads, and each head), training loss and effective sample size.
 
     Args:
-        metrics_by_run: ``metrics.jsonl`` of each run, by the name for the legend.
-        out_png: the picture to write; its folder is made.
+        metrics_by_run: ``metrics.jsonl`` of each run, keyed by the name for the legend.
+        out_png: the picture to write; its folder is created.
 
     Raises:
-        ValueError: if no run has a figure to draw.
+        ValueError: if there is nothing to draw.
     """
     figure = _curves({name: _read(path) for name, path in metrics_by_run.items()})
     if figure is None:
@@ -84,15 +84,15 @@ def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
 def plot_calibration(
     predicted: np.ndarray, rewards: np.ndarray, out_png: str | Path, *, bins: int = 10
 ) -> None:
-    """Draw mean reward against mean predicted value, responses in bins of equal number.
+    """Draw mean reward against mean predicted value over bins of equally many responses.
 
     A critic that is right on average lies on the diagonal; one that knows nothing is a point.
 
     Args:
         predicted: mean value of each response.
         rewards: its standardised reward.
-        out_png: the picture to write; its folder is made.
-        bins: at most so many points.
+        out_png: the picture to write; its folder is created.
+        bins: most points to draw.
     """
     _save(_calibration(predicted, rewards, bins), out_png)
 
@@ -139,7 +139,7 @@ def _read(path: str | Path) -> list[dict]:
 
 
 def _draw(axis: "Axes", runs: Mapping[str, list[dict]], key: str, *, smooth: bool) -> None:
-    """One line per run, gaps where a figure was not finite (null)."""
+    """One line per run; values that were not finite (null) are skipped."""
     for index, (name, lines) in enumerate(runs.items()):
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if not points:

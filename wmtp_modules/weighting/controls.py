@@ -1,4 +1,4 @@
-"""Weightings that Rho-1 has to beat: same selection, but random, shuffled or reference-free.
+"""Controls that Rho-1 must beat: the same selection, but random, shuffled or reference-free.
 
 Shapes: B rows of the joint micro-batch of all data-parallel ranks, T positions, K heads,
 N = B * T.
@@ -13,14 +13,14 @@ from wmtp_modules.weighting.rho1 import scope_ids
 
 
 def random_keys(B: int, T: int, *, seed: int, step: int, device: torch.device) -> torch.Tensor:
-    """One random number per token, the same on every rank and whatever the number of ranks.
+    """One random number per token, the same on every rank and for any number of ranks.
 
     Args:
         B: rows of the joint micro-batch.
         T: positions.
-        seed: of the run, not negative.
-        step: number of the micro-batch, so that each one draws anew and a resumed run repeats.
-        device: where the result lives.
+        seed: of the run, at least 0.
+        step: number of the micro-batch: each one draws new numbers, and a resumed run repeats them.
+        device: of the result.
 
     Returns:
         keys_BT, fp64 in [0, 1).
@@ -31,7 +31,7 @@ def random_keys(B: int, T: int, *, seed: int, step: int, device: torch.device) -
 def shuffle_scores(
     scores_BTK: torch.Tensor, mask_BTK: torch.Tensor, doc_BT: torch.Tensor, keys_BT: torch.Tensor
 ) -> torch.Tensor:
-    """Permute real scores inside each document, so that only their place carries no information.
+    """Permute real scores within each document, which removes only the information in their place.
 
     The i-th valid position of a head in a document receives the score of the position whose
     target token has the i-th smallest key there: one permutation of the document's tokens,
@@ -44,10 +44,10 @@ def shuffle_scores(
         keys_BT: from ``random_keys``.
 
     Returns:
-        scores_BTK, for each document and head the same multiset over the valid positions.
+        scores_BTK; each document and head keeps its multiset of scores over valid positions.
     """
     B, T, K = scores_BTK.shape
-    # Positions without a target form a group of their own behind all documents.
+    # Positions without a target form a group of their own after all documents.
     group_BTK = torch.where(mask_BTK, scope_ids("document", doc_BT, 1)[..., None], B * T)
     group_KN = group_BTK.flatten(0, 1).T
     keys_KN = shift_to_heads(keys_BT, K, 0.0).flatten(0, 1).T
@@ -65,7 +65,7 @@ def dft_weights(
 ) -> torch.Tensor:
     """Dynamic fine-tuning (arXiv 2508.05629): weight by the model's own probability of the token.
 
-    raw = exp(-loss). The paper uses raw as it is, which lowers the learning rate; here each head is
+    raw = exp(-loss). The paper uses raw itself, which lowers the learning rate; here each head is
     calibrated to mean 1 so that a comparison is about the weighting.
 
     Args:

@@ -131,5 +131,5 @@ def soft_weights(
     centred_BTK = scores_BTK - mean_K
     std_K = (torch.where(finite_BTK, centred_BTK, 0.0).square().sum(dim=(0, 1)) / count_K).sqrt()
     z_BTK = (centred_BTK / (std_K + 1e-6)).clamp(-5, 5)
-    # Only ratios matter to calibrate; subtracting the largest z keeps exp from overflowing.
+    # calibrate uses only ratios; subtracting the largest z keeps exp from overflowing.
     return calibrate(((z_BTK - 5) / temperature).exp(), mask_BTK, w_min, w_max)
