@@ -161,7 +161,9 @@ def test_missing_and_unusable_sources(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has no supported file"):
         rows_dataset(tokenizer, source=str(tmp_path))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="owner/name is not a local path, and cannot be read as a Hugging Face"):
+    with pytest.raises(
+        ValueError, match="owner/name is not a local path, and cannot be read as a Hugging Face"
+    ):
         rows_dataset(tokenizer, source="owner/name")
 
 

@@ -26,24 +26,19 @@ def code_contests_dataset(
     """Tokenised CodeContests problems, one row for each Python 3 solution.
 
     Args:
-        tokenizer: its ``max_seq_len`` is the length beyond which a row is dropped.
         source: hub name (``deepmind/code_contests``), or a local file or folder in its row shape:
             name, description, solutions {language[], solution[]}, and incorrect_solutions in the
             same form.
-        split: "train" or "validation".
         seed: assigns problems to the splits and draws the solutions.
-        validation_fraction: share of the problems held out; a source with its own validation
-            split keeps that.
         max_solutions: most correct and most incorrect solutions of a problem; some have hundreds.
         incorrect: include failed solutions, so that a problem has good and bad responses. A text
             that a problem lists as both is dropped without being counted.
 
+    The other arguments, and the errors, are those of ``rows_dataset``.
+
     Returns:
         Rows ``tokens``, ``keep``, ``reward`` (1.0 correct, 0.0 incorrect), ``problem_id`` (the
         problem's name), ``prompt`` and ``response``.
-
-    Raises:
-        ValueError: if the source is missing or unusable, or no row remains.
     """
     if max_solutions < 1:
         raise ValueError(f"max_solutions must be at least 1, got {max_solutions}")

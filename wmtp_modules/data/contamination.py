@@ -30,11 +30,7 @@ def hash_words(words: list[str]) -> str:
 
 
 class EvaluationGuard:
-    """Finds evaluation tasks in texts.
-
-    Args:
-        path: hashes as ``make_eval_prompts`` writes them.
-    """
+    """Finds evaluation tasks in texts, by the hashes of ``make_eval_prompts``."""
 
     def __init__(self, path: Path = HASHES) -> None:
         items = json.loads(path.read_text())["items"]

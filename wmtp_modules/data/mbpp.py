@@ -19,17 +19,13 @@ def mbpp_dataset(
     """Tokenised MBPP tasks, in the prompt format of the paper's few-shot evaluation.
 
     Args:
-        tokenizer: its ``max_seq_len`` is the length beyond which a row is dropped.
         source: hub name (``google-research-datasets/mbpp``), or a local file or folder with the
             columns text, code, task_id, test_list.
         split: "train" (task ids 601-974) or "validation" (511-600).
         seed: unused by the official split; part of the builders' common signature.
 
     Returns:
-        Rows ``tokens``, ``keep`` and ``problem_id`` ("MBPP/601").
-
-    Raises:
-        ValueError: if the source is missing or unusable, or no row remains.
+        Rows ``tokens``, ``keep`` and ``problem_id`` ("MBPP/601"). Errors as in ``rows_dataset``.
     """
     return build_rows(
         tokenizer,

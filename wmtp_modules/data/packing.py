@@ -128,14 +128,7 @@ class PackedDataset(Dataset):
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-    """Stack packs into a batch; ``seq_lens`` stays a list because packs differ in rows.
-
-    Args:
-        items: B packs.
-
-    Returns:
-        The same keys with a leading B.
-    """
+    """Stack packs into a batch; ``seq_lens`` stays a list because packs differ in rows."""
     batch = {
         key: torch.stack([item[key] for item in items]) for key in items[0] if key != "seq_lens"
     }
@@ -154,10 +147,7 @@ def _scores_of(table: Sequence, rows: np.ndarray, lengths: np.ndarray) -> np.nda
 
 
 def pad_rows(rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack rows, padded on the right, where causal attention cannot see.
-
-    Args:
-        rows: token ids of each row, [len].
+    """Stack rows of token ids, padded on the right, where causal attention cannot see.
 
     Returns:
         ``tokens`` int64 [B, T], 0 for padding; ``doc`` int64 [B, T], -1 for padding, otherwise 0.

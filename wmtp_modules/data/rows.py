@@ -105,13 +105,9 @@ def build_rows(
     hub_config: str | None = None,
     unused: str = "records without a sample",
 ) -> datasets.Dataset:
-    """Build the tokenised rows of a source, or load them from the cache.
+    """Build the tokenised rows of a source, or load them memory-mapped from the cache.
 
     Args:
-        tokenizer: see ``rows_dataset``.
-        source: see ``rows_dataset``.
-        split: "train" or "validation".
-        seed: of the split.
         to_samples: turns a record into samples, or raises ``BadRow``.
         columns: fields of a record that ``to_samples`` reads.
         recipe: identifies ``to_samples`` and its arguments in the cache.
@@ -119,8 +115,7 @@ def build_rows(
         hub_config: configuration of a hub data set.
         unused: what the report calls records without a sample.
 
-    Returns:
-        The rows, memory-mapped.
+    The other arguments are those of ``rows_dataset``.
 
     Raises:
         ValueError: if an argument or the source is unusable, no row remains, or the cache is

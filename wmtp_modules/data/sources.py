@@ -217,16 +217,7 @@ def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
 
 
 def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | None) -> Source:
-    """The wanted split of a hub data set, as a source.
-
-    Args:
-        name: hub name.
-        split: "train" or "validation"; without a validation split both read the train split.
-        columns: fields that are needed.
-        config: configuration name, None for the default one.
-
-    Returns:
-        The source, downloaded.
+    """The wanted split of a hub data set, as a source; without a validation split, the train split.
 
     Raises:
         ValueError: if it cannot be read, or has no train split or none of the columns.

@@ -22,18 +22,11 @@ class TokenRow(NamedTuple):
 def encode_with_offsets(
     tokenizer: Llama2Tokenizer, text: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Encode without BOS and EOS, and return the characters of each token.
+    """Encode without BOS and EOS, and return each token's [begin, end) in characters of ``text``.
 
     A character outside the vocabulary becomes one byte token per UTF-8 byte; SentencePiece assigns
     the character only to the last of them, here all of them get it. The space that Llama-2's
     tokenizer puts before a text is not part of it: on its own it has the empty span (0, 0).
-
-    Args:
-        tokenizer: SentencePiece tokenizer of torchtune.
-        text: any text that UTF-8 can encode.
-
-    Returns:
-        Token ids and as many [begin, end) spans in characters of ``text``.
     """
     processor = tokenizer._spm_model.spm_model
     encoded = processor.encode(text, out_type="offset_mapping")
@@ -49,14 +42,8 @@ def encode_pair(
 ) -> TokenRow:
     """Tokenise prompt + response; a token with a character of the response is supervised.
 
-    Args:
-        tokenizer: SentencePiece tokenizer of torchtune.
-        prompt: not supervised, nor is BOS.
-        response: supervised, including the EOS after it.
-        noise: corrupted spans, [start, end) in characters of ``response``.
-
-    Returns:
-        The row, of any length.
+    BOS and the prompt are not supervised, the EOS after the response is. ``noise`` has corrupted
+    spans, [start, end) in characters of ``response``. The row may have any length.
     """
     ids, spans = encode_with_offsets(tokenizer, prompt + response)
     tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
@@ -68,16 +55,7 @@ def encode_pair(
 def encode_text(
     tokenizer: Llama2Tokenizer, text: str, noise: Sequence[Sequence[int]] = ()
 ) -> TokenRow:
-    """Tokenise plain text: every token is supervised.
-
-    Args:
-        tokenizer: SentencePiece tokenizer of torchtune.
-        text: plain text or code.
-        noise: corrupted spans, [start, end) in characters of ``text``.
-
-    Returns:
-        The row, of any length.
-    """
+    """Tokenise plain text: every token is supervised. See ``encode_pair`` for ``noise``."""
     if not noise:  # three times as fast as with offsets
         tokens = np.array(tokenizer.encode(text), np.int32)
         return TokenRow(tokens, np.ones(len(tokens), bool), np.zeros(len(tokens), bool))
@@ -95,9 +73,6 @@ def _overlaps(
         spans: [begin, end) of every token between BOS and EOS, in characters of the text.
         noise: corrupted [start, end) spans, in characters of the text.
         length: characters of the text.
-
-    Returns:
-        bool, with two more entries than ``spans``.
     """
     corrupted = np.zeros(length, np.int64)
     for start, end in noise:

@@ -125,11 +125,8 @@ class EvidenceStore:
 def sample_key(settings: Mapping, task: Task, temperature: float, seed: int) -> str:
     """The key of a generated sample.
 
-    Args:
-        settings: everything else that shapes it: checkpoint fingerprint, top_p, top_k and so on.
-        task: its id, prompt and stop strings count.
-        temperature: of the sampling.
-        seed: of this sample; its number therefore needs no mention.
+    ``settings`` is everything that shapes it besides task, temperature and the sample's own seed:
+    checkpoint fingerprint, top_p, top_k and so on. The seed stands for the sample's number.
     """
     return _hash(
         "sample", dict(settings), task.task_id, task.prompt, task.stop, float(temperature), seed
@@ -140,13 +137,8 @@ def result_key(task: Task, row: Mapping, tier: str) -> str:
     """The key of a sample's result: its program, tests and limits, and the sandbox's tier.
 
     Limits are taken at machine factor 1: the measured factor differs from run to run, and a
-    restarted run must find its earlier results.
-
-    Args:
-        task: the sample's problem.
-        row: the sample's ``completion``, ``sample`` and, if any, ``temperature``. Two samples with
-            the same text therefore have a result each.
-        tier: of the sandbox.
+    restarted run must find its earlier results. Number and temperature count, so two samples with
+    the same text have a result each.
     """
     temperature = row.get("temperature")
     temperature = None if temperature is None else float(temperature)

@@ -23,8 +23,6 @@ def run_samples(
     A result that was a fault of the machine is tried again.
 
     Args:
-        sandbox: open.
-        tasks: the problems that the samples name.
         samples: rows ``{"task_id", "sample", "temperature", "completion"}``.
         path: file that holds the results so far and receives the new ones.
 

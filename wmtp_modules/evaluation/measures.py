@@ -267,12 +267,9 @@ def _add_targets(
 def _kept(choices_KBT: list[torch.Tensor]) -> torch.Tensor:
     """How often consecutive heads chose what head 0 chose k positions later.
 
-    Args:
-        choices_KBT: each head's choice, [B, T - 1 - k], -1 where there is no target.
-
-    Returns:
-        For k = 0 the number of positions where all heads have a target; for k > 0 those of them
-        where heads 1..k all agree with head 0.
+    ``choices_KBT`` has each head's choice, [B, T - 1 - k], -1 where there is no target. Returned
+    are for k = 0 the number of positions where all heads have a target, and for k > 0 those of
+    them where heads 1..k all agree with head 0.
     """
     n = choices_KBT[-1].shape[1]
     kept_BT = choices_KBT[-1] >= 0

@@ -13,18 +13,13 @@ INTERVAL = (2.5, 97.5)  # percentiles
 
 
 def estimate_pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of n samples, drawn without replacement, include a correct one.
+    """Probability that k of n samples, drawn without replacement, include a correct one (of c).
 
     Chen et al. 2021 (arXiv 2107.03374), eq. 1: 1 - C(n - c, k) / C(n, k), as a product because
     the binomials overflow.
 
-    Args:
-        n: samples of the problem.
-        c: correct ones among them.
-        k: at least 1, at most n.
-
     Raises:
-        ValueError: if the three are inconsistent.
+        ValueError: unless 0 <= c <= n and 1 <= k <= n.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {c} correct in {n} samples: needs 0 <= c <= n, 1 <= k <= n")

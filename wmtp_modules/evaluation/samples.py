@@ -22,11 +22,8 @@ def wanted_samples(
     """The samples that a config asks for, temperature by temperature.
 
     Args:
-        tasks: problems to complete.
         settings: everything that shapes a sample besides its task, temperature and seed; the
             ``checkpoint`` fingerprint is one of them. Ranks and batches are not.
-        temperatures: of the sampling.
-        samples_per_task: samples of each task at each temperature.
         seed: of the run.
 
     Returns:

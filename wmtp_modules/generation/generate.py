@@ -69,19 +69,14 @@ def generate(
 
     Args:
         model: not sharded. Existing KV caches are dropped.
-        tokenizer: gives the EOS id and decodes.
         requests: one batch; equal prompts are run once.
         decoding: "plain" runs the trunk and head 0 for each token; "self_speculative" gives the
             same tokens in fewer forwards.
         max_new_tokens: most tokens of a completion.
-        temperature: 0 is greedy.
-        top_p: see ``next_token_probs``; 1 is off.
-        top_k: see ``next_token_probs``; 0 is off.
+        temperature: 0 is greedy; for top_p (1 is off) and top_k (0 is off) see
+            ``next_token_probs``.
         stop: strings that end a completion.
         dtype: of the parameters, and therefore of the keys and values.
-
-    Returns:
-        One completion for each request, in order.
 
     Raises:
         ValueError: if a value is out of range, a prompt is empty, too long for the model or has
@@ -89,7 +84,8 @@ def generate(
             are not finite.
     """
     _check(model, requests, decoding, max_new_tokens, stop, dtype)
-    check_sampling(temperature, top_k, top_p)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_sampling(**sampling)
     if not requests:
         return []
     n_heads = model.n_future_tokens
@@ -104,15 +100,7 @@ def generate(
     model.eval()
     try:
         model.setup_caches(len(prompts), dtype, cache_len=max(map(len, prompts)) + max_new_tokens)
-        Decoder(
-            model,
-            list(rows),
-            uniforms_BN,
-            n_drafts=n_drafts,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        ).run()
+        Decoder(model, list(rows), uniforms_BN, n_drafts=n_drafts, **sampling).run()
     finally:
         model.delete_caches()
         model.train(was_training)

@@ -60,14 +60,7 @@ def compare_decodings(
 def requests_from_texts(
     tokenizer: Llama2Tokenizer, texts: Sequence[str], *, n_requests: int, prompt_tokens: int
 ) -> list[Request]:
-    """Use the beginnings of texts as prompts, none longer than half of its text.
-
-    Args:
-        tokenizer: encodes the texts.
-        texts: at most one prompt is taken from each.
-        n_requests: most requests to make.
-        prompt_tokens: most tokens of a prompt.
-    """
+    """Use the beginnings of at most ``n_requests`` texts as prompts, none over half of its text."""
     requests = []
     for text in texts:
         tokens = tokenizer.encode(text, add_eos=False)
@@ -83,30 +76,17 @@ def measure_decoding(
     requests: list[Request],
     *,
     batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop: tuple[str, ...],
-    dtype: torch.dtype,
     repeats: int = 3,
+    **settings,
 ) -> dict:
     """Time both decodings on the same requests, batch by batch in one run.
 
     Times are wall-clock seconds of ``generate``, including prefill, caches and decoding of text.
 
     Args:
-        model: see ``generate``.
-        tokenizer: see ``generate``.
         requests: decoded ``batch_size`` at a time.
-        batch_size: rows of a batch.
-        max_new_tokens: see ``generate``.
-        temperature: see ``generate``.
-        top_p: see ``generate``.
-        top_k: see ``generate``.
-        stop: see ``generate``.
-        dtype: see ``generate``.
         repeats: how often all requests are decoded in both ways, after one batch to warm up.
+        settings: the other arguments of ``generate``, without ``decoding``.
 
     Returns:
         ``identical`` and ``differences`` as ``compare_decodings`` gives them;
@@ -129,14 +109,6 @@ def measure_decoding(
             f"batch_size and repeats must be at least 1, got {batch_size} and {repeats}"
         )
     on_cuda = model.tok_embeddings.weight.is_cuda
-    settings = dict(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        stop=stop,
-        dtype=dtype,
-    )
 
     def decode(decoding: str, batch: list[Request]) -> tuple[list[Generation], float]:
         start = time.perf_counter()

@@ -14,11 +14,6 @@ class NewText:
     text, and a character may be spread over several byte tokens. The decoded window therefore
     starts with the last token whose text is final, and that token's text is removed. The window
     stays a few tokens long, so the cost of a row is linear in its length.
-
-    Args:
-        tokenizer: decodes ids.
-        prompt: ids of the prompt.
-        stop: strings that end the text, which is cut before the first of them.
     """
 
     def __init__(

@@ -29,14 +29,10 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
 
 
 def request_uniforms(seeds: Sequence[int], n_tokens: int) -> torch.Tensor:
-    """The uniform numbers of requests, each from its own generator.
+    """Uniform numbers for each request, from its own generator: fp64 in [0, 1) on the CPU.
 
-    Args:
-        seeds: one for each request; torch's generator uses only the lowest 32 bits.
-        n_tokens: numbers for each request.
-
-    Returns:
-        uniforms_BN, fp64 in [0, 1), on the CPU. Asking for fewer gives the same first numbers.
+    torch's generator uses only the lowest 32 bits of a seed. Asking for fewer gives the same first
+    numbers.
     """
     uniforms_BN = torch.empty(len(seeds), n_tokens, dtype=torch.float64)
     for row, seed in zip(uniforms_BN, seeds, strict=True):
@@ -91,9 +87,8 @@ def draw_tokens(
     Args:
         logits: [..., V].
         uniforms: fp64 [...], in [0, 1); not read at temperature 0.
-        temperature: 0 takes the most likely token, the lowest id in a tie.
-        top_k: see ``next_token_probs``.
-        top_p: see ``next_token_probs``.
+        temperature: 0 takes the most likely token, the lowest id in a tie; see
+            ``next_token_probs`` for the others.
 
     Returns:
         ids [...], int64.

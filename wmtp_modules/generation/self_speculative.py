@@ -30,23 +30,12 @@ def count_kept(fed_BS: torch.Tensor, draws_BS: torch.Tensor) -> torch.Tensor:
     Args:
         fed_BS: the row's last token and S - 1 guesses.
         draws_BS: head 0's draw after each of them.
-
-    Returns:
-        kept_B, int64 in 0..S - 1: draws 0..kept are the row's next tokens.
     """
     return (fed_BS[:, 1:] == draws_BS[:, :-1]).cumprod(dim=1).sum(dim=1)
 
 
 class Row:
-    """The host's record of one request: its tokens, its text, whether it has ended, and counts.
-
-    Args:
-        prompt: ids.
-        tokenizer: decodes ids.
-        stop: strings that end the text.
-        max_new_tokens: most tokens of the row.
-        n_drafts: guesses per forward.
-    """
+    """The host's record of one request: its tokens, its text, whether it has ended, and counts."""
 
     def __init__(
         self,
@@ -99,9 +88,7 @@ class Decoder:
         uniforms_BN: fp64, on the model's device; None for greedy decoding.
         n_drafts: guesses per forward, less than the model's number of heads; 0 is plain decoding,
             in which only the trunk and head 0 run.
-        temperature: see ``draw_tokens``.
-        top_k: see ``draw_tokens``.
-        top_p: see ``draw_tokens``.
+        sampling: temperature, top_k and top_p; see ``draw_tokens``.
     """
 
     def __init__(
@@ -111,15 +98,13 @@ class Decoder:
         uniforms_BN: torch.Tensor | None,
         *,
         n_drafts: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
+        **sampling: float,
     ) -> None:
         self.model = model
         self.rows = rows
         self.n_drafts = n_drafts
         self._uniforms_BN = uniforms_BN
-        self._sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        self._sampling = sampling
         self._device = model.tok_embeddings.weight.device
         self._prompt_B = self._ids([len(row.prompt) for row in rows])
         # Position of each row's last token, whose successor is drawn next.
@@ -163,15 +148,10 @@ class Decoder:
             hidden_KBSD = self._decode(fed_BS)
 
     def draft(self, logits_BKV: torch.Tensor) -> torch.Tensor:
-        """Guess the tokens after the last one of each row.
+        """Guess the tokens after the last one of each row, from the logits of heads 1..n_drafts.
 
-        Args:
-            logits_BKV: of heads 1..n_drafts where head 0 drew the last token.
-
-        Returns:
-            drafts_BK, int64: the most likely tokens, also when sampling. Head 0, which sees the
-            tokens in between, is more certain than the other heads, so its draw is usually that
-            token.
+        The most likely tokens, also when sampling: head 0, which sees the tokens in between, is
+        more certain than the other heads, so its draw is usually that token.
         """
         return logits_BKV.argmax(-1)
 
@@ -179,10 +159,9 @@ class Decoder:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _prefill(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the prompts, each distinct one once, and give every row its copy of the caches.
+        """Run each distinct prompt once, and give every row its copy of the caches.
 
-        Returns:
-            The rows' last tokens fed_BS and each head's output there, both with S = 1.
+        Returns the rows' last tokens fed_BS and each head's output there, both with S = 1.
         """
         prompts = list(dict.fromkeys(row.prompt for row in self.rows))
         place = {prompt: u for u, prompt in enumerate(prompts)}

@@ -19,13 +19,8 @@ IGNORE_INDEX = -100
 def shift_to_heads(x_BT: torch.Tensor, n_future_tokens: int, fill: float | int) -> torch.Tensor:
     """Move a value per token to the positions that predict it.
 
-    Args:
-        x_BT: one value per token.
-        n_future_tokens: K.
-        fill: value where t + k + 1 is beyond the end of the row.
-
     Returns:
-        x_BTK with x_BTK[b, t, k] = x_BT[b, t + k + 1].
+        x_BTK with x_BTK[b, t, k] = x_BT[b, t + k + 1], ``fill`` beyond the end of the row.
     """
     T = x_BT.shape[1]
     out_BTK = x_BT.new_full((*x_BT.shape, n_future_tokens), fill)

@@ -29,17 +29,12 @@ def mtp_llama2(
     """Build a Llama-2 with ``n_future_tokens`` parallel head blocks.
 
     Args:
-        vocab_size: tokens in the vocabulary.
         num_layers: all blocks, counted as ``n_layers`` in Meta's ``params.json``: trunk and
             heads together, so the trunk has ``num_layers - n_future_tokens`` blocks.
         n_future_tokens: heads; 1 gives an ordinary Llama of ``num_layers`` blocks.
         num_heads: query heads.
-        num_kv_heads: key/value heads.
-        embed_dim: model width D.
         max_seq_len: longest row, in tokens.
         intermediate_dim: width of the feed-forward layer; Llama-2's rule if None.
-        norm_eps: epsilon of the RMS norms.
-        rope_base: base of the rotary embedding.
 
     Raises:
         ValueError: if no trunk block is left, a size is below 1, or the widths do not divide.

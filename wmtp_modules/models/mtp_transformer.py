@@ -50,10 +50,6 @@ class MTPTransformer(nn.Module):
     this is an ordinary Llama whose last block is called head 0.
 
     Args:
-        tok_embeddings: token embedding.
-        layers: the trunk's blocks.
-        heads: one block for each future token.
-        output: shared norm, projection and loss.
         args: the builder's arguments, kept so that exports can write a matching config.
 
     Attributes:
@@ -152,13 +148,7 @@ class MTPTransformer(nn.Module):
         return hidden_BTD
 
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, cache_len: int) -> None:
-        """Give every block, heads included, a KV cache whose rows advance independently.
-
-        Args:
-            batch_size: rows of the cache.
-            dtype: element type of the cached keys and values.
-            cache_len: positions of each row, at most ``max_seq_len``.
-        """
+        """Give every block, heads included, a KV cache of ``cache_len`` positions per row."""
         self.cache_len = cache_len
         for block in (*self.layers, *self.heads):
             attn = block.attn

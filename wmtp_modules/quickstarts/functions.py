@@ -5,7 +5,6 @@ body does them. Functions are assigned to training, held-out text and tasks by w
 No training function computes what a task asks for, so copying a training solution solves no task.
 """
 
-import hashlib
 import itertools
 import os
 import random
@@ -19,7 +18,7 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 from torchtune.utils import get_logger
 
-from wmtp_modules.quickstarts.stdlib import assets_folder, train_tokenizer, write_rows
+from wmtp_modules.quickstarts.stdlib import assets_folder, part_of, train_tokenizer, write_rows
 from wmtp_modules.run.plan import is_done, required_runs
 from wmtp_modules.run.stopping import die_with_parent
 
@@ -96,26 +95,17 @@ def _function(step: Step) -> Callable[[int], int]:
 def deal_members(seed: int) -> dict[str, list[Member]]:
     """Assign behaviours to disjoint parts by a hash, and draw the members of each part.
 
-    Args:
-        seed: of the assignment and the drawing.
-
-    Returns:
-        For each name in ``SHARES`` its members, in random order. Of members with the same
-        behaviour, such as adding 3 then 4 and adding 4 then 3, held-out text and tasks get one.
+    Returns for each name in ``SHARES`` its members, in random order. Of members with the same
+    behaviour, such as adding 3 then 4 and adding 4 then 3, held-out text and tasks get one.
     """
     members = family()
     random.Random(seed).shuffle(members)
     parts: dict[str, list[Member]] = {name: [] for name in SHARES}
     seen = set()
     for member in members:
-        digest = hashlib.sha256(f"{seed} {member.results}".encode()).digest()
-        point = int.from_bytes(digest[:8], "big") / 2**64
-        for name, share in SHARES.items():
-            if point < share:
-                if name == "base" or member.results not in seen:
-                    parts[name].append(member)
-                break
-            point -= share
+        name = part_of(f"{seed} {member.results}", SHARES)
+        if name == "base" or (name is not None and member.results not in seen):
+            parts[name].append(member)
         seen.add(member.results)
     return {name: part[: ROWS[name]] for name, part in parts.items()}
 
@@ -128,8 +118,6 @@ def prepare_functions(assets_dir: str, vocab_size: int, seed: int, model_config:
     the model in separate processes, again if the data or the config changed.
 
     Args:
-        assets_dir: folder to fill.
-        vocab_size: pieces of the tokenizer.
         seed: assigns the functions.
         model_config: config of the training, with ``output_dir`` inside ``assets_dir``.
 

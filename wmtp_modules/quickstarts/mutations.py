@@ -75,13 +75,9 @@ class _Edit(NamedTuple):
 
 
 def functions_of(source: str) -> list[Function]:
-    """Functions and methods of a file, except those inside another function.
+    """Functions and methods of a source file in its order, except those inside another function.
 
-    Args:
-        source: Python source.
-
-    Returns:
-        The functions in the order of the file, without docstrings at any depth.
+    Docstrings are dropped at any depth.
     """
     functions = []
     for node in _outermost_functions(ast.parse(source)):
@@ -102,19 +98,11 @@ def functions_of(source: str) -> list[Function]:
 def mutate(
     function: Function, rng: random.Random, n_tokens: Callable[[str], int] = len
 ) -> Mutation | None:
-    """Change one place of a body so that it parses and means something else.
+    """Change one place of a body so that it parses and means something else; None if impossible.
 
     The possible changes are tried in random order, alternating between kinds: first those that keep
-    the length, then the others, because a change of length gives the label away. A dropped return
-    comes first with probability ``DROPPED_RETURN_SHARE`` and is otherwise not tried.
-
-    Args:
-        function: from ``functions_of``.
-        rng: source of randomness.
-        n_tokens: measures the length of a text.
-
-    Returns:
-        The changed body, or None if nothing in it can be changed.
+    the length by ``n_tokens``, then the others, because a change of length gives the label away. A
+    dropped return comes first with probability ``DROPPED_RETURN_SHARE`` and is otherwise not tried.
     """
     text = function.prompt + function.response
     tree, length = _canonical_tree(text), n_tokens(text)
@@ -152,8 +140,6 @@ def prepare_critic_stdlib(assets_dir: str, vocab_size: int, max_tokens: int, see
     mutated with reward 0 and the changed place as ``noise``. No body occurs twice.
 
     Args:
-        assets_dir: folder to fill.
-        vocab_size: pieces of the tokenizer.
         max_tokens: longest function, in tokens with BOS and EOS.
         seed: assigns the files and draws the mutations.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece as spm
 from torchtune.utils import get_logger
 
-from wmtp_modules.checkpoints.read import new_folder
+from wmtp_modules.files import new_folder
 
 log = get_logger("INFO")
 
@@ -43,10 +43,8 @@ def corrupt_lines(
     """Replace a share of the non-empty lines by as many random tokens.
 
     Args:
-        text: source text.
         share: probability for each non-empty line, in [0, 1].
         tokenizer: the source of random pieces.
-        rng: source of randomness.
 
     Returns:
         The corrupted text and the character spans [start, end) that are noise.
@@ -71,8 +69,6 @@ def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, see
     """Make ``tokenizer.model`` and ``{base,reference,finetune,heldout}.jsonl`` if missing.
 
     Args:
-        assets_dir: folder to fill.
-        vocab_size: pieces of the tokenizer.
         corrupted_share: share of the fine-tuning lines that become noise, in [0, 1].
         seed: assigns the files and draws the noise.
 
@@ -140,12 +136,21 @@ def assets_folder(folder: Path, made_from: dict) -> Iterator[Path | None]:
         (partial / "manifest.json").write_text(json.dumps(made_from, indent=1))
 
 
+def part_of(key: str, shares: dict[str, float]) -> str | None:
+    """The part that a key is assigned to by its hash; None for what the shares leave of 1."""
+    point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    for name, share in shares.items():
+        if point < share:
+            return name
+        point -= share
+    return None
+
+
 def deal_files(shares: dict[str, float], seed: int) -> dict[str, dict[str, str]]:
     """Assign the files of the standard library to disjoint parts, by a hash of seed and content.
 
     Args:
         shares: share of the files for each part; the rest is not used.
-        seed: of the assignment.
 
     Returns:
         For each part its texts, keyed by path relative to the standard library.
@@ -155,16 +160,11 @@ def deal_files(shares: dict[str, float], seed: int) -> dict[str, dict[str, str]]
     seen = set()
     for path in stdlib_files():
         text = path.read_text(encoding="utf-8", errors="strict")
-        digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
-        if digest in seen:
-            continue  # a file under two names must not be on both sides of a split
-        seen.add(digest)
-        point = int.from_bytes(digest[:8], "big") / 2**64
-        for name, share in shares.items():
-            if point < share:
-                parts[name][path.relative_to(root).as_posix()] = text
-                break
-            point -= share
+        name = part_of(f"{seed} {text}", shares)
+        # A file under two names must not be on both sides of a split.
+        if name is not None and text not in seen:
+            parts[name][path.relative_to(root).as_posix()] = text
+        seen.add(text)
     return parts
 
 
@@ -174,16 +174,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> spm.SentencePieceProcessor:
-    """Train ``tokenizer.model`` in a folder: byte-pair encoding that keeps text exact.
-
-    Args:
-        folder: where it goes.
-        texts: training texts.
-        vocab_size: number of pieces.
-
-    Returns:
-        The tokenizer.
-    """
+    """Train ``tokenizer.model`` in a folder: byte-pair encoding that keeps text exact."""
     corpus = folder / "tokenizer_corpus.txt"
     corpus.write_text("".join(texts), encoding="utf-8")
     spm.SentencePieceTrainer.train(

@@ -95,13 +95,8 @@ def write_weights_page(
 def token_texts(tokenizer: Llama2Tokenizer, ids: list[int]) -> list[str]:
     """Text of every token; joined they give ``tokenizer.decode(ids)``.
 
-    Args:
-        tokenizer: SentencePiece tokenizer of torchtune.
-        ids: token ids.
-
-    Returns:
-        As many strings. BOS and EOS are empty, and so are the byte tokens of a character except
-        the last, which is the whole character; a byte of no character is U+FFFD.
+    BOS and EOS are empty, and so are the byte tokens of a character except the last, which is the
+    whole character; a byte of no character is U+FFFD.
     """
     decoded = tokenizer._spm_model.spm_model.decode(ids, out_type="proto")
     return [piece.surface for piece in decoded.pieces]

@@ -22,11 +22,7 @@ class ProgramEnded(BaseException):
 
 
 class Program:
-    """The judge's connection to the program; remembers what went wrong.
-
-    Args:
-        link: descriptor of the socket to the program's process.
-    """
+    """The judge's connection to the program; remembers what went wrong."""
 
     def __init__(self, link: int) -> None:
         self.failure = None  # (verdict, detail), final
@@ -188,12 +184,10 @@ def _explain(error, program: Program, missing: set[str], source: str) -> tuple[s
 
 
 def judge(tests: bytes, link: int, result: int) -> None:
-    """Writes the verdict as JSON.
+    """Write the verdict of tests as JSON to the descriptor ``result``.
 
-    Args:
-        tests: marshalled by the trusted parent, which runs the same interpreter.
-        link: descriptor of the socket to the program.
-        result: descriptor to write the verdict to.
+    The tests are marshalled by the trusted parent, which runs the same interpreter; ``link`` is the
+    socket to the program.
     """
     verdict, detail = examine(Program(link), marshal.loads(tests))
     os.write(result, json.dumps({"verdict": verdict, "detail": detail}).encode())

@@ -52,9 +52,7 @@ def version() -> int:
 def restrict(readable: list[str], writable: list[str]) -> None:
     """Restrict this process to reading some files and folders and writing to others.
 
-    Args:
-        readable: may be read and executed.
-        writable: may be read and written, including devices.
+    Readable paths may also be executed; writable ones may be read, and may be devices.
 
     Raises:
         OSError: if the kernel refuses.

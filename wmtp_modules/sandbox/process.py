@@ -33,9 +33,7 @@ sys.modules["server"].serve({control}, {config!r})
 class ServerLost(Exception):
     """A fork server ended, or does not answer.
 
-    Args:
-        reason: for people to read.
-        ours: whether it happened before the program started, so the program is not to blame.
+    ``ours`` says that it happened before the program started, so the program is not to blame.
     """
 
     def __init__(self, reason: str, ours: bool = False) -> None:

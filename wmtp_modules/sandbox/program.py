@@ -62,12 +62,7 @@ def run_script(source: str) -> None:
 
 
 def serve_functions(source: str, link: int) -> None:
-    """Run source, then do what the judge asks with its functions, until killed.
-
-    Args:
-        source: of the program.
-        link: descriptor of the socket to the judge.
-    """
+    """Run source, then do what the judge asks through ``link``, until killed."""
     objects, numbers = [], {}
 
     def refer(value) -> tuple[int, str]:

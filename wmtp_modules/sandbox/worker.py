@@ -73,12 +73,7 @@ class Stream:
 
 
 class Worker:
-    """Runs jobs on two fork servers.
-
-    Args:
-        programs: the server whose forks run programs.
-        judges: the server whose forks run tests.
-    """
+    """Runs jobs on two fork servers, one whose forks run programs and one whose forks run tests."""
 
     def __init__(self, programs: Server, judges: Server) -> None:
         self._programs, self._judges = programs, judges

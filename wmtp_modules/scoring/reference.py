@@ -86,17 +86,10 @@ def align_reference(
 
 
 def score_rows(model: MTPTransformer, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """Reference losses of some rows, for ``compute_scores``.
+    """Reference losses of some rows, for ``compute_scores``: fp32 [len] or [len, K] of each.
 
     Rows are padded on the right, where causal attention cannot see, so a row's scores do not depend
     on its batch. Ranks score different numbers of batches, so the model must not be sharded.
-
-    Args:
-        model: the reference, on its device.
-        rows: token ids of each row, [len].
-
-    Returns:
-        fp32 losses of each row as in ``reference_losses``: [len] or [len, K].
 
     Raises:
         ValueError: if a loss is not finite.

@@ -81,12 +81,9 @@ def advantages(
 
 
 def standardise(advantages_BT: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """z = clamp((a - mean) / (std + 1e-6), -5, 5), with the statistics of all training responses.
+    """z = clamp((a - mean) / (std + 1e-6), -5, 5).
 
-    Args:
-        advantages_BT: from ``advantages``.
-        mean: over all response tokens that the policy trains on.
-        std: population standard deviation over the same.
+    ``mean`` and the population ``std`` are those of all response tokens that train the policy.
     """
     return ((advantages_BT - mean) / (std + 1e-6)).clamp(-5, 5)
 
@@ -100,14 +97,8 @@ def critic_weights(
         z_BTK: standardised advantages of the tokens that the heads predict.
         mask_BTK: bool, True where the head has a target.
         temperature: in standard deviations; small is sharp.
-        w_min: lower bound of a weight.
+        w_min: lower bound of a weight; see ``calibrate``.
         w_max: upper bound of a weight.
-
-    Returns:
-        fp32 weights_BTK with masked mean 1 per head, 0 where the mask is False.
-
-    Raises:
-        ValueError: unless 0 <= w_min < 1 < w_max.
     """
     # calibrate uses only ratios. Relative to the head's own largest z, exp neither overflows nor
     # underflows to equal weights at a low temperature.
@@ -126,11 +117,8 @@ class CriticWeighting(TokenWeighting):
         lam: lambda of the generalised advantages, in [0, 1].
         temperature: of the weights, above 0.
         ratio: share that random_topk and top_loss select, in (0, 1].
-        w_min: smallest calibrated weight, in [0, 1).
-        w_max: largest calibrated weight, above 1.
-        strength: 0 is uniform, 1 the full weighting.
-        decay: of the heads' share in the loss, for ``head_alphas``.
-        seed: of random_topk and shuffled, at least 0.
+
+    The other arguments are those of ``TokenWeighting``.
 
     Raises:
         ValueError: for an unknown name or a value out of range.

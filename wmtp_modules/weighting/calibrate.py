@@ -42,8 +42,6 @@ def calibrate(
         raw_BTK: raw weights, only their ratios within a head matter; pass fp64 where fp32 would
             underflow.
         mask_BTK: bool, True where the head has a target.
-        w_min: lower bound, in [0, 1).
-        w_max: upper bound, above 1.
 
     Returns:
         fp32 weights_BTK, 0 where the mask is False.

@@ -20,7 +20,6 @@ def random_keys(B: int, T: int, *, seed: int, step: int, device: torch.device) -
         T: positions.
         seed: of the run, at least 0.
         step: number of the micro-batch: each one draws new numbers, and a resumed run repeats them.
-        device: of the result.
 
     Returns:
         keys_BT, fp64 in [0, 1).
@@ -35,16 +34,14 @@ def shuffle_scores(
 
     The i-th valid position of a head in a document receives the score of the position whose
     target token has the i-th smallest key there: one permutation of the document's tokens,
-    restricted to the targets that each head has.
+    restricted to the targets that each head has. Each document and head keeps its multiset of
+    scores over valid positions.
 
     Args:
         scores_BTK: e.g. excess losses.
         mask_BTK: bool, True where the head has a target.
         doc_BT: int64, index of the token's document inside its row, -1 for padding.
         keys_BT: from ``random_keys``.
-
-    Returns:
-        scores_BTK; each document and head keeps its multiset of scores over valid positions.
     """
     B, T, K = scores_BTK.shape
     # Positions without a target form a group of their own after all documents.
@@ -67,17 +64,5 @@ def dft_weights(
 
     raw = exp(-loss). The paper uses raw itself, which lowers the learning rate; here each head is
     calibrated to mean 1 so that a comparison is about the weighting.
-
-    Args:
-        losses_BTK: per-token losses of the training model, fp32.
-        mask_BTK: bool, True where the head has a target.
-        w_min: lower bound of a weight.
-        w_max: upper bound of a weight.
-
-    Returns:
-        fp32 weights_BTK, 0 where the mask is False.
-
-    Raises:
-        ValueError: unless 0 <= w_min < 1 < w_max.
     """
     return calibrate((-losses_BTK.detach().double()).exp(), mask_BTK, w_min, w_max)

@@ -49,14 +49,7 @@ def gather_rows(x_B: torch.Tensor) -> torch.Tensor:
 
 
 def own_rows(x_G: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a joint tensor, the inverse of ``gather_rows``.
-
-    Args:
-        x_G: [B * world, ...].
-
-    Returns:
-        x_B: [B, ...].
-    """
+    """This rank's rows of a joint tensor, the inverse of ``gather_rows``."""
     rank, world = _rank_and_world()
     return x_G[rank::world]
 
@@ -67,10 +60,9 @@ def weight_stats(
     """Figures to log, per head, left on the device.
 
     Args:
-        weights_BTK: final weights of the joint micro-batch.
+        weights_BTK: final weights of the joint micro-batch, whose calibrated weights have the
+            bounds ``w_min`` and ``w_max``.
         mask_BTK: bool, True where the head has a target.
-        w_min: lower bound of calibrated weights.
-        w_max: upper bound of calibrated weights.
 
     Returns:
         fp32 tensors [K]: ``mean``; ``ess``, the effective share of tokens
