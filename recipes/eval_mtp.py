@@ -1,26 +1,22 @@
-"""Evaluation of a multi-token-prediction model: pass@k by running code, and what each head knows.
+"""Evaluates a multi-token-prediction model: pass@k by running code, and what each head knows.
 
     tune run --nproc_per_node 8 recipes/eval_mtp.py --config configs/eval/7b_mbpp.yaml
 
-``stages`` names what is done, in this order whatever theirs:
+``stages`` selects what to run; the stages always run in this order:
 
-- ``generate``: samples for every task, data-parallel over the samples;
-- ``execute``: every sample in a sandbox, after the tasks' own solutions; pass@k;
+- ``generate``: generates samples for every task, data-parallel over the samples;
+- ``execute``: runs the tasks' own solutions, then every sample, in a sandbox; pass@k;
 - ``heldout``: loss, accuracy and calibration of each head on held-out text;
-- ``decode_speed``: plain against self-speculative decoding.
+- ``decode_speed``: compares plain with self-speculative decoding.
 
-All is appended to files of ``output_dir`` as it comes: started again, a run goes on where it was.
-Copy this file and edit it: nothing imports it.
+Results are appended to files in ``output_dir`` as they arrive, so a restarted run continues where
+it stopped. Copy this file and edit it: nothing imports it.
 """
 
-import hashlib
 import os
-import platform
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,16 +33,23 @@ from wmtp_modules.checkpoints.read import (
     model_args_from_folder,
 )
 from wmtp_modules.config.check import Above, AtLeast, Component, Optional, check_config
-from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples, result_key, sample_key
+from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
+from wmtp_modules.evaluation.execution import run_samples
 from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_texts
+from wmtp_modules.evaluation.samples import (
+    REFERENCE,
+    TOO_LONG,
+    generation_figures,
+    reference_samples,
+    wanted_samples,
+)
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.evaluation.tasks import TASKS, load_tasks
 from wmtp_modules.generation.generate import Request, generate
-from wmtp_modules.generation.measure import measure_decoding
+from wmtp_modules.generation.measure import measure_decoding, requests_from_texts
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import (
     all_reduce_sum,
-    init_process_group,
     patient_barrier,
     rank_zero_first,
     share_from_rank_zero,
@@ -54,23 +57,27 @@ from wmtp_modules.parallel.process_group import (
 from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.reports.evaluation import FILES as REPORTS
-from wmtp_modules.reports.evaluation import build_report, print_report, write_report
+from wmtp_modules.reports.evaluation import (
+    build_report,
+    describe_machine,
+    print_report,
+    report_metrics,
+    write_report,
+)
 from wmtp_modules.run.metric_logging import code_version
-from wmtp_modules.run.plan import one_sentence, parse
 from wmtp_modules.run.resume import resolved
-from wmtp_modules.run.stopping import StopRequests, clear_exit, exit_code
+from wmtp_modules.run.start import exit_with_message, parse, process_group
+from wmtp_modules.run.stopping import clear_exit
 from wmtp_modules.sandbox.pool import Sandbox
 from wmtp_modules.scoring.score_table import fingerprint_checkpoint
 
 log = utils.get_logger("INFO")
-# torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
+# torchtune's RMSNorm combines fp32 activations with a bf16 scale on purpose.
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 STAGES = ("generate", "execute", "heldout", "decode_speed")
-REFERENCE = "reference"  # samples=reference: the tasks' own solutions
-TOO_LONG = "prompt_too_long"  # finish reason of a sample that was not made
 
-# Every key of a config; what a component takes is read from its signature.
+# Every key of a config; a component's keys are read from its signature.
 SCHEMA = {
     "output_dir": str,
     "stages": list[str],
@@ -87,7 +94,7 @@ SCHEMA = {
     "task": Optional(tuple(TASKS)),
     "source": Optional(str),
     "split": Optional(("test", "all")),
-    "samples": Optional(str),  # a file to execute, or "reference"; null: those that are generated
+    "samples": Optional(str),  # a file to execute, or "reference"; null: the generated samples
     "generation": Optional(
         {
             "samples_per_task": AtLeast(int, 1),
@@ -117,7 +124,7 @@ SCHEMA = {
         }
     ),
     "metric_logger": Optional(Component(makes=MetricLoggerInterface)),
-    # What comes before the evaluation: the quickstart makes its data and its model.
+    # Runs before the evaluation: the quickstart makes its data and model here.
     "assets_dir": Optional(str),
     "prepare": Optional(Component()),
 }
@@ -136,21 +143,21 @@ def _stages_have_what_they_need(
     given = locals()
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
-        return f"stages: {unknown[0] if unknown else 'none'!r} is none of {', '.join(STAGES)}"
+        return f"stages: {unknown[0] if unknown else 'none'!r} is not one of {', '.join(STAGES)}"
     for stage in stages:
         for key in NEEDS[stage]:
             if given[key] is None:
-                return f"{key}: missing, the stage {stage} needs it"
+                return f"{key}: missing, stage {stage} needs it"
     return None
 
 
 def _samples_come_from_one_place(stages, samples) -> str | None:
     if "generate" in stages and samples is not None:
-        return f"samples: {samples!r} are there already: leave generate out of stages, or set null"
+        return f"samples: {samples!r} already exist: remove generate from stages, or set null"
     if "execute" in stages and "generate" not in stages and samples is None:
         return (
-            "samples: missing, nothing to execute: a file of samples (samples.jsonl of an earlier "
-            f"run is one), or {REFERENCE}"
+            "samples: missing, nothing to execute: give a file of samples (such as samples.jsonl "
+            f"of an earlier run), or {REFERENCE}"
         )
     return None
 
@@ -159,18 +166,16 @@ def _numbers_are_usable(generation, k) -> str | None:
     if generation is not None:
         temperatures, top_p = generation["temperatures"], generation["top_p"]
         if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
-            return (
-                f"generation.temperatures: {temperatures} has to be different numbers, 0 or above"
-            )
+            return f"generation.temperatures: must be distinct and at least 0, got {temperatures}"
         if top_p > 1:
-            return f"generation.top_p: {top_p} has to be at most 1, which is off"
+            return f"generation.top_p: must be at most 1 (off), got {top_p}"
     if k is not None and (not k or min(k) < 1):
-        return f"k: {k} has to be numbers of samples, 1 or above"
+        return f"k: must be a list of numbers of at least 1, got {k}"
     return None
 
 
 def check(cfg: DictConfig) -> None:
-    """Everything that can be wrong with a config before a process group or a model exists."""
+    """Check the whole config, before a process group or a model exists."""
     rules = (_stages_have_what_they_need, _samples_come_from_one_place, _numbers_are_usable)
     check_config(cfg, SCHEMA, rules)
 
@@ -192,14 +197,17 @@ class EvalMTPRecipe:
     def setup(self) -> None:
         cfg = self._cfg
         training.set_seed(cfg.seed)
-        # Whatever a user may have mistyped comes first, not after hours of generation.
+        # Read the user's files first, so that a typo is not found after hours of generation.
         if {"generate", "execute"} & set(self._stages):
-            with rank_zero_first():  # who may have to download them
+            with rank_zero_first():  # it may have to download them
                 self._tasks = load_tasks(cfg.task, cfg.source, cfg.split)
         if "generate" in self._stages:
             self._prompts = {task.task_id: task.prompt for task in self._tasks}
         elif "execute" in self._stages:
-            self._samples = self._ready_samples()
+            if cfg.samples == REFERENCE:
+                self._samples = reference_samples(self._tasks)
+            else:
+                self._samples = read_samples(cfg.samples, self._tasks)
         self._texts = {
             stage: read_texts(cfg[stage].source)
             for stage in ("heldout", "decode_speed")
@@ -212,14 +220,14 @@ class EvalMTPRecipe:
             self._setup_model()
         if self._rank == 0:
             self._output_dir.mkdir(parents=True, exist_ok=True)
-            # What an earlier run left here must not look like this one's.
+            # The report of an earlier run must not be taken for this one's.
             for name in REPORTS:
                 (self._output_dir / name).unlink(missing_ok=True)
             clear_exit(self._output_dir)
             OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
 
     def _setup_model(self) -> None:
-        """The model, whole on each rank and in compute precision: ranks share the work."""
+        """Load the model, whole on every rank and in compute precision: ranks split the work."""
         cfg = self._cfg
         checkpoint = Checkpoint(cfg.checkpointer.checkpoint_dir)
         check_same_vocabulary(cfg.tokenizer.path, checkpoint.tokenizer_path)
@@ -231,13 +239,13 @@ class EvalMTPRecipe:
         )
         if drafts and args["n_future_tokens"] == 1:
             raise ValueError(
-                f"{cfg.checkpointer.checkpoint_dir} has one head, which drafts nothing: set "
-                "generation.decoding=plain and leave decode_speed out of stages"
+                f"{cfg.checkpointer.checkpoint_dir} has only one head, so there are no drafts: "
+                "set generation.decoding=plain and remove decode_speed from stages"
             )
         if "generate" in self._stages and cfg.generation.max_new_tokens >= max_seq_len:
             raise ValueError(
                 f"generation.max_new_tokens {cfg.generation.max_new_tokens} leaves no room for a "
-                f"prompt in a context of {max_seq_len} tokens: lower it"
+                f"prompt in a context of {max_seq_len} tokens: reduce it"
             )
         with torch.device("meta"):
             self._model = mtp_llama2(**args)
@@ -248,17 +256,31 @@ class EvalMTPRecipe:
     # ------------------------------------------------------------- generate
 
     def generate(self) -> list[dict]:
-        """Make every sample that ``samples.jsonl`` lacks; returns all of this config's."""
+        """Generate the samples that ``samples.jsonl`` lacks; returns all of the config's."""
         cfg, folder = self._cfg.generation, self._cfg.checkpointer.checkpoint_dir
         fingerprint = fingerprint_checkpoint(folder) if self._rank == 0 else None
-        fingerprint = share_from_rank_zero(fingerprint)  # reading 27 GB may take long
+        fingerprint = share_from_rank_zero(fingerprint)  # reading 27 GB takes a while
         path = self._output_dir / "samples.jsonl"
-        with rank_zero_first():  # which mends what a killed run left half-written
-            store = open_store(path)
-        wanted = list(self._wanted_samples(fingerprint))
+        with rank_zero_first():  # it cuts off a line that a killed run left incomplete
+            store = EvidenceStore(path)
+        # All that shapes a sample besides its task, temperature and seed; ranks and batches do not.
+        settings = {
+            "checkpoint": fingerprint,
+            "dtype": self._cfg.dtype,
+            "max_seq_len": self._model.max_seq_len,
+            **{name: cfg[name] for name in ("top_p", "top_k", "max_new_tokens", "decoding")},
+        }
+        wanted = wanted_samples(
+            self._tasks,
+            settings,
+            temperatures=cfg.temperatures,
+            samples_per_task=cfg.samples_per_task,
+            seed=self._cfg.seed,
+        )
         missing = [(row, task) for row, task in wanted if row["key"] not in store]
-        log_zero(f"generate: {len(wanted)} samples, {len(wanted) - len(missing)} there already")
-        patient_barrier()  # nobody appends before everybody has read
+        done = len(wanted) - len(missing)
+        utils.log_rank_zero(log, f"generate: {len(wanted)} samples, {done} already generated")
+        patient_barrier()  # no rank appends before all have read
         mine = missing[self._rank :: self._world]
         total, shown = len(mine), self._rank == 0
         with progress_bar(desc="generate", total=total, unit="sample", shown=shown) as bar:
@@ -271,43 +293,19 @@ class EvalMTPRecipe:
         patient_barrier()
         if self._rank != 0:
             return []
-        store = EvidenceStore(path)  # the other ranks' rows too
+        store = EvidenceStore(path)  # with the other ranks' rows
         samples = [store[row["key"]] for row, _ in wanted]
         self._report["generation"] = generation_figures(samples)
         return samples
 
-    def _wanted_samples(self, fingerprint: str) -> Iterator[tuple[dict, Task]]:
-        """What names each sample of this config, and its task."""
-        cfg = self._cfg.generation
-        # All that shapes a sample beside its task, temperature and seed. Ranks and batches do not.
-        settings = {
-            "checkpoint": fingerprint,
-            "dtype": self._cfg.dtype,
-            "max_seq_len": self._model.max_seq_len,
-            **{name: cfg[name] for name in ("top_p", "top_k", "max_new_tokens", "decoding")},
-        }
-        for temperature in cfg.temperatures:
-            for task in self._tasks:
-                for sample in range(cfg.samples_per_task):
-                    seed = sample_seed(self._cfg.seed, task.task_id, temperature, sample)
-                    row = {
-                        "key": sample_key(settings, task, temperature, seed),
-                        "task_id": task.task_id,
-                        "sample": sample,
-                        "temperature": temperature,
-                        "seed": seed,
-                        "checkpoint": fingerprint,
-                    }
-                    yield row, task
-
     def _generate_batch(self, batch: list[tuple[dict, Task]], temperature: float) -> list[dict]:
-        """The rows of a batch, filled."""
+        """Complete the rows of a batch."""
         cfg = self._cfg.generation
         texts = [self._prompts[task.task_id] for _, task in batch]
         prompts = [self._tokenizer.encode(text, add_eos=False) for text in texts]
         room = self._model.max_seq_len - cfg.max_new_tokens
         fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        # A prompt that leaves no room has an empty sample, which fails: the report counts them.
+        # A prompt that leaves no room gets an empty sample, which fails; the report counts these.
         rows = [row | {"completion": "", "finish_reason": TOO_LONG} for row, _ in batch]
         made = generate(
             self._model,
@@ -331,18 +329,19 @@ class EvalMTPRecipe:
     # -------------------------------------------------------------- execute
 
     def execute(self, samples: list[dict]) -> None:
-        """Run the tasks' own solutions, then the samples that have no result; on one rank."""
+        """Run the tasks' own solutions, then the samples without a result; on rank 0 only."""
         cfg = self._cfg
-        by_id = {task.task_id: task for task in self._tasks}
-        sampled = [by_id[task_id] for task_id in dict.fromkeys(row["task_id"] for row in samples)]
         workers = cfg.execution.workers or len(os.sched_getaffinity(0))
         with Sandbox(cfg.execution.tier, workers) as sandbox:
             log.info(f"execute: sandbox tier {sandbox.tier}, {workers} workers")
+            run = partial(run_samples, sandbox, self._tasks)
             if cfg.samples == REFERENCE:
-                references = results = self._run(sandbox, samples, "results.jsonl")
+                references = results = run(samples, self._output_dir / "results.jsonl")
             else:
-                references = self._run(sandbox, reference_samples(sampled), "references.jsonl")
-                results = self._run(sandbox, samples, "results.jsonl")
+                by_id = {task.task_id: task for task in self._tasks}
+                sampled = [by_id[name] for name in dict.fromkeys(row["task_id"] for row in samples)]
+                references = run(reference_samples(sampled), self._output_dir / "references.jsonl")
+                results = run(samples, self._output_dir / "results.jsonl")
             self._report |= build_report(
                 task=cfg.task,
                 tasks=self._tasks,
@@ -354,38 +353,6 @@ class EvalMTPRecipe:
                 self_test=sandbox.self_test,
                 machine_factor=sandbox.machine_factor,
             )
-
-    def _ready_samples(self) -> list[dict]:
-        if self._cfg.samples == REFERENCE:
-            return reference_samples(self._tasks)
-        return read_samples(self._cfg.samples, self._tasks)
-
-    def _run(self, sandbox: Sandbox, samples: list[dict], name: str) -> list[dict]:
-        """The results of samples, from the file of that name or by running them."""
-        store = open_store(self._output_dir / name)
-        by_id = {task.task_id: task for task in self._tasks}
-        keys = [result_key(by_id[row["task_id"]], row, sandbox.tier) for row in samples]
-        # What met a fault of the machine is tried again.
-        missing = [
-            i
-            for i, key in enumerate(keys)
-            if key not in store or store[key]["verdict"] == "infrastructure"
-        ]
-        log.info(f"{name}: {len(samples)} programs, {len(samples) - len(missing)} done already")
-        jobs = (
-            (i, by_id[samples[i]["task_id"]].job(samples[i]["completion"], sandbox.machine_factor))
-            for i in missing
-        )
-        verdicts = Counter()
-        with progress_bar(desc=name, total=len(missing), unit="program") as bar:
-            for i, outcome in sandbox.run(jobs):
-                row = {"key": keys[i], "task_id": samples[i]["task_id"]}
-                row |= {"sample": samples[i]["sample"], "temperature": samples[i]["temperature"]}
-                store.append([row | asdict(outcome)])
-                verdicts[outcome.verdict] += 1
-                bar.set_postfix(verdicts, refresh=False)
-                bar.update()
-        return [store[key] for key in keys]
 
     # ------------------------------------------------------------ the heads
 
@@ -403,17 +370,17 @@ class EvalMTPRecipe:
         self._report |= HeldoutSums(*all_reduce_sum(*sums)).result()
 
     def decode_speed(self) -> None:
-        """Plain against self-speculative decoding, greedy, by turns; on one rank."""
+        """Time plain and self-speculative greedy decoding in turn; on rank 0 only."""
         cfg, context = self._cfg.decode_speed, self._model.max_seq_len
-        requests = []
-        for text in self._texts["decode_speed"]:
-            tokens = self._tokenizer.encode(text, add_eos=False)
-            prompt = tokens[: min(cfg.prompt_tokens, len(tokens) // 2, context // 2)]
-            if prompt and len(requests) < cfg.prompts:
-                requests.append(Request(tuple(prompt), seed=0))
+        requests = requests_from_texts(
+            self._tokenizer,
+            self._texts["decode_speed"],
+            n_requests=cfg.prompts,
+            prompt_tokens=min(cfg.prompt_tokens, context // 2),
+        )
         room = context - max((len(request.prompt) for request in requests), default=0)
         if room < cfg.max_new_tokens:
-            log.info(f"decode_speed: {room} new tokens, where the context of {context} ends")
+            log.info(f"decode_speed: only {room} new tokens fit in the context of {context}")
         self._report |= measure_decoding(
             self._model,
             self._tokenizer,
@@ -430,8 +397,9 @@ class EvalMTPRecipe:
     # --------------------------------------------------------------- report
 
     def run(self) -> None:
-        """All stages of the config; after each of them the report has what it found."""
-        self._report = {"settings": resolved(self._cfg), "machine": machine(self._device)}
+        """Run the stages of the config, and write the report after each of them."""
+        machine = describe_machine(self._device, self._world) | code_version()
+        self._report = {"settings": resolved(self._cfg), "machine": machine}
         for stage in self._stages:
             if stage == "generate":
                 self._samples = self.generate()
@@ -448,7 +416,7 @@ class EvalMTPRecipe:
             self.tell()
 
     def tell(self) -> None:
-        """Print the report and send it to the logger."""
+        """Print the report and log it."""
         report = self._report
         if self._cfg.get("metric_logger"):
             logger = config.instantiate(self._cfg.metric_logger)
@@ -464,96 +432,20 @@ class EvalMTPRecipe:
                 print(self._output_dir / name)
 
 
-def reference_samples(tasks: list[Task]) -> list[dict]:
-    """The tasks' own solutions, as samples."""
-    return [
-        {"task_id": task.task_id, "sample": 0, "temperature": None, "completion": task.reference}
-        for task in tasks
-        if task.reference is not None
-    ]
-
-
-def sample_seed(seed: int, task_id: int | str, temperature: float, sample: int) -> int:
-    """A seed for each sample of a run, whatever rank and batch it falls to."""
-    text = f"{seed} {task_id} {float(temperature)} {sample}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
-
-
-def generation_figures(samples: list[dict]) -> dict:
-    """How the samples were made, of all temperatures."""
-    made = [row for row in samples if row["finish_reason"] != TOO_LONG]
-    forwards = sum(row["forwards"] for row in made)
-    accepted = [sum(heads) for heads in zip(*(row["accepted"] for row in made), strict=True)]
-    return {
-        "samples": len(samples),
-        "finish_reasons": dict(Counter(row["finish_reason"] for row in samples)),
-        "tokens": sum(row["tokens"] for row in made),
-        # Without the prefill and the token that it gives.
-        "tokens_per_forward": 1 + sum(accepted) / forwards if forwards else None,
-        "acceptance_per_head": [n / forwards if forwards else None for n in accepted],
-    }
-
-
-def report_metrics(report: dict) -> dict[str, float]:
-    """The figures of a report by names that MLflow takes."""
-    metrics = {}
-    for at in report.get("by_temperature", ()):
-        where = "" if at["temperature"] is None else f"/T{at['temperature']}"
-        metrics |= {f"pass_at_{k}{where}": v["value"] for k, v in at["pass_at_k"].items()}
-    for row in report.get("per_head", ()):
-        names = ("loss", "top1", "top5", "ece")
-        metrics |= {f"heldout/{name}_head_{row['head']}": row[name] for name in names}
-    names = ("acceptance_length", "tokens_per_forward")
-    names += ("plain_tokens_per_s", "self_speculative_tokens_per_s")
-    metrics |= {name: report.get(name) for name in names}
-    return {name: value for name, value in metrics.items() if value is not None}
-
-
-def machine(device: torch.device) -> dict:
-    """What a figure of speed or a limit of time was measured on."""
-    is_cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "ranks": dist.get_world_size(),
-        "python": platform.python_version(),
-        **code_version(),
-    }
-
-
-def open_store(path: Path) -> EvidenceStore:
-    """What is done already, without the half line that a killed run may have left."""
-    store = EvidenceStore(path)
-    if store.dropped_bytes:
-        log.info(f"{path}: {store.dropped_bytes} bytes of an unfinished last line were cut off")
-    return store
-
-
-def log_zero(message: str) -> None:
-    if dist.get_rank() == 0:
-        log.info(message)
-
-
 @parse
 def recipe_main(cfg: DictConfig) -> None:
-    with one_sentence(ValueError, OSError):
+    with exit_with_message(ValueError, OSError):
         check(cfg)
     # Every stage goes on where it was ended: a signal ends it at once.
-    with (
-        StopRequests(output_dir=cfg.output_dir, again="the same command") as stops,
-        exit_code(stops),
-    ):
-        with one_sentence(ValueError, OSError):
-            device, _ = init_process_group(cfg.device)
+    with process_group(cfg, again="the same command") as (device, _, _):
+        with exit_with_message(ValueError, OSError):
             if cfg.get("prepare") and dist.get_rank() == 0:
                 config.instantiate(cfg.prepare)
         patient_barrier()
-        with one_sentence(ValueError, OSError):
+        with exit_with_message(ValueError, OSError):
             recipe = EvalMTPRecipe(cfg, device)
             recipe.setup()
             recipe.run()
-    patient_barrier()  # a rank that leaves early would abort another's gloo threads
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -106,11 +106,11 @@ def test_large_checkpoints_show_a_bar(meta, hf, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{meta}", "{tmp}/meta", "--to", "hf"], "meta is not an empty folder: name a new one"),
+        (["{meta}", "{tmp}/meta", "--to", "hf"], "meta is not an empty folder: give a new one"),
         (["{tmp}/none", "{tmp}/out", "--to", "hf"], "none is no checkpoint"),
         (["{meta}", "{tmp}/out", "--to", "mtp"], "meta is in Meta's format"),
-        (["{hf}", "{tmp}/out", "--to", "mtp", "--n-future-tokens", "1"], "makes 2 or more heads"),
-        (["{hf}", "{tmp}/out", "--to", "hf", "--n-future-tokens", "4"], "belongs to --to mtp"),
+        (["{hf}", "{tmp}/out", "--to", "mtp", "--n-future-tokens", "1"], "must be at least 2"),
+        (["{hf}", "{tmp}/out", "--to", "hf", "--n-future-tokens", "4"], "requires --to mtp"),
         (["{meta}", "{meta}/params.json", "--to", "hf"], "params.json is not an empty folder"),
     ],
 )

@@ -220,5 +220,5 @@ def test_folder_is_made_once_and_foreign_folders_stay(assets, tmp_path):
     with pytest.raises(ValueError, match="holds files that the quickstart did not make: name"):
         prepare_critic_stdlib(str(tmp_path), vocab_size=1024, max_tokens=96, seed=0)
     assert (tmp_path / "thesis.tex").exists()
-    with pytest.raises(ValueError, match="max_tokens is 20: at least 30 are needed"):
+    with pytest.raises(ValueError, match="max_tokens must be at least 30, got 20"):
         prepare_critic_stdlib(str(tmp_path / "new"), vocab_size=1024, max_tokens=20, seed=0)

@@ -222,7 +222,7 @@ def test_a_failed_training_is_one_sentence(assets, monkeypatch):
     shutil.rmtree(assets / "model")
     failed = subprocess.CompletedProcess([], 3)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    message = r"model ended with exit code 3; what it said stands above\. By itself: .*tune run -"
+    message = r"model failed with exit code 3; its output is above\. To run it alone: .*tune run -"
     with pytest.raises(ValueError, match=message):
         prepare_functions(str(assets), **ARGUMENTS)
 

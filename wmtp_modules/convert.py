@@ -16,7 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m wmtp_modules.convert",
         description="Convert a checkpoint folder. Runs on the CPU, tensor by tensor from the "
-        "mapped file; the dtype stays as stored.",
+        "memory-mapped file; the dtype stays as stored.",
         epilog="SRC is a folder in Meta's format (params.json, consolidated.pth, tokenizer.model) "
         "or a Hugging Face Llama (config.json, safetensors, tokenizer.model).",
     )
@@ -26,9 +26,9 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         required=True,
         choices=("meta", "hf", "mtp"),
-        help="meta: Meta's format with the heads SRC has. hf: an ordinary Hugging Face Llama of "
-        "trunk and head 0, for transformers and vLLM. mtp: the start of a multi-token model in "
-        "Meta's format, from a Hugging Face Llama whose last block is copied into the extra heads",
+        help="meta: Meta's format with the heads of SRC. hf: an ordinary Hugging Face Llama of "
+        "trunk and head 0, for transformers and vLLM. mtp: a multi-token starting model in Meta's "
+        "format, made from a Hugging Face Llama by copying its last block into the extra heads",
     )
     parser.add_argument(
         "--n-future-tokens",
@@ -52,13 +52,15 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
         One line that says what was written.
 
     Raises:
-        ValueError: if ``dst`` is not empty, ``src`` is no sound checkpoint or has extra heads
-            already, or ``n_future_tokens`` does not fit.
+        ValueError: if ``dst`` is not empty, ``src`` is not a valid checkpoint or already has extra
+            heads, or ``n_future_tokens`` does not fit.
     """
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise ValueError(f"{dst} is not an empty folder: name a new one")
+        raise ValueError(f"{dst} is not an empty folder: give a new one")
     if to != "mtp" and n_future_tokens is not None:
-        raise ValueError("--n-future-tokens belongs to --to mtp: the heads are SRC's otherwise")
+        raise ValueError(
+            "--n-future-tokens requires --to mtp: otherwise the heads are those of SRC"
+        )
     if to == "mtp":
         if (src / "params.json").exists():
             raise ValueError(
@@ -66,7 +68,9 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
             )
         n_future_tokens = 4 if n_future_tokens is None else n_future_tokens
         if n_future_tokens < 2:
-            raise ValueError(f"--n-future-tokens {n_future_tokens}: --to mtp makes 2 or more heads")
+            raise ValueError(
+                f"--n-future-tokens must be at least 2 with --to mtp, got {n_future_tokens}"
+            )
     checkpoint = Checkpoint(src, n_future_tokens)
     keys = [
         key for key in parameter_shapes(checkpoint.args) if to != "hf" or not is_extra_head(key)
@@ -87,7 +91,7 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line; returns the exit code."""
     args = _parser().parse_args(argv)
     try:
         print(convert(args.src, args.dst, to=args.to, n_future_tokens=args.n_future_tokens))

@@ -77,7 +77,7 @@ def test_hub_splits(tokenizer, tmp_path, monkeypatch):
     [
         ({"task_id": "601"}, "task_id is '601', not an integer"),
         ({"test_list": "assert"}, "test_list is not a list of strings"),
-        ({"test_list": []}, "test_list is not a list of strings"),
+        ({"test_list": []}, "test_list is empty"),
         ({"code": ""}, "code is empty"),
         ({"text": None}, "text is missing"),
     ],
@@ -88,7 +88,7 @@ def test_bad_tasks(tokenizer, make_jsonl, changes, why):
 
 
 def test_a_source_of_test_tasks_only_trains_nothing(tokenizer, make_jsonl):
-    with pytest.raises(ValueError, match=r"no row is left .* 2 tasks of other splits"):
+    with pytest.raises(ValueError, match=r"no row remains .* 2 tasks of other splits"):
         mbpp_dataset(tokenizer, source=make_jsonl(task(11), task(510)))
 
 

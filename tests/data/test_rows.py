@@ -106,7 +106,7 @@ def test_bad_row_is_named_by_file_and_line(tokenizer, make_jsonl, report, line, 
     assert decoded(tokenizer, rows) == ["good"]
     assert "1 bad rows (rows.jsonl:3: " in report()
     assert why in report()
-    with pytest.raises(ValueError, match=r"bad\.jsonl holds no valid row: bad\.jsonl:1: ") as info:
+    with pytest.raises(ValueError, match=r"bad\.jsonl has no valid row: bad\.jsonl:1: ") as info:
         rows_dataset(tokenizer, source=make_jsonl(line, name="bad.jsonl"))
     assert why in str(info.value)
 
@@ -120,10 +120,10 @@ def test_only_five_bad_rows_are_shown(tokenizer, make_jsonl, report):
 def test_one_file_of_a_folder_without_a_valid_row_is_an_error(tokenizer, make_jsonl, tmp_path):
     make_jsonl({"text": "good"}, name="data/a.jsonl")
     make_jsonl({"text": ""}, name="data/b.jsonl")
-    with pytest.raises(ValueError, match=r"b\.jsonl holds no valid row: b\.jsonl:1: text is empty"):
+    with pytest.raises(ValueError, match=r"b\.jsonl has no valid row: b\.jsonl:1: text is empty"):
         rows_dataset(tokenizer, source=str(tmp_path / "data"))
     (tmp_path / "data/b.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"b\.jsonl holds no valid row: it is empty"):
+    with pytest.raises(ValueError, match=r"b\.jsonl has no valid row: it is empty"):
         rows_dataset(tokenizer, source=str(tmp_path / "data"))
 
 
@@ -158,20 +158,22 @@ def test_missing_and_unusable_sources(tokenizer, tmp_path, monkeypatch):
     for name in ("data/none.jsonl", "/nowhere/at-all", "./none", "none"):
         with pytest.raises(ValueError, match=r"does not exist: give a local .* hub name"):
             rows_dataset(tokenizer, source=name)
-    with pytest.raises(ValueError, match="holds no supported file"):
+    with pytest.raises(ValueError, match="has no supported file"):
         rows_dataset(tokenizer, source=str(tmp_path))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="owner/name is no local path, and as a Hugging Face"):
+    with pytest.raises(
+        ValueError, match="owner/name is not a local path, and cannot be read as a Hugging Face"
+    ):
         rows_dataset(tokenizer, source="owner/name")
 
 
 def test_arguments_are_checked(tokenizer, tiny_tokenizer_path, make_jsonl):
     source = make_jsonl({"text": "a"})
-    with pytest.raises(ValueError, match="split is 'test': train or validation"):
+    with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
         rows_dataset(tokenizer, source=source, split="test")
-    with pytest.raises(ValueError, match="validation_fraction is 1"):
+    with pytest.raises(ValueError, match=r"validation_fraction must be .* got 1"):
         rows_dataset(tokenizer, source=source, validation_fraction=1)
-    with pytest.raises(ValueError, match="no validation split of its own: set validation_fraction"):
+    with pytest.raises(ValueError, match="no validation split: set validation_fraction"):
         rows_dataset(tokenizer, source=source, split="validation")
     with pytest.raises(ValueError, match=r"tokenizer\.max_seq_len is None"):
         rows_dataset(llama2_tokenizer(str(tiny_tokenizer_path)), source=source)
@@ -179,10 +181,10 @@ def test_arguments_are_checked(tokenizer, tiny_tokenizer_path, make_jsonl):
 
 def test_nothing_left_names_the_reasons(tokenizer, make_jsonl):
     source = make_jsonl({"prompt": "p", "response": "word " * 100})
-    with pytest.raises(ValueError, match=r"no row is left to use.*1 rows longer than max_seq_len"):
+    with pytest.raises(ValueError, match=r"no row remains.*1 rows longer than max_seq_len"):
         rows_dataset(tokenizer, source=source)
     # A failed attempt leaves nothing behind that a later one would take for a result.
-    with pytest.raises(ValueError, match="no row is left to use"):
+    with pytest.raises(ValueError, match="no row remains"):
         rows_dataset(tokenizer, source=source)
 
 

@@ -81,12 +81,6 @@ def test_wrong(expected, actual, why):
     assert re.search(re.escape(why), compare_outputs(expected, actual))
 
 
-def test_case_counts_unless_it_is_told_not_to():
-    assert not right("YES", "Yes")
-    assert right("YES", "Yes", ignore_case=True)
-    assert not right("YES", "No", ignore_case=True)
-
-
 @pytest.mark.parametrize(
     ("expected", "actual"),
     [

@@ -385,19 +385,19 @@ GOOD = {"task_id": 601, "completion": "x"}
         ({"task_id": 601, "completion": "", "sample": "0"}, "sample is '0', not an integer"),
         (
             {"task_id": 601, "completion": "", "sample": 0},
-            "these are samples of several checkpoints",
+            "the file mixes samples of several checkpoints",
         ),
         (
             {"task_id": 601, "completion": "", "checkpoint": "b"},
-            "these are samples of several checkpoints",
+            "the file mixes samples of several checkpoints",
         ),
         ({"task_id": 601}, "completion is missing, the row has task_id"),
         ({"task_id": 601, "completion": None}, "completion is missing"),
         ({"task_id": 601, "completion": ["x"]}, "completion is list, not a string"),
         ({}, "task_id is missing, the row has no field"),
         ([1], "not an object"),
-        (b'{"task_id": 601, "comple', "not JSON, or cut off"),
-        (b'{"task_id": 601, "completion": "\xff"}', "not JSON, or cut off"),
+        (b'{"task_id": 601, "comple', "not JSON, or truncated"),
+        (b'{"task_id": 601, "completion": "\xff"}', "not JSON, or truncated"),
     ],
 )
 def test_bad_samples(write, bad, why):
@@ -417,5 +417,5 @@ def test_no_samples(write, tmp_path):
     with pytest.raises(ValueError, match=r"samples.jsonl is empty: give rows"):
         read_samples(write(b"\n"), [mbpp(601)])
     for missing in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(ValueError, match=r"is no file: give a .jsonl file, or 'reference'"):
+        with pytest.raises(ValueError, match=r"is not a file: give a .jsonl file, or 'reference'"):
             read_samples(missing, [mbpp(601)])

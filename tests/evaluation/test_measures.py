@@ -388,7 +388,7 @@ def test_files_that_are_none(write, tmp_path):
         read_texts(write(b"\n"))
     with pytest.raises(ValueError, match=r"held\.txt is neither \.jsonl nor \.parquet: give a"):
         read_texts(write(b"text", "held.txt"))
-    with pytest.raises(ValueError, match=r"gone\.jsonl is no file: give a \.jsonl or"):
+    with pytest.raises(ValueError, match=r"gone\.jsonl is not a file: give a \.jsonl or"):
         read_texts(str(tmp_path / "gone.jsonl"))
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         read_texts(str(tmp_path))

@@ -23,7 +23,6 @@ def check_counts(generations, n_heads=4):
     for g in generations:
         assert len(g.tokens) == 1 + g.forwards + sum(g.accepted)
         assert sorted(g.accepted, reverse=True) == g.accepted
-        assert g.drafted == [g.forwards] * (n_heads - 1)
 
 
 @pytest.fixture(params=["random", "trained"])
@@ -39,7 +38,7 @@ def test_self_speculative_equals_plain_token_for_token(model, requests, decode, 
     assert [g.text for g in fast] == [g.text for g in plain]
     check_counts(fast)
     for g in plain:
-        assert (g.forwards, g.drafted, g.accepted) == (len(g.tokens) - 1, [0] * 3, [0] * 3)
+        assert (g.forwards, g.accepted) == (len(g.tokens) - 1, [0] * 3)
 
 
 def test_training_makes_forwards_fewer(trained_model, requests, decode):
@@ -262,12 +261,12 @@ def test_plain_decoding_runs_head_0_only(random_model, requests, decode, monkeyp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(decoding="fast"), "decoding is 'fast': choose one of plain, self_speculative"),
-        (dict(max_new_tokens=0), "max_new_tokens 0 must be at least 1"),
-        (dict(stop="\n"), r"stop is '\\n': it must be a tuple of strings"),
+        (dict(decoding="fast"), "decoding must be one of plain, self_speculative, got 'fast'"),
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+        (dict(stop="\n"), r"stop must be a tuple of non-empty strings, got '\\n'"),
         (dict(stop=("a", "")), "none of them empty"),
         (dict(dtype=torch.bfloat16), "dtype is torch.bfloat16 and the model's parameters are"),
-        (dict(temperature=-1.0), "temperature -1.0 must be"),
+        (dict(temperature=-1.0), "temperature must be"),
         (dict(max_new_tokens=126), r"request 0 has 3 tokens, .* max_new_tokens 126 .*_len 128"),
         (dict(requests=[Request((1,), 0), Request((), 0)]), "request 1 has no tokens"),
         (dict(requests=[Request((1, 512), 0)]), r"request 0 has ids outside .* vocabulary of 512"),
@@ -283,7 +282,7 @@ def test_errors(random_model, decode, changes, message):
 def test_a_model_with_one_head_cannot_draft(tiny_model_args, decode):
     model = mtp_llama2(**tiny_model_args | {"n_future_tokens": 1})
     request = [Request((1, 2, 3), 0)]
-    with pytest.raises(ValueError, match="this model has one head only: use decoding plain"):
+    with pytest.raises(ValueError, match="this model has only one: set decoding to plain"):
         decode.one(model, request)
     assert decode.one(model, request, "plain")[0].accepted == []
 
@@ -292,5 +291,5 @@ def test_a_model_with_one_head_cannot_draft(tiny_model_args, decode):
 def test_logits_that_are_not_finite_stop_the_run(random_model, requests, decode, temperature):
     with torch.no_grad():
         random_model.output.proj.weight[7] = float("nan")
-    with pytest.raises(ValueError, match=r"logits behind token \d+ are not finite"):
+    with pytest.raises(ValueError, match=r"logits after token \d+ are not finite"):
         decode.one(random_model, requests, temperature=temperature)

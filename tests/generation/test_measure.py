@@ -97,8 +97,8 @@ def test_one_token_has_no_forward_to_measure(trained_model, tokenizer, requests)
     ("changes", "message"),
     [
         (dict(requests=[]), "no requests to measure"),
-        (dict(batch_size=0), "batch_size 0 and repeats 2 must be at least 1"),
-        (dict(repeats=0), "batch_size 2 and repeats 0 must be at least 1"),
+        (dict(batch_size=0), "batch_size and repeats must be at least 1, got 0 and 2"),
+        (dict(repeats=0), "batch_size and repeats must be at least 1, got 2 and 0"),
     ],
 )
 def test_errors(trained_model, tokenizer, changes, message):

@@ -16,6 +16,8 @@ from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import ConfigError
+from wmtp_modules.evaluation import execution
+from wmtp_modules.evaluation.samples import generation_figures
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.sandbox.jobs import SandboxError
@@ -162,16 +164,19 @@ def test_shipped_configs_pass_the_check(recipe, path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"stages": ["generate", "exekute"]}, r"stages: 'exekute' is none of generate, execute"),
-        ({"stages": []}, "stages: 'none' is none of"),
+        ({"stages": ["generate", "exekute"]}, r"stages: 'exekute' is not one of generate, execute"),
+        ({"stages": []}, "stages: 'none' is not one of"),
         ({"stages": ["execute"]}, "samples: missing, nothing to execute"),
-        ({"samples": "reference"}, "samples: 'reference' are there already"),
-        ({"checkpointer": None, "tokenizer": None}, "checkpointer: missing, the stage generate"),
-        ({"generation": {"temperatures": []}}, "generation.temperatures: .* different numbers"),
+        ({"samples": "reference"}, "samples: 'reference' already exist"),
+        ({"checkpointer": None, "tokenizer": None}, "checkpointer: missing, stage generate"),
+        (
+            {"generation": {"temperatures": []}},
+            "generation.temperatures: must be distinct and at least 0",
+        ),
         ({"generation": {"temperatures": [0.5, 0.5]}}, "generation.temperatures"),
         ({"generation": {"temperatures": [-1.0]}}, "generation.temperatures"),
-        ({"generation": {"top_p": 1.5}}, "generation.top_p: 1.5 has to be at most 1"),
-        ({"k": [0]}, r"k: \[0\] has to be numbers"),
+        ({"generation": {"top_p": 1.5}}, r"generation.top_p: must be at most 1 .*, got 1.5"),
+        ({"k": [0]}, r"k: must be a list of numbers of at least 1, got \[0\]"),
         ({"generation": {"temperature": 1.0}}, "generation.temperature: unknown key"),
         ({"task": "humaneva"}, "task: has to be one of 'mbpp'"),
     ],
@@ -250,19 +255,19 @@ def test_one_head_drafts_nothing(run, tmp_path, tiny_tokenizer_path):
     init_weights_(model, seed=3)
     one = tmp_path / "one"
     save_meta(model, one, tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
-    with pytest.raises(ValueError, match="has one head, which drafts nothing"):
+    with pytest.raises(ValueError, match="has only one head, so there are no drafts"):
         run(checkpointer__checkpoint_dir=one)
     report, _ = run(checkpointer__checkpoint_dir=one, generation__decoding="plain")
     assert report["generation"]["acceptance_per_head"] == []
 
 
-def test_generation_figures_are_sums_over_samples(recipe):
+def test_generation_figures_are_sums_over_samples():
     rows = [
         {"finish_reason": "eos", "tokens": 7, "forwards": 2, "accepted": [2, 1, 1]},
         {"finish_reason": "length", "tokens": 5, "forwards": 4, "accepted": [0, 0, 0]},
         {"finish_reason": "prompt_too_long"},
     ]
-    figures = recipe.generation_figures(rows)
+    figures = generation_figures(rows)
     assert figures["tokens_per_forward"] == pytest.approx((7 + 5 - 2) / 6)
     assert figures["acceptance_per_head"] == pytest.approx([2 / 6, 1 / 6, 1 / 6])
     assert (figures["samples"], figures["tokens"]) == (3, 12)
@@ -332,12 +337,12 @@ def test_ready_made_samples(run, tier, tmp_path):
         assert (out / name).stat().st_size > 0
 
 
-def test_nothing_is_executed_twice(run, recipe, tier, monkeypatch):
+def test_nothing_is_executed_twice(run, tier, monkeypatch):
     _, out = run(stages="[execute]", samples="reference")
     results = (out / "results.jsonl").read_bytes()
     assert len(results.splitlines()) == 3
     started = []
-    monkeypatch.setattr(recipe, "asdict", lambda outcome: started.append(1) or asdict(outcome))
+    monkeypatch.setattr(execution, "asdict", lambda o: started.append(1) or asdict(o))
     run(stages="[execute]", samples="reference")
     assert started == []
     lines = results.splitlines(keepends=True)
@@ -402,7 +407,7 @@ def test_bad_samples_are_one_sentence(run, tier, tmp_path, rows, message):
 def test_an_earlier_report_outlives_a_typo_and_no_failing_run(run, recipe, tmp_path, monkeypatch):
     _, out = run(stages="[heldout]")
     for mistyped in ("heldout__source", "decode_speed__source"):
-        with pytest.raises(ValueError, match="is no file"):
+        with pytest.raises(ValueError, match="is not a file"):
             run(stages="[heldout,decode_speed]", **{mistyped: tmp_path / "none.jsonl"})
         assert (out / "report.json").exists()
 

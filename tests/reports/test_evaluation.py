@@ -197,8 +197,8 @@ def test_files(tmp_path, full):
         "| sandbox self-test | network yes |",
         "| settings: temperatures | 0.1, 0.8 |",
         "| machine | 2 cores |",
-        "1 sample met a fault of this machine",
-        "1 problem came without a Python 3 solution",
+        "1 sample not counted: a fault of this machine",
+        "1 problem without a Python 3 solution",
         "| 3 | 897 | 4.0000 | 30.0% | 60.0% | 0.0500 |",
         "| keyword | 25.0% | 1.0000 |  |",
         "Acceptance length 2.35: one and",
@@ -233,7 +233,7 @@ def test_a_difference_in_decoding_comes_with_its_gap(tmp_path):
     write_report({**DECODING, "identical": False, "differences": gaps}, tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert "| same text as plain decoding | no |" in page
-    assert "| places where they part, largest logit gap | 3, 0.2500 |" in page
+    assert "| differences, largest logit gap | 3, 0.2500 |" in page
 
 
 def test_what_was_there_stays_if_writing_fails(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_functions_without_a_body_are_the_programs_and_helpers_the_contexts(sand
         ("def f(x):\n    return x", "wrong", "assert f(1) == 2"),
         ("def f(x):\n\n    raise KeyError(x)", "crash", "KeyError: 1 (line 3 of the program)"),
         ("def f(x: return", "crash", "SyntaxError"),
-        ("def g(x): pass", "crash", "the program defines no f"),
+        ("def g(x): pass", "crash", "the program does not define f"),
         ("def f(x): return None", "wrong", "assert f(1) == 2"),
         ("import socket\nsocket.socket()", "policy", "PermissionError"),
     ],
@@ -147,7 +147,7 @@ def test_a_script_may_read_and_write_named_files(sandbox):
     program = "with open('out.txt', 'w') as f:\n    f.write(open('in.txt').read() * 2)\n"
     job = StdinJob(program, (("ab ", "ab ab"), ("c ", "c c")), same_words, "in.txt", "out.txt")
     assert run_one(sandbox, job).verdict == "pass"
-    with pytest.raises(ValueError, match="names no file in the scratch folder"):
+    with pytest.raises(ValueError, match="is not a file name in the scratch folder"):
         StdinJob("", job.cases, same_words, input_file="../in.txt")
     with pytest.raises(ValueError, match="without cases would pass unseen"):
         StdinJob("", (), same_words)
@@ -266,9 +266,9 @@ def test_without_a_kernel_that_helps_auto_refuses_and_names_what_to_install(monk
 
 
 def test_what_is_no_tier_and_no_number_of_workers():
-    with pytest.raises(SandboxError, match=r"no tier is called 'docker': take auto, bubblewrap"):
+    with pytest.raises(SandboxError, match=r"there is no tier 'docker': use auto, bubblewrap"):
         Sandbox("docker")
-    with pytest.raises(SandboxError, match="0 workers run nothing"):
+    with pytest.raises(SandboxError, match="workers must be at least 1, got 0"):
         Sandbox("auto", 0)
 
 
@@ -453,7 +453,7 @@ def test_a_message_that_cannot_be_written_is_a_wrong_answer(sandbox):
     outcome = run_one(sandbox, job)
     assert (outcome.verdict, outcome.detail.splitlines()[0]) == (
         "wrong",
-        "AssertionError (its message cannot be written)",
+        "AssertionError (its message cannot be printed)",
     )
 
 

@@ -215,7 +215,9 @@ def test_a_damaged_part_is_named_and_scored_again(tmp_path, damage, caplog):
     else:
         size = {"half": len(sound[path.name]) // 2, "almost_all": -20, "empty": 0}[damage]
         path.write_bytes(sound[path.name][:size])
-    with pytest.raises(ValueError, match=r"part-000002.arrow .* score again, sound parts are kept"):
+    with pytest.raises(
+        ValueError, match=r"part-000002.arrow .* score again, intact parts are kept"
+    ):
         ScoreTable.open(tmp_path, FINGERPRINT, rows)
     scored = []
     build(tmp_path, rows, lambda batch: scored.extend(batch) or score(batch))
@@ -259,7 +261,7 @@ def test_other_rows_are_refused(tmp_path):
     build(tmp_path, rows)
     with pytest.raises(ValueError, match="rows: the table has 23, this run 22"):
         ScoreTable.open(tmp_path, FINGERPRINT, rows.select(range(22)))
-    with pytest.raises(ValueError, match="holds 4 rows"):  # as many rows, other lengths
+    with pytest.raises(ValueError, match="has 4 rows"):  # as many rows, other lengths
         ScoreTable.open(tmp_path, FINGERPRINT, make_rows(seed=1))
     with pytest.raises(ValueError, match="no rows to score"):
         build(tmp_path / "empty", rows.select([]))
@@ -422,7 +424,7 @@ def test_one_flipped_bit_is_found_and_its_part_scored_again(tmp_path, share, cap
     part = tmp_path / "part-000002.arrow"
     flip(part, int(share * part.stat().st_size))
     with pytest.raises(
-        ValueError, match=r"part-000002\.arrow is damaged.*score again, sound parts"
+        ValueError, match=r"part-000002\.arrow is damaged.*score again, intact parts"
     ):
         ScoreTable.open(tmp_path, FINGERPRINT, rows)
     scored = []
@@ -462,7 +464,7 @@ def test_a_manifest_that_is_older_than_its_parts_is_written_again(tmp_path):
     record = json.loads((tmp_path / "manifest.json").read_text())
     del record["parts"]  # as an earlier version wrote it
     (tmp_path / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"manifest\.json does not hold the hashes of its 6 parts"):
+    with pytest.raises(ValueError, match=r"manifest\.json lacks the hashes of its 6 parts"):
         ScoreTable.open(tmp_path, FINGERPRINT, rows)
     build(tmp_path, rows, None)
     assert_complete(tmp_path, rows)
@@ -482,7 +484,7 @@ def test_a_damaged_record_is_one_error(tmp_path, name, key, value):
     record = json.loads((tmp_path / name).read_text())
     (tmp_path / name).write_text(json.dumps(record | {key: value}))
     read = build if name == "fingerprint.json" else open_table
-    with pytest.raises(ValueError, match=rf"{name} is damaged, so what the scores beside it"):
+    with pytest.raises(ValueError, match=rf"{name} is damaged, so the scores next to it"):
         read(tmp_path, rows)
 
 

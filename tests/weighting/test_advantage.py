@@ -204,9 +204,9 @@ def test_advantages_are_needed_and_losses_are_not(packed):
     ("wrong", "match"),
     [
         ({"advantage": "mc"}, "weighting.advantage 'mc' is not one of td, gae"),
-        ({"lam": 1.5}, "weighting.lam 1.5 must be between 0 and 1"),
+        ({"lam": 1.5}, "weighting.lam must be between 0 and 1, got 1.5"),
         ({"name": "rho1"}, "weighting.name 'rho1' is not one of critic"),
-        ({"temperature": 0}, "weighting.temperature 0 must be above 0"),
+        ({"temperature": 0}, "weighting.temperature must be above 0, got 0"),
         ({"w_min": 2.0}, "w_min"),
     ],
 )

@@ -3,13 +3,7 @@
 import torch
 
 from wmtp_modules.weighting.calibrate import calibrate
-from wmtp_modules.weighting.controls import (
-    dft_weights,
-    random_keys,
-    random_scores,
-    shuffle_scores,
-    uniform,
-)
+from wmtp_modules.weighting.controls import dft_weights, random_keys, shuffle_scores
 
 
 def keys(step=0, seed=0, B=3, T=40):
@@ -60,13 +54,6 @@ def test_random_keys_depend_on_seed_and_step_only():
     assert not torch.equal(keys(step=3, seed=1), keys(step=4, seed=1))
 
 
-def test_random_scores_belong_to_the_target_token():
-    keys_BT = keys()
-    scores_BTK = random_scores(keys_BT, 4)
-    for k in range(4):
-        assert torch.equal(scores_BTK[:, : 40 - k - 1, k], keys_BT[:, k + 1 :])
-
-
 def test_dft_is_the_calibrated_probability_also_where_fp32_underflows(packed_case):
     losses_BTK, mask_BTK, _ = packed_case()
     losses_BTK = losses_BTK.abs()
@@ -82,8 +69,3 @@ def test_dft_is_the_calibrated_probability_also_where_fp32_underflows(packed_cas
         rtol=1e-3,
         atol=1e-4,
     )
-
-
-def test_uniform_is_one_on_the_mask(packed_case):
-    _, mask_BTK, _ = packed_case()
-    assert torch.equal(uniform(mask_BTK), mask_BTK.float())

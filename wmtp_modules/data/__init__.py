@@ -1,4 +1,4 @@
-"""Data: sources, tokenising, contamination guard, packing. Exported are the names of a YAML."""
+"""Data: sources, tokenising, contamination guard, packing. Exports what a YAML may name."""
 
 from wmtp_modules.data.code_contests import code_contests_dataset
 from wmtp_modules.data.mbpp import mbpp_dataset

@@ -7,10 +7,10 @@ from typing import Any
 import datasets
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.data.rows import Sample, build_rows, text_field
-from wmtp_modules.data.sources import BadRow
+from wmtp_modules.data.rows import Sample, build_rows
+from wmtp_modules.data.sources import BadRow, text_field
 
-PYTHON3 = 3  # of the data set's language codes: 1 Python 2, 2 C++, 3 Python 3, 4 Java
+PYTHON3 = 3  # the data set's language codes: 1 Python 2, 2 C++, 3 Python 3, 4 Java
 REWARDS = {"solutions": 1.0, "incorrect_solutions": 0.0}
 
 
@@ -24,30 +24,25 @@ def code_contests_dataset(
     max_solutions: int = 16,
     incorrect: bool = False,
 ) -> datasets.Dataset:
-    """Tokenised CodeContests problems with their Python 3 solutions, one row each.
+    """Tokenised CodeContests problems, one row for each Python 3 solution.
 
     Args:
-        tokenizer: its ``max_seq_len`` is the length beyond which a row is dropped.
         source: hub name (``deepmind/code_contests``), or a local file or folder in its row shape:
-            name, description, solutions {language[], solution[]}, and incorrect_solutions alike.
-        split: "train" or "validation".
-        seed: deals problems to the splits and draws the solutions.
-        validation_fraction: share of the problems held out; a source with a validation split of
-            its own keeps that.
-        max_solutions: most solutions of one problem, and most incorrect ones; some have hundreds.
-        incorrect: the solutions that failed come along, so that a problem has good and bad
-            responses. A text that a problem lists as both is neither: it is dropped, and no
-            count names it.
+            name, description, solutions {language[], solution[]}, and incorrect_solutions in the
+            same form.
+        seed: assigns problems to the splits and draws the solutions.
+        max_solutions: most correct and most incorrect solutions of a problem; some have hundreds.
+        incorrect: include failed solutions, so that a problem has good and bad responses. A text
+            that a problem lists as both is dropped without being counted.
+
+    The other arguments, and the errors, are those of ``rows_dataset``.
 
     Returns:
         Rows ``tokens``, ``keep``, ``reward`` (1.0 correct, 0.0 incorrect), ``problem_id`` (the
         problem's name), ``prompt`` and ``response``.
-
-    Raises:
-        ValueError: if the source is missing or unusable, or no row is left.
     """
     if max_solutions < 1:
-        raise ValueError(f"max_solutions is {max_solutions}: at least 1 is needed")
+        raise ValueError(f"max_solutions must be at least 1, got {max_solutions}")
     fields = tuple(REWARDS) if incorrect else ("solutions",)
     return build_rows(
         tokenizer,
@@ -63,7 +58,7 @@ def code_contests_dataset(
 
 
 def code_contests_prompt(description: str) -> str:
-    """A problem as the model reads it, up to where its code begins on a line of its own."""
+    """A problem as the model reads it; its code starts on a new line."""
     return description if description.endswith("\n") else description + "\n"
 
 

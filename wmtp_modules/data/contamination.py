@@ -1,8 +1,8 @@
-"""Keep evaluation tasks out of training data: MBPP's test tasks and HumanEval, found by content.
+"""Finds evaluation tasks (MBPP's test set, HumanEval) in training data, by content.
 
-A task is its description as a list of lower-case alphanumeric words. A text contains the task when
-these words stand in it one after the other, whatever the template, layout or file around them,
-also when the text is a string inside JSON. Code alone, without the description, is not found.
+A task is represented by its description as a list of lower-case alphanumeric words. A text contains
+the task if it has these words in sequence, whatever the template, layout or file around them, even
+in a string inside JSON. Code alone, without the description, is not found.
 ``eval_prompts.json`` holds hashes only; ``make_eval_prompts`` makes it.
 """
 
@@ -13,14 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 
 HASHES = Path(__file__).with_name("eval_prompts.json")
-ANCHOR = 4  # words; long enough to be rare, shorter than the shortest description
+ANCHOR = 4  # words: enough to be rare, fewer than the shortest description
 
 _WORD = re.compile(r"[a-z0-9]+")
 _JSON_ESCAPE = re.compile(r'\\[nrt"]')
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case alphanumeric words of a text; the letter of a JSON escape is none of a word."""
+    """Lower-case alphanumeric words of a text; the letter of a JSON escape is not part of one."""
     return _WORD.findall(_JSON_ESCAPE.sub(" ", text).lower())
 
 
@@ -30,11 +30,7 @@ def hash_words(words: list[str]) -> str:
 
 
 class EvaluationGuard:
-    """Finds evaluation tasks in texts.
-
-    Args:
-        path: hashes as ``make_eval_prompts`` writes them.
-    """
+    """Finds evaluation tasks in texts, by the hashes of ``make_eval_prompts``."""
 
     def __init__(self, path: Path = HASHES) -> None:
         items = json.loads(path.read_text())["items"]
@@ -42,8 +38,8 @@ class EvaluationGuard:
         self._by_anchor: dict[str, list[tuple[str, int, str]]] = {}
         for task_id, n_words, _, anchor, full in items:
             self._by_anchor.setdefault(anchor, []).append((task_id, n_words, full))
-        # Hashing a distinct word once, and four words only behind a known first word, lets the
-        # scan run at the speed of a loop over words.
+        # Hashing each distinct word once, and four words only after a known first word, makes the
+        # scan as fast as a loop over words.
         self._is_first = lru_cache(1 << 20)(lambda word: hash_words([word]) in firsts)
 
     def find(self, text: str) -> str | None:

@@ -3,7 +3,7 @@
     python -m wmtp_modules.data.make_eval_prompts --mbpp mbpp.jsonl sanitized-mbpp.json \\
         --humaneval HumanEval.jsonl > eval_prompts.json
 
-and put the result in the place of ``wmtp_modules/data/eval_prompts.json``.
+Replace ``wmtp_modules/data/eval_prompts.json`` with the result.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from wmtp_modules.data.contamination import ANCHOR, hash_words, words_of
 
 MBPP_TEST_IDS = range(11, 511)
-# A HumanEval description of fewer words ("Add two numbers x and y") also stands in innocent code
+# A HumanEval description of fewer words ("Add two numbers x and y") also occurs in unrelated code
 # and counts only together with the signature.
 MIN_DESCRIPTION_WORDS = 12
 
@@ -24,7 +24,7 @@ MIN_DESCRIPTION_WORDS = 12
 def humaneval_words(task: dict) -> list[list[str]]:
     """Words that identify a HumanEval task: its description up to the examples.
 
-    A short description is preceded by the signature, as it is and without annotations.
+    A short description is preceded by the signature, with and without annotations.
     """
     tree = ast.parse(task["prompt"] + "\n    pass\n")
     function = next(

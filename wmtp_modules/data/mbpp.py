@@ -5,10 +5,10 @@ from functools import partial
 import datasets
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.data.rows import Sample, build_rows, text_field
-from wmtp_modules.data.sources import BadRow
+from wmtp_modules.data.rows import Sample, build_rows
+from wmtp_modules.data.sources import BadRow, strings_field, text_field
 
-# The authors' division: 1-10 are few-shot prompts, 11-510 the test set.
+# The authors' split: 1-10 are few-shot prompts, 11-510 the test set.
 SPLIT_IDS = {"train": range(601, 975), "validation": range(511, 601)}
 END = "\n[DONE]"
 
@@ -19,17 +19,13 @@ def mbpp_dataset(
     """Tokenised MBPP tasks, in the prompt format of the paper's few-shot evaluation.
 
     Args:
-        tokenizer: its ``max_seq_len`` is the length beyond which a row is dropped.
         source: hub name (``google-research-datasets/mbpp``), or a local file or folder with the
             columns text, code, task_id, test_list.
         split: "train" (task ids 601-974) or "validation" (511-600).
-        seed: unused by the official division; part of the builders' common signature.
+        seed: unused by the official split; part of the builders' common signature.
 
     Returns:
-        Rows ``tokens``, ``keep`` and ``problem_id`` ("MBPP/601").
-
-    Raises:
-        ValueError: if the source is missing or unusable, or no row is left.
+        Rows ``tokens``, ``keep`` and ``problem_id`` ("MBPP/601"). Errors as in ``rows_dataset``.
     """
     return build_rows(
         tokenizer,
@@ -45,8 +41,22 @@ def mbpp_dataset(
     )
 
 
+def mbpp_fields(record: dict) -> tuple[int, list[str], str]:
+    """Task id, tests and code of a row, the code with Unix line ends.
+
+    Raises:
+        BadRow: if one of them is missing or of the wrong type, or there is no test.
+    """
+    task_id, tests = record.get("task_id"), strings_field(record, "test_list")
+    if type(task_id) is not int:  # a bool is an int too
+        raise BadRow(f"task_id is {task_id!r}, not an integer")
+    if not tests:
+        raise BadRow("test_list is empty")
+    return task_id, tests, text_field(record, "code").replace("\r", "")
+
+
 def mbpp_prompt(text: str, tests: list[str]) -> str:
-    """One task as the model reads it, up to where its code begins."""
+    """One task as the model reads it, up to the start of its code."""
     return (
         f"You are an expert Python programmer, and here is your task: {text} "
         "Your code should pass these tests:\n\n" + "\n".join(tests) + "\n[BEGIN]\n"
@@ -54,13 +64,7 @@ def mbpp_prompt(text: str, tests: list[str]) -> str:
 
 
 def _to_samples(record: dict, split: str) -> list[Sample]:
-    task_id, tests = record.get("task_id"), record.get("test_list")
-    if type(task_id) is not int:
-        raise BadRow(f"task_id is {task_id!r}, not an integer")
-    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
-        raise BadRow("test_list is not a list of strings")
-    # The published code has Windows line ends.
-    code = text_field(record, "code").replace("\r", "")
+    task_id, tests, code = mbpp_fields(record)
     prompt = mbpp_prompt(text_field(record, "text"), tests)
     if task_id not in SPLIT_IDS[split]:
         return []

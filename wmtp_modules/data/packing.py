@@ -1,4 +1,4 @@
-"""Packing tokenised rows into sequences of fixed length, with their document boundaries.
+"""Packs tokenised rows into sequences of fixed length, keeping document boundaries.
 
 Legend: T positions of a pack, B packs of a batch.
 """
@@ -13,13 +13,13 @@ from torch.utils.data import Dataset
 
 
 class PackedDataset(Dataset):
-    """Packs of at most ``max_seq_len`` tokens made of whole rows, padded to ``max_seq_len``.
+    """Packs of whole rows, padded to ``max_seq_len`` tokens.
 
-    Every row is in exactly one pack of an epoch. Which one depends on (seed, epoch) only: a
-    permutation of the rows, dealt out in order, a new pack begun where a row no longer fits.
+    Every row is in exactly one pack of an epoch. Which one depends only on (seed, epoch): rows are
+    taken in the order of a permutation, and a new pack is started when a row no longer fits.
 
     Args:
-        rows: tokenised rows, columns ``tokens``, ``keep`` and perhaps ``noise``.
+        rows: tokenised rows with columns ``tokens``, ``keep`` and optionally ``noise``.
         max_seq_len: T.
         seed: of the order, at least 0.
         pad_id: token id of padding.
@@ -29,7 +29,7 @@ class PackedDataset(Dataset):
 
     Raises:
         ValueError: if there are no rows, one is empty or longer than ``max_seq_len``, or
-            ``rewards`` has another number of them.
+            ``rewards`` has a different length.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PackedDataset(Dataset):
             if not 1 <= self._lengths[row] <= max_seq_len:
                 raise ValueError(
                     f"row {row} has {self._lengths[row]} tokens, max_seq_len is {max_seq_len}: "
-                    "build the rows with tokenizer.max_seq_len of at most that"
+                    "build the rows with a tokenizer.max_seq_len of at most that"
                 )
         self._columns = [c for c in ("tokens", "keep", "noise") if c in rows.column_names]
         self._rows = rows.select_columns(self._columns).with_format("arrow")
@@ -63,7 +63,7 @@ class PackedDataset(Dataset):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Pack anew in the order of ``epoch``. The number of packs may change a little."""
+        """Repack in the order of ``epoch``. The number of packs may change slightly."""
         self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths))
         starts, room = [], 0
         for i, length in enumerate(self._lengths[self._order].tolist()):
@@ -83,8 +83,8 @@ class PackedDataset(Dataset):
             ``tokens`` int64 [T]; ``keep`` bool [T], supervised; ``doc`` int64 [T], document in the
             pack, -1 for padding; ``input_pos`` int64 [T], from 0 in every document; ``row`` int64
             [T], row of the data set, -1 for padding; ``noise`` bool [T]; ``seq_lens`` int64, one
-            per document and one for the padding; each of ``scores`` under its name, fp32 [T] or
-            [T, K_ref], and ``reward`` fp32 [T], that of the token's row, both NaN for padding.
+            per document and one for the padding; each of ``scores`` by name, fp32 [T] or
+            [T, K_ref], and ``reward`` fp32 [T] of the token's row, both NaN for padding.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
@@ -94,7 +94,7 @@ class PackedDataset(Dataset):
         tail = self.max_seq_len - n_tokens
         table = self._rows[rows.tolist()]
         flat = {
-            # One array with the rows of the pack one after the other, copied out of the file.
+            # The rows of the pack concatenated into one array, copied out of the file.
             name: np.concatenate(
                 [pc.list_flatten(chunk).to_numpy(zero_copy_only=False) for chunk in column.chunks]
             )
@@ -120,7 +120,7 @@ class PackedDataset(Dataset):
             padding = np.full((tail, *values.shape[1:]), pad, values.dtype)
             pack[name] = torch.from_numpy(np.concatenate([values, padding]))
         if tail:
-            # Padding counts on from 0 like a document, so that no position exceeds T.
+            # Padding counts from 0 like a document, so no position exceeds T.
             pack["input_pos"][n_tokens:] = torch.arange(tail)
             lengths = np.append(lengths, tail)
         pack["seq_lens"] = torch.from_numpy(lengths)
@@ -128,14 +128,7 @@ class PackedDataset(Dataset):
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-    """Stack packs to a batch; ``seq_lens`` stays a list, as packs hold different numbers of rows.
-
-    Args:
-        items: B packs.
-
-    Returns:
-        The same keys with a leading B.
-    """
+    """Stack packs into a batch; ``seq_lens`` stays a list because packs differ in rows."""
     batch = {
         key: torch.stack([item[key] for item in items]) for key in items[0] if key != "seq_lens"
     }
@@ -147,20 +140,17 @@ def _scores_of(table: Sequence, rows: np.ndarray, lengths: np.ndarray) -> np.nda
     for row, part, length in zip(rows, parts, lengths, strict=True):
         if len(part) != length:
             raise ValueError(
-                f"row {row} has {length} tokens but {len(part)} scores: they belong to other "
-                "rows, score this data set again"
+                f"row {row} has {length} tokens but {len(part)} scores: the scores belong to other "
+                "rows, so score this data set again"
             )
     return np.concatenate(parts)
 
 
 def pad_rows(rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows side by side, padded on the right, where causal attention cannot see.
-
-    Args:
-        rows: token ids of each row, [len].
+    """Stack rows of token ids, padded on the right, where causal attention cannot see.
 
     Returns:
-        ``tokens`` int64 [B, T], 0 for padding, and ``doc`` int64 [B, T], -1 for padding and else 0.
+        ``tokens`` int64 [B, T], 0 for padding; ``doc`` int64 [B, T], -1 for padding, otherwise 0.
     """
     T = max(len(row) for row in rows)
     tokens_BT = torch.zeros(len(rows), T, dtype=torch.int64)
@@ -172,7 +162,7 @@ def pad_rows(rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def row_lengths(rows: datasets.Dataset) -> np.ndarray:
-    """Tokens of each row, int64, from the Arrow offsets: the tokens themselves are not read."""
+    """Tokens of each row, int64, from the Arrow offsets without reading the tokens."""
     tables = rows.select_columns("tokens").with_format("arrow").iter(batch_size=10_000)
     chunks = [pc.list_value_length(c) for table in tables for c in table["tokens"].chunks]
     lengths = [chunk.to_numpy() for chunk in chunks]

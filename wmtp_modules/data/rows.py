@@ -1,7 +1,7 @@
-"""Tokenised rows: read a source, leave out what must not be trained on, tokenise, cache.
+"""Builds tokenised rows: reads a source, drops what must not be trained on, tokenises, caches.
 
-All builders go through ``build_rows``. Its result lies in the cache of ``datasets`` under a
-fingerprint of everything that shapes it, so that it is made once for all ranks and restarts.
+All builders use ``build_rows``. Its result is cached by ``datasets`` under a fingerprint of
+everything that shapes it, so it is built once for all ranks and restarts.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from torchtune.models.llama2 import Llama2Tokenizer
 from torchtune.utils import get_logger, log_rank_zero
 
 from wmtp_modules.data import contamination, sources, tokenize
-from wmtp_modules.data.sources import BadRow, Source
+from wmtp_modules.data.sources import BadRow, Source, text_field
 from wmtp_modules.progress import quiet_datasets
 
 FEATURES = datasets.Features(
@@ -29,7 +29,7 @@ FEATURES = datasets.Features(
         "noise": datasets.List(datasets.Value("bool")),
         "reward": datasets.Value("float64"),
         "problem_id": datasets.Value("string"),
-        # As text too, because a reward model reads them through a tokenizer of its own.
+        # Also as text, because a reward model has its own tokenizer.
         "prompt": datasets.Value("string"),
         "response": datasets.Value("string"),
     }
@@ -42,7 +42,7 @@ log = get_logger("INFO")
 
 @dataclass(frozen=True)
 class Sample:
-    """What a record becomes: plain text (no prompt), or a response to a prompt."""
+    """A training sample: plain text (no prompt), or a response to a prompt."""
 
     response: str
     prompt: str | None = None
@@ -70,16 +70,16 @@ def rows_dataset(
             text, or of the response.
         split: "train" or "validation".
         validation_fraction: share of the texts, or of the problems, held out by hash; a source
-            with a validation split of its own keeps that.
-        seed: of the division.
+            with its own validation split keeps that.
+        seed: of the split.
 
     Returns:
-        Rows ``tokens`` int32 and ``keep`` bool, and where the source has them ``noise`` bool,
-        ``reward``, ``problem_id`` and the strings ``prompt`` and ``response`` (None for a plain
-        text among them).
+        Rows ``tokens`` int32 and ``keep`` bool, and if the source has them ``noise`` bool,
+        ``reward``, ``problem_id`` and the strings ``prompt`` and ``response`` (None for plain
+        text).
 
     Raises:
-        ValueError: if the source is missing or unusable, or no row is left.
+        ValueError: if the source is missing or unusable, or no row remains.
     """
     return build_rows(
         tokenizer,
@@ -106,40 +106,39 @@ def build_rows(
     hub_config: str | None = None,
     unused: str = "records without a sample",
 ) -> datasets.Dataset:
-    """Make, or find in the cache, the tokenised rows of a source.
+    """Build the tokenised rows of a source, or load them memory-mapped from the cache.
 
     Args:
-        tokenizer: see ``rows_dataset``.
-        source: see ``rows_dataset``.
-        split: "train" or "validation".
-        seed: of the division.
         to_samples: turns a record into samples, or raises ``BadRow``.
         columns: fields of a record that ``to_samples`` reads.
-        recipe: names ``to_samples`` and its arguments in the cache.
-        validation_fraction: see ``rows_dataset``; None where ``to_samples`` divides.
+        recipe: identifies ``to_samples`` and its arguments in the cache.
+        validation_fraction: see ``rows_dataset``; None if ``to_samples`` does the split.
         hub_config: configuration of a hub data set.
-        unused: what a record without a sample is called in the report.
+        unused: what the report calls records without a sample.
 
-    Returns:
-        The rows, memory-mapped.
+    The other arguments are those of ``rows_dataset``.
 
     Raises:
-        ValueError: if an argument or the source is unusable, no row is left, or what was cached is
+        ValueError: if an argument or the source is unusable, no row remains, or the cache is
             damaged.
         OSError: if the source cannot be read, or the disk is full.
     """
     max_seq_len = tokenizer.max_seq_len
     if max_seq_len is None or max_seq_len < 2:
-        raise ValueError(f"tokenizer.max_seq_len is {max_seq_len}: set the length of packed rows")
+        raise ValueError(
+            f"tokenizer.max_seq_len is {max_seq_len}: set it to the length of packed rows"
+        )
     if split not in ("train", "validation"):
-        raise ValueError(f"split is {split!r}: train or validation")
+        raise ValueError(f"split must be train or validation, got {split!r}")
     divides_itself = validation_fraction is None
     if not divides_itself and not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}: at least 0, below 1")
+        raise ValueError(
+            f"validation_fraction must be at least 0 and below 1, got {validation_fraction}"
+        )
     opened = sources.open_source(source, split, columns, hub_config)
     if split == "validation" and not (opened.own_split or divides_itself or validation_fraction):
         raise ValueError(
-            f"{source} has no validation split of its own: set validation_fraction (the same for "
+            f"{source} has no validation split: set validation_fraction (to the same value for "
             "training and validation)"
         )
     fraction = 0.0 if opened.own_split or divides_itself else validation_fraction
@@ -147,7 +146,7 @@ def build_rows(
     def in_split(sample: Sample) -> bool:
         if not fraction:
             return True
-        # By problem, so that what is known of a held-out problem is not trained on.
+        # By problem, so that no solution of a held-out problem is trained on.
         group = sample.problem_id or sample.prompt or sample.response
         digest = hashlib.blake2b(f"{seed} {group}".encode(), digest_size=8).digest()
         return (int.from_bytes(digest) < fraction * 2**64) == (split == "validation")
@@ -196,35 +195,15 @@ def build_rows(
                 "folder on another disk",
             ) from error
         raise
-    except Exception as error:  # datasets has no class of its own for what is damaged
+    except Exception as error:  # datasets has no exception class for damage
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(
-            f"{source} ({split}): its cached rows in {cache_dir} are damaged: delete that folder "
-            "and they are made again"
+            f"{source} ({split}): the cached rows in {cache_dir} are damaged: delete that folder "
+            "to rebuild them"
         ) from error
     log_rank_zero(log, f"{source} ({split}): {text}")
     return rows.remove_columns(unset)
-
-
-def text_field(record: dict, field: str) -> str:
-    """A field that must be text with something in it.
-
-    Raises:
-        BadRow: if it is missing, no string, blank, or holds what a tokenizer cannot take.
-    """
-    value = record.get(field)
-    if value is None:
-        raise BadRow(f"{field} is missing")
-    if not isinstance(value, str):
-        raise BadRow(f"{field} is {type(value).__name__}, not a string")
-    if not value.strip():
-        raise BadRow(f"{field} is empty")
-    if "\0" in value:
-        raise BadRow(f"{field} holds a NUL character")
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise BadRow(f"{field} holds half a surrogate pair")
-    return value
 
 
 def _to_samples(record: dict) -> list[Sample]:
@@ -236,7 +215,7 @@ def _to_samples(record: dict) -> list[Sample]:
         if isinstance(reward, bool) or not isinstance(reward, int | float):
             raise BadRow(f"reward is {reward!r}, not a number")
         try:
-            # NaN stays: a critic refuses it, and leaving out the row would hide it.
+            # NaN stays: a critic rejects it, and dropping the row would hide it.
             reward = float(reward)
         except OverflowError as error:
             raise BadRow(f"reward is {reward}") from error
@@ -257,7 +236,7 @@ def _spans(noise: object, length: int) -> tuple[tuple[int, int], ...]:
     for span in spans:
         is_pair = isinstance(span, list) and [type(x) for x in span] == [int, int]
         if not is_pair or not 0 <= span[0] < span[1] <= length:
-            raise BadRow(f"noise span {span!r} is no [start, end) within {length} characters")
+            raise BadRow(f"noise span {span!r} is not [start, end) within {length} characters")
     return tuple((start, end) for start, end in spans)
 
 
@@ -269,7 +248,7 @@ def _generate(
     report_path: Path,
     unused: str,
 ) -> Iterator[dict]:
-    """Yield the rows; at the end write the report beside the cache."""
+    """Yield the rows; at the end write the report next to the cache."""
     guard = contamination.EvaluationGuard()
     count: Counter[str] = Counter()
     has: Counter[str] = Counter()
@@ -318,7 +297,7 @@ def _generate(
                     }
         if not valid:
             named = "; ".join(bad[first_bad:][:SHOWN]) or "it is empty"
-            raise ValueError(f"{part} holds no valid row: {named}")
+            raise ValueError(f"{part} has no valid row: {named}")
     left_out = {
         "bad rows" + (f" ({'; '.join(bad[:SHOWN])})" if bad else ""): len(bad),
         unused: count["unused"],
@@ -332,7 +311,7 @@ def _generate(
         + "".join(f", {n} {what}" for what, n in left_out.items() if n)
     )
     if not count["rows"]:
-        raise ValueError(f"no row is left to use. {text}")
+        raise ValueError(f"no row remains. {text}")
     report_path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = report_path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps({"text": text, "has": has, "count": count}))
@@ -351,7 +330,7 @@ def _tokenise(tokenizer: Llama2Tokenizer, sample: Sample) -> Iterator[tokenize.T
 
 
 def _fingerprint(**parts: object) -> str:
-    """Hash of everything that shapes the rows, this package's own code included."""
+    """Hash of everything that shapes the rows, including this package's code."""
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(f"{sentencepiece.__version__} {datasets.__version__}".encode())
     folder = Path(__file__).parent

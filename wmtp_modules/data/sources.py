@@ -1,7 +1,7 @@
-"""Where rows come from: local files and folders, and the Hugging Face hub.
+"""Reads records from local files and folders and from the Hugging Face hub.
 
-A source yields records (dicts) or, in the place of what cannot be read, a ``BadRow`` that says why.
-Files are data only: nothing of a data set is ever executed.
+A source yields records (dicts), or a ``BadRow`` that says why a record cannot be read. Files are
+data only: no code of a data set is ever executed.
 """
 
 import json
@@ -35,7 +35,51 @@ SPLIT_NAMES = {
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message says why."""
+    """A row that cannot be used, and why."""
+
+
+def string_field(record: dict, field: str) -> str:
+    """A field that must be a string; it may be empty.
+
+    Raises:
+        BadRow: if it is missing or not a string.
+    """
+    value = record.get(field)
+    if value is None:
+        raise BadRow(f"{field} is missing")
+    if not isinstance(value, str):
+        raise BadRow(f"{field} is {type(value).__name__}, not a string")
+    return value
+
+
+def text_field(record: dict, field: str) -> str:
+    """A field that must be text with something in it.
+
+    Raises:
+        BadRow: if it is missing, not a string, blank, or holds what a tokenizer cannot take.
+    """
+    value = string_field(record, field)
+    if not value.strip():
+        raise BadRow(f"{field} is empty")
+    if "\0" in value:
+        raise BadRow(f"{field} holds a NUL character")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise BadRow(f"{field} holds half a surrogate pair")
+    return value
+
+
+def strings_field(record: dict, field: str) -> list[str]:
+    """A field that must be a list of strings; it may be empty.
+
+    Raises:
+        BadRow: if it is missing or not a list of strings.
+    """
+    value = record.get(field)
+    if value is None:
+        raise BadRow(f"{field} is missing")
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise BadRow(f"{field} is not a list of strings")
+    return value
 
 
 @dataclass(frozen=True)
@@ -45,23 +89,23 @@ class Source:
     Attributes:
         name: as the user wrote it.
         kind: "rows", "text" or "hub".
-        own_split: the source has a validation split of its own, and this is the asked-for one.
-        fingerprint: changes when the content does (files: relative name, size and mtime).
-        note: what was left aside, for the report.
+        own_split: whether the source has its own validation split and this is the requested one.
+        fingerprint: changes with the content (files: relative name, size and mtime).
+        note: what was read and skipped, for the report.
     """
 
     name: str
     kind: str
-    own_split: bool
-    fingerprint: str
-    note: str
+    own_split: bool = False
+    fingerprint: str = ""
+    note: str = ""
     files: tuple[Path, ...] = ()
     root: Path = Path()
     columns: tuple[str, ...] = ()
     hub: datasets.Dataset | None = None
 
     def parts(self) -> Iterator[tuple[str, Iterator]]:
-        """(name, records) of each part in which at least one record must be valid.
+        """(name, records) of each part; at least one record of a part must be valid.
 
         A part is a jsonl or parquet file, a hub split, or a whole folder of text. Its records are
         (where, dict) or (where, BadRow).
@@ -87,42 +131,35 @@ class Source:
 def open_source(
     source: str | Path, split: str, columns: tuple[str, ...], hub_config: str | None = None
 ) -> Source:
-    """Find out what ``source`` is and which of its files or splits serve ``split``.
+    """Determine what ``source`` is and which of its files or splits belong to ``split``.
 
     Args:
         source: .jsonl or .parquet file, text or code file, folder of either kind, or hub name
             ``owner/name``. In a folder of row files, files or their folders named after a split
-            (``train-00000-of-00002.parquet``, ``valid/a.jsonl``) belong to it; what is named
-            ``test`` is never read.
+            (``train-00000-of-00002.parquet``, ``valid/a.jsonl``) belong to it; files
+            named ``test`` are never read.
         split: "train" or "validation".
-        columns: fields that are needed; others are not read where the format allows it.
+        columns: fields to read; others are skipped if the format allows it.
         hub_config: configuration of a hub data set.
 
     Returns:
-        The source, nothing but names and sizes read yet (a hub data set is downloaded).
+        The source, with only names and sizes read so far (a hub data set is downloaded).
 
     Raises:
-        ValueError: if there is no such path or hub data set, or it holds no supported file.
+        ValueError: if there is no such path or hub data set, or it has no supported file.
     """
     if not str(source).strip():
         raise ValueError("source is empty: give a file, a folder, or a hub name (owner/name)")
     path = Path(source).expanduser()
     if not path.exists():
-        return _open_hub(str(source), split, columns, hub_config)
+        return hub_source(str(source), split, columns, hub_config)
     root = path if path.is_dir() else path.parent
-    if path.is_file():
-        found = [path]
-    else:
-        found = sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
-        )
+    found = visible_files(path)
     rows = [p for p in found if p.suffix.lower() in ROW_SUFFIXES]
     texts = [p for p in found if p.suffix.lower() in TEXT_SUFFIXES]
     if not rows and not texts:
         raise ValueError(
-            f"{source} holds no supported file: expected .jsonl, .parquet or text "
+            f"{source} has no supported file: expected .jsonl, .parquet or text "
             f"({' '.join(sorted(TEXT_SUFFIXES))})"
         )
     own_split, files = False, rows or texts
@@ -147,40 +184,47 @@ def open_source(
     )
 
 
-def _open_hub(name: str, split: str, columns: tuple[str, ...], config: str | None) -> Source:
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in "./"
-    if not looks_like_hub or Path(name).suffix in ROW_SUFFIXES | TEXT_SUFFIXES:
+def visible_files(path: Path) -> list[Path]:
+    """The file itself, or the files below a folder, sorted, without hidden ones."""
+    if path.is_file():
+        return [path]
+    return sorted(
+        p
+        for p in path.rglob("*")
+        if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
+    )
+
+
+def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
+    """``datasets.load_dataset`` on the hub.
+
+    Raises:
+        ValueError: if ``name`` looks like a path, or the data set cannot be read.
+    """
+    looks_like_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if not looks_like_hub or Path(name).suffix in {".json"} | ROW_SUFFIXES | TEXT_SUFFIXES:
         raise ValueError(
-            f"{name} does not exist: give a local .jsonl or .parquet file, a folder, or a "
-            "Hugging Face hub name (owner/name)"
+            f"{name} does not exist: give a local file, a folder, or a Hugging Face hub name "
+            "(owner/name)"
         )
     try:
-        return hub_source(name, split, columns, config)
+        quiet_datasets()
+        return datasets.load_dataset(name, config)
     except (OSError, ValueError) as error:  # includes not found, no access and no network
         raise ValueError(
-            f"{name} is no local path, and as a Hugging Face data set it cannot be read "
+            f"{name} is not a local path, and cannot be read as a Hugging Face data set "
             f"({type(error).__name__}: {error}): check the name and the network, or download it "
-            "and give the folder"
+            "and give the files"
         ) from error
 
 
 def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | None) -> Source:
-    """The wanted split of ``datasets.load_dataset(name, config)``, as a source.
-
-    Args:
-        name: hub name, or a local folder of the same shape.
-        split: "train" or "validation"; without a validation split both read the train split.
-        columns: fields that are needed.
-        config: configuration name, None for the default one.
-
-    Returns:
-        The source, downloaded.
+    """The wanted split of a hub data set, as a source; without a validation split, the train split.
 
     Raises:
-        ValueError: if there is no train split or none of the columns.
+        ValueError: if it cannot be read, or has no train split or none of the columns.
     """
-    quiet_datasets()
-    splits = datasets.load_dataset(name, config)
+    splits = load_hub(name, config)
     own = {s: next((n for n in SPLIT_NAMES[s] if n in splits), None) for s in SPLIT_NAMES}
     own_split = own["validation"] is not None
     chosen = own["validation"] if own_split and split == "validation" else own["train"]
@@ -203,7 +247,7 @@ def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | No
 
 
 def _split_of_path(path: Path) -> str | None:
-    """The split that a row file's name, or its folder's, begins with."""
+    """The split that the name of a row file, or of its folder, starts with."""
     for part in (path.stem, *path.parent.parts):
         word = re.match(r"[a-z]+(?![a-z])", part.lower())
         for split, names in SPLIT_NAMES.items():

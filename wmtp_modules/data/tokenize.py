@@ -1,7 +1,7 @@
-"""From text to token ids, with the supervision and noise flag of every token.
+"""Turns text into token ids, with the supervision and noise flag of every token.
 
-ids = BOS + encode(prompt + response) + EOS, encoded as ONE string: encoded apart, the pieces at the
-boundary would differ from what the model meets when it continues a prompt by itself.
+ids = BOS + encode(prompt + response) + EOS, encoded as ONE string: encoded separately, the pieces
+at the boundary would differ from what the model sees when it continues a prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,18 +22,11 @@ class TokenRow(NamedTuple):
 def encode_with_offsets(
     tokenizer: Llama2Tokenizer, text: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Encode without BOS and EOS and say which characters each token stands for.
+    """Encode without BOS and EOS, and return each token's [begin, end) in characters of ``text``.
 
-    A character outside the vocabulary becomes one byte token per UTF-8 byte; SentencePiece gives
-    the character to the last of them only, here each of them gets it. The space that Llama-2's
-    tokenizer puts before a text is no character of it: alone it has the empty span (0, 0).
-
-    Args:
-        tokenizer: SentencePiece tokenizer of torchtune.
-        text: any text that UTF-8 can hold.
-
-    Returns:
-        Token ids and as many [begin, end) spans in characters of ``text``.
+    A character outside the vocabulary becomes one byte token per UTF-8 byte; SentencePiece assigns
+    the character only to the last of them, here all of them get it. The space that Llama-2's
+    tokenizer puts before a text is not part of it: on its own it has the empty span (0, 0).
     """
     processor = tokenizer._spm_model.spm_model
     encoded = processor.encode(text, out_type="offset_mapping")
@@ -47,16 +40,10 @@ def encode_with_offsets(
 def encode_pair(
     tokenizer: Llama2Tokenizer, prompt: str, response: str, noise: Sequence[Sequence[int]] = ()
 ) -> TokenRow:
-    """Tokenise prompt + response; a token with any character of the response is supervised.
+    """Tokenise prompt + response; a token with a character of the response is supervised.
 
-    Args:
-        tokenizer: SentencePiece tokenizer of torchtune.
-        prompt: not supervised, nor is BOS.
-        response: supervised, and so is the EOS behind it.
-        noise: corrupted spans, [start, end) in characters of ``response``.
-
-    Returns:
-        The row, of whatever length.
+    BOS and the prompt are not supervised, the EOS after the response is. ``noise`` has corrupted
+    spans, [start, end) in characters of ``response``. The row may have any length.
     """
     ids, spans = encode_with_offsets(tokenizer, prompt + response)
     tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
@@ -68,16 +55,7 @@ def encode_pair(
 def encode_text(
     tokenizer: Llama2Tokenizer, text: str, noise: Sequence[Sequence[int]] = ()
 ) -> TokenRow:
-    """Tokenise plain text: every token is supervised.
-
-    Args:
-        tokenizer: SentencePiece tokenizer of torchtune.
-        text: plain text or code.
-        noise: corrupted spans, [start, end) in characters of ``text``.
-
-    Returns:
-        The row, of whatever length.
-    """
+    """Tokenise plain text: every token is supervised. See ``encode_pair`` for ``noise``."""
     if not noise:  # three times as fast as with offsets
         tokens = np.array(tokenizer.encode(text), np.int32)
         return TokenRow(tokens, np.ones(len(tokens), bool), np.zeros(len(tokens), bool))
@@ -89,15 +67,12 @@ def encode_text(
 def _overlaps(
     spans: Sequence[tuple[int, int]], noise: Sequence[Sequence[int]], length: int
 ) -> np.ndarray:
-    """Which tokens of a row hold a corrupted character; BOS and EOS hold none.
+    """Which tokens of a row contain a corrupted character; BOS and EOS never do.
 
     Args:
         spans: [begin, end) of every token between BOS and EOS, in characters of the text.
         noise: corrupted [start, end) spans, in characters of the text.
         length: characters of the text.
-
-    Returns:
-        bool, two entries more than ``spans``.
     """
     corrupted = np.zeros(length, np.int64)
     for start, end in noise:
@@ -108,9 +83,9 @@ def _overlaps(
 
 
 def split_row(row: TokenRow, max_seq_len: int) -> Iterator[TokenRow]:
-    """Cut a plain-text row into consecutive pieces of at most ``max_seq_len`` tokens.
+    """Split a plain-text row into consecutive pieces of at most ``max_seq_len`` tokens.
 
-    A last piece of one token is dropped: it predicts nothing.
+    A last piece of one token is dropped because it predicts nothing.
     """
     for start in range(0, len(row.tokens), max_seq_len):
         piece = TokenRow(*(column[start : start + max_seq_len] for column in row))

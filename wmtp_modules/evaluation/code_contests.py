@@ -1,27 +1,26 @@
-"""CodeContests (Li et al. 2022, arXiv 2203.07814) as an evaluation: whole programs on stdin."""
+"""CodeContests (Li et al. 2022, arXiv 2203.07814) as an evaluation: programs that read stdin."""
 
 import math
 from dataclasses import dataclass
 
 from wmtp_modules.data.code_contests import PYTHON3, code_contests_prompt
-from wmtp_modules.data.rows import text_field
-from wmtp_modules.data.sources import BadRow
+from wmtp_modules.data.sources import BadRow, string_field, strings_field, text_field
 from wmtp_modules.evaluation.compare import compare_outputs
-from wmtp_modules.evaluation.task import Task, string_field, strings_field
+from wmtp_modules.evaluation.task import Task
 from wmtp_modules.sandbox.jobs import Limits, StdinJob
 
 LANGUAGES = {0: "UNKNOWN", 1: "PYTHON2", 2: "CPP", 3: "PYTHON3", 4: "JAVA"}
 TESTS = ("public_tests", "private_tests", "generated_tests")
-# Where the data gives no limits. Contests allow 1 to 5 s, mostly to compiled programs; twice the
-# largest leaves a Python solution that was once accepted room on any test.
+# Used where the data gives no limit. Contests allow 1 to 5 s, mostly for compiled programs; twice
+# the largest leaves room for any Python solution that was once accepted.
 SECONDS = 10.0
-# The largest limit that contests commonly set: a default must not fail what was once accepted.
+# The largest common limit of contests: a default must not fail what was once accepted.
 MEMORY_MB = 1024
 
 
 @dataclass(frozen=True)
 class CodeContestsTask(Task):
-    """One contest problem; its completion is a whole program. It is judged case by case."""
+    """One contest problem; its completion is a whole program, judged case by case."""
 
     description: str
     cases: tuple[tuple[str, str], ...]  # input, expected output
@@ -29,7 +28,7 @@ class CodeContestsTask(Task):
     output_file: str | None  # None: stdout
     seconds: float
     memory_mb: int
-    languages: tuple[str, ...]  # of the solutions that came with the problem
+    languages: tuple[str, ...]  # of the problem's solutions
 
     @property
     def prompt(self) -> str:
@@ -54,7 +53,7 @@ def code_contests_task(record: dict) -> CodeContestsTask:
     """A row in the shape of ``deepmind/code_contests``. Limits and files may be absent.
 
     Raises:
-        BadRow: if a field is missing or of another type, or there is no test.
+        BadRow: if a field is missing or of the wrong type, or there is no test.
     """
     cases = [case for field in TESTS for case in _pairs(record, field, "input", "output", str)]
     if not cases:
@@ -75,7 +74,7 @@ def code_contests_task(record: dict) -> CodeContestsTask:
 
 
 def _pairs(record: dict, field: str, first: str, second: str, kind: type) -> list[tuple]:
-    """The pairs of a field {first[], second[]}: both lists of equal length."""
+    """The pairs of a field {first[], second[]}; both lists have the same length."""
     value = record.get(field)
     if value is None:
         raise BadRow(f"{field} is missing")
@@ -90,9 +89,9 @@ def _pairs(record: dict, field: str, first: str, second: str, kind: type) -> lis
 
 
 def _whole_lines(given: str) -> str:
-    """An input whose last line ends as all contests' do: some copies of the data are stripped.
+    """Restore the final newline, which some copies of the data have stripped.
 
-    A solution that cuts off the last character of ``readline()`` loses a letter otherwise.
+    Otherwise a solution that drops the last character of ``readline()`` would lose a letter.
     """
     return given if not given or given.endswith("\n") else given + "\n"
 
@@ -109,7 +108,7 @@ def _file_name(record: dict, field: str) -> str | None:
 def _seconds(limit: object) -> float:
     if limit is None:
         return SECONDS
-    # A part that is null is 0, as `datasets` may write it.
+    # `datasets` may write a part that is 0 as null.
     parts = (
         [limit.get(part) or 0 for part in ("seconds", "nanos")] if type(limit) is dict else [None]
     )

@@ -1,35 +1,32 @@
-"""Whether a program's output is the expected one: token by token, as contests judge."""
+"""Compares a program's output with the expected one, token by token, as contests do."""
 
 import math
 import re
 
-TOLERANCE = 1e-5  # either of the absolute and the relative difference may be within it
+TOLERANCE = 1e-5  # of the absolute or the relative difference
 SHOWN = 40  # characters of a token in a reason
-# Less than float() takes: nan, inf, 1_000 and digits of other scripts are text. Possessive (++), so
-# that a long hostile token is not tried again at every digit.
+# Narrower than float(): nan, inf, 1_000 and digits of other scripts are text. Possessive (++), to
+# avoid backtracking at every digit of a long hostile token.
 INTEGER = re.compile(r"[+-]?[0-9]+")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
 
 
-def compare_outputs(expected: str, actual: str, ignore_case: bool = False) -> str | None:
-    """Compare two outputs; kind and amount of white space do not matter.
+def compare_outputs(expected: str, actual: str) -> str | None:
+    """Compare two outputs; the kind and amount of white space do not matter.
 
-    An integer must be equal as a number, however many digits it has. Where the expected token has
-    a decimal point or an exponent, a number within ``TOLERANCE`` of it (absolute, or relative to
-    the expected one) is right. Anything else must be the same text.
+    Integers must be equal as numbers, however many digits they have. If the expected token has a
+    decimal point or an exponent, a number within ``TOLERANCE`` of it (absolute, or relative to
+    the expected one) is accepted. Anything else must be the same text.
 
     Args:
         expected: from the test.
-        actual: from the program, hostile until proven otherwise.
-        ignore_case: "Yes" is right for "YES".
+        actual: from the program, untrusted.
 
     Returns:
-        None if the output is right, else the first difference in one sentence.
+        None if the output is correct, else one sentence about the first difference.
     """
-    if ignore_case:
-        expected, actual = expected.lower(), actual.lower()
     wanted = expected.split()
-    # No more pieces than are needed: an output of 16 MB may be 8 million tokens.
+    # Split no further than needed: 16 MB of output may be 8 million tokens.
     found = actual.split(None, len(wanted))
     for number, (want, token) in enumerate(zip(wanted, found, strict=False), start=1):
         if not _same(want, token):
@@ -38,7 +35,7 @@ def compare_outputs(expected: str, actual: str, ignore_case: bool = False) -> st
         return f"the output ends after {len(found)} tokens, expected {_shown(wanted[len(found)])}"
     if len(found) > len(wanted):
         extra = _shown(found[-1].split(None, 1)[0])
-        return f"the output goes on after the {len(wanted)} expected tokens with {extra}"
+        return f"the output continues after the {len(wanted)} expected tokens with {extra}"
     return None
 
 
@@ -50,12 +47,12 @@ def _same(want: str, token: str) -> bool:
     if not DECIMAL.fullmatch(want) or not DECIMAL.fullmatch(token):
         return False
     target, value = float(want), float(token)
-    # What is too large for a float is infinite, and everything would be within infinity.
+    # A number too large for a float is infinite, and any number is within infinity.
     return math.isfinite(target) and abs(value - target) <= TOLERANCE * max(1.0, abs(target))
 
 
 def _integer(token: str) -> tuple[str, str] | None:
-    """Sign and digits. As text: int() of a million digits takes seconds, or refuses."""
+    """Sign and digits, as text: int() of a million digits takes seconds, or raises."""
     if not INTEGER.fullmatch(token):
         return None
     digits = token.lstrip("+-").lstrip("0")

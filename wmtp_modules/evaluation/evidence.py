@@ -1,7 +1,7 @@
-"""Samples and their results, kept as they come: append-only JSON lines keyed by content.
+"""Stores samples and their results as they arrive, in append-only JSON lines keyed by content.
 
-A row's key is a hash of all that shaped it, so that a run that is started again, or another run
-into the same folder, finds what is done already and never takes another's for its own.
+A row's key is a hash of everything that shaped it. A restarted run, or another run in the same
+folder, therefore finds the work that is done and never uses rows made under other settings.
 """
 
 import dataclasses
@@ -16,8 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from torchtune.utils import get_logger
+
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.files import json_fault
+
+log = get_logger("INFO")
 
 BLOCK = 1 << 16  # bytes read at once in search of the last line's end
 
@@ -25,18 +29,18 @@ BLOCK = 1 << 16  # bytes read at once in search of the last line's end
 class EvidenceStore:
     """A file of JSON lines that several processes may append to at once.
 
-    A line counts from its newline on. A process that is killed while it writes leaves at most one
-    incomplete line at the end, which is cut off when the file is opened or next appended to.
-    Rows that others append after the opening are not seen: open it again.
+    A line is valid once its newline is written. A process that is killed while writing leaves at
+    most one incomplete line at the end, which is removed when the file is next opened or appended
+    to. Rows that other processes append after opening are not seen: open the file again.
 
     Args:
-        path: the file; made, with its folder, if it is not there.
+        path: the file; created, with its folder, if missing.
 
     Attributes:
-        dropped_bytes: of an incomplete last line that the opening cut off.
+        dropped_bytes: length of the incomplete last line that was removed on opening.
 
     Raises:
-        ValueError: if a line is damaged; names file and line.
+        ValueError: if a line is damaged, with its file and line number.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -47,6 +51,8 @@ class EvidenceStore:
             self.dropped_bytes = _cut_incomplete_line(fd)
             with open(fd, "rb", closefd=False) as file:
                 self._read(file)
+        if self.dropped_bytes:
+            log.info(f"{path}: {self.dropped_bytes} bytes of an unfinished last line were cut off")
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -55,23 +61,23 @@ class EvidenceStore:
         return len(self._places)
 
     def __getitem__(self, key: str) -> dict:
-        """The row of a key; of several rows the one that was appended last."""
+        """The row of a key, the last one if there are several."""
         start, length = self._places[key]
         with self.path.open("rb") as file:
             file.seek(start)
             return json.loads(file.read(length))
 
     def append(self, rows: Sequence[Mapping]) -> None:
-        """Append rows, each with its ``key``, and wait until the disk has them.
+        """Append rows, each with its ``key``, and wait until they are on the disk.
 
         Raises:
-            OSError: if the disk is full or fails. What was there before stays as it was.
+            OSError: if the disk is full or fails. Earlier rows are unaffected.
         """
         if not rows:
             return
         lines = [json.dumps(row).encode() + b"\n" for row in rows]
         with self._locked() as fd:
-            # Another process may have been killed in mid-write since this one opened the file.
+            # Another process may have been killed while writing since this one opened the file.
             _cut_incomplete_line(fd)
             start = os.fstat(fd).st_size
             try:
@@ -81,8 +87,8 @@ class EvidenceStore:
                 os.ftruncate(fd, start)  # needs no space, even on a full disk
                 raise OSError(
                     error.errno,
-                    f"{self.path}: {len(rows)} rows could not be written ({error.strerror}); the "
-                    "rows before them are kept: make room and start the same command again",
+                    f"{self.path}: {len(rows)} rows could not be written ({error.strerror}); "
+                    "earlier rows are kept: make room and start the same command again",
                 ) from error
         for row, line in zip(rows, lines, strict=True):
             self._places[row["key"]] = (start, len(line))
@@ -94,36 +100,33 @@ class EvidenceStore:
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row["key"], str):
-                    raise ValueError("no row with a key that is text")
+                    raise ValueError("not an object with a text key")
                 key = row["key"]
             except (ValueError, KeyError, RecursionError) as error:
                 what = "no key" if isinstance(error, KeyError) else json_fault(error)
                 raise ValueError(
-                    f"{self.path}:{number}: this line is damaged ({what}): delete it and what it "
-                    "held is made again"
+                    f"{self.path}:{number}: this line is damaged ({what}): delete it, and its "
+                    "row is made again"
                 ) from error
             self._places[key] = (start, len(line))
             start += len(line)
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """The file, which no other process writes to meanwhile."""
+        """Open the file and lock it against other writers."""
         fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield fd
         finally:
-            os.close(fd)  # gives the lock back, as the end of a killed process does
+            os.close(fd)  # releases the lock, as does the end of a killed process
 
 
 def sample_key(settings: Mapping, task: Task, temperature: float, seed: int) -> str:
     """The key of a generated sample.
 
-    Args:
-        settings: all else that shapes it: the checkpoint's fingerprint, top_p, top_k, and so on.
-        task: its id, prompt and stops.
-        temperature: of the sampling.
-        seed: of this very sample, so that its number needs no mention.
+    ``settings`` is everything that shapes it besides task, temperature and the sample's own seed:
+    checkpoint fingerprint, top_p, top_k and so on. The seed stands for the sample's number.
     """
     return _hash(
         "sample", dict(settings), task.task_id, task.prompt, task.stop, float(temperature), seed
@@ -133,14 +136,9 @@ def sample_key(settings: Mapping, task: Task, temperature: float, seed: int) -> 
 def result_key(task: Task, row: Mapping, tier: str) -> str:
     """The key of a sample's result: its program, tests and limits, and the sandbox's tier.
 
-    Limits are taken at machine factor 1: the measured factor is never twice the same, and a run
-    that goes on must find what it has.
-
-    Args:
-        task: the sample's problem.
-        row: of the sample: ``completion``, ``sample`` and, if any, ``temperature``, so that two
-            samples with one text have a result each.
-        tier: of the sandbox.
+    Limits are taken at machine factor 1: the measured factor differs from run to run, and a
+    restarted run must find its earlier results. Number and temperature count, so two samples with
+    the same text have a result each.
     """
     temperature = row.get("temperature")
     temperature = None if temperature is None else float(temperature)
@@ -149,10 +147,10 @@ def result_key(task: Task, row: Mapping, tier: str) -> str:
 
 
 def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
-    """Ready-made samples, rows ``{"task_id", "completion"}``, or those that a run generated.
+    """Read samples: rows ``{"task_id", "completion"}``, or the ``samples.jsonl`` of a run.
 
-    A completion may be any string: what no program can be (a NUL, half a surrogate pair) fails
-    when it is executed, as that is what its model made.
+    A completion may be any string. One that cannot be a program (a NUL, half a surrogate pair)
+    fails on execution: it is what the model wrote.
 
     Args:
         path: a .jsonl file.
@@ -160,17 +158,17 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
 
     Returns:
         {"task_id", "sample", "temperature", "completion"} in the order of the file. Temperature
-        and sample are the row's, so that results can be joined to generated samples; without, the
-        temperature is None and ``sample`` counts a task's rows from 0. Of rows with one key, as
-        two runs into one folder leave them, the first counts.
+        and sample are taken from the row, so results can be joined to generated samples; if
+        absent, temperature is None and ``sample`` counts a task's rows from 0. Of rows with the
+        same key, which two runs in one folder can leave, the first is used.
 
     Raises:
         ValueError: if the file is missing or empty, a line is damaged, a row lacks its task or
-            completion, or the rows come from several checkpoints or settings; names file and line.
+            completion, or the rows come from several checkpoints or settings; names the line.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"samples: {path} is no file: give a .jsonl file, or 'reference'")
+        raise ValueError(f"samples: {path} is not a file: give a .jsonl file, or 'reference'")
     known = {task.task_id for task in tasks}
     counts: Counter[tuple] = Counter()
     samples, keys, names, checkpoints = [], set(), set(), set()
@@ -182,7 +180,7 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{where}: not JSON, or cut off ({json_fault(error)}): mend that line"
+                f"{where}: not JSON, or truncated ({json_fault(error)}): fix that line"
             ) from error
         _check_sample(row, where, known)
         if row.get("key") is not None:
@@ -196,8 +194,8 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
         checkpoints.add(row.get("checkpoint"))
         if (task_id, temperature, sample) in names or len(checkpoints) > 1:
             raise ValueError(
-                f"{where}: these are samples of several checkpoints or settings, generated into "
-                "one folder: generate each into an output_dir of its own"
+                f"{where}: the file mixes samples of several checkpoints or settings: generate "
+                "each into its own output_dir"
             )
         names.add((task_id, temperature, sample))
         samples.append(
@@ -209,7 +207,7 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
             }
         )
     if not samples:
-        raise ValueError(f'{path} is empty: give rows {{"task_id", "completion"}}, one a line')
+        raise ValueError(f'{path} is empty: give rows {{"task_id", "completion"}}, one per line')
     return samples
 
 
@@ -229,7 +227,7 @@ def _check_sample(row: object, where: str, known: set) -> None:
         raise ValueError(f"{where}: temperature is {temperature!r}, not a number")
     if type(sample) is not int:
         raise ValueError(f"{where}: sample is {sample!r}, not an integer")
-    # type: True and 1.0 equal 1 and would be found.
+    # The type matters: True and 1.0 equal 1 and would be found.
     if type(task_id) not in (int, str) or task_id not in known:
         raise ValueError(
             f"{where}: no task {task_id!r} in the source{_did_you_mean(task_id, known)}"
@@ -237,7 +235,7 @@ def _check_sample(row: object, where: str, known: set) -> None:
 
 
 def _did_you_mean(task_id: object, known: set) -> str:
-    """A known task's id that is nearly this one, as a question."""
+    """Suggest the id that was probably meant."""
     digits = str(task_id).rpartition("/")[2]
     if digits.isdecimal() and int(digits[:9]) in known:
         return f": write the number, {int(digits[:9])}"
@@ -249,7 +247,7 @@ def _did_you_mean(task_id: object, known: set) -> str:
 
 
 def _cut_incomplete_line(fd: int) -> int:
-    """Cut off what follows the last newline; returns how many bytes that was."""
+    """Remove what follows the last newline; returns its length in bytes."""
     size = end = os.fstat(fd).st_size
     while end > 0:
         start = max(0, end - BLOCK)
@@ -264,7 +262,7 @@ def _cut_incomplete_line(fd: int) -> int:
 
 
 def _write(fd: int, data: bytes) -> None:
-    """All of it. A disk that fills up takes a part, and says why only when asked again."""
+    """Write everything; a full disk accepts a part and reports the error on the next write."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -272,7 +270,7 @@ def _write(fd: int, data: bytes) -> None:
 
 @functools.cache  # tests may be megabytes, and each task has hundreds of samples
 def _task_content(task: Task) -> str:
-    """Hash of what a sample's job holds beside the sample."""
+    """Hash of everything in a job except the sample."""
     job = task.job("", 1.0)
     fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
     fields["limits"] = dataclasses.asdict(job.limits)
@@ -282,6 +280,6 @@ def _task_content(task: Task) -> str:
 
 
 def _hash(*parts: object) -> str:
-    # ASCII with escapes, so that half a surrogate pair hashes as well.
+    # Escaped to ASCII, so that half a surrogate pair can be hashed too.
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

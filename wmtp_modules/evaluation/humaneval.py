@@ -2,23 +2,23 @@
 
 from dataclasses import dataclass
 
-from wmtp_modules.data.rows import text_field
-from wmtp_modules.evaluation.task import Task, string_field
+from wmtp_modules.data.sources import string_field, text_field
+from wmtp_modules.evaluation.task import Task
 from wmtp_modules.sandbox.jobs import FunctionJob, Limits
 
-# No reference takes a second. As for MBPP, so that a slow but right program passes in both.
+# No reference takes a second; the same limit as MBPP, so that slow but correct programs pass.
 SECONDS = 15.0
 
 
 @dataclass(frozen=True)
 class HumanEvalTask(Task):
-    """One HumanEval task; its completion goes on from the signature and docstring."""
+    """One HumanEval task; its completion continues the signature and docstring."""
 
     head: str  # imports, helpers, signature and docstring
     test: str
     entry_point: str
 
-    # What can only come after the function that was asked for.
+    # What can only follow the requested function.
     stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
     @property
@@ -35,10 +35,10 @@ class HumanEvalTask(Task):
 
 
 def humaneval_task(record: dict) -> HumanEvalTask:
-    """A row of ``HumanEval.jsonl``, or of what has its columns.
+    """A row with the columns of ``HumanEval.jsonl``.
 
     Raises:
-        BadRow: if a field is missing or of another type.
+        BadRow: if a field is missing or of the wrong type.
     """
     return HumanEvalTask(
         task_id=text_field(record, "task_id"),

@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass, replace
 
-from wmtp_modules.data.mbpp import END, mbpp_prompt
-from wmtp_modules.data.rows import text_field
-from wmtp_modules.data.sources import BadRow
-from wmtp_modules.evaluation.task import Task, string_field, strings_field
+from wmtp_modules.data.mbpp import END, mbpp_fields, mbpp_prompt
+from wmtp_modules.data.sources import string_field, strings_field, text_field
+from wmtp_modules.evaluation.task import Task
 from wmtp_modules.sandbox.jobs import FunctionJob, Limits
 
 TEST_IDS = range(11, 511)  # the authors' division
 SHOT_IDS = (2, 3, 4)  # of the paper's three-shot prompt
 BETWEEN_SHOTS = "\n\n"
-# The reference of task 123 takes several seconds, all others together less than that.
+# The reference of task 123 takes several seconds, all others together take less.
 SECONDS = 15.0
 
 
@@ -33,12 +32,12 @@ class MBPPTask(Task):
         """Three solved tasks and this one.
 
         Raises:
-            ValueError: if the source lacks one of the three. Ready-made samples need no prompt.
+            ValueError: if the source lacks one of the three.
         """
         if self.shots is None:
             raise ValueError(
-                f"the MBPP prompt shows tasks {SHOT_IDS}, which the source does not have: add "
-                "their rows, or execute ready-made samples, which need no prompt"
+                f"the MBPP prompt shows tasks {SHOT_IDS}, which the source lacks: add their rows, "
+                "or execute existing samples, which need no prompt"
             )
         return self.shots + mbpp_prompt(self.text, list(self.tests))
 
@@ -55,19 +54,13 @@ def mbpp_task(record: dict) -> MBPPTask:
     ``test_imports``).
 
     Raises:
-        BadRow: if a field is missing or of another type.
+        BadRow: if a field is missing or of the wrong type.
     """
-    task_id = record.get("task_id")
-    if type(task_id) is not int:  # a bool is an int too
-        raise BadRow(f"task_id is {task_id!r}, not an integer")
+    task_id, tests, code = mbpp_fields(record)
     sanitized = record.get("text") is None and record.get("prompt") is not None
-    tests = strings_field(record, "test_list")
-    if not tests:
-        raise BadRow("test_list is empty")
     return MBPPTask(
         task_id=task_id,
-        # The published code has Windows line ends.
-        reference=text_field(record, "code").replace("\r", ""),
+        reference=code,
         text=text_field(record, "prompt" if sanitized else "text"),
         tests=tuple(tests),
         imports=tuple(strings_field(record, "test_imports")) if sanitized else (),
@@ -76,7 +69,7 @@ def mbpp_task(record: dict) -> MBPPTask:
 
 
 def with_shots(tasks: list[MBPPTask]) -> list[MBPPTask]:
-    """The tasks with the solved ones that go before them, if all of those are there."""
+    """The tasks with the solved examples in their prompts, if the source has all three."""
     by_id = {task.task_id: task for task in tasks}
     if not by_id.keys() >= set(SHOT_IDS):
         return tasks

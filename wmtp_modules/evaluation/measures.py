@@ -1,10 +1,10 @@
-"""What each head of a model knows of held-out text: loss, accuracy and calibration.
+"""Measures each head on held-out text: loss, accuracy and calibration.
 
 Shapes: N targets, K heads, C token classes, S sums, M calibration bins, V vocabulary.
 
-Each text is BOS + tokens + EOS, one row a document; a row longer than the context is split into
+Each text becomes BOS + tokens + EOS, one document; a text longer than the context is split into
 consecutive documents. Head k (0-based) at position t predicts token t + k + 1 of its document, so a
-document of n tokens has max(0, n - 1 - k) targets for it. No text is left out or cut.
+document of n tokens has max(0, n - 1 - k) targets for it. No text is dropped or truncated.
 """
 
 import io
@@ -21,14 +21,13 @@ import torch
 from torchtune.models.llama2 import Llama2Tokenizer
 
 from wmtp_modules.data.packing import pad_rows
-from wmtp_modules.data.rows import text_field
-from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, open_source
+from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, open_source, text_field
 from wmtp_modules.data.tokenize import encode_with_offsets
 from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.progress import progress_bar
 
-# Of a target token; Python's own token types, names divided into keywords and identifiers.
+# Classes of a target token: Python's token types, with names split into keywords and identifiers.
 TOKEN_CLASSES = (
     "keyword",
     "identifier",
@@ -36,16 +35,16 @@ TOKEN_CLASSES = (
     "string",
     "operator",
     "comment",
-    "layout",  # whitespace between Python's tokens, line ends and indentation among it
-    "other",  # none of Python's tokens, as the backslash that joins two lines
-    "unparsed",  # from where the text is no Python
+    "layout",  # whitespace between Python's tokens, including line ends and indentation
+    "other",  # not a Python token, such as the backslash that joins two lines
+    "unparsed",  # from the point where the text is not Python
     "eos",
 )
 CLASS = {name: i for i, name in enumerate(TOKEN_CLASSES)}
 CLASS_OF_TYPE = {
     "NUMBER": "number",
     "STRING": "string",
-    "FSTRING_START": "string",  # Python 3.12 divides f-strings
+    "FSTRING_START": "string",  # Python 3.12 splits f-strings
     "FSTRING_MIDDLE": "string",
     "FSTRING_END": "string",
     "OP": "operator",
@@ -57,26 +56,26 @@ BINS = 15  # of equal width, as in Guo et al. 2017 (arXiv 1706.04599)
 
 
 class HeldoutSums(NamedTuple):
-    """Sums over targets, fp64: those of several shards of the texts add up, field by field."""
+    """Sums over targets, fp64; the sums of several shards can be added field by field."""
 
-    tokens: torch.Tensor  # scalar: all tokens of the rows, BOS and EOS among them
+    tokens: torch.Tensor  # scalar: all tokens, including BOS and EOS
     classes_KCS: torch.Tensor  # SUMS of the targets of each head and class
     bins_KMS: torch.Tensor  # targets, confidence, top-1 hits of each head and confidence bin
-    kept_K: torch.Tensor  # positions with a target for all heads; those where heads 1..k agree
+    kept_K: torch.Tensor  # positions with a target for all heads, and those where heads 1..k agree
 
     def result(self) -> dict:
-        """Means of all targets.
+        """Means over all targets.
 
         Returns:
             ``tokens``; ``per_head``: for each head ``head``, ``tokens`` (its targets), ``loss``
-            (nats), ``top1``, ``top5`` (share of targets among the 1 and 5 likeliest), ``ece`` (see
-            ``_calibration``) and ``calibration``, the bins that are not empty, each with
-            ``low``, ``high``, ``tokens``, ``confidence`` and ``accuracy``; ``acceptance_length``:
-            1 + the mean number of heads 1, 2, ... in a row whose likeliest token is the one that
-            head 0, when it has read so far, finds likeliest there (what self-speculative greedy
-            decoding would keep, were the text the model's own); ``by_token_class``: for
-            each class that head 0 met ``class``, ``share`` of head 0's targets, and for each head
-            ``tokens``, ``loss`` and ``top1``. A mean of nothing is None.
+            (nats), ``top1``, ``top5`` (share of targets among the 1 and 5 most likely), ``ece``
+            (see ``_calibration``) and ``calibration``, the non-empty bins, each with ``low``,
+            ``high``, ``tokens``, ``confidence`` and ``accuracy``; ``acceptance_length``: 1 + the
+            mean number of consecutive heads 1, 2, ... whose most likely token is the one that
+            head 0 finds most likely once it gets there (what greedy self-speculative decoding
+            would keep if the model had written the text); ``by_token_class``: for each class
+            among head 0's targets ``class``, ``share`` of head 0's targets, and for each head
+            ``tokens``, ``loss`` and ``top1``. A mean over nothing is None.
 
         Raises:
             ValueError: if a loss is not finite.
@@ -84,7 +83,7 @@ class HeldoutSums(NamedTuple):
         heads_KS = self.classes_KCS.sum(1)
         if not heads_KS.isfinite().all():
             raise ValueError(
-                "a held-out loss is not finite: check the checkpoint, its tokenizer and dtype"
+                "a held-out loss is not finite: check the checkpoint, tokenizer and dtype"
             )
         per_head = []
         for k, (sums_S, bins_MS) in enumerate(zip(heads_KS, self.bins_KMS, strict=True)):
@@ -116,20 +115,20 @@ class _Document(NamedTuple):
 
 
 def read_texts(source: str) -> list[str]:
-    """Texts of a file of rows ``{"text": ...}``; other fields are not looked at.
+    """Read the texts of a file of rows ``{"text": ...}``; other fields are ignored.
 
     Args:
         source: .jsonl or .parquet file.
 
     Returns:
-        The texts in the order of the file, empty ones too.
+        The texts in the order of the file, including empty ones.
 
     Raises:
-        ValueError: if there is no such file or no row in it, or a row cannot be used.
+        ValueError: if the file is missing or empty, or a row cannot be used.
     """
     path = Path(source).expanduser()
     if not path.is_file() or path.suffix.lower() not in ROW_SUFFIXES:
-        what = "is neither .jsonl nor .parquet" if path.is_file() else "is no file"
+        what = "is neither .jsonl nor .parquet" if path.is_file() else "is not a file"
         raise ValueError(f'{source} {what}: give a .jsonl or .parquet file of rows {{"text": ...}}')
     texts = []
     for _, records in open_source(path, "validation", ("text",)).parts():
@@ -142,11 +141,11 @@ def read_texts(source: str) -> list[str]:
                 texts.append(text if is_blank else text_field(record, "text"))
             except BadRow as error:
                 raise ValueError(
-                    f"{path.parent / where}: {error}. Held-out rows are not left out: mend or "
+                    f"{path.parent / where}: {error}. Held-out rows are never skipped: fix or "
                     "delete it"
                 ) from error
     if not texts:
-        raise ValueError(f"{source} holds no row")
+        raise ValueError(f"{source} has no rows")
     return texts
 
 
@@ -160,20 +159,19 @@ def heldout_sums(
     batch_tokens: int,
     show_progress: bool = False,
 ) -> HeldoutSums:
-    """Run a model over texts and sum what ``HeldoutSums.result`` divides.
+    """Run a model over texts and compute the sums that ``HeldoutSums.result`` divides.
 
     Documents of a batch are padded on the right, where causal attention cannot see, and padding
-    is no target: the batching changes nothing but rounding. Logits are made for one head and a
-    chunk of targets at a time, and leave nothing but sums.
+    is not a target: batching only changes the rounding. Logits are computed for one head and one
+    chunk of targets at a time, and only sums are kept.
 
     Args:
-        model: whole on ``device``, not sharded, without KV caches.
-        tokenizer: its ``max_seq_len``, if there is one, or the model's is where texts are split,
-            whichever is smaller.
-        texts: of this rank; none gives sums of zero.
-        device: where the model is.
-        batch_tokens: tokens of a batch with its padding; a longer document is one by itself.
-        show_progress: with a bar.
+        model: on ``device``, not sharded, without KV caches.
+        tokenizer: texts are split at its ``max_seq_len`` or the model's, whichever is smaller.
+        texts: of this rank; an empty list gives sums of zero.
+        device: of the model.
+        batch_tokens: tokens of a batch, including padding; a longer document is its own batch.
+        show_progress: show a progress bar.
 
     Returns:
         The sums, on ``device``.
@@ -218,7 +216,7 @@ def heldout_sums(
 
 def _documents(tokenizer: Llama2Tokenizer, text: str, context: int) -> list[_Document]:
     ids, spans = encode_with_offsets(tokenizer, text)
-    classes = [CLASS["other"], *token_classes(text, spans), CLASS["eos"]]  # BOS is no target
+    classes = [CLASS["other"], *token_classes(text, spans), CLASS["eos"]]  # BOS is not a target
     tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int64)
     cuts = range(0, len(tokens), context)
     return [
@@ -235,10 +233,10 @@ def _add_targets(
     classes_CS: torch.Tensor,
     bins_MS: torch.Tensor,
 ) -> torch.Tensor:
-    """Add some targets of one head to its sums; returns the likeliest token of each.
+    """Add targets of one head to its sums; returns the most likely token of each.
 
-    A target's rank counts the logits above its own, and equal ones of lower id: rank 0 is what
-    greedy decoding draws, and ties, which are common in bf16, count the same everywhere.
+    A target's rank counts the logits above its own, and equal ones of lower id. Rank 0 is what
+    greedy decoding picks, and ties, which are common in bf16, are treated the same everywhere.
     """
     proj = model.output.proj
     V, device = proj.out_features, hidden_ND.device
@@ -267,14 +265,11 @@ def _add_targets(
 
 
 def _kept(choices_KBT: list[torch.Tensor]) -> torch.Tensor:
-    """How often heads in a row chose what head 0 chose k positions later.
+    """How often consecutive heads chose what head 0 chose k positions later.
 
-    Args:
-        choices_KBT: each head's choice, [B, T - 1 - k], -1 where there is no target.
-
-    Returns:
-        For k = 0 the positions where all heads have a target; for k > 0 those of them where heads
-        1..k all agree with head 0.
+    ``choices_KBT`` has each head's choice, [B, T - 1 - k], -1 where there is no target. Returned
+    are for k = 0 the number of positions where all heads have a target, and for k > 0 those of
+    them where heads 1..k all agree with head 0.
     """
     n = choices_KBT[-1].shape[1]
     kept_BT = choices_KBT[-1] >= 0
@@ -286,14 +281,14 @@ def _kept(choices_KBT: list[torch.Tensor]) -> torch.Tensor:
 
 
 def token_classes(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Class of each token: that of its first character that is no whitespace.
+    """Class of each token: that of its first non-whitespace character.
 
-    A token of whitespace alone has the class of its first character, which is ``layout`` but in
-    strings, comments and what is no Python. A token without a character (the space that Llama-2's
-    tokenizer puts before a text) is ``layout``.
+    A token of only whitespace has the class of its first character, which is ``layout`` except in
+    strings, comments and text that is not Python. A token without characters (the space that
+    Llama-2's tokenizer puts before a text) is ``layout``.
 
     Args:
-        text: of any kind.
+        text: any text.
         spans: [begin, end) of each token in characters of ``text``.
 
     Returns:
@@ -311,13 +306,13 @@ def _character_classes(text: str) -> bytearray:
     """Class of each character, by Python's own tokenizer."""
     layout, other = CLASS["layout"], CLASS["other"]
     classes = bytearray(layout if character.isspace() else other for character in text)
-    # Lines as the tokenizer reads them: only a newline ends one, a carriage return stays.
+    # As the tokenizer reads lines: only a newline ends one; a carriage return does not.
     lines = io.StringIO(text, newline="\n")
     starts = np.cumsum([0, *(len(line) + 1 for line in text.split("\n"))]).tolist()
-    parsed = 0  # characters up to the end of the last token that is Python
-    with suppress(python_tokenize.TokenError, SyntaxError):  # no Python from there on
+    parsed = 0  # end of the last Python token, in characters
+    with suppress(python_tokenize.TokenError, SyntaxError):  # not Python from there on
         for token in python_tokenize.generate_tokens(lines.readline):
-            # Python 3.12 calls what is no token of Python, as a question mark, an operator.
+            # Python 3.12 calls characters that are not Python, such as "?", operators.
             is_operator = token.type == python_tokenize.OP
             if token.type == python_tokenize.ERRORTOKEN or (
                 is_operator and token.string not in EXACT_TOKEN_TYPES

@@ -1,4 +1,4 @@
-"""pass@k without bias, and how sure it is.
+"""Estimates pass@k without bias, with bootstrap confidence intervals.
 
 Shapes: P problems, R bootstrap resamples.
 """
@@ -13,21 +13,16 @@ INTERVAL = (2.5, 97.5)  # percentiles
 
 
 def estimate_pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, drawn without replacement, hold one of the c right ones.
+    """Probability that k of n samples, drawn without replacement, include a correct one (of c).
 
-    Chen et al. 2021 (arXiv 2107.03374), eq. 1: 1 - C(n - c, k) / C(n, k), as a product, because
+    Chen et al. 2021 (arXiv 2107.03374), eq. 1: 1 - C(n - c, k) / C(n, k), as a product because
     the binomials overflow.
 
-    Args:
-        n: samples of the problem.
-        c: right ones among them.
-        k: at least 1, at most n.
-
     Raises:
-        ValueError: if the three do not go together.
+        ValueError: unless 0 <= c <= n and 1 <= k <= n.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@{k} of {c} right among {n} samples: needs 0 <= c <= n, 1 <= k <= n")
+        raise ValueError(f"pass@{k} of {c} correct in {n} samples: needs 0 <= c <= n, 1 <= k <= n")
     if n - c < k:
         return 1.0
     return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
@@ -38,13 +33,13 @@ def pass_at_k(
 ) -> dict[str, object]:
     """Mean pass@k over problems with its 95 % bootstrap percentile interval.
 
-    Problems are drawn, not samples: the interval says how far the figure would move with other
-    problems of the same kind. With one problem that cannot be told and the interval is [0, 1].
-    Where all problems have the same figure, so has every resample, and the interval is a point.
+    Problems are resampled, not samples: the interval says how far the figure would move with other
+    problems of the same kind. With one problem this is unknown and the interval is [0, 1]. If all
+    problems have the same figure, so does every resample, and the interval is a point.
 
     Args:
         results: (n, c) of each scored problem; n may differ.
-        ks: which k. One that some problem has too few samples for is omitted, never invented.
+        ks: values of k. A k above the number of samples of some problem is omitted.
         seed: of the resamples, which are the same for all k.
 
     Returns:
@@ -63,14 +58,14 @@ def pass_at_k(
 def best_temperatures(
     by_temperature: Sequence[tuple[float | None, Mapping[str, Mapping[str, float]]]],
 ) -> dict[str, dict]:
-    """For each k the temperature with the largest pass@k: an oracle, chosen on the same samples.
+    """For each k, the temperature with the highest pass@k: an oracle, chosen on the same samples.
 
     Args:
         by_temperature: (temperature, the "pass_at_k" of ``pass_at_k``).
 
     Returns:
         {"1": {"temperature", "value", "low", "high"}}; a tie goes to the first. The interval is
-        that temperature's own and does not know that it was chosen.
+        that temperature's own and does not account for the choice.
     """
     best: dict[str, dict] = {}
     for temperature, figures in by_temperature:

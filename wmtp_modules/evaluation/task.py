@@ -1,10 +1,9 @@
-"""What a benchmark's problem is to the rest of the evaluation, whichever benchmark it is of."""
+"""The interface of a benchmark's problem, the same for every benchmark."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from wmtp_modules.data.sources import BadRow
 from wmtp_modules.sandbox.jobs import FunctionJob, StdinJob
 
 
@@ -13,10 +12,9 @@ class Task(ABC):
     """One problem of a benchmark.
 
     Attributes:
-        task_id: as the benchmark has it; unique in a list of tasks.
-        reference: the benchmark's own solution in the form of a completion, None where it has
-            none in Python 3.
-        stop: strings at which a completion ends; the completion does not hold them.
+        task_id: the benchmark's id; unique in a list of tasks.
+        reference: the benchmark's own solution as a completion; None if it has none in Python 3.
+        stop: strings at which a completion ends; they are not part of it.
     """
 
     task_id: int | str
@@ -27,7 +25,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def prompt(self) -> str:
-        """What a model goes on from."""
+        """The text that a model continues."""
 
     @property
     def reference_languages(self) -> tuple[str, ...]:
@@ -39,35 +37,6 @@ class Task(ABC):
         """What the sandbox runs to judge a completion.
 
         Args:
-            completion: what came after the prompt.
-            machine_factor: by which this machine is slower than the one that the limits of time
-                are meant for.
+            completion: the text after the prompt.
+            machine_factor: how much slower this machine is than the one the time limits are for.
         """
-
-
-def string_field(record: dict, field: str) -> str:
-    """A field that must be a string; it may be empty.
-
-    Raises:
-        BadRow: if it is missing or no string.
-    """
-    value = record.get(field)
-    if value is None:
-        raise BadRow(f"{field} is missing")
-    if not isinstance(value, str):
-        raise BadRow(f"{field} is {type(value).__name__}, not a string")
-    return value
-
-
-def strings_field(record: dict, field: str) -> list[str]:
-    """A field that must be a list of strings; it may be empty.
-
-    Raises:
-        BadRow: if it is missing or no list of strings.
-    """
-    value = record.get(field)
-    if value is None:
-        raise BadRow(f"{field} is missing")
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise BadRow(f"{field} is not a list of strings")
-    return value

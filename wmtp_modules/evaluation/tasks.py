@@ -1,4 +1,4 @@
-"""The benchmarks, read from local files or the Hugging Face hub."""
+"""Reads benchmarks from local files or the Hugging Face hub."""
 
 import json
 import re
@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-
-from wmtp_modules.data.sources import ROW_SUFFIXES, SPLIT_NAMES, BadRow, Source
+from wmtp_modules.data.sources import (
+    ROW_SUFFIXES,
+    SPLIT_NAMES,
+    BadRow,
+    Source,
+    load_hub,
+    visible_files,
+)
 from wmtp_modules.evaluation.code_contests import code_contests_task
 from wmtp_modules.evaluation.humaneval import humaneval_task
 from wmtp_modules.evaluation.mbpp import TEST_IDS, MBPPTask, mbpp_task, with_shots
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.files import json_fault
-from wmtp_modules.progress import quiet_datasets
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,10 @@ class Benchmark:
     """How the rows of a benchmark are read.
 
     Attributes:
-        title: as people write it.
+        title: the name for messages.
         mark: a column that only this benchmark has.
-        columns: of all that ``to_task`` reads.
-        to_task: makes a task of a row, or raises ``BadRow``.
+        columns: all columns that ``to_task`` reads.
+        to_task: turns a row into a task, or raises ``BadRow``.
         hub_config: configuration on the hub.
     """
 
@@ -56,7 +60,7 @@ TASKS = {
     ),
 }
 # fmt: on
-# Those of all benchmarks, and of samples, so that the wrong file is known for what it is.
+# Of all benchmarks and of samples, so that a message can say what a wrong file looks like.
 COLUMNS = (*{column for benchmark in TASKS.values() for column in benchmark.columns}, "completion")
 
 
@@ -67,16 +71,13 @@ def load_tasks(task: str, source: str | Path, split: str) -> list[Task]:
         task: "mbpp", "humaneval" or "code_contests".
         source: .jsonl or .parquet file, .json file with one list (``sanitized-mbpp.json``), folder
             of .jsonl and .parquet files, or hub name ``owner/name``, which is downloaded whole.
-        split: "test" or "all". For MBPP the ids decide (11-510 are the test set); for the others
-            "test" takes the files or the hub split of that name where there is one. In "all" of
-            MBPP the prompts of tasks 2, 3 and 4 show these tasks' own solutions.
-
-    Returns:
-        The tasks.
+        split: "test" or "all". MBPP is split by task id (11-510 are the test set); for the others
+            "test" selects the files or the hub split of that name if there is one. With "all",
+            the prompts of MBPP's tasks 2, 3 and 4 contain their own solutions.
 
     Raises:
         ValueError: if the source is missing or unreadable, a row is damaged, incomplete or of
-            another benchmark, a task is there twice, or there is none.
+            another benchmark, a task occurs twice, or there is no task.
     """
     benchmark = TASKS[task]
     by_id: dict[int | str, tuple[Task, str]] = {}
@@ -86,12 +87,14 @@ def load_tasks(task: str, source: str | Path, split: str) -> list[Task]:
                 raise record
             made = benchmark.to_task(record)
         except BadRow as error:
-            hint = _other_file(record, benchmark) or f"mend that row of {source}, or get it again"
+            hint = (
+                _other_file(record, benchmark) or f"fix that row of {source}, or download it again"
+            )
             raise ValueError(f"{where}: {error}: {hint}") from error
         if made.task_id in by_id:
             raise ValueError(
-                f"{where}: task {made.task_id!r} is there already, in {by_id[made.task_id][1]}: "
-                f"remove one of them, or give one file of {source}"
+                f"{where}: task {made.task_id!r} is a duplicate of {by_id[made.task_id][1]}: "
+                f"remove one of them, or give a single file of {source}"
             )
         by_id[made.task_id] = made, where
     tasks: list[Task] = [made for made, _ in by_id.values()]
@@ -104,7 +107,7 @@ def load_tasks(task: str, source: str | Path, split: str) -> list[Task]:
             if not tasks:
                 raise ValueError(
                     f"{source} has none of the MBPP test tasks 11-510, {len(by_id)} others: set "
-                    "split=all to take those"
+                    "split=all to use those"
                 )
     return tasks
 
@@ -118,26 +121,21 @@ def _records(source: str, split: str, benchmark: Benchmark) -> Iterator[tuple[st
     else:
         files = _files(path, split, benchmark)
         root = path if path.is_dir() else path.parent
-        parts = _source("rows", source, files=tuple(files), root=root).parts()
+        parts = Source(source, "rows", files=tuple(files), root=root, columns=COLUMNS).parts()
         parts = (records for _, records in parts)
     for records in parts:
         yield from records
 
 
-def _source(kind: str, name: str, **content) -> Source:
-    return Source(name, kind, own_split=False, fingerprint="", note="", columns=COLUMNS, **content)
-
-
 def _files(path: Path, split: str, benchmark: Benchmark) -> list[Path]:
-    """The row files of a path: where some are named after the test split, only those."""
+    """The row files of a path; only those named after the test split if there are any."""
     if path.is_file():
         if path.suffix.lower() not in ROW_SUFFIXES:
             raise ValueError(f"{path}: expected a .jsonl, .parquet or .json file")
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in ROW_SUFFIXES)
-    files = [p for p in files if not any(part[0] == "." for part in p.relative_to(path).parts)]
+    files = [p for p in visible_files(path) if p.suffix.lower() in ROW_SUFFIXES]
     if not files:
-        raise ValueError(f"{path} holds no .jsonl or .parquet file: name a file itself")
+        raise ValueError(f"{path} has no .jsonl or .parquet file: give the path of a file")
     if split == "test" and benchmark.title != "MBPP":
         pattern = re.compile(rf"({'|'.join(SPLIT_NAMES['test'])})(?![a-z])", re.IGNORECASE)
         named = [p for p in files if any(map(pattern.match, p.relative_to(path).parts))]
@@ -146,56 +144,40 @@ def _files(path: Path, split: str, benchmark: Benchmark) -> list[Path]:
 
 
 def _json_list(path: Path) -> Iterator[tuple[str, dict | BadRow]]:
-    """The rows of a file that is one JSON list; a row is named by its place, from 1."""
+    """The rows of a file with one JSON list, numbered from 1."""
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not JSON, or is cut off ({json_fault(error)}): get the file again"
+            f"{path} is not JSON, or is truncated ({json_fault(error)}): download it again"
         ) from error
     if not isinstance(rows, list):
-        raise ValueError(f"{path} is not one JSON list of rows: name a .jsonl file .jsonl")
+        raise ValueError(f"{path} is not a JSON list of rows: give JSON lines the suffix .jsonl")
     for number, row in enumerate(rows, start=1):
         ok = isinstance(row, dict)
         yield f"{path.name}, row {number}", row if ok else BadRow("not a JSON object")
 
 
 def _hub_parts(name: str, split: str, benchmark: Benchmark) -> Iterator[Iterator]:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or Path(name).suffix in (
-        ".json",
-        *ROW_SUFFIXES,
-    ):
-        raise ValueError(
-            f"{name} does not exist: give a .jsonl, .json or .parquet file, a folder, or a Hugging "
-            "Face hub name (owner/name)"
-        )
-    try:
-        quiet_datasets()
-        splits = datasets.load_dataset(name, benchmark.hub_config)
-    except (OSError, ValueError) as error:  # includes not found, no access and no network
-        raise ValueError(
-            f"{name} is no local path, and as a Hugging Face data set it cannot be read "
-            f"({type(error).__name__}: {error}): check the name and the network, or download it "
-            "and give a file"
-        ) from error
+    splits = load_hub(name, benchmark.hub_config)
     names = list(splits)
     if split == "test" and benchmark.title != "MBPP":
         names = [own for own in names if own in SPLIT_NAMES["test"]] or names
     for own in names:
         present = [column for column in COLUMNS if column in splits[own].column_names]
         hub = splits[own].select_columns(present)
-        yield from (records for _, records in _source("hub", f"{name}:{own}", hub=hub).parts())
+        yield from (records for _, records in Source(f"{name}:{own}", "hub", hub=hub).parts())
 
 
 def _other_file(record: object, benchmark: Benchmark) -> str | None:
-    """What a row is if it is none of this benchmark."""
+    """What a row looks like if it does not belong to this benchmark."""
     if not isinstance(record, dict) or record.get(benchmark.mark) is not None:
         return None
     for name, other in TASKS.items():
         if record.get(other.mark) is not None:
             return f"this looks like {other.title}: set task={name}"
     if "completion" in record:
-        return "this looks like samples: give the file as samples, and the tasks as source"
+        return "this looks like samples: pass the file as samples, and the tasks as source"
     return (
         f"{benchmark.title} needs the columns {', '.join(benchmark.columns)}; this row has "
         f"{', '.join(record) or 'none of them'}"

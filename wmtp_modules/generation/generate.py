@@ -1,4 +1,4 @@
-"""Completions of a batch of prompts."""
+"""Generates completions for a batch of prompts."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -20,7 +20,7 @@ class Request:
 
     Attributes:
         prompt: token ids, BOS included.
-        seed: of this sample's uniform numbers, of which the lowest 32 bits count.
+        seed: of this sample's uniform numbers; only the lowest 32 bits count.
     """
 
     prompt: tuple[int, ...]
@@ -32,23 +32,20 @@ class Generation:
     """One completion.
 
     Attributes:
-        tokens: every token drawn, the one that ended the row included.
-        text: what the tokens add to the prompt's text: leading spaces and newlines kept, cut
-            before the first stop string, without EOS.
+        tokens: every token drawn, including the one that ended the row.
+        text: what the tokens add to the prompt's text, with leading spaces and newlines, up to the
+            first stop string, without EOS.
         finish_reason: "eos", "stop" (a stop string) or "length" (``max_new_tokens``).
-        forwards: forwards that the row took part in after the prefill, which gives the first
-            token: ``len(tokens) == 1 + forwards + sum(accepted)``.
-        drafted: for heads 1..K - 1, the forwards that were fed the head's guess: all of them, or
-            none in plain decoding.
-        accepted: for heads 1..K - 1, the forwards that kept the head's guess, those of the heads
-            before it too, and a token behind it. Where the row ended earlier it is not counted.
+        forwards: forward passes of the row after the prefill, which gives the first token:
+            ``len(tokens) == 1 + forwards + sum(accepted)``.
+        accepted: for heads 1..K - 1, the forwards that kept the guesses of all heads up to this
+            one and a token after them. Guesses beyond the end of the row are not counted.
     """
 
     tokens: list[int]
     text: str
     finish_reason: FinishReason
     forwards: int
-    drafted: list[int]
     accepted: list[int]
 
 
@@ -66,34 +63,30 @@ def generate(
     stop: tuple[str, ...],
     dtype: torch.dtype,
 ) -> list[Generation]:
-    """Complete some prompts together.
+    """Complete prompts in one batch.
 
-    A completion depends on its request and the settings only: not on the other requests, their
+    A completion depends only on its request and the settings: not on the other requests, their
     order or number, nor on ``decoding``, up to the rounding of the logits.
 
     Args:
-        model: not sharded. Caches that it has are dropped.
-        tokenizer: gives the EOS id and decodes.
-        requests: all of them form one batch; equal prompts are run once.
+        model: not sharded. Existing KV caches are dropped.
+        requests: one batch; equal prompts are run once.
         decoding: "plain" runs the trunk and head 0 for each token; "self_speculative" gives the
             same tokens in fewer forwards.
-        max_new_tokens: tokens after which a completion ends.
-        temperature: 0 is greedy.
-        top_p: see ``next_token_probs``; 1 is off.
-        top_k: see ``next_token_probs``; 0 is off.
+        max_new_tokens: most tokens of a completion.
+        temperature: 0 is greedy; for top_p (1 is off) and top_k (0 is off) see
+            ``next_token_probs``.
         stop: strings that end a completion.
-        dtype: of the parameters, and so of the keys and values.
-
-    Returns:
-        One completion for each request, in order.
+        dtype: of the parameters, and therefore of the keys and values.
 
     Raises:
         ValueError: if a value is out of range, a prompt is empty, too long for the model or has
-            tokens that it does not know, the model's parameters are of another dtype, or its
-            logits are not finite.
+            ids outside its vocabulary, the model's parameters have another dtype, or its logits
+            are not finite.
     """
     _check(model, requests, decoding, max_new_tokens, stop, dtype)
-    check_sampling(temperature, top_k, top_p)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_sampling(**sampling)
     if not requests:
         return []
     n_heads = model.n_future_tokens
@@ -108,15 +101,7 @@ def generate(
     model.eval()
     try:
         model.setup_caches(len(prompts), dtype, cache_len=max(map(len, prompts)) + max_new_tokens)
-        Decoder(
-            model,
-            list(rows),
-            uniforms_BN,
-            n_drafts=n_drafts,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        ).run()
+        Decoder(model, list(rows), uniforms_BN, n_drafts=n_drafts, **sampling).run()
     finally:
         model.delete_caches()
         model.train(was_training)
@@ -126,7 +111,6 @@ def generate(
             text=row.text.text,
             finish_reason=row.ended_by,
             forwards=row.forwards,
-            drafted=[row.forwards if k < n_drafts else 0 for k in range(n_heads - 1)],
             accepted=row.accepted + [0] * (n_heads - 1 - n_drafts),
         )
         for row in rows
@@ -142,25 +126,25 @@ def _check(
     dtype: torch.dtype,
 ) -> None:
     if decoding not in DECODINGS:
-        raise ValueError(f"decoding is {decoding!r}: choose one of {', '.join(DECODINGS)}")
+        raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}")
     if decoding == "self_speculative" and model.n_future_tokens == 1:
         raise ValueError(
-            "self_speculative decoding needs heads that guess, and this model has one head only: "
-            "use decoding plain"
+            "self_speculative decoding needs more than one head, and this model has only one: set "
+            "decoding to plain"
         )
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if isinstance(stop, str) or "" in stop:
-        raise ValueError(f"stop is {stop!r}: it must be a tuple of strings, none of them empty")
+        raise ValueError(f"stop must be a tuple of non-empty strings, got {stop!r}")
     of_model = model.tok_embeddings.weight.dtype
     if dtype != of_model:
         raise ValueError(
-            f"dtype is {dtype} and the model's parameters are {of_model}: convert the model first, "
-            "model.to(dtype)"
+            f"dtype is {dtype}, but the model's parameters are {of_model}: convert the "
+            "model first with model.to(dtype)"
         )
     for i, request in enumerate(requests):
         if not request.prompt:
-            raise ValueError(f"the prompt of request {i} has no tokens: begin it with BOS")
+            raise ValueError(f"the prompt of request {i} is empty: start it with BOS")
         if len(request.prompt) + max_new_tokens > model.max_seq_len:
             raise ValueError(
                 f"the prompt of request {i} has {len(request.prompt)} tokens, and with "
@@ -170,6 +154,6 @@ def _check(
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < model.args["vocab_size"]:
             raise ValueError(
-                f"the prompt of request {i} has ids outside of the model's vocabulary of "
-                f"{model.args['vocab_size']}: it was made with another tokenizer"
+                f"the prompt of request {i} has ids outside the model's vocabulary of "
+                f"{model.args['vocab_size']}: encode it with the model's tokenizer"
             )

@@ -1,6 +1,7 @@
-"""Whether both decodings agree, and how fast they are."""
+"""Compares plain with self-speculative decoding: the tokens, and the speed."""
 
 import time
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -32,9 +33,9 @@ def compare_decodings(
     Returns:
         ``identical`` and ``differences``, at most one for each request: ``request`` (its index),
         ``position`` (index of the first new token that differs), ``plain`` and
-        ``self_speculative`` (the two tokens, None where the completion had ended), ``logit_gap``
-        (absolute difference of head 0's logits of the two, in a forward without caches; None
-        where a completion had ended).
+        ``self_speculative`` (the two tokens, None if the completion had ended), ``logit_gap``
+        (absolute difference of head 0's logits for the two, in a forward without caches; None if
+        a completion had ended).
     """
     differences = []
     for i, (request, one, other) in enumerate(zip(requests, plain, self_speculative, strict=True)):
@@ -56,64 +57,58 @@ def compare_decodings(
     return {"identical": not differences, "differences": differences}
 
 
+def requests_from_texts(
+    tokenizer: Llama2Tokenizer, texts: Sequence[str], *, n_requests: int, prompt_tokens: int
+) -> list[Request]:
+    """Use the beginnings of at most ``n_requests`` texts as prompts, none over half of its text."""
+    requests = []
+    for text in texts:
+        tokens = tokenizer.encode(text, add_eos=False)
+        prompt = tokens[: min(prompt_tokens, len(tokens) // 2)]
+        if prompt and len(requests) < n_requests:
+            requests.append(Request(tuple(prompt), seed=0))
+    return requests
+
+
 def measure_decoding(
     model: MTPTransformer,
     tokenizer: Llama2Tokenizer,
     requests: list[Request],
     *,
     batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop: tuple[str, ...],
-    dtype: torch.dtype,
     repeats: int = 3,
+    **settings,
 ) -> dict:
     """Time both decodings on the same requests, batch by batch in one run.
 
-    Seconds are wall-clock of ``generate``: prefill, caches and text included.
+    Times are wall-clock seconds of ``generate``, including prefill, caches and decoding of text.
 
     Args:
-        model: see ``generate``.
-        tokenizer: see ``generate``.
         requests: decoded ``batch_size`` at a time.
-        batch_size: rows of a batch.
-        max_new_tokens: see ``generate``.
-        temperature: see ``generate``.
-        top_p: see ``generate``.
-        top_k: see ``generate``.
-        stop: see ``generate``.
-        dtype: see ``generate``.
-        repeats: times that all requests are decoded in either way, after one batch to warm up.
+        repeats: how often all requests are decoded in both ways, after one batch to warm up.
+        settings: the other arguments of ``generate``, without ``decoding``.
 
     Returns:
         ``identical`` and ``differences`` as ``compare_decodings`` gives them;
-        ``tokens_per_forward``: new tokens of a row per forward of the row in self-speculative
-        decoding, without the prefill and its token, None if nothing came after the prefill;
+        ``tokens_per_forward``: new tokens of a row per forward pass in self-speculative decoding,
+        without the prefill and its token, None if nothing followed the prefill;
         ``acceptance_per_head``: for heads 1..K - 1 the share of forwards that kept the guesses of
-        all heads up to this one, so that tokens_per_forward is 1 + their sum;
+        all heads up to this one, so tokens_per_forward is 1 + their sum;
         ``plain_seconds``, ``self_speculative_seconds``: of each repeat;
-        ``plain_tokens_per_s``, ``self_speculative_tokens_per_s``: new tokens by the median;
-        ``speedup``: the second by the first.
+        ``plain_tokens_per_s``, ``self_speculative_tokens_per_s``: new tokens per median second;
+        ``speedup``: the second divided by the first.
 
     Raises:
         ValueError: if there are no requests, ``batch_size`` or ``repeats`` is below 1, or
-            ``generate`` refuses.
+            ``generate`` raises it.
     """
     if not requests:
         raise ValueError("there are no requests to measure decoding with")
     if batch_size < 1 or repeats < 1:
-        raise ValueError(f"batch_size {batch_size} and repeats {repeats} must be at least 1")
+        raise ValueError(
+            f"batch_size and repeats must be at least 1, got {batch_size} and {repeats}"
+        )
     on_cuda = model.tok_embeddings.weight.is_cuda
-    settings = dict(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        stop=stop,
-        dtype=dtype,
-    )
 
     def decode(decoding: Decoding, batch: list[Request]) -> tuple[list[Generation], float]:
         start = time.perf_counter()
@@ -131,7 +126,7 @@ def measure_decoding(
         done = {decoding: [] for decoding in DECODINGS}
         spent = dict.fromkeys(DECODINGS, 0.0)
         for first in range(0, len(requests), batch_size):
-            # By turns, and by turns first, so that a machine that slows down favours neither.
+            # In turn, and each first in turn, so that a machine that slows down favours neither.
             turn += 1
             for decoding in DECODINGS if turn % 2 else reversed(DECODINGS):
                 generations, elapsed = decode(decoding, requests[first : first + batch_size])

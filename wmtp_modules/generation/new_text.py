@@ -1,24 +1,19 @@
-"""The text of a row's new tokens, and the first stop string in it, found as tokens arrive."""
+"""Decodes a row's new tokens as they arrive, and finds the first stop string."""
 
 from collections.abc import Sequence
 
 from torchtune.models.llama2 import Llama2Tokenizer
 
-_INCOMPLETE = "\ufffd"  # what bytes decode to that are no whole character, or not yet
+_INCOMPLETE = "\ufffd"  # what an incomplete or invalid character decodes to
 
 
 class NewText:
-    """Decodes token by token: what the new tokens add to the text of the prompt.
+    """Decodes token by token what the new tokens add to the text of the prompt.
 
     A token's text depends on the one before it: SentencePiece drops a space at the beginning of a
-    text, and a character may be spread over several byte tokens. So a window is decoded that
-    begins with the last token whose text is final, and that token's text is cut off. The window
+    text, and a character may be spread over several byte tokens. The decoded window therefore
+    starts with the last token whose text is final, and that token's text is removed. The window
     stays a few tokens long, so the cost of a row is linear in its length.
-
-    Args:
-        tokenizer: decodes ids.
-        prompt: ids of the prompt.
-        stop: strings that end the text; it is cut before the first.
     """
 
     def __init__(
@@ -29,24 +24,24 @@ class NewText:
         self._longest = max(map(len, stop), default=0)
         self._text = ""
         self._window = [prompt[-1]]
-        self._shown = len(self._decode(self._window))  # characters that are no new text any more
+        self._shown = len(self._decode(self._window))  # characters of the window that are not new
 
     def push(self, token: int) -> bool:
-        """Take one token; True if it completes a stop string. Nothing may follow it then."""
+        """Add a token; True if it completes a stop string, after which nothing may be added."""
         self._window.append(token)
         if not self._stop:
             return False  # decoded at the end, all at once
         new = self._decode(self._window)[self._shown :]
         if new.endswith(_INCOMPLETE):
             return False
-        # A stop string that begins further to the left was complete, and found, before.
+        # A stop string that begins further to the left would have been found earlier.
         start = max(0, len(self._text) - self._longest + 1)
         self._text += new
         found = [i for i in (self._text.find(stop, start) for stop in self._stop) if i >= 0]
         alone = len(self._decode([token]))
         if alone:
             self._window, self._shown = [token], alone
-        else:  # a control token or a single space: it would look like the beginning of a text
+        else:  # a control token or a single space would look like the beginning of a text
             self._shown += len(new)
         if found:
             self._text = self._text[: min(found)]
@@ -54,5 +49,5 @@ class NewText:
 
     @property
     def text(self) -> str:
-        """Text of the tokens so far, up to the stop string if there was one."""
+        """Text of the tokens so far, up to a stop string."""
         return self._text + self._decode(self._window)[self._shown :]

@@ -1,11 +1,11 @@
-"""From logits to a token: temperature, top-k, top-p, and one uniform number per token.
+"""Draws tokens from logits: temperature, top-k, top-p, and one uniform number per token.
 
 Shapes: B rows, S positions, V vocabulary, N new tokens.
 
-A token is drawn by inverting the cumulative distribution at a uniform number that depends on the
-request's seed and the token's index only. A sample is therefore the same whatever the batch, the
-device or the decoding mode, up to the rounding of the logits: a token changes only if its number
-lies within that rounding of a border between two tokens.
+A token is drawn by inverting the cumulative distribution at a uniform number that depends only on
+the request's seed and the token's index. A sample therefore does not depend on batch, device or
+decoding mode, up to the rounding of the logits: a token changes only if its number lies within that
+rounding of the boundary between two tokens.
 """
 
 import math
@@ -15,28 +15,24 @@ import torch
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Refuse what has no meaning.
+    """Check the sampling settings.
 
     Raises:
         ValueError: if a value is out of range.
     """
     if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature {temperature} must be 0 (greedy) or a positive number")
+        raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
     if top_k < 0:
-        raise ValueError(f"top_k {top_k} must be 0 (off) or the number of tokens to keep")
+        raise ValueError(f"top_k must be 0 (off) or the number of tokens to keep, got {top_k}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} must be above 0 and at most 1 (off)")
+        raise ValueError(f"top_p must be above 0 and at most 1 (off), got {top_p}")
 
 
 def request_uniforms(seeds: Sequence[int], n_tokens: int) -> torch.Tensor:
-    """The uniform numbers of some requests, each from a generator of its own.
+    """Uniform numbers for each request, from its own generator: fp64 in [0, 1) on the CPU.
 
-    Args:
-        seeds: one for each request; torch's generator looks at the lowest 32 bits only.
-        n_tokens: numbers of each request.
-
-    Returns:
-        uniforms_BN, fp64 in [0, 1), on the CPU. Fewer tokens give the same first numbers.
+    torch's generator uses only the lowest 32 bits of a seed. Asking for fewer gives the same first
+    numbers.
     """
     uniforms_BN = torch.empty(len(seeds), n_tokens, dtype=torch.float64)
     for row, seed in zip(uniforms_BN, seeds, strict=True):
@@ -49,15 +45,15 @@ def next_token_probs(
 ) -> torch.Tensor:
     """The distribution that a token is drawn from.
 
-    The temperature comes first, then top-k, then top-p over what top-k left, as in Hugging Face.
-    Of equal logits the lower ids are kept.
+    The temperature is applied first, then top-k, then top-p to what top-k left, as in Hugging Face
+    transformers. Of equal logits the lower ids are kept.
 
     Args:
         logits: [..., V].
         temperature: above 0.
         top_k: tokens kept; 0 keeps all.
-        top_p: the fewest most likely tokens that together have this probability are kept, the one
-            that reaches it included; 1 keeps all.
+        top_p: keeps the smallest set of most likely tokens with at least this probability; 1
+            keeps all.
 
     Returns:
         fp64 [..., V], sum 1.
@@ -72,7 +68,7 @@ def next_token_probs(
         scaled[..., top_k:] = -math.inf
     probs = scaled.softmax(-1)
     if top_p < 1:
-        above = probs.cumsum(-1) - probs  # of all likelier tokens; 0 for the first, which stays
+        above = probs.cumsum(-1) - probs  # of all more likely tokens; 0 for the first, which stays
         probs = probs.masked_fill(above >= top_p, 0)
         probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, ids, probs)
@@ -86,14 +82,13 @@ def draw_tokens(
     top_k: int,
     top_p: float,
 ) -> torch.Tensor:
-    """One token for each distribution.
+    """Draw one token from each distribution.
 
     Args:
         logits: [..., V].
         uniforms: fp64 [...], in [0, 1); not read at temperature 0.
-        temperature: 0 takes the most likely token, of several the lowest id.
-        top_k: see ``next_token_probs``.
-        top_p: see ``next_token_probs``.
+        temperature: 0 takes the most likely token, the lowest id in a tie; see
+            ``next_token_probs`` for the others.
 
     Returns:
         ids [...], int64.
@@ -104,6 +99,6 @@ def draw_tokens(
     probs = next_token_probs(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     cdf = probs.cumsum(-1)
     # The first id whose cumulative probability exceeds the number, so never one of probability 0.
-    # Scaled by the last value, which is 1 up to rounding only; the product stays below it.
+    # Scaled by the last value, which is 1 only up to rounding; the product stays below it.
     target = uniforms[..., None] * cdf[..., -1:]
     return torch.searchsorted(cdf, target, right=True)[..., 0]

@@ -2,16 +2,16 @@
 
 Shapes: B rows, S positions fed at once, K heads, D model width, V vocabulary, N new tokens.
 
-Heads 1, 2, ... at the position of the last token guess the tokens behind the next one. The next
+Heads 1, 2, ... at the position of the last token guess the tokens after the next one. The next
 forward is fed that next token and the guesses. Head 0 draws at each of these positions as it
-always would; its draws count for as long as the draw before equals the guess that was fed. So a
-guess decides how far a forward gets and never what comes out: the tokens are those of decoding one
-by one, for greedy decoding and for sampling with the same uniform numbers alike. Without guesses
-(S = 1) the same loop is plain decoding.
+always would, and its draws count as long as the previous draw equals the guess that was fed. A
+guess therefore decides how far a forward gets, never what is generated: the tokens are those of
+decoding one at a time, both for greedy decoding and for sampling with the same uniform numbers.
+Without guesses (S = 1) the same loop is plain decoding.
 
-Rows accept different numbers of tokens and stand at different positions, prompts included. Padding
-lies behind a row's own positions, where no query of the row looks before it is overwritten; the
-same holds for rejected guesses.
+Rows have prompts of different lengths and accept different numbers of tokens, so they are at
+different positions. Padding lies after a row's own positions, where no query of the row looks
+before it is overwritten; the same holds for rejected guesses.
 """
 
 from collections.abc import Sequence
@@ -28,28 +28,17 @@ FinishReason = Literal["eos", "stop", "length"]
 
 
 def count_kept(fed_BS: torch.Tensor, draws_BS: torch.Tensor) -> torch.Tensor:
-    """How many guesses of each row head 0 drew itself, up to the first that it did not.
+    """How many guesses of each row equal head 0's draws, up to the first that does not.
 
     Args:
         fed_BS: the row's last token and S - 1 guesses.
         draws_BS: head 0's draw after each of them.
-
-    Returns:
-        kept_B, int64 in 0..S - 1: draws 0..kept are the row's next tokens.
     """
     return (fed_BS[:, 1:] == draws_BS[:, :-1]).cumprod(dim=1).sum(dim=1)
 
 
 class Row:
-    """What the host knows of one request: its tokens, its text, whether it has ended, and counts.
-
-    Args:
-        prompt: ids.
-        tokenizer: decodes ids.
-        stop: strings that end the text.
-        max_new_tokens: tokens that end the row.
-        n_drafts: guesses in a forward.
-    """
+    """The host's record of one request: its tokens, its text, whether it has ended, and counts."""
 
     def __init__(
         self,
@@ -83,7 +72,7 @@ class Row:
         for i, token in enumerate(run):
             self.tokens.append(token)
             if i:
-                self.accepted[i - 1] += 1  # token i is behind guesses 1..i
+                self.accepted[i - 1] += 1  # token i comes after guesses 1..i
             if token == self._eos_id:
                 self.finish_reason = "eos"
             elif self.text.push(token):
@@ -95,20 +84,19 @@ class Row:
 
 
 class Decoder:
-    """Decodes a batch of rows to their ends.
+    """Decodes a batch of rows until all have ended.
 
-    Rows that have ended leave the batch, keys and values with them: copying the caches costs about
-    as much as one forward reads of them, and a row that stays would cost that in every forward.
+    Rows that have ended leave the batch together with their keys and values: copying the caches
+    costs about as much as one forward reads of them, and a row that stays would cost that in every
+    forward.
 
     Args:
         model: with caches for the distinct prompts, in eval mode, not sharded.
-        rows: not begun.
+        rows: not yet started.
         uniforms_BN: fp64, on the model's device; None for greedy decoding.
-        n_drafts: guesses in a forward, below the model's number of heads; 0 is plain decoding, in
-            which only the trunk and head 0 run.
-        temperature: see ``draw_tokens``.
-        top_k: see ``draw_tokens``.
-        top_p: see ``draw_tokens``.
+        n_drafts: guesses per forward, less than the model's number of heads; 0 is plain decoding,
+            in which only the trunk and head 0 run.
+        sampling: temperature, top_k and top_p; see ``draw_tokens``.
     """
 
     def __init__(
@@ -118,15 +106,13 @@ class Decoder:
         uniforms_BN: torch.Tensor | None,
         *,
         n_drafts: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
+        **sampling: float,
     ) -> None:
         self.model = model
         self.rows = rows
         self.n_drafts = n_drafts
         self._uniforms_BN = uniforms_BN
-        self._sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        self._sampling = sampling
         self._device = model.tok_embeddings.weight.device
         self._prompt_B = self._ids([len(row.prompt) for row in rows])
         # Position of each row's last token, whose successor is drawn next.
@@ -147,7 +133,7 @@ class Decoder:
             for row, (*draws, kept, finite) in zip(self.rows, table, strict=True):
                 if not finite:
                     raise ValueError(
-                        f"the model's logits behind token {row.position} are not finite: check the "
+                        f"the model's logits after token {row.position} are not finite: check the "
                         "checkpoint and the dtype"
                     )
                 row.take(draws[: kept + 1])
@@ -170,14 +156,10 @@ class Decoder:
             hidden_KBSD = self._decode(fed_BS)
 
     def draft(self, logits_BKV: torch.Tensor) -> torch.Tensor:
-        """Guesses for the tokens behind the last one of each row, as good as they may be.
+        """Guess the tokens after the last one of each row, from the logits of heads 1..n_drafts.
 
-        Args:
-            logits_BKV: of heads 1..n_drafts where head 0 drew the last token.
-
-        Returns:
-            drafts_BK, int64. The likeliest token when sampling too: head 0, which sees the tokens
-            between, is surer than the heads that guess, so its draw is most often that one.
+        The most likely tokens, also when sampling: head 0, which sees the tokens in between, is
+        more certain than the other heads, so its draw is usually that token.
         """
         return logits_BKV.argmax(-1)
 
@@ -185,15 +167,14 @@ class Decoder:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _prefill(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the prompts, each distinct one once, and give every row its copy of the caches.
+        """Run each distinct prompt once, and give every row its copy of the caches.
 
-        Returns:
-            The rows' last tokens fed_BS and each head's output there, both with S = 1.
+        Returns the rows' last tokens fed_BS and each head's output there, both with S = 1.
         """
         prompts = list(dict.fromkeys(row.prompt for row in self.rows))
         place = {prompt: u for u, prompt in enumerate(prompts)}
         T = max(map(len, prompts))
-        # Padded on the right with any token: see the top of the file.
+        # Padded on the right with an arbitrary token: see the top of the file.
         tokens_UT = self._ids([[*prompt, *[0] * (T - len(prompt))] for prompt in prompts])
         pos_UT = torch.arange(T, device=self._device).expand(len(prompts), T)
         hidden_KUTD = self._heads(tokens_UT, pos_UT, T)
@@ -208,7 +189,7 @@ class Decoder:
         for row in self.rows:
             row.forwards += 1
         pos_BS = self._position_B[:, None] + torch.arange(S, device=self._device)
-        # Guesses behind max_new_tokens share the last position, which no draw that counts reads.
+        # Guesses beyond max_new_tokens share the last position, which no accepted draw reads.
         end = min(max(row.position for row in self.rows) + S, self.model.cache_len)
         return self._heads(fed_BS, pos_BS.clamp(max=end - 1), end)
 

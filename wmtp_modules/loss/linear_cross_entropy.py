@@ -2,11 +2,11 @@
 
 Shapes: N tokens (batch x positions x heads), D model width, V vocabulary.
 
-Three things are wanted at once and no library gives all of them: losses in fp32 from bf16
-operands, gradients that stay exact when per-token weights are applied afterwards, and weights
-folded in at the forward when they are known. ``F.linear_cross_entropy`` of torch 2.13 recomputes
-for ``reduction="none"`` but returns losses in the operands' dtype and takes no token weights;
-cut-cross-entropy and Liger are compared in docs/log.md.
+No library provides all three requirements: losses in fp32 from bf16 operands, gradients that stay
+exact when per-token weights are applied afterwards, and weights folded in at the forward when they
+are known. ``F.linear_cross_entropy`` of torch 2.13 recomputes for ``reduction="none"`` but returns
+losses in the operands' dtype and takes no token weights; docs/log.md compares cut-cross-entropy and
+Liger.
 """
 
 from functools import lru_cache
@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 IMPLS = ("chunked", "compiled")
 
-# Logits held at a time. The CPU value keeps a chunk near the caches; on a GPU each chunk also
-# reads and writes the [V, D] gradient once, so chunks are larger there (0.5 GiB of fp32 logits).
+# Logits held at a time. On a CPU a chunk should fit the caches; on a GPU each chunk also reads and
+# writes the [V, D] gradient once, so chunks are larger there (0.5 GiB of fp32 logits).
 CHUNK_LOGITS_CPU = 2**24
 CHUNK_LOGITS_CUDA = 2**27
 
@@ -34,13 +34,13 @@ def linear_cross_entropy(
 
     Without ``token_weights`` the per-token losses are differentiable and may be multiplied by
     any weights before the backward, which recomputes the logits (4 matrix products). With
-    ``token_weights`` the gradients are made in the forward (3 products).
+    ``token_weights`` the gradients are computed in the forward (3 products).
 
     Args:
         hidden: [..., D] in the compute dtype.
         weight: [V, D] in the same dtype; a plain tensor.
-        labels: int64 [...]; a negative one, as -100, gives loss 0 and no gradient. One of V or
-            more is an indexing error of torch, on a GPU an asynchronous one.
+        labels: int64 [...]; a negative label, such as -100, gives loss 0 and no gradient. A label
+            of V or more is an indexing error of torch, asynchronous on a GPU.
         token_weights: [...] fp32, treated as constants.
         impl: "chunked", or "compiled" for the same arithmetic through ``torch.compile``, which
             fuses the softmax passes (meant for CUDA).
@@ -81,7 +81,7 @@ def _losses_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-token loss and log-sum-exp of one chunk."""
     lse_N = torch.logsumexp(logits_NV, dim=-1)
-    # Every negative label is ignored: finding out which ones are wrong would wait for the device.
+    # Every negative label is ignored: checking for wrong ones would wait for the device.
     picked_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1)
     return torch.where(labels_N >= 0, lse_N - picked_N, 0.0), lse_N
 
@@ -192,7 +192,7 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *outer):
         grad, _ = outer  # of the losses, which are not differentiable, there is none
-        # The products are already made; only the incoming scalar is left to apply.
+        # The products are already computed; only the incoming scalar is left to apply.
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
         if hidden_grad is not None:
             hidden_grad = hidden_grad * grad.to(hidden_grad.dtype)

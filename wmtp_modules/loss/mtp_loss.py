@@ -7,7 +7,7 @@ One optimizer step minimises, with weights detached,
     L = (1 / n') * sum_{b,t,k} alpha_k * w[b,t,k] * M[b,t,k] * losses[b,t,k]
     n' = sum_k alpha_k * n_k,   n_k = sum_{b,t} M[b,t,k] over ranks and micro-batches,
 
-so that all weights 1 is exactly plain MTP (the mean over heads of arXiv 2404.19737, eq. 2),
+so that weights of 1 give exactly plain MTP (the mean over heads of arXiv 2404.19737, eq. 2),
 whatever the packing, the number of ranks or the gradient accumulation. Sum first, divide once.
 """
 
@@ -17,15 +17,10 @@ IGNORE_INDEX = -100
 
 
 def shift_to_heads(x_BT: torch.Tensor, n_future_tokens: int, fill: float | int) -> torch.Tensor:
-    """Bring a value per token to the positions that predict it.
-
-    Args:
-        x_BT: one value per token.
-        n_future_tokens: K.
-        fill: value where t + k + 1 lies behind the row's end.
+    """Move a value per token to the positions that predict it.
 
     Returns:
-        x_BTK with x_BTK[b, t, k] = x_BT[b, t + k + 1].
+        x_BTK with x_BTK[b, t, k] = x_BT[b, t + k + 1], ``fill`` beyond the end of the row.
     """
     T = x_BT.shape[1]
     out_BTK = x_BT.new_full((*x_BT.shape, n_future_tokens), fill)
@@ -47,7 +42,7 @@ def mtp_labels(
 
     Returns:
         labels_BTK, int64: token t + k + 1, or -100 where that token is not supervised, belongs
-        to another document or lies behind the row's end.
+        to another document or is beyond the end of the row.
     """
     kept_BT = torch.where(keep_BT, tokens_BT, IGNORE_INDEX)
     labels_BTK = shift_to_heads(kept_BT, n_future_tokens, IGNORE_INDEX)

@@ -1,7 +1,7 @@
-"""What a critic is trained on: response tokens, and the regression and pairwise objectives.
+"""Objectives of a critic: its response tokens, the regression and the pairwise loss.
 
 Shapes: B rows, T positions. values[b, t] is the value after token t, so the value before token u
-is values[b, u - 1]; everything below stands at the token it is about.
+is values[b, u - 1]; every quantity below is stored at the token it is about.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def response_mask(keep_BT: torch.Tensor, doc_BT: torch.Tensor) -> torch.Tensor:
-    """Tokens that have a value before them: y[u] = keep[u] and u >= 1 and doc[u] == doc[u - 1].
+    """Response tokens with a value before them: y[u] = keep[u] and u >= 1 and doc[u] == doc[u - 1].
 
     Args:
         keep_BT: bool, token is supervised.
@@ -36,12 +36,12 @@ def regression_loss(
 
     Args:
         values_BT: fp32, values after each token.
-        rewards_BT: standardised reward of each token's response; read where y is True.
+        rewards_BT: standardised reward of each token's response; used where y is True.
         y_BT: from ``response_mask``.
 
     Returns:
         Scalar sum; divide by the number of response tokens of all ranks. A batch without any
-        gives a 0 that still has a gradient.
+        gives 0, still connected to the graph.
     """
     error_BT = torch.where(y_BT, values_before(values_BT) - rewards_BT, 0.0)
     return 0.5 * error_BT.square().sum()
@@ -67,7 +67,7 @@ def pairwise_loss(good_P: torch.Tensor, bad_P: torch.Tensor) -> torch.Tensor:
 
 
 def value_sums(values_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
-    """Per row, what every figure about a critic is made from.
+    """Sums per row, from which every figure about a critic is computed.
 
     Returns:
         fp64 [B, 3]: number of response tokens, sum of V[u - 1] and of its square over them.

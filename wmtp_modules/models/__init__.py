@@ -1,4 +1,4 @@
-"""The 4-head Llama and what trains beside it. Exported are the names of a YAML."""
+"""The multi-token-prediction Llama. Exports what a YAML may name."""
 
 from wmtp_modules.models.model_builders import mtp_llama2, mtp_llama2_7b, mtp_sheared_llama_1_3b
 

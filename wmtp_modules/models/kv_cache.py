@@ -1,4 +1,4 @@
-"""A KV cache whose rows stand at different positions.
+"""A KV cache whose rows are at different positions.
 
 torchtune's ``KVCache`` keeps one position for the whole batch. Self-speculative decoding
 accepts a different number of drafted tokens in each row, so each row writes where its own
@@ -12,16 +12,9 @@ from torch import nn
 class RowKVCache(nn.Module):
     """Keys and values stored at the position of their token.
 
-    The model sets ``input_pos`` (int64 [B, S]) and ``end`` before each forward. Rolling a row back
-    means calling again with smaller positions: what lies behind them is overwritten before any
-    query may see it, because a query at position p attends to positions <= p only.
-
-    Args:
-        batch_size: rows.
-        cache_len: positions a row can hold.
-        num_kv_heads: key/value heads.
-        head_dim: width of a head.
-        dtype: element type.
+    The model sets ``input_pos`` (int64 [B, S]) and ``end`` before each forward. To roll a row back,
+    call again with smaller positions: the entries after them are overwritten before any query can
+    see them, because a query at position p attends only to positions <= p.
     """
 
     def __init__(

@@ -31,17 +31,12 @@ def mtp_llama2(
     """Build a Llama-2 with ``n_future_tokens`` parallel head blocks.
 
     Args:
-        vocab_size: tokens in the vocabulary.
         num_layers: all blocks, counted as ``n_layers`` in Meta's ``params.json``: trunk and
             heads together, so the trunk has ``num_layers - n_future_tokens`` blocks.
         n_future_tokens: heads; 1 gives an ordinary Llama of ``num_layers`` blocks.
         num_heads: query heads.
-        num_kv_heads: key/value heads.
-        embed_dim: model width D.
         max_seq_len: longest row, in tokens.
         intermediate_dim: width of the feed-forward layer; Llama-2's rule if None.
-        norm_eps: epsilon of the RMS norms.
-        rope_base: base of the rotary embedding.
 
     Raises:
         ValueError: if no trunk block is left, a size is below 1, or the widths do not divide.
@@ -51,25 +46,9 @@ def mtp_llama2(
             f"n_future_tokens {n_future_tokens} must be at least 1 and below num_layers "
             f"{num_layers}, which counts trunk and head blocks together"
         )
-    sizes = {
-        "vocab_size": vocab_size,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "embed_dim": embed_dim,
-        "max_seq_len": max_seq_len,
-        "intermediate_dim": 1 if intermediate_dim is None else intermediate_dim,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"model.{name} {size} must be at least 1")
-    if embed_dim % num_heads or num_heads % num_kv_heads:
-        raise ValueError(
-            f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads}, and num_heads "
-            f"a multiple of num_kv_heads {num_kv_heads}"
-        )
-    head_dim = embed_dim // num_heads
-    intermediate_dim = intermediate_dim or scale_hidden_dim_for_mlp(embed_dim)
-    # Read by the checkpoint code, to compare with a folder and to write its params.json.
+    if intermediate_dim is None:
+        intermediate_dim = scale_hidden_dim_for_mlp(embed_dim)
+    # Read by the checkpoint code too, to compare with a folder and to write its params.json.
     args = dict(
         vocab_size=vocab_size,
         num_layers=num_layers,
@@ -82,7 +61,16 @@ def mtp_llama2(
         norm_eps=norm_eps,
         rope_base=rope_base,
     )
-    # Said to be an int there, and any number in the computation; some checkpoints have a fraction.
+    for name, size in args.items():
+        if size < 1 and name not in ("norm_eps", "rope_base"):
+            raise ValueError(f"model.{name} must be at least 1, got {size}")
+    if embed_dim % num_heads or num_heads % num_kv_heads:
+        raise ValueError(
+            f"embed_dim {embed_dim} must be a multiple of num_heads {num_heads}, and num_heads "
+            f"a multiple of num_kv_heads {num_kv_heads}"
+        )
+    head_dim = embed_dim // num_heads
+    # Annotated as int there, and any number in the computation; some checkpoints have a fraction.
     base = cast(int, rope_base)
     rope = RotaryPositionalEmbeddings(dim=head_dim, max_seq_len=max_seq_len, base=base)
 
@@ -133,7 +121,7 @@ def mtp_llama2_7b(*, n_future_tokens: int = 4, max_seq_len: int = 4096) -> MTPTr
 def mtp_sheared_llama_1_3b(*, n_future_tokens: int = 1, max_seq_len: int = 4096) -> MTPTransformer:
     """Sheared-LLaMA-1.3B (princeton-nlp), the Rho-1 reference: 24 blocks of width 2048.
 
-    With ``n_future_tokens`` above 1 the extra heads come on top of the 24 blocks.
+    With ``n_future_tokens`` above 1 the extra heads are added to the 24 blocks.
     """
     return mtp_llama2(
         vocab_size=32_000,

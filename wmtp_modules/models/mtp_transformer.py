@@ -20,8 +20,8 @@ from wmtp_modules.models.value_head import ValueHead
 class MTPOutput(nn.Module):
     """Final norm, output projection and loss, shared by all heads.
 
-    The loss is computed inside this forward so that, under FSDP2, it meets the gathered plain
-    weight and its gradient goes back through the same unit.
+    The loss is computed inside this forward so that, under FSDP2, it uses the gathered plain
+    weight and its gradient returns through the same unit.
     """
 
     def __init__(self, norm: RMSNorm, proj: nn.Linear) -> None:
@@ -60,15 +60,11 @@ class MTPTransformer(nn.Module):
     this is an ordinary Llama whose last block is called head 0.
 
     Args:
-        tok_embeddings: token embedding.
-        layers: the trunk's blocks.
-        heads: one block for each future token.
-        output: shared norm, projection and loss.
         args: the builder's arguments, kept so that exports can write a matching config.
 
     Attributes:
-        context: rows that the weights are fit for, in tokens; a checkpoint may have seen longer
-            ones than ``max_seq_len``, which says what this model takes.
+        context: longest row in tokens that the weights were trained on; may exceed
+            ``max_seq_len``, the longest row that this model accepts.
     """
 
     def __init__(
@@ -120,7 +116,7 @@ class MTPTransformer(nn.Module):
 
         Returns:
             Without labels logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
-            weights may be applied afterwards. With weights too the pair
+            weights may be applied afterwards. With weights as well, the pair
             (sum of weight * loss, losses_BTK without gradient), which saves one matrix product.
 
         Raises:
@@ -155,7 +151,7 @@ class MTPTransformer(nn.Module):
     ) -> torch.Tensor:
         """The trunk's output hidden_BTD, which all heads and a critic read.
 
-        Call it directly on a model that is not sharded only: FSDP2 gathers in ``forward``.
+        Call it directly only on a model that is not sharded: FSDP2 gathers in ``forward``.
         """
         hidden_BTD = self.tok_embeddings(tokens_BT)
         for block in self.layers:
@@ -163,31 +159,25 @@ class MTPTransformer(nn.Module):
         return hidden_BTD
 
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, cache_len: int) -> None:
-        """Give every block, heads included, a KV cache whose rows advance independently.
-
-        Args:
-            batch_size: rows of the cache.
-            dtype: element type of the cached keys and values.
-            cache_len: positions of each row, at most ``max_seq_len``.
-        """
+        """Give every block, heads included, a KV cache of ``cache_len`` positions per row."""
         self.cache_len = cache_len
         for attn in self._attentions():
-            with self.tok_embeddings.weight.device:  # made there: it may not fit in host memory
+            with self.tok_embeddings.weight.device:  # created there: it may not fit in host memory
                 attn.kv_cache = RowKVCache(
                     batch_size, cache_len, attn.num_kv_heads, attn.head_dim, dtype
                 )
             attn.cache_enabled = True
 
     def place_in_caches(self, input_pos: torch.Tensor, end: int) -> torch.Tensor:
-        """Tell every cache where the next tokens go; done by ``forward``, not by ``trunk``.
+        """Tell every cache where the next tokens go; called by ``forward``, not by ``trunk``.
 
         Args:
             input_pos: position of each token, int64 [B, S], below ``end``.
             end: cache positions that the blocks look at, at most ``cache_len``.
 
         Returns:
-            mask for the blocks, bool [B, S, end]. Keys sit in the cache at their own position, so
-            a query sees what is not later.
+            mask for the blocks, bool [B, S, end]. Keys are cached at their own position, so a
+            query sees every position that is not later.
         """
         for cache in self._caches():
             cache.input_pos = input_pos
@@ -195,7 +185,7 @@ class MTPTransformer(nn.Module):
         return torch.arange(end, device=input_pos.device) <= input_pos[:, :, None]
 
     def select_cache_rows(self, rows: torch.Tensor) -> None:
-        """Keep these rows, int64, of every cache, in this order; one may be named several times."""
+        """Keep these rows, int64, of every cache, in this order; rows may be repeated."""
         for cache in self._caches():
             cache.select_rows(rows)
 

@@ -8,9 +8,9 @@ from torchtune.modules import RMSNorm
 class ValueHead(nn.Module):
     """RMSNorm, Linear, SiLU, Linear to one number, computed in fp32; then scale * v + shift.
 
-    The output layer starts at zero, so an untrained critic values everything alike. ``scale`` and
-    ``shift`` put values on the scale of the rewards; they are fitted after a pairwise training,
-    whose values have an arbitrary offset and scale, and are 1 and 0 otherwise.
+    The output layer starts at zero, so an untrained critic gives everything the same value.
+    ``scale`` and ``shift`` map values to the scale of the rewards; they are fitted after pairwise
+    training, whose values have an arbitrary offset and scale, and are 1 and 0 otherwise.
 
     Args:
         embed_dim: width D of the trunk's output.

@@ -1,13 +1,11 @@
-"""A family of small Python functions for the evaluation's quickstart, and a model trained on it.
+"""Makes small Python functions for the evaluation's quickstart, and trains a model on them.
 
-A member does two steps of whole-number arithmetic: its name and docstring say which, its body does
-them. Members are dealt to training, held-out text and tasks by what they compute, so that no
-training member computes what a task asks for: copying a training solution solves no task.
+A function of the family does two steps of integer arithmetic: its name and docstring say which, its
+body does them. Functions are assigned to training, held-out text and tasks by what they compute.
+No training function computes what a task asks for, so copying a training solution solves no task.
 """
 
-import hashlib
 import itertools
-import json
 import os
 import random
 import shlex
@@ -20,29 +18,29 @@ from typing import NamedTuple
 from torchtune.utils import get_logger
 
 from wmtp_modules.parallel.process_group import die_with_parent
-from wmtp_modules.quickstarts.stdlib import assets_folder, train_tokenizer
+from wmtp_modules.quickstarts.stdlib import assets_folder, part_of, train_tokenizer, write_rows
 from wmtp_modules.run.plan import finished_run
 
 log = get_logger("INFO")
 
-VERSION = 1  # of what is made here; a new one makes it again
+VERSION = 1  # of the files made here; a new version makes them again
 RECIPE = "recipes/rho1_wmtp_distributed.py"
 PROCESSES = 2  # that train the model
-# What a launcher tells its processes; a launcher started by one of them must not read it.
+# A launcher sets these for its processes; a launcher started by one of them must not read them.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_WORLD_")
 SHARES = {"base": 0.8, "heldout": 0.1, "tasks": 0.1}  # of the behaviours
 ROWS = {"base": 8_000, "heldout": 200, "tasks": 50}
 CONSTANTS = range(2, 21)
-# Functions that agree here count as one; small and large, of either sign, without a common factor.
+# Functions that agree on these count as one: small and large, both signs, no common factor.
 PROBES = (-97, -23, -7, -2, -1, 0, 1, 2, 3, 5, 8, 13, 21, 40, 111)
 
 
 class Step(NamedTuple):
-    """One operation on x; where it has a constant, ``{n}`` stands for it."""
+    """One operation on x; ``{n}`` stands for its constant, if any."""
 
     name: str  # part of the function's name
-    doc: str  # {x} stands for what it is done to
+    doc: str  # {x} stands for the operand
     code: str
 
 
@@ -63,12 +61,12 @@ class Member(NamedTuple):
 
     name: str
     prompt: str  # up to its docstring
-    solution: str  # the body behind it
-    results: tuple[int, ...]  # what it gives for each of PROBES
+    solution: str  # the body after it
+    results: tuple[int, ...]  # for each of PROBES
 
 
 def family() -> list[Member]:
-    """All members, but those that give the same for every x: there is nothing to get wrong."""
+    """All members, except those with the same result for every x, which cannot be wrong."""
     steps = [
         Step(step.name.format(n=n), step.doc.format(n=n, x="{x}"), step.code.format(n=n))
         for step in STEPS
@@ -94,49 +92,37 @@ def _function(step: Step) -> Callable[[int], int]:
 
 
 def deal_members(seed: int) -> dict[str, list[Member]]:
-    """Deal the behaviours to disjoint parts by a hash, and draw the members of each part.
+    """Assign behaviours to disjoint parts by a hash, and draw the members of each part.
 
-    Args:
-        seed: of the deal and the drawing.
-
-    Returns:
-        Under each name of ``SHARES`` its members, in random order. A behaviour that many members
-        share, as adding 3 then 4 and adding 4 then 3, gives held-out text and tasks one of them.
+    Returns for each name in ``SHARES`` its members, in random order. Of members with the same
+    behaviour, such as adding 3 then 4 and adding 4 then 3, held-out text and tasks get one.
     """
     members = family()
     random.Random(seed).shuffle(members)
     parts: dict[str, list[Member]] = {name: [] for name in SHARES}
     seen = set()
     for member in members:
-        digest = hashlib.sha256(f"{seed} {member.results}".encode()).digest()
-        point = int.from_bytes(digest[:8], "big") / 2**64
-        for name, share in SHARES.items():
-            if point < share:
-                if name == "base" or member.results not in seen:
-                    parts[name].append(member)
-                break
-            point -= share
+        name = part_of(f"{seed} {member.results}", SHARES)
+        if name == "base" or (name is not None and member.results not in seen):
+            parts[name].append(member)
         seen.add(member.results)
     return {name: part[: ROWS[name]] for name, part in parts.items()}
 
 
 def prepare_functions(assets_dir: str, vocab_size: int, seed: int, model_config: str) -> None:
-    """Make what the evaluation's quickstart evaluates, unless it is there: data, then a model.
+    """Make the data and then the model for the evaluation's quickstart, unless they exist.
 
     Files: ``tokenizer.model``; ``base.jsonl`` and ``heldout.jsonl``, whole functions as rows
-    ``{"text"}``; ``tasks.jsonl``, functions to complete in HumanEval's columns. The model is
-    trained by ``RECIPE`` in processes of its own, from nothing if it was killed before its end or
-    if the data or the config is another than before.
+    ``{"text"}``; ``tasks.jsonl``, functions to complete in HumanEval's columns. ``RECIPE`` trains
+    the model in separate processes, again if the data or the config changed.
 
     Args:
-        assets_dir: folder to fill.
-        vocab_size: pieces of the tokenizer.
-        seed: deals the functions.
+        seed: assigns the functions.
         model_config: config of the training, with ``output_dir`` inside ``assets_dir``.
 
     Raises:
-        ValueError: if ``assets_dir`` holds something else, ``model_config`` cannot be read, or
-            training fails.
+        ValueError: if ``assets_dir`` has other files, ``model_config`` cannot be read, or training
+            fails.
     """
     made_from = {
         "quickstart": "eval",
@@ -160,13 +146,13 @@ def _fill(folder: Path, vocab_size: int, seed: int) -> None:
         for name in ("base", "heldout")
     } | {"tasks": [_task(i, member) for i, member in enumerate(parts["tasks"])]}
     for name, part in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        log.info(f"  {name}: {len(part)} functions, {len(text) / 1e6:.1f} MB")
+        path = folder / f"{name}.jsonl"
+        write_rows(path, part)
+        log.info(f"  {name}: {len(part)} functions, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def _task(number: int, member: Member) -> dict:
-    """A member as a row of HumanEval; it asserts what tells apart any two members."""
+    """A member as a row of HumanEval; its assertions tell any two members apart."""
     asserts = (
         f"    assert candidate({x}) == {result}\n"
         for x, result in zip(PROBES, member.results, strict=True)
@@ -181,7 +167,7 @@ def _task(number: int, member: Member) -> dict:
 
 
 def _train_model(model_config: str, assets_dir: str) -> None:
-    """Train in processes of their own, as no recipe imports another; what they print is shown."""
+    """Train in separate processes, because no recipe imports another; their output is shown."""
     output_dir = finished_run(model_config, assets_dir=assets_dir)
     if output_dir is not None and (output_dir / "last").is_dir():
         return
@@ -194,10 +180,10 @@ def _train_model(model_config: str, assets_dir: str) -> None:
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
     }
-    # However this process ends, the launcher ends with it and its workers save.
+    # However this process ends, the launcher ends with it and its workers save their state.
     done = subprocess.run(command, env=environment, check=False, preexec_fn=die_with_parent)
     if done.returncode:
         raise ValueError(
-            f"training the quickstart's model ended with exit code {done.returncode}; what it said "
-            f"stands above. By itself: {shlex.join(command)}"
+            f"training the quickstart's model failed with exit code {done.returncode}; its output "
+            f"is above. To run it alone: {shlex.join(command)}"
         )

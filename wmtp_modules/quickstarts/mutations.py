@@ -1,30 +1,29 @@
-"""Good and bad responses for the critic's quickstart, made on this machine.
+"""Makes good and bad responses for the critic's quickstart on this machine.
 
 A function of the standard library is a prompt (its ``def`` line) with a good response (its body).
-The bad one is the same body with one place changed, so that it still parses and means something
-else; which place that was is known, and noted in the row.
+The bad response is the same body with one place changed, so that it still parses but means
+something else; the row records the place.
 """
 
 import ast
-import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchtune.utils import get_logger
 
-from wmtp_modules.quickstarts.stdlib import assets_folder, deal_files, train_tokenizer
+from wmtp_modules.quickstarts.stdlib import assets_folder, deal_files, train_tokenizer, write_rows
 
 log = get_logger("INFO")
 
-VERSION = 2  # of what is made here; a new one makes it again
+VERSION = 2  # of the files made here; a new version makes them again
 PARTS = {"base": 0.35, "train": 0.55, "heldout": 0.1}  # shares of the files
 MIN_TOKENS = 30  # of a function with BOS and EOS: shorter ones leave little to judge
-# A dropped return always shortens, which gives the label away: no more functions than that get one.
+# A dropped return always shortens the body, which gives the label away, so few functions get one.
 DROPPED_RETURN_SHARE = 0.05
 SWAPS = {
     "+": ("-",),
@@ -52,7 +51,7 @@ OWN_SCOPE = DEFINITIONS | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp
 
 
 class Function(NamedTuple):
-    """A function without docstrings and decorators, as ``ast.unparse`` writes it."""
+    """A function without docstrings and decorators, as written by ``ast.unparse``."""
 
     name: str
     line: int  # of its ``def`` in the file, from 1
@@ -70,19 +69,15 @@ class Mutation(NamedTuple):
 
 class _Edit(NamedTuple):
     kind: str
-    start: int  # characters [start, end) of the function make way for ``text``
+    start: int  # characters [start, end) of the function are replaced by ``text``
     end: int
     text: str
 
 
 def functions_of(source: str) -> list[Function]:
-    """Functions and methods of a file, but none that lie inside another function.
+    """Functions and methods of a source file in its order, except those inside another function.
 
-    Args:
-        source: Python source.
-
-    Returns:
-        The functions in the order of the file, docstrings dropped, also of what lies inside.
+    Docstrings are dropped at any depth.
     """
     functions = []
     for node in _outermost_functions(ast.parse(source)):
@@ -103,19 +98,11 @@ def functions_of(source: str) -> list[Function]:
 def mutate(
     function: Function, rng: random.Random, n_tokens: Callable[[str], int] = len
 ) -> Mutation | None:
-    """Change one place of a body so that it parses and means something else.
+    """Change one place of a body so that it parses and means something else; None if impossible.
 
-    The possible changes are tried in random order, the kinds taking turns: first those that keep
-    the length, then the others, because a change of length gives the label away. A dropped return
-    comes first with probability ``DROPPED_RETURN_SHARE`` and is otherwise not among them.
-
-    Args:
-        function: from ``functions_of``.
-        rng: source of randomness.
-        n_tokens: length of a text.
-
-    Returns:
-        The changed body, or None if nothing in it can be changed.
+    The possible changes are tried in random order, alternating between kinds: first those that keep
+    the length by ``n_tokens``, then the others, because a change of length gives the label away. A
+    dropped return comes first with probability ``DROPPED_RETURN_SHARE`` and is otherwise not tried.
     """
     text = function.prompt + function.response
     tree, length = _canonical_tree(text), n_tokens(text)
@@ -146,23 +133,21 @@ def mutate(
 
 
 def prepare_critic_stdlib(assets_dir: str, vocab_size: int, max_tokens: int, seed: int) -> None:
-    """Make ``tokenizer.model`` and ``{base,train,heldout}.jsonl`` unless there.
+    """Make ``tokenizer.model`` and ``{base,train,heldout}.jsonl`` if missing.
 
     ``base`` holds functions as plain text, for the starting model. ``train`` and ``heldout`` hold
-    functions of other files, each twice under one ``problem_id``: as it is, reward 1, and
-    mutated, reward 0, with the changed place as ``noise``. No body occurs twice among all of them.
+    functions of other files, each twice under one ``problem_id``: unchanged with reward 1, and
+    mutated with reward 0 and the changed place as ``noise``. No body occurs twice.
 
     Args:
-        assets_dir: folder to fill.
-        vocab_size: pieces of the tokenizer.
         max_tokens: longest function, in tokens with BOS and EOS.
-        seed: deals the files and draws the mutations.
+        seed: assigns the files and draws the mutations.
 
     Raises:
-        ValueError: if ``assets_dir`` holds something else, or ``max_tokens`` is too small.
+        ValueError: if ``assets_dir`` has other files, or ``max_tokens`` is too small.
     """
     if max_tokens < MIN_TOKENS:
-        raise ValueError(f"max_tokens is {max_tokens}: at least {MIN_TOKENS} are needed")
+        raise ValueError(f"max_tokens must be at least {MIN_TOKENS}, got {max_tokens}")
     made_from = {
         "quickstart": "critic",
         "version": VERSION,
@@ -185,7 +170,7 @@ def _fill(folder: Path, vocab_size: int, max_tokens: int, seed: int) -> None:
     def n_tokens(text: str) -> int:
         return len(tokenizer.encode(text)) + 2
 
-    _write(folder / "base.jsonl", ({"text": text} for text in base_texts))
+    write_rows(folder / "base.jsonl", [{"text": text} for text in base_texts])
     log.info(f"  base: {len(base)} functions, {sum(map(len, base_texts)) / 1e6:.1f} MB")
     seen = {function.response for function in base}
     chosen: dict[str, list[tuple[str, Function]]] = {"train": [], "heldout": []}
@@ -201,7 +186,7 @@ def _fill(folder: Path, vocab_size: int, max_tokens: int, seed: int) -> None:
         for problem, function in functions:
             mutation = mutate(function, random.Random(f"{seed} {problem}"), n_tokens)
             if mutation is None or mutation.response in seen:
-                continue  # what somebody wrote is not a bad response
+                continue  # code that somebody wrote is not a bad response
             good, bad = (
                 n_tokens(function.prompt + response)
                 for response in (function.response, mutation.response)
@@ -215,7 +200,7 @@ def _fill(folder: Path, vocab_size: int, max_tokens: int, seed: int) -> None:
                 shared | {"response": function.response, "reward": 1.0},
                 shared | {"response": mutation.response, "reward": 0.0, "noise": [mutation.span]},
             ]
-        _write(folder / f"{name}.jsonl", rows)
+        write_rows(folder / f"{name}.jsonl", rows)
         n_pairs = kinds.total()
         log.info(
             f"  {name}: {n_pairs} pairs from {len(parts[name])} files "
@@ -239,9 +224,9 @@ def _is_string(node: ast.stmt) -> bool:
 
 
 def _canonical_tree(text: str) -> ast.Module | None:
-    """Tree of a text that compiles and that ``ast.unparse`` would write just so, otherwise None.
+    """Tree of a text that compiles and that ``ast.unparse`` reproduces exactly, otherwise None.
 
-    Another layout would tell a changed body from a good one whatever it says.
+    A different layout would reveal a changed body whatever it contains.
     """
     try:
         tree = ast.parse(text)
@@ -264,13 +249,13 @@ def _mutation(function: Function, edit: _Edit, changed: str) -> Mutation:
 
 
 def _edits(text: str) -> list[_Edit]:
-    """Changes of one place in the body of a function that may be worth a try."""
+    """Candidate changes of one place in the body of a function."""
     function, span = ast.parse(text).body[0], _locator(text)
     assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
     bound = _bound_names(function, span)
     edits = []
     for statement in function.body:
-        # Before Python 3.12 what is inside an f-string has no position.
+        # Before Python 3.12, nodes inside an f-string have no position.
         for node in _walk(statement, skip=ast.JoinedStr):
             start, end = span(node) if hasattr(node, "lineno") else (0, 0)
             for left, right in pairwise(_operands(node)):
@@ -309,7 +294,7 @@ def _edits(text: str) -> list[_Edit]:
 
 
 def _locator(text: str) -> Callable[[ast.AST], tuple[int, int]]:
-    """Function that gives [start, end) of a node in characters; ``ast`` counts lines and bytes."""
+    """A function for [start, end) of a node in characters; ``ast`` counts lines and bytes."""
     lines = text.split("\n")
     starts = list(accumulate((len(line) + 1 for line in lines), initial=0))
 
@@ -327,12 +312,12 @@ def _bound_names(
     function: ast.FunctionDef | ast.AsyncFunctionDef,
     span: Callable[[ast.AST], tuple[int, int]],
 ) -> dict[str, int]:
-    """Parameters and local variables of a function, with where each is bound first."""
+    """Parameters and local variables of a function, with the place of their first binding."""
     names = {node.arg: 0 for node in ast.walk(function.args) if isinstance(node, ast.arg)}
     for statement in function.body:
         for node in _walk(statement, skip=OWN_SCOPE):
             match node:
-                # These bind behind the value, although the name stands before it.
+                # These bind after the value, although the name comes before it.
                 case ast.Assign(targets=targets):
                     since = span(node)[1]
                 case ast.For(target=target, iter=values):
@@ -349,7 +334,7 @@ def _bound_names(
 
 
 def _operands(node: ast.AST) -> list[ast.expr]:
-    """What stands on either side of each operator of a node, in the order of the text."""
+    """The operands of each operator of a node, in the order of the text."""
     match node:
         case ast.BinOp(left=left, right=right):
             return [left, right]
@@ -363,14 +348,8 @@ def _operands(node: ast.AST) -> list[ast.expr]:
 
 
 def _walk(node: ast.AST, skip: type) -> Iterator[ast.AST]:
-    """A node and what lies inside it, but nothing inside nodes of type ``skip``."""
+    """A node and its descendants, without those inside nodes of type ``skip``."""
     yield node
     if not isinstance(node, skip):
         for child in ast.iter_child_nodes(node):
             yield from _walk(child, skip)
-
-
-def _write(path: Path, rows: Iterable[dict]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")

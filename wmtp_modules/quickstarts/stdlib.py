@@ -1,8 +1,8 @@
-"""What the quickstarts need and cannot download: a tokenizer and corpora, made on this machine.
+"""Makes the tokenizer and corpora of the quickstarts on this machine.
 
-The corpus is the Python standard library's own source. Files are dealt to four disjoint parts:
+The corpus is the source of the Python standard library. Files are assigned to four disjoint parts:
 ``base`` and ``reference`` train the starting model and the clean reference, ``finetune`` is
-corrupted, ``heldout`` stays clean and measures.
+corrupted, ``heldout`` stays clean for evaluation.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from wmtp_modules.files import new_folder
 
 log = get_logger("INFO")
 
-VERSION = 3  # of what is made here; a new one makes it again
-HELDOUT_CHARACTERS = 4_000  # of each held-out file: enough to measure, quick to score
+VERSION = 3  # of the files made here; a new version makes them again
+HELDOUT_CHARACTERS = 4_000  # of each held-out file: enough to evaluate, quick to score
 PARTS = {"base": 0.15, "reference": 0.3, "finetune": 0.15, "heldout": 0.06}  # shares of the files
 
 
 def stdlib_files() -> list[Path]:
-    """Source files of the running interpreter's standard library, tests and packages left out."""
+    """Source files of this interpreter's standard library, without tests and packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings"}
     return [
@@ -40,18 +40,16 @@ def stdlib_files() -> list[Path]:
 def corrupt_lines(
     text: str, share: float, tokenizer: spm.SentencePieceProcessor, rng: random.Random
 ) -> tuple[str, list[list[int]]]:
-    """Replace a share of the non-empty lines by random tokens, as many as the line had.
+    """Replace a share of the non-empty lines by as many random tokens.
 
     Args:
-        text: source text.
-        share: probability of each non-empty line, in [0, 1].
-        tokenizer: whose pieces are drawn.
-        rng: source of randomness.
+        share: probability for each non-empty line, in [0, 1].
+        tokenizer: the source of random pieces.
 
     Returns:
         The corrupted text and the character spans [start, end) that are noise.
     """
-    first_piece = 3 + 256  # behind unk, bos, eos and the byte pieces
+    first_piece = 3 + 256  # after unk, bos, eos and the byte pieces
     lines, spans, position = [], [], 0
     for line in text.splitlines(keepends=True):
         body = line.rstrip("\n")
@@ -68,16 +66,14 @@ def corrupt_lines(
 
 
 def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, seed: int) -> None:
-    """Make ``tokenizer.model`` and ``{base,reference,finetune,heldout}.jsonl`` unless there.
+    """Make ``tokenizer.model`` and ``{base,reference,finetune,heldout}.jsonl`` if missing.
 
     Args:
-        assets_dir: folder to fill.
-        vocab_size: pieces of the tokenizer.
         corrupted_share: share of the fine-tuning lines that become noise, in [0, 1].
-        seed: deals the files and draws the noise.
+        seed: assigns the files and draws the noise.
 
     Raises:
-        ValueError: if ``assets_dir`` holds something else.
+        ValueError: if ``assets_dir`` has other files.
     """
     made_from = {
         "version": VERSION,
@@ -93,31 +89,32 @@ def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, see
         tokenizer = train_tokenizer(folder, parts["base"] + parts["reference"], vocab_size)
         rng = random.Random(seed)
         for name, texts in parts.items():
-            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-                for text in texts:
-                    row: dict = {"text": text[:HELDOUT_CHARACTERS] if name == "heldout" else text}
-                    if name == "finetune":
-                        row["text"], row["noise"] = corrupt_lines(
-                            text, corrupted_share, tokenizer, rng
-                        )
-                    file.write(json.dumps(row) + "\n")
+            rows: list[dict] = [{"text": text} for text in texts]
+            for row in rows:
+                if name == "heldout":
+                    row["text"] = row["text"][:HELDOUT_CHARACTERS]
+                elif name == "finetune":
+                    row["text"], row["noise"] = corrupt_lines(
+                        row["text"], corrupted_share, tokenizer, rng
+                    )
+            write_rows(folder / f"{name}.jsonl", rows)
             log.info(f"  {name}: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB")
 
 
 @contextmanager
 def assets_folder(folder: Path, made_from: dict) -> Iterator[Path | None]:
-    """Fill a folder that was not made from this before; it appears when it is complete.
+    """Fill a folder unless it was already made from the same inputs; it appears when complete.
 
     Args:
-        folder: where the files shall be.
+        folder: where the files go.
         made_from: everything that shapes them, kept as ``manifest.json``.
 
     Yields:
-        The folder to fill, which then takes the place of ``folder`` and of the models trained on
-        what was in it; None if all is there.
+        The folder to fill, which then replaces ``folder``, including models trained on its old
+        content; None if there is nothing to do.
 
     Raises:
-        ValueError: if ``folder`` holds what was not made under such a manifest.
+        ValueError: if ``folder`` has files without such a manifest.
     """
     found = {}
     if folder.is_dir() and any(folder.iterdir()):
@@ -128,7 +125,7 @@ def assets_folder(folder: Path, made_from: dict) -> Iterator[Path | None]:
         same_kind = isinstance(found, dict) and found.keys() == made_from.keys()
         if not same_kind or found.get("quickstart") != made_from.get("quickstart"):
             raise ValueError(
-                f"{folder} holds files that the quickstart did not make: name another folder"
+                f"{folder} holds files that the quickstart did not make: use another folder"
             )
     if found == made_from:
         yield None
@@ -139,45 +136,45 @@ def assets_folder(folder: Path, made_from: dict) -> Iterator[Path | None]:
         (partial / "manifest.json").write_text(json.dumps(made_from, indent=1))
 
 
+def part_of(key: str, shares: dict[str, float]) -> str | None:
+    """The part that a key is assigned to by its hash; None for what the shares leave of 1."""
+    point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    for name, share in shares.items():
+        if point < share:
+            return name
+        point -= share
+    return None
+
+
 def deal_files(shares: dict[str, float], seed: int) -> dict[str, dict[str, str]]:
-    """Deal the files of the standard library to disjoint parts, by a hash of seed and content.
+    """Assign the files of the standard library to disjoint parts, by a hash of seed and content.
 
     Args:
-        shares: part of the files that each name gets; what is left of 1 goes to none.
-        seed: of the deal.
+        shares: share of the files for each part; the rest is not used.
 
     Returns:
-        Under each name the texts by path relative to the standard library.
+        For each part its texts, keyed by path relative to the standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     parts: dict[str, dict[str, str]] = {name: {} for name in shares}
     seen = set()
     for path in stdlib_files():
         text = path.read_text(encoding="utf-8", errors="strict")
-        digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
-        if digest in seen:
-            continue  # the same file under two names must not lie on both sides of a split
-        seen.add(digest)
-        point = int.from_bytes(digest[:8], "big") / 2**64
-        for name, share in shares.items():
-            if point < share:
-                parts[name][path.relative_to(root).as_posix()] = text
-                break
-            point -= share
+        name = part_of(f"{seed} {text}", shares)
+        # A file under two names must not be on both sides of a split.
+        if name is not None and text not in seen:
+            parts[name][path.relative_to(root).as_posix()] = text
+        seen.add(text)
     return parts
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def train_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> spm.SentencePieceProcessor:
-    """Train ``tokenizer.model`` in a folder: byte-pair pieces that keep text exact.
-
-    Args:
-        folder: where it goes.
-        texts: what it is trained on.
-        vocab_size: number of pieces.
-
-    Returns:
-        The tokenizer.
-    """
+    """Train ``tokenizer.model`` in a folder: byte-pair encoding that keeps text exact."""
     corpus = folder / "tokenizer_corpus.txt"
     corpus.write_text("".join(texts), encoding="utf-8")
     spm.SentencePieceTrainer.train(

@@ -1,6 +1,6 @@
-"""A picture of training runs from their ``metrics.jsonl``.
+"""Draws training curves from ``metrics.jsonl``, and a critic's calibration.
 
-matplotlib takes two seconds to import: only where something is drawn, not at every rank's start.
+matplotlib takes two seconds to import, so it is imported only when something is drawn.
 """
 
 import json
@@ -16,33 +16,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with any colour vision; markers tell the runs apart without
-# colour. Black comes last: a picture has seldom that many runs.
+# Okabe and Ito's palette, which suits every kind of colour vision; markers distinguish the runs
+# without colour. Black comes last because few pictures have that many runs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-SMOOTHING = 0.9  # of the exponential average over logged steps; the raw line is shown pale
+SMOOTHING = 0.9  # of the exponential average over logged steps; the raw line is drawn pale
 
 
 def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -> None:
     """Draw held-out loss (mean of heads, and each head), training loss and effective sample size.
 
     Args:
-        metrics_by_run: ``metrics.jsonl`` of each run, by the name for the legend.
-        out_png: the picture to write; its folder is made.
+        metrics_by_run: ``metrics.jsonl`` of each run, keyed by the name for the legend.
+        out_png: the picture to write; its folder is created.
 
     Raises:
-        ValueError: if no run has a figure to draw.
+        ValueError: if there is nothing to draw.
     """
     figure = _curves({name: _read(path) for name, path in metrics_by_run.items()})
     if figure is None:
         raise ValueError(f"no loss to draw in {', '.join(map(str, metrics_by_run.values()))}")
-    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    with new_file(Path(out_png)) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130)
+    _save(figure, out_png)
 
 
-def _new_figure(width: float, height: float) -> "Figure":
-    """In inches."""
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, its size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,7 +62,7 @@ def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
     wide = [panel for panel in wide if panel[0] in keys]
     if not wide:
         return None
-    figure = _new_figure(4.4 * max(len(wide), 2), 7.2 if heads > 1 else 4.4)
+    figure = new_figure(4.4 * max(len(wide), 2), 7.2 if heads > 1 else 4.4)
     rows = figure.subfigures(2 if heads > 1 else 1, 1, squeeze=False)[:, 0]
     axes = rows[0].subplots(1, len(wide), squeeze=False)[0]
     for axis, (key, title, unit) in zip(axes, wide, strict=True):
@@ -86,20 +84,17 @@ def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
 def plot_calibration(
     predicted: np.ndarray, rewards: np.ndarray, out_png: str | Path, *, bins: int = 10
 ) -> None:
-    """Draw mean reward against mean predicted value, responses in bins of equal number.
+    """Draw mean reward against mean predicted value over bins of equally many responses.
 
     A critic that is right on average lies on the diagonal; one that knows nothing is a point.
 
     Args:
         predicted: mean value of each response.
         rewards: its standardised reward.
-        out_png: the picture to write; its folder is made.
-        bins: at most so many points.
+        out_png: the picture to write; its folder is created.
+        bins: most points to draw.
     """
-    figure = _calibration(predicted, rewards, bins)
-    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    with new_file(Path(out_png)) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130)
+    _save(_calibration(predicted, rewards, bins), out_png)
 
 
 def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figure":
@@ -108,7 +103,7 @@ def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figu
     y = np.array([rewards[part].mean() for part in parts])
     error = np.array([rewards[part].std() / len(part) ** 0.5 for part in parts])
 
-    figure = _new_figure(4.8, 4.4)
+    figure = new_figure(4.8, 4.4)
     axis = figure.subplots()
     ends = [min(x.min(), y.min()), max(x.max(), y.max())]
     axis.plot(ends, ends, color="#000000", alpha=0.4, linewidth=1, label="right on average")
@@ -133,12 +128,18 @@ def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figu
     return figure
 
 
+def _save(figure: "Figure", out_png: str | Path) -> None:
+    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
+    with new_file(Path(out_png)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)
+
+
 def _read(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def _draw(axis: "Axes", runs: Mapping[str, list[dict]], key: str, *, smooth: bool) -> None:
-    """One line per run, gaps where a figure was not finite (null)."""
+    """One line per run; values that were not finite (null) are skipped."""
     for index, (name, lines) in enumerate(runs.items()):
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if not points:

@@ -1,20 +1,24 @@
-"""What an evaluation found: ``report.json``, ``report.md`` and ``report.png``."""
+"""Builds, writes and prints the report of an evaluation: ``report.{json,md,png}``."""
 
 import io
 import json
 import os
+import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from wmtp_modules.evaluation.pass_at_k import best_temperatures, pass_at_k
 from wmtp_modules.evaluation.task import Task
+from wmtp_modules.files import new_file
 from wmtp_modules.reports.evaluation_page import percent, report_page
 
 FILES = ("report.json", "report.md", "report.png")
 PUBLISHED_K = ("1", "10", "100")
-# Gloeckle et al. 2024 (arXiv 2404.19737), table 1: per cent, pass@1, pass@10, pass@100.
+# Gloeckle et al. 2024 (arXiv 2404.19737), table 1: pass@1, pass@10, pass@100 in per cent.
 PUBLISHED = {
     "mbpp": (
         ("7B, 1T tokens of code, n=4", (43.1, 65.9, 83.7)),
@@ -43,33 +47,32 @@ def build_report(
     self_test: Mapping,
     machine_factor: float,
 ) -> dict:
-    """The figures of one evaluation, as ``report.json`` has them.
+    """The figures of an execution, in the form of ``report.json``.
 
-    A problem is scored if it has a result and its reference did not fail here. One without a
-    Python 3 reference is scored too: its tests are there, and leaving it out would leave the
-    problems that someone solved in Python. A result that is the infrastructure's fault counts in
-    no n.
+    A problem is scored if it has a result and its reference did not fail here. A problem without
+    a Python 3 reference is scored too: it has tests, and omitting it would favour the problems
+    that someone solved in Python. Results with verdict "infrastructure" are not counted.
 
     Args:
         task: name of the benchmark.
         tasks: its problems.
-        results: rows with task_id, temperature (None for ready-made samples) and verdict, those
-            of the first temperature of the config first: its figures are the headline.
+        results: rows with task_id, temperature (None for samples from a file) and verdict; the
+            temperature that comes first provides the headline.
         references: rows with task_id, verdict and detail, of the references that were run.
-        ks: which pass@k.
+        ks: values of k.
         seed: of the bootstrap.
         tier: of the sandbox.
         self_test: what the sandbox proved before the first program.
-        machine_factor: by which limits of time were multiplied.
+        machine_factor: by which time limits were multiplied.
 
     Returns:
         "task", "tier", "self_test", "machine_factor"; "problems" that are scored; "samples" and
         "verdicts" of all temperatures; "temperature" of the headline, its "pass_at_k" and
         "omitted_k"; "reference_failures" [{"task_id", "verdict", "detail"}]; "not_supported"
-        {"problems", "languages"} without a Python 3 reference; "tasks_without_samples", also
-        those whose samples all met a fault of the infrastructure; "infrastructure" samples;
-        "by_temperature" [{"temperature", "problems", "samples", "verdicts", "pass_at_k",
-        "omitted_k"}]; "oracle_temperature" of several; "published" [{"model", "pass_at_k"}].
+        {"problems", "languages"} without a Python 3 reference; "tasks_without_samples", including
+        those with only "infrastructure" results; "infrastructure" samples; "by_temperature"
+        [{"temperature", "problems", "samples", "verdicts", "pass_at_k", "omitted_k"}];
+        "oracle_temperature" if there are several; "published" [{"model", "pass_at_k"}].
     """
     failed = [
         {key: row[key] for key in ("task_id", "verdict", "detail")}
@@ -123,11 +126,11 @@ def write_report(report: Mapping, output_dir: str | Path) -> None:
     """Write ``report.json``, ``report.md`` and ``report.png``, each whole or not at all.
 
     Args:
-        report: of ``build_report``, of held-out measures, of decoding speed, or all in one.
-            ``settings`` and ``machine``, mappings or texts, are shown too.
-        output_dir: the folder; made if it is not there.
+        report: from ``build_report``, held-out measures, decoding speed, or all merged.
+            ``settings`` and ``machine``, mappings or strings, are shown too.
+        output_dir: the folder; created if missing.
     """
-    # matplotlib takes two seconds to import, which a start need not wait for.
+    # matplotlib takes two seconds to import, so not at start-up.
     from wmtp_modules.reports.evaluation_figure import draw_report
 
     picture = io.BytesIO()
@@ -135,15 +138,43 @@ def write_report(report: Mapping, output_dir: str | Path) -> None:
     if figure is not None:
         figure.savefig(picture, format="png", dpi=130)
     page = report_page(report, with_figure=figure is not None)
-    # NaN is no JSON; a figure that is not finite would be one of ours gone wrong.
+    # NaN is not JSON; a figure that is not finite would be our own bug.
     texts = (json.dumps(report, indent=1, allow_nan=False).encode(), page.encode())
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, (*texts, picture.getvalue()), strict=True):
         if content:
-            _write_whole(Path(output_dir, name), content)
+            with new_file(Path(output_dir, name)) as unfinished:
+                unfinished.write_bytes(content)
+
+
+def report_metrics(report: Mapping) -> dict[str, float]:
+    """The figures of a report under names that MLflow accepts."""
+    metrics = {}
+    for at in report.get("by_temperature", ()):
+        where = "" if at["temperature"] is None else f"/T{at['temperature']}"
+        metrics |= {f"pass_at_{k}{where}": v["value"] for k, v in at["pass_at_k"].items()}
+    for row in report.get("per_head", ()):
+        names = ("loss", "top1", "top5", "ece")
+        metrics |= {f"heldout/{name}_head_{row['head']}": row[name] for name in names}
+    names = ("acceptance_length", "tokens_per_forward")
+    names += ("plain_tokens_per_s", "self_speculative_tokens_per_s")
+    metrics |= {name: report.get(name) for name in names}
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def describe_machine(device: torch.device, ranks: int) -> dict:
+    """What a speed or a time limit was measured on."""
+    is_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "ranks": ranks,
+        "python": platform.python_version(),
+    }
 
 
 def print_report(report: Mapping) -> None:
-    """The headline on standard output."""
+    """Print the main figures to standard output."""
     if "pass_at_k" in report:
         verdicts = ", ".join(f"{n} {verdict}" for verdict, n in report["verdicts"].items())
         print(f"{report['task']}: {report['problems']} problems, tier {report['tier']}, {verdicts}")
@@ -158,7 +189,7 @@ def print_report(report: Mapping) -> None:
             print(f"  not scored, its reference fails here: {row['task_id']}: {row['verdict']}")
     too_long = report.get("generation", {}).get("finish_reasons", {}).get("prompt_too_long", 0)
     if too_long:
-        print(f"  {too_long} samples were not made and fail: their prompts leave no room")
+        print(f"  {too_long} samples count as failed, because their prompts leave no room")
     for row in report.get("per_head", ()):
         if row["tokens"]:
             print(
@@ -199,7 +230,7 @@ def _at_temperature(
 
 
 def _published(task: str, tasks: Sequence[Task]) -> list[dict]:
-    """The paper's rows for this benchmark; none for other tasks in HumanEval's schema."""
+    """The paper's rows for this benchmark; none for other tasks in HumanEval's format."""
     if task == "humaneval" and not all(HUMANEVAL_ID.fullmatch(str(made.task_id)) for made in tasks):
         return []
     return [
@@ -212,10 +243,3 @@ def _published(task: str, tasks: Sequence[Task]) -> list[dict]:
         }
         for model, values in PUBLISHED.get(task, ())
     ]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)

@@ -1,37 +1,21 @@
-"""An evaluation's report as a picture."""
+"""Draws the report of an evaluation."""
 
 from collections.abc import Callable, Mapping
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from wmtp_modules.reports.curves import COLOURS, MARKERS
+from wmtp_modules.reports.curves import COLOURS, MARKERS, new_figure
 from wmtp_modules.reports.evaluation_page import VERDICTS
 
-# What is good is green, what is our fault grey, so that both are found at a glance.
-VERDICT_COLOURS = dict(
-    zip(
-        VERDICTS,
-        (
-            "#009E73",
-            "#D55E00",
-            "#0072B2",
-            "#CC79A7",
-            "#E69F00",
-            "#F0E442",
-            "#56B4E9",
-            "#000000",
-            "#999999",
-        ),
-        strict=True,
-    )
-)
+# Of the verdicts in order: pass is green, infrastructure is grey.
+PALETTE = "#009E73 #D55E00 #0072B2 #CC79A7 #E69F00 #F0E442 #56B4E9 #000000 #999999"
+VERDICT_COLOURS = dict(zip(VERDICTS, PALETTE.split(), strict=True))
 
 
 def draw_report(report: Mapping) -> Figure | None:
-    """The picture of what the report holds; None if it holds nothing to draw.
+    """The picture of a report; None if there is nothing to draw.
 
     Args:
         report: see ``write_report``.
@@ -51,9 +35,7 @@ def draw_report(report: Mapping) -> Figure | None:
         return None
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns + 0.6, 3.9 * lines))
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained")
+    figure = new_figure(4.6 * columns + 0.6, 3.9 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis, draw in zip(axes, panels, strict=False):
         draw(axis, report)
@@ -69,7 +51,7 @@ def _pass_at_k(axis: Axes, report: Mapping) -> None:
     places = {k: i for i, k in enumerate(ks)}
     for index, at in enumerate(lines):
         figures = at["pass_at_k"]
-        # Beside each other, so that no interval hides another.
+        # Side by side, so that no interval hides another.
         x = [places[k] + 0.08 * (index - (len(lines) - 1) / 2) for k in figures]
         y = [figure["value"] for figure in figures.values()]
         below = [max(0.0, f["value"] - f["low"]) for f in figures.values()]
@@ -123,7 +105,7 @@ def _verdicts(axis: Axes, report: Mapping) -> None:
 
 
 def _measured(report: Mapping) -> list[Mapping]:
-    """The heads that met a token: a short text has none for the last ones."""
+    """The heads with targets: short texts have none for the last ones."""
     return [row for row in report["per_head"] if row["tokens"]]
 
 

@@ -1,23 +1,23 @@
-"""An evaluation's report as a page to read."""
+"""Writes the report of an evaluation as Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 VERDICTS = {
     "pass": "all tests passed",
     "wrong": "a test failed",
-    "timeout": "over the limit of time",
-    "memory": "over the limit of memory",
-    "output_limit": "wrote more than is kept",
+    "timeout": "over the time limit",
+    "memory": "over the memory limit",
+    "output_limit": "wrote more than it may",
     "process_limit": "tried to start more processes or threads than it may",
-    "crash": "an exception, a signal, or an end before the tests' end",
+    "crash": "an exception, a signal, or an exit before the end of the tests",
     "policy": "tried to reach the judge",
-    "infrastructure": "a fault of this machine, counted for nobody",
+    "infrastructure": "a fault of this machine, not counted",
 }
 DETAIL = 160  # characters of a reference's output
 
 
 def percent(figure: Mapping[str, float]) -> str:
-    """A figure of ``pass_at_k`` with its interval, in per cent."""
+    """A figure of ``pass_at_k`` and its interval, in per cent."""
     value, low, high = (100 * figure[key] for key in ("value", "low", "high"))
     return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
@@ -27,7 +27,7 @@ def report_page(report: Mapping, *, with_figure: bool) -> str:
 
     Args:
         report: see ``write_report``.
-        with_figure: ``report.png`` lies beside it.
+        with_figure: whether ``report.png`` is next to it.
     """
     sections = [f"# Evaluation{': ' + report['task'] if 'task' in report else ''}"]
     if "pass_at_k" in report:
@@ -49,7 +49,7 @@ def _pass_at_k(report: Mapping) -> list[str]:
     published = report["published"]
     ks = list(dict.fromkeys(k for at in by_temperature for k in at["pass_at_k"]))
     if not ks:
-        return ["## pass@k", "No problem has a sample that counts: there is nothing to report."]
+        return ["## pass@k", "No problem has a counted sample, so there is nothing to report."]
     columns = ks + [k for k in ("1", "10", "100") if published and k not in ks]
     columns.sort(key=int)
 
@@ -76,28 +76,30 @@ def _pass_at_k(report: Mapping) -> list[str]:
         "over problems; pass@k is the unbiased estimator of Chen et al. 2021."
     ]
     if report["problems"] == 1:
-        notes.append("One problem alone says nothing about others: its interval is everything.")
+        notes.append("One problem says nothing about others: its interval covers everything.")
     if report["omitted_k"]:
         omitted = ", ".join(f"pass@{k}" for k in report["omitted_k"])
         notes.append(f"Omitted, because a problem has fewer samples than k: {omitted}.")
     if len(by_temperature) > 1:
         notes.append(
-            f"The headline in report.json is that of temperature {report['temperature']}, the "
-            "first of the config. The oracle's temperature is chosen on these same samples, so it "
-            "is never below a fixed one: compare like with like."
+            f"The headline in report.json is at temperature {report['temperature']}, the first of "
+            "the config. The oracle's temperature is chosen on these same samples, so the oracle "
+            "is never below a fixed temperature: compare like with like."
         )
     if published:
         notes.append(
             "The published rows are table 1 of Gloeckle et al. 2024 (arXiv 2404.19737): "
             f"{published[0]['problems']} problems ({report['problems']} here), 200 samples each, "
-            "the temperature an oracle for each k. The paper states neither the number of shots "
-            "nor top-p for them, so that the prompt may not be the one used here."
+            "an oracle temperature for each k. The paper states neither the number of shots nor "
+            "top-p for them, so its prompt may differ from the one used here."
         )
     return ["## pass@k", _table(["", *(f"pass@{k}" for k in columns)], rows), *notes]
 
 
 def _named(temperature: float | None) -> str:
-    return "here, ready-made samples" if temperature is None else f"here, temperature {temperature}"
+    return (
+        "here, samples from a file" if temperature is None else f"here, temperature {temperature}"
+    )
 
 
 def _verdicts(report: Mapping) -> list[str]:
@@ -123,20 +125,20 @@ def _left_out(report: Mapping) -> list[str]:
         lines.append(f"{_count(report['tasks_without_samples'], 'task')} without a sample.")
     if report["infrastructure"]:
         lines.append(
-            f"{_count(report['infrastructure'], 'sample')} met a fault of this machine, in no n."
+            f"{_count(report['infrastructure'], 'sample')} not counted: a fault of this machine."
         )
     unsupported = report["not_supported"]
     if unsupported["problems"]:
         languages = ", ".join(f"{name} {n}" for name, n in unsupported["languages"].items())
         lines.append(
-            f"{_count(unsupported['problems'], 'problem')} came without a Python 3 solution "
-            f"(languages not supported: {languages or 'none given'}): scored, but no reference was "
+            f"{_count(unsupported['problems'], 'problem')} without a Python 3 solution "
+            f"(unsupported languages: {languages or 'none given'}): scored, but no reference was "
             "run."
         )
     failures = report["reference_failures"]
     if failures:
         lines.append(
-            f"{_count(len(failures), 'task')} not scored, because the own solution fails here:"
+            f"{_count(len(failures), 'task')} not scored, because the reference fails here:"
         )
         rows = [[row["task_id"], row["verdict"], _one_line(row["detail"])] for row in failures]
         lines.append(_table(["task", "verdict", "what its output ends with"], rows))
@@ -150,13 +152,13 @@ def _heads(report: Mapping) -> list[str]:
     sections = [
         "## Held-out text",
         _table(names, rows),
-        f"{report['tokens']} tokens. Head 0 predicts the next token, head k the one k further on. "
-        "Losses are in nats; ece is the expected calibration error over bins of confidence.",
+        f"{report['tokens']} tokens. Head 0 predicts the next token, head k the one k positions "
+        "later. Losses are in nats; ece is the expected calibration error over bins of confidence.",
     ]
     if report.get("acceptance_length") is not None:
         sections.append(
-            f"Acceptance length {report['acceptance_length']:.2f}: one and the mean number of "
-            "heads in a row that choose what head 0 chooses once it has read so far."
+            f"Acceptance length {report['acceptance_length']:.2f}: one plus the mean number of "
+            "consecutive heads that choose what head 0 chooses once it gets there."
         )
     if "by_token_class" in report:
         heads = range(len(report["per_head"]))
@@ -179,15 +181,15 @@ def _decoding(report: Mapping) -> list[str]:
     rows.append(["same text as plain decoding", "yes" if report["identical"] else "no"])
     differences = report.get("differences", ())
     if differences:
-        # In bf16 the texts may part where two logits all but tie; a large gap would be an error.
-        # It is None where one text had ended.
+        # In bf16 the texts may differ where two logits nearly tie; a large gap would be an error.
+        # The gap is None where one text had ended.
         gap = max(row["logit_gap"] or 0.0 for row in differences)
-        rows.append(["places where they part, largest logit gap", f"{len(differences)}, {gap:.4f}"])
+        rows.append(["differences, largest logit gap", f"{len(differences)}, {gap:.4f}"])
     return ["## Self-speculative decoding", _table(["", ""], rows)]
 
 
 def _number(value: float | None, form: str) -> str:
-    """A figure, or nothing: a mean over no token is None."""
+    """A figure, or nothing for None, a mean over no tokens."""
     return "" if value is None else f"{value:{form}}"
 
 

@@ -1,4 +1,4 @@
-"""A page that shows texts with every token coloured by its weight."""
+"""Writes a page of texts with every token coloured by its weight."""
 
 import math
 from html import escape
@@ -8,9 +8,9 @@ from torchtune.models.llama2 import Llama2Tokenizer
 
 from wmtp_modules.files import new_file
 
-# A weight of 1 has no colour; at these factors below and above, and beyond, it is fullest.
+# A weight of 1 has no colour; colours are strongest from this factor below and above.
 FULL = 4.0
-OPACITY = 0.7  # of the fullest colour: text stays readable on it
+OPACITY = 0.7  # of the strongest colour, so that text stays readable
 LEGEND = {"≤ 0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "1": 1, "1.5": 1.5, "2": 2, "≥ 4": 4}
 
 STYLE = """
@@ -41,10 +41,10 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.05rem; margin: 2rem 0 0; }
 def write_weights_page(
     path: str | Path, functions: list[dict], *, title: str, caption: str
 ) -> None:
-    """Write one HTML page that needs nothing else: no script, no other file, no network.
+    """Write one self-contained HTML page: no script, no other file, no network.
 
-    Blue is below a weight of 1, red above, on a logarithmic scale that ends at 1/4 and 4; the
-    weight itself appears under the pointer. A token without text, as EOS, shows as a small square.
+    Weights below 1 are blue, above 1 red, on a logarithmic scale from 1/4 to 4; hovering shows the
+    weight. A token without text, such as EOS, is shown as a small square.
 
     Args:
         path: file to write.
@@ -52,7 +52,7 @@ def write_weights_page(
             ``tokens`` (their texts, in order), ``weights`` (None where a token is not supervised)
             and ``marked`` (bool, tokens to outline).
         title: of the page.
-        caption: what the page shows.
+        caption: text below the title.
 
     Raises:
         ValueError: if the lists of a function differ in length, or a weight is negative, infinite
@@ -65,7 +65,7 @@ def write_weights_page(
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"{function['name']} has {lengths[0]} tokens, {lengths[1]} weights and "
-                f"{lengths[2]} marks: give one of each a token"
+                f"{lengths[2]} marks: give one of each per token"
             )
         for i, weight in enumerate(function["weights"]):
             if weight is not None and not 0 <= weight < math.inf:  # false for NaN as well
@@ -93,22 +93,17 @@ def write_weights_page(
 
 
 def token_texts(tokenizer: Llama2Tokenizer, ids: list[int]) -> list[str]:
-    """Text of every token, such that joining them gives ``tokenizer.decode(ids)``.
+    """Text of every token; joined they give ``tokenizer.decode(ids)``.
 
-    Args:
-        tokenizer: SentencePiece tokenizer of torchtune.
-        ids: token ids.
-
-    Returns:
-        As many strings. BOS and EOS are empty, and so are the byte tokens of a character but the
-        last, which is the whole character; a byte of no character is U+FFFD.
+    BOS and EOS are empty, and so are the byte tokens of a character except the last, which is the
+    whole character; a byte of no character is U+FFFD.
     """
     decoded = tokenizer._spm_model.spm_model.decode(ids, out_type="proto")
     return [piece.surface for piece in decoded.pieces]
 
 
 def _colour(weight: float | None, *classes: str) -> str:
-    """Class and style attributes of a span, with the blank before them."""
+    """Class and style attributes of a span, with a leading space."""
     names, style = [*classes], ""
     if weight is None:
         names.append("unsupervised")
@@ -122,6 +117,6 @@ def _colour(weight: float | None, *classes: str) -> str:
 def _token_span(token: str, weight: float | None, marked: bool) -> str:
     shows = {"": ("empty",), "\n": ("newline",)}.get(token, ())
     title = "not supervised" if weight is None else f"weight {weight:.3f}"
-    # A carriage return would reach the reader as a line feed.
+    # HTML would read a carriage return as a line feed.
     text = escape(token).replace("\r", "&#13;")
     return f"<span{_colour(weight, *shows, *['marked'] * marked)} title='{title}'>{text}</span>"

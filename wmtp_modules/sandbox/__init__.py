@@ -1,1 +1,1 @@
-"""Runs programs that nobody has read: see ``docs/sandbox.md`` for what each tier guarantees."""
+"""Runs untrusted programs: ``docs/sandbox.md`` says what each tier guarantees."""

@@ -1,16 +1,16 @@
-"""What the sandbox is asked, and what it answers."""
+"""The jobs that the sandbox takes, and the outcomes it returns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 VERDICTS = (
     *("pass", "wrong", "timeout", "memory", "output_limit", "process_limit", "crash", "policy"),
-    "infrastructure",  # ours, never counted against the model
+    "infrastructure",  # our fault, never counted against the model
 )
 
 
 class SandboxError(ValueError):
-    """A tier that is not to be had here, or does not do what it claims."""
+    """A tier is not available here, or does not do what it claims."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Limits:
     """What one program may use.
 
     Args:
-        seconds: wall clock, of a script's one case or of a program and all its tests.
+        seconds: wall-clock time of one case of a script, or of a program with all its tests.
         memory_mb: address space beyond what the interpreter itself takes.
     """
 
@@ -28,7 +28,7 @@ class Limits:
     def __post_init__(self) -> None:
         if not (0 < self.seconds < 1e6 and 0 < self.memory_mb < 1 << 24):
             raise ValueError(
-                f"limits of {self.seconds} s and {self.memory_mb} MB: both must be above 0"
+                f"limits: both must be above 0, got {self.seconds} s and {self.memory_mb} MB"
             )
 
 
@@ -36,14 +36,14 @@ class Limits:
 class FunctionJob:
     """A program whose functions are called by tests (MBPP, HumanEval).
 
-    The tests run in a process of their own. Arguments and results travel by value: a program that
+    The tests run in a separate process. Arguments and results are passed by value: a program that
     changes an argument in place changes its own copy.
 
     Args:
         program: untrusted source.
-        tests: trusted source. A name that neither it nor the context defines is the program's.
-        context: trusted source that runs before the tests. Of its functions, those without a body
-            are the program's.
+        tests: trusted source. Names that neither it nor the context defines are the program's.
+        context: trusted source that runs before the tests. Its functions without a body are the
+            program's.
         limits: of the program and its tests together.
     """
 
@@ -58,11 +58,12 @@ class StdinJob:
     """A program that reads input and writes output (CodeContests).
 
     Args:
-        program: untrusted source, run once a case as a script.
-        cases: pairs of input and expected output, run in order until the first that fails.
-        compare: given expected and actual output, returns None or why they differ; runs here.
-        input_file: name of a file in the scratch folder that holds the input; standard input
-            holds it in any case.
+        program: untrusted source, run as a script once per case.
+        cases: pairs of input and expected output, run in order until one fails.
+        compare: given expected and actual output, returns None or why they differ; runs outside
+            the sandbox.
+        input_file: name of a file in the scratch folder that gets the input; standard input
+            always does.
         output_file: name of the file that the program writes; None: standard output.
         limits: of one case.
     """
@@ -76,22 +77,24 @@ class StdinJob:
 
     def __post_init__(self) -> None:
         if not self.cases:
-            raise ValueError("a script without cases would pass unseen: give at least one case")
+            raise ValueError("a script without cases would pass untested: give at least one case")
         for name in (self.input_file, self.output_file):
             if name is not None and (
                 not name or "/" in name or "\0" in name or name in (".", "..")
             ):
-                raise ValueError(f"{name!r} names no file in the scratch folder: use a bare name")
+                raise ValueError(
+                    f"{name!r} is not a file name in the scratch folder: use a bare name"
+                )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program.
+    """The result of running a program.
 
     Args:
         verdict: one of ``VERDICTS``.
-        seconds: wall clock of its process, the slowest case's for a script.
-        peak_mb: most resident memory of its process, some 15 MB of interpreter included.
+        seconds: wall-clock time of its process; for a script, of the slowest case.
+        peak_mb: peak resident memory of its process, including some 15 MB for the interpreter.
         detail: end of the error or the output, printable, at most 2,000 characters.
     """
 

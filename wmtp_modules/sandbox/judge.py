@@ -1,8 +1,8 @@
 """The judge: runs the tests of a program whose functions live in another process.
 
-Expected values never leave this process, and nothing comes in but plain values (``wire.py``): an
-object of the program's own class stays there, is forwarded what tests do with it, and equals only
-itself. Runs inside the sandbox, hence the standard library only.
+Expected values never leave this process, and only plain values come in (``wire.py``): an object of
+the program's own class stays in the program, operations of the tests are forwarded to it, and it
+equals only itself. Runs inside the sandbox, so it uses only the standard library.
 """
 
 import builtins
@@ -19,15 +19,11 @@ LONGEST_TEXT = 2000
 
 
 class ProgramEnded(BaseException):
-    """The program cannot answer any more; no ``except Exception`` of a test may hide that."""
+    """The program cannot answer any more; a test's ``except Exception`` must not hide that."""
 
 
 class Program:
-    """The other end: asks, and remembers what went wrong.
-
-    Args:
-        link: descriptor of the socket to the program's process.
-    """
+    """The judge's connection to the program; remembers what went wrong."""
 
     def __init__(self, link: int) -> None:
         self.failure: tuple[str, str] | None = None  # verdict and detail, final
@@ -37,7 +33,7 @@ class Program:
         self._objects: dict[int, Handle] = {}
 
     def ask(self, operation: str, *arguments):
-        """Has the program do something; returns the value or raises its exception."""
+        """Ask the program to do something; returns the value or raises its exception."""
         if self.failure is not None:
             raise ProgramEnded
         nonce = os.urandom(8).hex()
@@ -46,7 +42,7 @@ class Program:
             wire.send(self._link, [nonce, operation, *forms])
             reply = wire.receive(self._link)
             if type(reply) is not list or len(reply) < 3 or reply[0] != nonce:
-                raise wire.WireError("an answer to what was not asked")
+                raise wire.WireError("an answer to another request")
             if reply[1] == "value":
                 return wire.decode(reply[2], self._resolve)
             name, text, verdict = reply[2:]
@@ -60,12 +56,12 @@ class Program:
             verdict = "policy" if verdict == "policy" else "crash"
         kind = getattr(builtins, name, None) if type(name) is str else None
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            self._fail("crash", f"{text}"[:LONGEST_TEXT])  # SystemExit and the like
+            self._fail("crash", f"{text}"[:LONGEST_TEXT])  # such as SystemExit
         if issubclass(kind, StopIteration | StopAsyncIteration) and operation != "next":
             kind = RuntimeError  # or it would quietly end a loop of the tests
         try:
             error = kind(text)
-        except TypeError:  # UnicodeDecodeError and others want more
+        except TypeError:  # UnicodeDecodeError and others need more arguments
             error = Exception(text)
         self.error, self.error_verdict = error, verdict
         raise error
@@ -81,7 +77,7 @@ class Program:
 
 
 class Handle:
-    """An object that stays in the program's process. It equals, and hashes as, only itself."""
+    """A proxy for an object that stays in the program's process. It equals only itself."""
 
     __slots__ = ("_name", "_number", "_program")
 
@@ -91,7 +87,7 @@ class Handle:
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
-            raise AttributeError(name)  # the protocols of copy, pickle and others end here
+            raise AttributeError(name)  # refuse the protocols of copy, pickle and others
         return self._program.ask("getattr", self, name)
 
     def __setattr__(self, name: str, value) -> None:
@@ -120,7 +116,7 @@ class Handle:
 
 
 class _Iterator:
-    """What ``iter`` gives; an object of its own, because it may be plain and lack ``__next__``."""
+    """Wraps the result of ``iter``, which may be plain and lack ``__next__``."""
 
     def __init__(self, inner) -> None:
         self._inner = inner if type(inner) is Handle else iter(inner)
@@ -134,7 +130,9 @@ class _Iterator:
 
 def _refer(value) -> tuple[int, str]:
     if type(value) is not Handle:
-        raise TypeError(f"a test hands the program a {type(value).__name__}: only values travel")
+        raise TypeError(
+            f"a test passes the program a {type(value).__name__}: only plain values can be passed"
+        )
     return value._number, value._name
 
 
@@ -146,8 +144,8 @@ def examine(program: Program, tests: dict) -> tuple[str, str]:
         tests: as ``preparation.prepare`` made them.
 
     Returns:
-        verdict: ``pass`` if they ran to their end and the program still answers then; ``gone`` if
-            its process ended, which is for others to explain.
+        verdict: ``pass`` if they ran to the end and the program still answers; ``gone`` if its
+            process ended, which the caller has to explain.
         detail: what failed, and where.
     """
     namespace: dict[str, Any] = {"__name__": "tests"}
@@ -176,7 +174,7 @@ def _explain(
     if isinstance(error, MemoryError):
         return "memory", "the values that the program returned take too much memory"
     if isinstance(error, NameError) and error.name in missing:
-        return "crash", f"the program defines no {error.name}"
+        return "crash", f"the program does not define {error.name}"
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
@@ -186,18 +184,16 @@ def _explain(
     text = type(error).__name__
     try:
         text += f": {error}" if error.args else ""
-    except ValueError:  # an integer of more digits than Python writes
-        text += " (its message cannot be written)"
+    except ValueError:  # an integer with more digits than Python prints
+        text += " (its message cannot be printed)"
     return "wrong", f"{text}\n{line}"[:LONGEST_TEXT]
 
 
 def judge(tests: bytes, link: int, result: int) -> None:
-    """Writes the verdict as JSON.
+    """Write the verdict of tests as JSON to the descriptor ``result``.
 
-    Args:
-        tests: marshalled, from the trusted parent, which runs the same interpreter.
-        link: descriptor of the socket to the program.
-        result: descriptor that takes the verdict.
+    The tests are marshalled by the trusted parent, which runs the same interpreter; ``link`` is the
+    socket to the program.
     """
     verdict, detail = examine(Program(link), marshal.loads(tests))
     os.write(result, json.dumps({"verdict": verdict, "detail": detail}).encode())

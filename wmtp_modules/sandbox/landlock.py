@@ -1,4 +1,4 @@
-"""Landlock: what this process and all it starts may open from now on. Nothing takes it back."""
+"""Landlock: limits irrevocably what this process and its children may open."""
 
 import ctypes
 import os
@@ -8,12 +8,12 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # equal on every archit
 VERSION_FLAG = 1
 PATH_BENEATH = 1
 NO_NEW_PRIVS = 38
-OLDEST = 2  # Linux 5.19: the first in which a folder can be moved out of another one
+OLDEST = 2  # Linux 5.19: the first version that allows moving a folder out of another one
 
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = (1 << bit for bit in range(4))
 TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
 READ = EXECUTE | READ_FILE | READ_DIR
-# Files, folders and symbolic links, made, moved and removed; no device, socket or named pipe.
+# Create, move and remove files, folders and symbolic links; no device, socket or named pipe.
 WRITE = READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE | sum(1 << bit for bit in (4, 5, 7, 8, 12, 13))
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 FILE_RIGHTS = {2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1}  # by version; later: 16 bits
@@ -42,7 +42,7 @@ def _call(*arguments) -> int:
 
 
 def version() -> int:
-    """Of the kernel's Landlock; 0 where there is none."""
+    """The version of the kernel's Landlock; 0 if there is none."""
     try:
         return _call(CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(VERSION_FLAG))
     except OSError:
@@ -50,11 +50,9 @@ def version() -> int:
 
 
 def restrict(readable: list[str], writable: list[str]) -> None:
-    """Leaves this process reading some files and folders, and writing to others.
+    """Restrict this process to reading some files and folders and writing to others.
 
-    Args:
-        readable: may be read and executed.
-        writable: may be read and written; devices among them too.
+    Readable paths may also be executed; writable ones may be read, and may be devices.
 
     Raises:
         OSError: if the kernel refuses.

@@ -1,7 +1,7 @@
 """Turns this process into a fork server inside a tier's walls. Started by ``pool.py`` as a script.
 
-It gives up root, builds the walls, and becomes the interpreter that runs ``server.py``, whose
-source comes through standard input: nothing of the repository is readable inside.
+It drops root, builds the walls, and becomes the interpreter that runs ``server.py``, whose source
+comes through standard input: no file of the repository is readable inside.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ NOBODY = 65534
 SCRATCH = "/scratch"  # inside bubblewrap
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
-SERVER_STACK = 8 << 20  # also the size of a thread's stack; a program's main one may grow further
+SERVER_STACK = 8 << 20  # also of a thread; a program's main stack may grow further
 FLAGS = ("-P", "-s", "-S", "-B", "-")  # not -I: it would ignore PYTHONHASHSEED
 UNAVAILABLE = 3  # exit status: the reason is on standard error
 
@@ -38,12 +38,12 @@ def environment(scratch: str) -> dict[str, str]:
         "HOME": scratch,
         "LANG": "C.UTF-8",
         "PYTHONHASHSEED": "0",
-        "MALLOC_ARENA_MAX": "1",  # else each thread takes 64 MB of the address space
+        "MALLOC_ARENA_MAX": "1",  # otherwise each thread takes 64 MB of address space
     }
 
 
 def interpreter(python: str, prefix: str) -> list[str]:
-    """What an interpreter needs of the machine: itself, its library, the system's libraries."""
+    """The paths that an interpreter needs: itself, its library, the system's libraries."""
     own = [os.path.join(prefix, name) for name in ("lib", "lib64")]
     paths = [python, *own, *LIBRARIES, "/etc/ld.so.cache"]
     return list(dict.fromkeys(path for path in paths if os.path.exists(path)))
@@ -61,7 +61,7 @@ def readable_by_nobody(paths: list[str]) -> bool:
 
 
 def drop_root(keep_reading: bool = False) -> None:
-    """Becomes nobody, who may at most still read what the walls leave visible."""
+    """Become the user nobody, who may at most still read what the walls leave visible."""
     os.setgroups([])
     if keep_reading:
         call("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0)
@@ -75,7 +75,7 @@ def drop_root(keep_reading: bool = False) -> None:
 
 
 def shown_elsewhere(paths: list[str]) -> dict[str, str]:
-    """Binds what nobody cannot reach to a place they can, in a mount namespace of this process."""
+    """Bind paths that nobody cannot reach to a reachable place, in a new mount namespace."""
     call("unshare", CLONE_NEWNS)
     call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
     sources = [os.open(path, os.O_PATH) for path in paths]  # the place may hide one of them
@@ -95,7 +95,7 @@ def shown_elsewhere(paths: list[str]) -> dict[str, str]:
 
 
 def enter_bubblewrap(config: dict) -> None:
-    """A machine of its own: no network, no other process, no file but an interpreter."""
+    """An isolated machine: no network, no other process, no file except an interpreter."""
     python = config["python"]
     paths = interpreter(python, config["prefix"])
     links = {path: os.readlink(path) for path in paths if os.path.islink(path)}
@@ -111,7 +111,7 @@ def enter_bubblewrap(config: dict) -> None:
     bwrap += [str(NOBODY)]
     for path, target in links.items():
         bwrap += ["--symlink", target, path]
-    for path in sorted(real):  # a folder before what lies in it
+    for path in sorted(real):  # a folder before its contents
         bwrap += ["--ro-bind", sources[path], path]
     for path in DEVICES:
         bwrap += ["--dev-bind", path, path]
@@ -123,7 +123,7 @@ def enter_bubblewrap(config: dict) -> None:
 
 
 def enter_landlock(config: dict) -> None:
-    """This machine, but its files closed; seccomp, per program, closes the rest."""
+    """This machine without access to its files; seccomp, per program, closes the rest."""
     import landlock
 
     number = landlock.version()
@@ -137,7 +137,7 @@ def enter_landlock(config: dict) -> None:
 
 
 def enter_rlimits(config: dict) -> None:
-    """No walls, but the limits of each program."""
+    """No walls, only the limits of each program."""
     become_server(config, interpreter(config["python"], config["prefix"]), lambda: None)
 
 
@@ -158,7 +158,7 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     os.chdir("/")
     with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # short of memory, the kernel ends programs before anything of the user
+        file.write("1000")  # short of memory, the kernel kills programs first
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     stack = SERVER_STACK if hard == resource.RLIM_INFINITY else min(SERVER_STACK, hard)

@@ -1,4 +1,4 @@
-"""The sandbox: takes a tier, proves it, and runs jobs on a few workers."""
+"""The sandbox: opens a tier, tests what it claims, and runs jobs on a few workers."""
 
 import fcntl
 import logging
@@ -18,7 +18,7 @@ from wmtp_modules.sandbox.worker import Worker
 
 TIERS = ("bubblewrap", "landlock", "rlimits")
 FOLDER = "wmtp-sandbox-"  # holds the scratch folders of one Sandbox
-SPARE_TASKS = 256  # processes and threads of a program beyond those its user runs at the start
+SPARE_TASKS = 256  # processes and threads beyond those that the user runs at the start
 
 log = logging.getLogger(__name__)
 K = TypeVar("K")
@@ -26,28 +26,28 @@ Job = FunctionJob | StdinJob
 
 
 class Sandbox:
-    """Runs programs that nobody has read. A context manager.
+    """Runs untrusted programs. A context manager.
 
     Args:
         tier: ``bubblewrap``, ``landlock``, ``rlimits`` or ``auto``: bubblewrap, else landlock. A
-            tier that is named is the one in force or an error, and ``rlimits`` is only ever named.
+            named tier is used or raises an error; ``rlimits`` is used only when named.
         workers: programs that run at the same time.
 
     Attributes:
-        tier: the one in force.
-        self_test: what was proven before the first program; in place of True a sentence where the
-            tier makes no such claim.
+        tier: the tier in use.
+        self_test: what was proven before the first program: True, or a sentence for a claim that
+            the tier does not make.
         machine_factor: how much slower than the nominal machine this one runs Python, at least 1.
 
     Raises:
-        SandboxError: if the tier is not to be had here, or its self-test fails.
+        SandboxError: if the tier is not available here, or its self-test fails.
     """
 
     def __init__(self, tier: str = "auto", workers: int = 2) -> None:
         if tier not in ("auto", *TIERS):
-            raise SandboxError(f"no tier is called {tier!r}: take auto, {', '.join(TIERS)}")
+            raise SandboxError(f"there is no tier {tier!r}: use auto, {', '.join(TIERS)}")
         if workers < 1:
-            raise SandboxError(f"{workers} workers run nothing: take 1 or more")
+            raise SandboxError(f"workers must be at least 1, got {workers}")
         self._count = workers
         self._closed = False
         self._live: set[Worker] = set()
@@ -70,16 +70,16 @@ class Sandbox:
         self.close()
 
     def run(self, jobs: Iterable[tuple[K, Job]]) -> Iterator[tuple[K, Outcome]]:
-        """Runs jobs, as many at a time as there are workers.
+        """Run jobs, as many at a time as there are workers.
 
         Args:
-            jobs: pairs of a key and a job, taken as workers become free.
+            jobs: pairs of a key and a job, consumed as workers become free.
 
         Yields:
-            Key and outcome, as programs end.
+            Key and outcome, in the order in which programs end.
 
         Raises:
-            SandboxError: if the sandbox is closed, or does not start again after it was lost.
+            SandboxError: if the sandbox is closed, or cannot restart a lost server.
         """
         if self._closed:
             raise SandboxError("the sandbox is closed")
@@ -100,9 +100,9 @@ class Sandbox:
                 return
             key, job, result = outbox.get()
             running -= 1
-            # A program whose fork server is lost is run once more, with nothing beside it and in
-            # new servers. If that ends alike, the program did it, and is scored: one that can wreck
-            # its sandbox must not escape so. Only what fails before it begins is ours.
+            # A program whose fork server is lost is run once more, alone and in new servers. If
+            # the server is lost again, the program did it and is scored: wrecking its sandbox must
+            # not be a way out. Only failures before the program starts are ours.
             if isinstance(result, ServerLost) and not alone:
                 again.append((key, job))
                 continue
@@ -115,7 +115,7 @@ class Sandbox:
             yield key, result
 
     def close(self) -> None:
-        """Ends every program and removes all that was written."""
+        """End every program and remove everything that was written."""
         self._closed = True
         for worker in list(self._live):
             worker.abandon()
@@ -128,7 +128,7 @@ class Sandbox:
             try:
                 fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
             except OSError:
-                continue  # ended meanwhile
+                continue  # ended in the meantime
             parents[int(name)] = int(fields[1])
         found = {pid for worker in self._live for pid in worker.pids}
         while more := {pid for pid, parent in parents.items() if parent in found} - found:
@@ -191,7 +191,7 @@ class Sandbox:
             self._folder = None
 
     def _work(self, tier: str, config: dict, started: queue.SimpleQueue) -> None:
-        """A worker's thread. Its servers must not outlive it, and the kernel sees to that."""
+        """A worker's thread. The kernel ends its servers with it."""
         worker = None
         try:
             worker = self._start_worker(tier, config)
@@ -201,7 +201,9 @@ class Sandbox:
         while (task := self._inbox.get()) is not None and not self._closed:
             key, job, outbox, anew = task
             try:
-                if anew and worker is not None:  # what took the other servers may have had these
+                if (
+                    anew and worker is not None
+                ):  # the cause of the loss may affect these servers too
                     self._end_worker(worker)
                     worker = None
                 worker = worker or self._start_worker(tier, config)
@@ -234,7 +236,7 @@ class Sandbox:
 
 
 def count_tasks() -> int:
-    """Processes and threads of the user that programs run as, whose number RLIMIT_NPROC limits."""
+    """Processes and threads of the user that runs programs, which RLIMIT_NPROC limits."""
     user = NOBODY if os.getuid() == 0 else os.getuid()
     count = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -242,14 +244,14 @@ def count_tasks() -> int:
             if os.stat(f"/proc/{name}").st_uid == user:
                 count += len(os.listdir(f"/proc/{name}/task"))
         except OSError:
-            continue  # ended meanwhile
+            continue  # ended in the meantime
     return count
 
 
 def make_folder() -> tuple[str, int]:
-    """A new folder for scratch folders and a lock on it, after removing those of the dead.
+    """A new folder for scratch folders and its lock, after removing those of dead processes.
 
-    The lock is held by an open descriptor: whatever way its process ends, it is free then.
+    An open descriptor holds the lock, so it is released however the process ends.
     """
     place = tempfile.gettempdir()
     for name in os.listdir(place):
@@ -260,15 +262,15 @@ def make_folder() -> tuple[str, int]:
                 remove_folder(path, lock)
     while True:
         path = tempfile.mkdtemp(prefix=FOLDER)
-        os.chmod(path, 0o711)  # nobody must reach the folders in it
+        os.chmod(path, 0o711)  # the user nobody must reach the folders in it
         lock = lock_folder(path)
         if lock is not None:
             return path, lock
-        # Another process took it for that of a dead one before it was locked.
+        # Another process took it for a dead one's before it was locked.
 
 
 def lock_folder(path: str) -> int | None:
-    """Locks a folder of this user; None if it is gone, another's, or in use."""
+    """Lock a folder of this user; None if it is gone, another user's, or in use."""
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

@@ -1,4 +1,4 @@
-"""Makes of tests what a judge runs: their code, and the names in it that are the program's."""
+"""Compiles tests for a judge, and finds the names in them that are the program's."""
 
 import ast
 import builtins
@@ -13,17 +13,17 @@ from wmtp_modules.sandbox.wire import TESTS
 
 @functools.lru_cache(maxsize=256)
 def prepare(context: str, tests: str) -> bytes:
-    """Compiles tests, here, once for all the programs that they judge.
+    """Compile tests outside the sandbox, once for all programs that they judge.
 
     Args:
         context: trusted source that runs first; its functions without a body are the program's.
         tests: trusted source.
 
     Returns:
-        What ``judge.judge`` takes.
+        The input of ``judge.judge``.
 
     Raises:
-        SyntaxError: if either is no Python.
+        SyntaxError: if either is not Python.
     """
     tree = ast.parse(context)
     stubs = _without_stubs(tree)
@@ -39,7 +39,7 @@ def prepare(context: str, tests: str) -> bytes:
 
 
 def _compile(source: ast.Module | str, name: str) -> types.CodeType:
-    """With its assertions, also where this process was started with ``python -O``."""
+    """Compile with assertions, even if this process was started with ``python -O``."""
     return compile(source, name, "exec", dont_inherit=True, optimize=0)
 
 
@@ -62,9 +62,9 @@ def _names_of(source: str) -> tuple[set[str], set[str]]:
 
 
 def _without_stubs(context: ast.Module) -> set[str]:
-    """Takes out functions without a body, which are for the program to define; their names.
+    """Remove functions without a body, which the program has to define; returns their names.
 
-    A docstring is none, nor are imports (HumanEval/115).
+    Docstrings and imports (HumanEval/115) do not count as a body.
     """
     stubs = [
         node
@@ -81,12 +81,12 @@ def _without_stubs(context: ast.Module) -> set[str]:
 
 
 def _names_of_program(context: str, tests: str, stubs: set[str]) -> tuple[set[str], set[str]]:
-    """What is the program's, and which modules of the standard library the tests use unimported.
+    """The program's names, and the standard library modules that the tests use without importing.
 
-    A module of the program could have been patched, so the judge imports its own; a name that is
-    ever used without a dot behind it is a function called like a module. A built-in name
-    is the program's only where the tests use nothing else of it (MBPP 126 asks for a ``sum``):
-    else a ``set`` or ``abs`` of its own would decide about its answers.
+    The program may have patched its modules, so the judge imports its own; a name that is ever
+    used without a dot after it is a function named like a module. A built-in name is the
+    program's only if the tests use nothing else of it (MBPP 126 asks for a ``sum``): otherwise the
+    program's own ``set`` or ``abs`` would help to judge its answers.
     """
     used_context, defined_context = _names_of(context)
     used_tests, defined_tests = _names_of(tests)
@@ -98,7 +98,7 @@ def _names_of_program(context: str, tests: str, stubs: set[str]) -> tuple[set[st
 
 
 def _bare_names(source: str) -> set[str]:
-    """Names that stand somewhere without an attribute behind them."""
+    """Names that occur somewhere without an attribute after them."""
     nodes = list(ast.walk(ast.parse(source)))
     bases = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
     return {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in bases}

@@ -1,4 +1,4 @@
-"""One fork server as the trusted parent sees it: its start, its requests, its end."""
+"""Starts, uses and ends one fork server, from the trusted parent."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 NOBODY = 65534
 INSIDE = ("wire", "scratch", "program", "judge", "server")  # modules that run inside, in this order
 START_SECONDS = 30
-BACKSTOP_SECONDS = 10  # for a server to answer beyond what its program was given
+BACKSTOP_SECONDS = 10  # for a server to answer after the time of its program
 
 BOOTSTRAP = """
 import sys, types
@@ -33,9 +33,7 @@ sys.modules["server"].serve({control}, {config!r})
 class ServerLost(Exception):
     """A fork server ended, or does not answer.
 
-    Args:
-        reason: for a person.
-        ours: whether it happened before the program began, so that the program is not to blame.
+    ``ours`` says that it happened before the program started, so the program is not to blame.
     """
 
     def __init__(self, reason: str, ours: bool = False) -> None:
@@ -46,15 +44,15 @@ class ServerLost(Exception):
 class Server:
     """A fork server within the walls of a tier; runs one program at a time.
 
-    Must be started by a thread that lives as long: the kernel ends it with that thread.
+    Start it from a thread that lives as long: the kernel ends it with that thread.
 
     Args:
         tier: of the walls.
-        config: what ``server.serve`` takes.
-        folder: holds the scratch folder in tiers that have no file system of their own, or None.
+        config: for ``server.serve``.
+        folder: holds the scratch folder in tiers without their own file system, or None.
 
     Raises:
-        SandboxError: if the tier is not to be had; the reason in one sentence.
+        SandboxError: if the tier is not available, with the reason.
     """
 
     def __init__(self, tier: str, config: dict, folder: str | None) -> None:
@@ -83,7 +81,7 @@ class Server:
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,  # an interrupt from the keyboard is for the parent alone
+            start_new_session=True,  # a keyboard interrupt is for the parent only
         )
         self.pid = self._process.pid
         self.reply: dict | None = None
@@ -95,7 +93,7 @@ class Server:
             script.write(text.encode())
             script.close()
             ready = self._answers(START_SECONDS) and self.link.recv(100)
-        except OSError:  # it ended before it read all
+        except OSError:  # it ended before it read everything
             ready = None
         if not ready:
             self._process.kill()
@@ -103,13 +101,15 @@ class Server:
             self._errors.seek(0)
             lines = self._errors.read().decode(errors="replace").strip().splitlines()
             self.close()
-            raise SandboxError(f"tier {tier} cannot start: {lines[-1] if lines else 'no reason'}")
+            raise SandboxError(
+                f"tier {tier} cannot start: {lines[-1] if lines else 'unknown reason'}"
+            )
 
     def fileno(self) -> int:
         return self.link.fileno()
 
     def start(self, request: dict, descriptors: list[int]) -> None:
-        """Has a program started. The descriptors are copied; close yours."""
+        """Start a program. The descriptors are copied; close yours."""
         self.reply = None
         try:
             socket.send_fds(self.link, [json.dumps(request).encode()], descriptors)
@@ -117,7 +117,7 @@ class Server:
             raise ServerLost(f"a fork server is gone: {error}") from None
 
     def receive(self) -> dict:
-        """Takes the reply that is there, into ``reply`` too."""
+        """Read the pending reply, into ``reply`` too."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self.link, 1 << 16, 4)
         except OSError as error:
@@ -131,7 +131,7 @@ class Server:
         return self.reply
 
     def stop(self) -> dict:
-        """Ends the program if it runs still; its reply."""
+        """End the program if it still runs; its reply."""
         if self.reply is not None:
             return self.reply
         try:
@@ -143,18 +143,18 @@ class Server:
         return self.receive()
 
     def _answers(self, seconds: float) -> bool:
-        """Whether something comes within a time. Not by ``select``, which stops at 1,024 files."""
+        """Whether something arrives in time. Not ``select``, which is limited to 1,024 files."""
         poller = select.poll()
         poller.register(self.link, select.POLLIN)
         return bool(poller.poll(seconds * 1000))
 
     def abandon(self) -> None:
-        """Cuts the connection, from any thread: the server ends, and who waits for it is told."""
-        with contextlib.suppress(OSError):  # it may be closed meanwhile
+        """Cut the connection, from any thread: the server ends, and waiting threads are told."""
+        with contextlib.suppress(OSError):  # it may already be closed
             self.link.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ends the server and all within."""
+        """End the server and everything inside."""
         self.link.close()
         try:
             self._process.wait(timeout=2)

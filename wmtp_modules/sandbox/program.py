@@ -1,8 +1,8 @@
-"""What runs a program, in its own process: as a script, or as functions that a judge calls.
+"""Runs a program in its own process: as a script, or as functions that a judge calls.
 
-All here is in reach of hostile code, which may change any of it. So nothing that happens here
-makes a verdict ``pass``: a script is judged by its output, and functions by the judge, who holds
-the tests in another process. Runs inside the sandbox, hence the standard library only.
+Hostile code can reach and change everything here. Nothing that happens here can therefore make a
+verdict ``pass``: a script is judged by its output, and functions by the judge, which holds the
+tests in another process. Runs inside the sandbox, so it uses only the standard library.
 """
 
 import errno
@@ -25,7 +25,7 @@ BY_ERRNO = {
 
 
 def classify(error: BaseException) -> str:
-    """The verdict on a program that ends by an error."""
+    """The verdict on a program that ends with an error."""
     if isinstance(error, MemoryError):
         return "memory"
     if isinstance(error, wire.TooLarge):
@@ -38,7 +38,7 @@ def classify(error: BaseException) -> str:
 
 
 def execute(source: str, name: str) -> types.ModuleType:
-    """Runs source as a module, which pickle and dataclasses find by its name."""
+    """Run source as a module that pickle and dataclasses can find by name."""
     module = types.ModuleType(name)
     sys.modules[name] = module
     linecache.cache[FILE] = (len(source), None, source.splitlines(True), FILE)  # for tracebacks
@@ -47,7 +47,7 @@ def execute(source: str, name: str) -> types.ModuleType:
 
 
 def run_script(source: str) -> None:
-    """Runs source as ``python program.py`` would; the interpreter's own end is left to come."""
+    """Run source as ``python program.py`` would, except for the interpreter's shutdown."""
     try:
         execute(source, "__main__")
     except SystemExit:
@@ -64,12 +64,7 @@ def run_script(source: str) -> None:
 
 
 def serve_functions(source: str, link: int) -> None:
-    """Runs source, then does what the judge asks with its functions, until it is killed.
-
-    Args:
-        source: of the program.
-        link: descriptor of the socket to the judge.
-    """
+    """Run source, then do what the judge asks through ``link``, until killed."""
     objects, numbers = [], {}
 
     def refer(value) -> tuple[int, str]:
@@ -116,7 +111,7 @@ def serve_functions(source: str, link: int) -> None:
 
 
 def describe(error: BaseException) -> tuple[str, str, str]:
-    """The nearest built-in class of an error, what it says and where, and the verdict on it."""
+    """The nearest built-in class of an error, its message and line, and the verdict."""
     builtin = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == "builtins")
     text = f"{type(error).__name__}: {error}"[:LONGEST_TEXT]
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == FILE]

@@ -1,4 +1,4 @@
-"""The self-test: programs that try what a tier claims to prevent, and what became of the host."""
+"""The self-test: runs programs that try what a tier claims to prevent, and checks the host."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from pathlib import Path
 from wmtp_modules.sandbox.jobs import Limits, SandboxError, StdinJob
 
 NOT_CLAIMED = "tier rlimits makes no such claim"
-WALLS = ("network", "outside_writes", "signals")  # what tier rlimits has not
+WALLS = ("network", "outside_writes", "signals")  # what tier rlimits lacks
 SECONDS = 0.25
 MANY = 2000  # processes
 
@@ -85,19 +85,19 @@ began = time.perf_counter()
 work()
 print(time.perf_counter() - began)
 """
-# What the workload takes on the nominal machine: one core of the AMD EPYC server of
-# benchmarks/results, with nothing else to do, and CPython 3.11.
+# Time of the workload on the nominal machine: one otherwise idle core of the AMD EPYC server of
+# benchmarks/results, with CPython 3.11.
 NOMINAL_SECONDS = 0.125
 
 
 def prove(sandbox) -> dict[str, bool | str]:
-    """Runs the self-test of an open sandbox.
+    """Run the self-test of an open sandbox.
 
     Returns:
-        Per claim True, or a sentence where the tier does not make it.
+        For each claim True, or a sentence if the tier does not make it.
 
     Raises:
-        SandboxError: if the tier does not do what it claims; it says what.
+        SandboxError: if the tier does not do what it claims; names the claims.
     """
     faults = {}
     before = sandbox.processes()
@@ -125,7 +125,7 @@ def prove(sandbox) -> dict[str, bool | str]:
 
 
 def measure_machine(sandbox, workers: int) -> float:
-    """Time of a fixed workload, with every worker busy, over that of the nominal machine."""
+    """Time of a fixed workload, with all workers busy, relative to the nominal machine."""
     times = {}
     jobs = (
         (number, StdinJob(WORKLOAD, (("", str(number)),), _keep(times), limits=Limits(60)))
@@ -133,24 +133,24 @@ def measure_machine(sandbox, workers: int) -> float:
     )
     for _, outcome in sandbox.run(jobs):
         if outcome.verdict != "pass":
-            raise SandboxError(f"a plain workload fails: {outcome.verdict} {outcome.detail}")
+            raise SandboxError(f"a harmless workload fails: {outcome.verdict} {outcome.detail}")
     return max(1.0, statistics.median(map(float, times.values())) / NOMINAL_SECONDS)
 
 
 def _remove(name: str, folders: list[str]) -> None:
-    """What a tier that does not hold let a program write."""
+    """Remove what a failing tier let a program write."""
     for folder in folders:
         with suppress(OSError):
             os.unlink(f"{folder}/{name}")
 
 
 def _keep(outputs: dict):
-    """A comparison that accepts everything and keeps it under the name it expects."""
+    """A comparison that accepts everything and stores it under the expected name."""
     return outputs.__setitem__
 
 
 def _probes(stack: ExitStack, tier: str) -> tuple[dict, dict]:
-    """Programs with their limits, and what tells from their outcomes whether they were stopped."""
+    """Programs with their limits, and checks of whether they were stopped."""
     stream = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     stream.setblocking(False)
     datagram = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))

@@ -1,7 +1,7 @@
-"""The folder a program may write to: how much is in it, and how it becomes empty again.
+"""Measures and empties the folder that a program may write to.
 
 The program is hostile: links are never followed, a folder may be unreadable, and a path may be
-longer than the kernel takes. Runs inside the sandbox too, hence the standard library only.
+longer than the kernel accepts. Also runs inside the sandbox, so it uses only the standard library.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ MOST_FILES = 2_000
 
 
 def empty(folder: int) -> None:
-    """Removes all that an open folder holds; no program that could change it is alive.
+    """Empty an open folder; no program that could change it is alive.
 
-    A folder in the folder gives its own folders away to the outermost one and is removed, so that
-    however deep they lie, no path has more than two names.
+    The folders inside a subfolder are moved to the outermost folder before it is removed, so no
+    path has more than two names, however deep they are nested.
     """
     moved = 0
     while names := os.listdir(folder):
@@ -40,7 +40,7 @@ def empty(folder: int) -> None:
 
 
 def _unlink(name: str, folder: int) -> bool:
-    """Removes a file or link; False if it is a folder."""
+    """Remove a file or link; False if it is a folder."""
     try:
         os.unlink(name, dir_fd=folder)
     except IsADirectoryError:
@@ -49,9 +49,9 @@ def _unlink(name: str, folder: int) -> bool:
 
 
 def overfull(folder: str) -> bool:
-    """Whether a folder holds more than a program may write; the program may be changing it."""
+    """Whether a folder holds more than a program may write, even while the program changes it."""
     space = os.statvfs(folder)
-    if space.f_blocks * space.f_frsize <= MOST_BYTES:  # a sized tmpfs of its own counts for us
+    if space.f_blocks * space.f_frsize <= MOST_BYTES:  # its own sized tmpfs does the counting
         return space.f_files - space.f_ffree > MOST_FILES or space.f_bavail == 0
     size = files = 0
     pending = [folder]
@@ -60,7 +60,7 @@ def overfull(folder: str) -> bool:
             with os.scandir(pending.pop()) as entries:
                 for entry in entries:
                     files += 1
-                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    with contextlib.suppress(FileNotFoundError):  # removed in the meantime
                         size += entry.stat(follow_symlinks=False).st_blocks * 512
                     if files > MOST_FILES or size > MOST_BYTES:
                         return True

@@ -1,9 +1,9 @@
-"""The system calls a program may make, as a filter that libseccomp compiles once.
+"""The system calls that a program may make, as a filter that libseccomp compiles once.
 
-What is not named fails with ENOSYS, as on a kernel that is too old, and C libraries cope with that.
-A program is one process with threads: it starts no other, sends no signal but to itself, opens no
-socket but a pair of its own, and changes no mode, owner or time of a file, which Landlock alone
-would let it do.
+Other calls fail with ENOSYS, as on an old kernel, which C libraries can handle. A program is one
+process with threads: it cannot start another process, signal any process but itself, open sockets
+other than its own pairs, or change the mode, owner or time of a file, which Landlock alone would
+allow.
 """
 
 import ctypes
@@ -72,10 +72,10 @@ class _Comparison(ctypes.Structure):
 
 
 def build_filter() -> bytes:
-    """The filter as the kernel takes it, with ``PROCESS_ID`` in place of the program's.
+    """The filter in the kernel's format, with ``PROCESS_ID`` in place of the program's.
 
     Raises:
-        OSError: if libseccomp is not installed or refuses a rule; the sentence says which.
+        OSError: if libseccomp is not installed or refuses a rule.
     """
     try:
         library = ctypes.CDLL("libseccomp.so.2", use_errno=True)
@@ -91,7 +91,7 @@ def build_filter() -> bytes:
     library.seccomp_release.argtypes = (ctypes.c_void_p,)
     context = library.seccomp_init(ERRNO | errno.ENOSYS)
     if not context:
-        raise OSError("libseccomp knows no filter for this machine")
+        raise OSError("libseccomp does not support this machine")
 
     def rule(action: int, name: str, *comparisons: tuple) -> None:
         number = library.seccomp_syscall_resolve_name(name.encode())
@@ -147,7 +147,7 @@ def _export(library, context) -> bytes:
     try:
         failed = library.seccomp_export_bpf(context, file)
         if failed:
-            raise OSError(f"libseccomp exports no filter: {os.strerror(-failed)}")
+            raise OSError(f"libseccomp cannot export the filter: {os.strerror(-failed)}")
         program = os.pread(file, 1 << 20, 0)
     finally:
         os.close(file)

@@ -1,7 +1,7 @@
 """The fork server: runs inside the walls of a tier, and each program is a fork of it.
 
-Nothing that a program must not know ever passes through this process, whose memory every program
-inherits: sources, inputs and outputs travel as descriptors. Standard library only.
+Every program inherits the memory of this process, so nothing that a program must not know passes
+through it: sources, inputs and outputs travel as descriptors. Uses only the standard library.
 """
 
 import _sitebuiltins
@@ -29,21 +29,21 @@ import judge
 import program
 import scratch
 
-# Imported before any program asks for them: a fork has them for nothing. Not random and threading:
-# what they do in every fork takes as long as the fork.
+# Imported in advance, so that a fork has them at no cost. Not random and threading: what they do in
+# every fork takes as long as the fork.
 READY = "bisect calendar cmath collections copy dataclasses datetime decimal enum fractions heapq"
 READY += " itertools operator re string typing"
 FILE_BYTES = 64 << 20
 OPEN_FILES = 64
 STACK_BYTES = 64 << 20
-LOOK = 0.05  # seconds between two looks at the scratch folder
+LOOK = 0.05  # seconds between two checks of the scratch folder
 PDEATHSIG, SECCOMP, SECCOMP_FILTER = 1, 22, 2  # prctl
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def serve(control: int, config: dict) -> None:
-    """Forks for every request until the other side is gone.
+    """Fork for every request until the other side is gone.
 
     Args:
         control: descriptor of the socket to the trusted parent.
@@ -61,7 +61,7 @@ def serve(control: int, config: dict) -> None:
         del os.environ[name]
     sys.argv = ["program.py"]
     gc.collect()
-    gc.freeze()  # a collection in a fork would copy every page
+    gc.freeze()  # a garbage collection in a fork would copy every page
     link = socket.socket(fileno=control)
     folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
     scratch.empty(folder)
@@ -72,7 +72,7 @@ def serve(control: int, config: dict) -> None:
             return
         request = json.loads(data)
         if "kill" in request:
-            continue  # it had ended before the order came
+            continue  # the program ended before the request arrived
         started = time.monotonic()
         parent = os.getpid()
         try:
@@ -83,7 +83,7 @@ def serve(control: int, config: dict) -> None:
             link.send(json.dumps({"failed": f"cannot fork: {error.strerror}"}).encode())
             continue
         if child == 0:
-            link.detach()  # closed below; must not close what gets its number later
+            link.detach()  # closed below; must not close a later descriptor of the same number
             return become_program(request, descriptors, config, parent)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -102,7 +102,7 @@ def serve(control: int, config: dict) -> None:
 
 
 def watch(child: int, link: socket.socket) -> bool:
-    """Waits for the end of a program, which the parent may order; whether it wrote too much."""
+    """Wait for a program to end, or end it for the parent; returns whether it wrote too much."""
     ended = os.pidfd_open(child)
     poller = select.poll()
     poller.register(ended, select.POLLIN)
@@ -123,7 +123,7 @@ def watch(child: int, link: socket.socket) -> bool:
 
 
 def open_output(name: str | None) -> list[int]:
-    """The file a program was to write, if it is one."""
+    """The file that a program had to write, if it is a regular file."""
     if name is None:
         return []
     try:
@@ -137,7 +137,7 @@ def open_output(name: str | None) -> list[int]:
 
 
 def end_strays() -> None:
-    """Ends what a program left behind; orphans become children of this process (subreaper)."""
+    """End what a program left behind; orphans become children of this process (subreaper)."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             for child in file.read().split():
@@ -149,7 +149,7 @@ def end_strays() -> None:
 
 
 def become_program(request: dict, descriptors: list[int], config: dict, server: int) -> None:
-    """Turns a fork into a program: its descriptors, its limits, its filter, then its source."""
+    """Turn a fork into a program: set up descriptors, limits and filter, then run its source."""
     libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != server:
         os._exit(1)
@@ -180,9 +180,9 @@ def become_program(request: dict, descriptors: list[int], config: dict, server: 
 
 
 def limit(request: dict, config: dict) -> None:
-    """The kernel's limits of this process, which it cannot raise again."""
+    """Set the kernel's limits for this process, which it cannot raise again."""
     size = config["size"] + (request["memory_mb"] << 20)
-    # Processor time of all threads; the wall clock, which the parent holds, comes first.
+    # Processor time of all threads; the parent's wall-clock limit comes first.
     seconds = math.ceil(request["seconds"]) * 4 + 5
     for name, soft in (
         (resource.RLIMIT_AS, size),
@@ -194,14 +194,14 @@ def limit(request: dict, config: dict) -> None:
         hard = resource.getrlimit(name)[1]
         soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
         resource.setrlimit(name, (soft, soft))
-    # Its hard limit stays: programs raise this one themselves, and the address space bounds it.
+    # The hard limit stays: programs may raise this one, and the address space bounds it.
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     stack = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
 
 
 def install_filter(code: bytes, process_id: int) -> None:
-    """Seccomp, with this process's id where the filter has a placeholder."""
+    """Install the seccomp filter, with this process's id in place of the placeholder."""
     code = code.replace(struct.pack("=I", process_id), struct.pack("=I", os.getpid()))
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
@@ -210,7 +210,7 @@ def install_filter(code: bytes, process_id: int) -> None:
 
 
 def address_space() -> int:
-    """Bytes of this process's address space, found without /proc: the limit that just holds."""
+    """Bytes of this process's address space, found without /proc by searching for the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     low, high = 0, 1 << 46
     while high - low > 1 << 20:

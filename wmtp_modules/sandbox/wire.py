@@ -1,9 +1,9 @@
-"""What the judge and a program say to each other: messages that can only ever build plain values.
+"""Messages between judge and program, which can only ever build plain values.
 
-A message is four bytes of length and JSON, in which everything but None, bool, str, float and small
-int is a list ``[kind, ...]``. What has no kind (an object of a class of the program, a generator, a
-subclass of int) stays in the program's process: ``["object", number, type]`` stands for it.
-Runs inside the sandbox too, hence the standard library only.
+A message is four bytes of length and JSON, in which everything except None, bool, str, float and
+small int is a list ``[kind, ...]``. A value without a kind (an object of one of the program's
+classes, a generator, a subclass of int) stays in the program's process and is represented by
+``["object", number, type]``. Also runs inside the sandbox, so it uses only the standard library.
 """
 
 import datetime
@@ -15,10 +15,10 @@ from fractions import Fraction
 
 LARGEST = 16 << 20  # bytes of a message
 TESTS = "<tests>"  # the file name in the code of tests
-DEEPEST = 100  # containers inside one another; what lies deeper travels as an object
-# Exit statuses by which a program's process says why it ended. It may lie: none of them is good.
+DEEPEST = 100  # nested containers; deeper values are passed as objects
+# Exit statuses that say why a program's process ended. It may lie, but none of them is a pass.
 STATUSES = {"memory": 201, "output_limit": 202, "process_limit": 203, "policy": 204, "crash": 1}
-PLAIN_INT = 1 << 53  # larger ones travel as hexadecimal: Python reads no decimal of 4,300 digits
+PLAIN_INT = 1 << 53  # larger ones are hexadecimal: Python refuses decimals of 4,300 digits
 
 SEQUENCES = {
     list: "list",
@@ -27,7 +27,7 @@ SEQUENCES = {
     frozenset: "frozenset",
     deque: "deque",
 }
-# The kinds of dict compare equal by items alone, save for the order that an OrderedDict demands.
+# All kinds of dict compare equal by items, except that an OrderedDict compares order too.
 MAPPINGS = {dict: "dict", defaultdict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
 TEXTS = {
     datetime.date: ("date", datetime.date.isoformat),
@@ -46,7 +46,7 @@ NUMBERS = {
         lambda value: (value.days, value.seconds, value.microseconds),
     ),
 }
-# Classes that tests hand to programs (MBPP 533) go by name.
+# Classes that tests pass to programs (MBPP 533) are passed by name.
 CLASSES = {
     cls.__name__: cls
     for cls in (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
@@ -70,11 +70,11 @@ BUILDERS = {kind: cls for cls, kind in SEQUENCES.items()} | {
 
 
 class WireError(ValueError):
-    """What came is no message, or what should go is none."""
+    """Something received or sent is not a valid message."""
 
 
 class TooLarge(ValueError):
-    """A message over the largest size."""
+    """A message exceeds the largest size."""
 
 
 def encode(value, refer, depth: int = 0):
@@ -82,8 +82,8 @@ def encode(value, refer, depth: int = 0):
 
     Args:
         value: anything.
-        refer: is given what has no form of its own; returns ``(number, type name)``.
-        depth: containers around it.
+        refer: called with a value without a form; returns ``(number, type name)``.
+        depth: number of containers around it.
     """
     cls = type(value)  # exact: a subclass may lie about its value, so it does not travel
     if value is None or cls in (bool, float, str):
@@ -113,11 +113,11 @@ def decode(form, resolve):
     """The value of a JSON form.
 
     Args:
-        form: as ``encode`` made it, or whatever a hostile program made up.
-        resolve: is given the number and type name of an object; returns what stands for it.
+        form: from ``encode``, or made up by a hostile program.
+        resolve: called with the number and type name of an object; returns its representation.
 
     Raises:
-        WireError: if it is no such form.
+        WireError: if it is not such a form.
     """
     try:
         return _decode(form, resolve)
@@ -144,11 +144,11 @@ def _decode(form, resolve):
 
 
 def send(fd: int, message) -> None:
-    """Writes a message of JSON forms.
+    """Write a message of JSON forms.
 
     Raises:
         TooLarge: over 16 MB; nothing has been written.
-        OSError: if nobody reads.
+        OSError: if the other side is gone.
     """
     data = json.dumps(message, separators=(",", ":")).encode()
     if len(data) > LARGEST:
@@ -159,11 +159,11 @@ def send(fd: int, message) -> None:
 
 
 def receive(fd: int):
-    """Reads a message.
+    """Read a message.
 
     Raises:
         EOFError: if the other side is gone.
-        WireError: if it is no message.
+        WireError: if it is not a message.
     """
     size = int.from_bytes(_read(fd, 4), "big")
     if size > LARGEST:

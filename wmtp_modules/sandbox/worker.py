@@ -1,8 +1,8 @@
-"""Runs jobs one by one on two fork servers, of programs and of judges, and reads the verdicts.
+"""Runs jobs one at a time on two fork servers, for programs and judges, and reads the verdicts.
 
-A verdict ``pass`` rests on what the program cannot reach: its output compared here, or the word of
-a judge in another sandbox while the program is alive and answers. What the program's own side says
-only tells failures apart.
+A verdict ``pass`` relies only on what the program cannot reach: its output compared here, or the
+verdict of a judge in another sandbox while the program is alive and answers. What the program's
+own side reports only distinguishes failures.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ REASONS = {
 
 
 class Stream:
-    """What a program writes to a pipe, up to a limit."""
+    """Collects what a program writes to a pipe, up to a limit."""
 
     def __init__(self, stack: ExitStack, limit: int) -> None:
         self._end, self.theirs = os.pipe()
@@ -51,13 +51,13 @@ class Stream:
         return self._end
 
     def close_theirs(self) -> None:
-        """Must follow once it has been handed on: else the end of the program is no end here."""
+        """Call once it has been passed on; otherwise the end of the program is not seen here."""
         if self.theirs >= 0:
             os.close(self.theirs)
             self.theirs = -1
 
     def read(self) -> bool:
-        """Takes what is there; False once nobody can write any more."""
+        """Read what is available; False once nobody can write any more."""
         try:
             part = os.read(self._end, 1 << 20)
         except BlockingIOError:
@@ -73,22 +73,17 @@ class Stream:
 
 
 class Worker:
-    """Two fork servers and what runs on them.
-
-    Args:
-        programs: the server whose forks run programs.
-        judges: the server whose forks run tests.
-    """
+    """Runs jobs on two fork servers, one whose forks run programs and one whose forks run tests."""
 
     def __init__(self, programs: Server, judges: Server) -> None:
         self._programs, self._judges = programs, judges
         self.pids = programs.pid, judges.pid
 
     def run(self, job: FunctionJob | StdinJob) -> Outcome:
-        """Runs a job.
+        """Run a job.
 
         Raises:
-            ServerLost: if a fork server ended or hangs; both are of no more use then.
+            ServerLost: if a fork server ended or hangs; neither can be used any more.
         """
         return self._run_script(job) if isinstance(job, StdinJob) else self._run_functions(job)
 
@@ -104,7 +99,7 @@ class Worker:
         try:
             code = prepare(job.context, job.tests)
         except (SyntaxError, ValueError) as error:
-            return Outcome("infrastructure", 0.0, 0.0, f"the tests are no Python: {error}"[:TAIL])
+            return Outcome("infrastructure", 0.0, 0.0, f"the tests are not Python: {error}"[:TAIL])
         with ExitStack() as stack:
             output, errors = Stream(stack, MOST_OUTPUT), Stream(stack, MOST_ERRORS)
             said = Stream(stack, MOST_ERRORS)
@@ -118,7 +113,7 @@ class Worker:
             self._programs.start(
                 request("functions", job.limits), [*standard, source, link.fileno()]
             )
-            link.close()  # so that the judge sees the end of the program; not the other way round
+            link.close()  # so the judge sees the end of the program, but not vice versa
             tests = sealed(stack, code)
             self._judges.start(
                 request("judge", Limits(job.limits.seconds, JUDGE_MEMORY_MB)),
@@ -178,7 +173,7 @@ class Worker:
             return outcome("pass" if difference is None else "wrong", reply, difference or "")
 
     def _attend(self, server: Server, streams: list[Stream], seconds: float) -> str | None:
-        """Reads what is written until a server replies; returns why it must be stopped, or None."""
+        """Read output until a server replies; returns why it must be stopped, or None."""
         for stream in streams:
             stream.close_theirs()
         deadline = time.monotonic() + seconds
@@ -196,7 +191,7 @@ class Worker:
                     poller.unregister(number)
                 elif each.too_long():
                     return "output_limit"
-            # Late, but only after a look: a reply that came while this process waited counts.
+            # Only after reading: a reply that arrived while this process waited counts.
             if left == 0 and server.reply is None:
                 return "timeout"
         for stream in streams:
@@ -207,7 +202,7 @@ class Worker:
 def request(
     role: str, limits: Limits, input_file: str | None = None, output_file: str | None = None
 ) -> dict:
-    """What ``server.serve`` takes."""
+    """A request for ``server.serve``."""
     return {
         "role": role,
         "seconds": limits.seconds,
@@ -242,11 +237,11 @@ def explain_end(status: int, errors: Stream) -> tuple[str, str]:
 
 
 def encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # a model may write half a character
+    return text.encode("utf-8", "surrogatepass")  # a model may write half a surrogate pair
 
 
 def sealed(stack: ExitStack, data: bytes) -> int:
-    """A file in memory that nobody can change, to be read from its start."""
+    """An immutable file in memory, to be read from the start."""
     file = os.memfd_create("data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     stack.callback(os.close, file)
     rest = memoryview(data)

@@ -1,10 +1,10 @@
-"""Per-token losses of a reference model, computed ahead of training or beside it.
+"""Per-token losses of a reference model, computed before or during training.
 
 Shapes: B batch, T positions, K heads. Head k at position t predicts token u = t + k + 1.
 
-A next-token reference gives one loss per token, stored at the token it predicts, which every head
-that predicts this token shares: r[b, t, k] = q[b, t + k + 1]. An MTP reference gives each head's
-own loss, stored at the position that predicts.
+A next-token reference gives one loss per token, stored at the predicted token and shared by every
+head that predicts it: r[b, t, k] = q[b, t + k + 1]. An MTP reference gives each head's own loss,
+stored at the predicting position.
 """
 
 from collections.abc import Callable
@@ -168,7 +168,7 @@ def align_reference(
             or [B, T, K_ref] of an MTP reference.
         n_future_tokens: K of the training model.
         mask_BTK: if given, every position where it is True must have a reference loss. Pass it
-            while the batch is still on the CPU: on a GPU the check would wait for the device.
+            while the batch is on the CPU: on a GPU the check would wait for the device.
 
     Returns:
         fp32 reference_BTK, NaN where the reference has no loss.
@@ -183,30 +183,22 @@ def align_reference(
     else:
         raise ValueError(
             f"the MTP reference has {reference.shape[-1]} heads, the model {n_future_tokens}: use "
-            "a reference with at least as many heads, or a next-token one"
+            "a reference with at least as many heads, or a next-token reference"
         )
     if mask_BTK is not None and (mask_BTK & reference_BTK.isnan()).any():
         missing = int((mask_BTK & reference_BTK.isnan()).sum())
         raise ValueError(
-            f"{missing} supervised targets of the batch have no reference loss: the scores do not "
-            "belong to these rows"
+            f"{missing} supervised targets of the batch have no reference loss: the scores belong "
+            "to other rows, so score this data set again"
         )
     return reference_BTK
 
 
 def score_rows(model: MTPTransformer, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """Reference losses of some rows, as ``compute_scores`` asks for them.
+    """Reference losses of some rows, for ``compute_scores``: fp32 [len] or [len, K] of each.
 
-    Rows are padded on the right, where causal attention cannot see, so that a batch gives the
-    scores that each row alone would. Ranks score different numbers of batches: the model must be
-    whole on every rank, not sharded.
-
-    Args:
-        model: the reference, on its device.
-        rows: token ids of each row, [len].
-
-    Returns:
-        fp32 losses of each row as in ``reference_losses``: [len] or [len, K].
+    Rows are padded on the right, where causal attention cannot see, so a row's scores do not depend
+    on its batch. Ranks score different numbers of batches, so the model must not be sharded.
 
     Raises:
         ValueError: if a loss is not finite.
@@ -220,7 +212,7 @@ def score_rows(model: MTPTransformer, rows: list[np.ndarray]) -> list[np.ndarray
         n_targets = sum(max(len(row_scores) - k - 1, 0) for k in range(model.n_future_tokens))
         if np.isfinite(row_scores).sum() != n_targets:
             raise ValueError(
-                f"the reference's loss is not finite somewhere in a row of {len(row_scores)} "
-                "tokens: check its checkpoint, tokenizer and dtype"
+                f"the reference's loss is not finite in a row of {len(row_scores)} tokens: check "
+                "its checkpoint, tokenizer and dtype"
             )
     return scores

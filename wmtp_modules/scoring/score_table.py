@@ -1,15 +1,15 @@
-"""Scores of a data set, computed once and read by every run that trains on it.
+"""Computes the scores of a data set once, for every run that trains on it.
 
 A table holds, for each row of a tokenised data set (after splitting, before packing), one float
-per token, one per token and head, or, where the fingerprint says ``"per": "row"``, one in all.
-What the floats mean is up to the caller and named by ``kind`` in the fingerprint.
+per token, one per token and head, or, if the fingerprint says ``"per": "row"``, one per row. The
+caller defines what the floats mean and names it in the fingerprint's ``kind``.
 
 On disk a table is a folder of Arrow files: part p holds rows [p * part_rows, (p + 1) * part_rows).
-A part appears under its name only when it is complete, with its size and hash in a file beside it,
-so a killed run is continued by scoring the parts that are missing, on any number of ranks.
-``fingerprint.json`` is written first and keeps a continued run from mixing scores of two
-checkpoints or data sets; ``manifest.json``, with the size and hash of every part, is written last
-and marks the table as complete.
+A part appears under its name only when it is complete, with its size and hash in a file next to
+it, so a restarted run scores only the missing parts, on any number of ranks. ``fingerprint.json``
+is written first and keeps a restarted run from mixing scores of two checkpoints or data sets;
+``manifest.json``, with the size and hash of every part, is written last and marks the table as
+complete.
 """
 
 import hashlib
@@ -38,24 +38,18 @@ CONFIG_FILES = ("params.json", "config.json")
 
 
 def fingerprint_checkpoint(folder: str | Path) -> str:
-    """Content hash of a checkpoint folder's weights and model config.
+    """Content hash (sha256 in hex) of a checkpoint folder's weights and model config.
 
-    Reads every byte: about a minute for 27 GB on a disk of 500 MB/s. With several ranks compute
-    it on rank 0 and share it, e.g. with ``torch.distributed.broadcast_object_list``.
-
-    Args:
-        folder: Meta or Hugging Face checkpoint folder.
-
-    Returns:
-        sha256 in hex.
+    Reads every byte: about a minute for 27 GB at 500 MB/s. With several ranks, compute it on rank 0
+    and share it.
 
     Raises:
-        ValueError: if the folder holds no weight file.
+        ValueError: if the folder has no weight file.
     """
     folder = Path(folder)
     weights = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
     if not weights:
-        raise ValueError(f"no weight file ({', '.join(WEIGHT_FILES)}) in {folder}")
+        raise ValueError(f"{folder} has no weight file ({', '.join(WEIGHT_FILES)})")
     configs = [folder / name for name in CONFIG_FILES if (folder / name).exists()]
     digest = hashlib.sha256()
     for path in weights + configs:
@@ -69,16 +63,9 @@ def fingerprint_tokenizer(path: str | Path) -> str:
 
 
 def fingerprint_rows(rows: Dataset) -> str:
-    """Content hash of the ``tokens`` column: its values and their order, not how they are chunked.
+    """Content hash (sha256 in hex) of the ``tokens`` column: values and their order, not chunks.
 
-    One pass over the column, about 1 GB/s. With several ranks that hold the same rows compute it
-    on rank 0 and share it, e.g. with ``torch.distributed.broadcast_object_list``.
-
-    Args:
-        rows: tokenised rows.
-
-    Returns:
-        sha256 in hex.
+    One pass over the column, about 1 GB/s. With several ranks, compute it on rank 0 and share it.
     """
     values, lengths = hashlib.sha256(), hashlib.sha256()
     for chunk in _token_chunks(rows):
@@ -90,7 +77,7 @@ def fingerprint_rows(rows: Dataset) -> str:
 class ScoreTable:
     """A complete table, memory-mapped; ``table[row]`` is fp32 [len], or [len, K] for K > 1 heads.
 
-    Of a table with one score per row it is fp32 [1]. Made by ``open``.
+    In a table with one score per row it is fp32 [1]. Created by ``open``.
     """
 
     def __init__(self, scores: Dataset, n_heads: int, *, is_per_row: bool = False) -> None:
@@ -100,17 +87,14 @@ class ScoreTable:
 
     @classmethod
     def open(cls, folder: str | Path, fingerprint: dict, rows: Dataset) -> "ScoreTable":
-        """Open a table and prove that it belongs to these rows.
+        """Open a table and verify that it belongs to these rows.
 
-        Reads every byte to compare it with its hash: a flipped bit of a score would show nowhere.
+        Reads every byte to check the hashes: nothing else would detect a flipped bit of a score.
 
         Args:
             folder: where ``compute_scores`` wrote it.
             fingerprint: what this run expects, as given to ``compute_scores``.
             rows: the tokenised rows that will be trained on.
-
-        Returns:
-            The table, as many entries as rows, each as long as its row or with one score.
 
         Raises:
             ValueError: if the table is incomplete, damaged, or made for anything else.
@@ -125,8 +109,8 @@ class ScoreTable:
         n_parts = _n_parts(len(sizes), part_rows)
         if not isinstance(stamps, list) or len(stamps) != n_parts:
             raise ValueError(
-                f"{manifest} does not hold the hashes of its {n_parts} parts, it is damaged or of "
-                "an earlier version: delete that folder to score again"
+                f"{manifest} lacks the hashes of its {n_parts} parts, so it is damaged or of an "
+                "earlier version: delete that folder to score again"
             )
         parts = []
         for part, stamp in enumerate(stamps):
@@ -134,7 +118,7 @@ class ScoreTable:
             try:
                 parts.append(_read_part(_part_path(folder, part), expected, stamp))
             except ValueError as error:
-                raise ValueError(f"{error}: score again, sound parts are kept") from error
+                raise ValueError(f"{error}: score again, intact parts are kept") from error
         return cls(
             concatenate_datasets(parts), fingerprint["n_heads"], is_per_row=_is_per_row(fingerprint)
         )
@@ -143,7 +127,7 @@ class ScoreTable:
         return len(self._scores)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        # Copied: torch wants writable memory, and a mapped file is not.
+        # Copied because torch needs writable memory and a mapped file is read-only.
         scores = np.array(pc.list_flatten(self._scores[row]["scores"].chunk(0)))
         return scores if self._n_heads == 1 else scores.reshape(-1, self._n_heads)
 
@@ -172,32 +156,32 @@ def compute_scores(
     desc: str = "scoring",
     beat: Callable[[str], None] = lambda desc: None,
 ) -> None:
-    """Score what a table still lacks; a no-op on a complete one.
+    """Compute the missing scores of a table; does nothing if it is complete.
 
     Rank r takes the parts p with p % world == r, batches their rows by length, and needs no
-    communication until a final barrier. Parts that exist are checked and kept; damaged ones are
+    communication until a final barrier. Existing parts are verified and kept; damaged ones are
     named in a warning and scored again.
 
     Args:
-        folder: of the table, the same on all ranks and shared by them.
+        folder: of the table, shared by all ranks.
         fingerprint: {checkpoint, tokenizer, dataset, max_seq_len, kind, n_heads}; n_heads is the
             number of floats per token. With ``"per": "row"`` (and n_heads 1) a row has one float.
         rows: tokenised rows.
-        score_batch: takes the inputs of some rows of similar length, returns for each its scores,
-            [len] or [len, n_heads], or [1] where there is one per row.
-        batch_tokens: most tokens in a batch, padding included; a longer row goes alone.
-        inputs: turns some of the rows into one input each; by default the token ids, int64 [len].
-        part_rows: rows of a part, the unit of progress that a kill can lose. A table that was
-            begun keeps its own.
+        score_batch: takes the inputs of some rows of similar length and returns the scores of
+            each, [len] or [len, n_heads], or [1] with one score per row.
+        batch_tokens: most tokens in a batch, including padding; a longer row is its own batch.
+        inputs: turns rows into one input each; by default the token ids, int64 [len].
+        part_rows: rows of a part, the most work that a kill can lose. An existing table keeps its
+            own value.
         rank: of this process.
         world: number of processes.
         desc: text of the progress bar.
-        beat: told ``desc`` before each part and batch, for a watchdog.
+        beat: called with ``desc`` before each part and batch, for a watchdog.
 
     Raises:
-        ValueError: if the folder holds a table for anything else or a damaged record, there are no
+        ValueError: if the folder has a table for something else or a damaged record, there are no
             rows, or ``score_batch`` raises it; names the rows.
-        OSError: if the disk is full or fails; the parts before are kept.
+        OSError: if the disk is full or fails; earlier parts are kept.
     """
     folder = Path(folder)
     lengths = row_lengths(rows)
@@ -210,7 +194,7 @@ def compute_scores(
         record = {"fingerprint": fingerprint, "rows": len(lengths), "part_rows": part_rows}
         _write_json(begun, record)
     if shared:
-        patient_barrier()  # all ranks would write the same temporary file
+        patient_barrier()  # otherwise all ranks would write the same temporary file
     begun_record = _read_record(begun, fingerprint, len(lengths))
     part_rows = begun_record["part_rows"]
     sizes, n_heads = _row_sizes(lengths, fingerprint), fingerprint["n_heads"]
@@ -256,11 +240,11 @@ def compute_scores(
         if _read_json(folder / "manifest.json") != manifest:
             _write_json(folder / "manifest.json", manifest)
     if shared:
-        patient_barrier()  # nobody opens the table before the manifest is there
+        patient_barrier()  # no rank opens the table before the manifest exists
 
 
 def _token_chunks(rows: Dataset) -> Iterator[pa.Array]:
-    """The tokens column as Arrow list arrays, in row order also behind a select or shuffle."""
+    """The tokens column as Arrow list arrays, in row order even after a select or shuffle."""
     for table in rows.select_columns("tokens").with_format("arrow").iter(batch_size=4096):
         yield from table["tokens"].chunks
 
@@ -275,7 +259,7 @@ def _split(chunk: pa.Array) -> list[np.ndarray]:
 
 
 def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Indices of rows, longest first, as many together as fit when padded to the longest."""
+    """Indices of rows, longest first, in batches that fit when padded to the longest."""
     order = np.argsort(-lengths, kind="stable")
     while len(order):
         size = max(1, batch_tokens // max(1, int(lengths[order[0]])))
@@ -307,19 +291,19 @@ def _stamp_path(part: Path) -> Path:
 
 
 def _stamp(path: Path) -> dict:
-    """What a part is known by: its size, which is quick to compare, and its hash."""
+    """What identifies a part: its size, which is quick to compare, and its hash."""
     return {"size": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def _read_stamp(path: Path) -> dict | None:
-    """What was written beside a part; None where that is missing or damaged."""
+    """The stamp of a part; None if it is missing or damaged."""
     return _read_json(_stamp_path(path))
 
 
 def _write_part(path: Path, scores: list[np.ndarray]) -> None:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in scores])]).astype(np.int32)
     column = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(scores)))
-    # Of the part that it replaces; a part without one is scored again.
+    # The stamp of the replaced part; a part without one is scored again.
     _stamp_path(path).unlink(missing_ok=True)
     with new_file(path) as unfinished:
         with ArrowWriter(features=FEATURES, path=str(unfinished)) as writer:
@@ -330,38 +314,38 @@ def _write_part(path: Path, scores: list[np.ndarray]) -> None:
 
 
 def _read_part(path: Path, expected_lengths: np.ndarray, stamp: dict | None) -> Dataset:
-    """Memory-map a part; ValueError if it is not what was written for rows of these lengths."""
+    """Memory-map a part; ValueError if it was not written for rows of these lengths."""
     try:
-        # The size first: it is known without reading, and most damage shows in it.
+        # The size first: it needs no reading and reveals most damage.
         if (
             not isinstance(stamp, dict)
             or path.stat().st_size != stamp.get("size")
             or _stamp(path) != stamp
         ):
-            raise ValueError(f"score part {path} is damaged: it is not what was written there")
+            raise ValueError(f"score part {path} is damaged: it differs from what was written")
         part = Dataset.from_file(str(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"score part {path} is missing or damaged ({error})") from error
     if part.features != FEATURES:
-        raise ValueError(f"score part {path} does not hold scores but {part.features}")
+        raise ValueError(f"score part {path} has {part.features} instead of scores")
     lengths = pc.list_value_length(part.data.column("scores")).to_numpy()
     if not np.array_equal(lengths, expected_lengths):
         raise ValueError(
-            f"score part {path} holds {len(lengths)} rows, {lengths.sum()} values; this data set "
+            f"score part {path} has {len(lengths)} rows, {lengths.sum()} values; this data set "
             f"has {len(expected_lengths)} rows, {expected_lengths.sum()} values there"
         )
     return part
 
 
 def _read_record(path: Path, fingerprint: dict, n_rows: int) -> dict:
-    """A table's record, compared with what this run expects; its ``part_rows`` is sound."""
+    """A table's record, checked against what this run expects; its ``part_rows`` is valid."""
     record = _read_json(path) or {}
     found, part_rows = record.get("fingerprint"), record.get("part_rows")
     is_sound = isinstance(found, dict) and type(part_rows) is int and 0 < part_rows < 2**31
     if not is_sound or type(record.get("rows")) is not int:
         raise ValueError(
-            f"{path} is damaged, so what the scores beside it are of is not known: delete that "
-            "folder to score again"
+            f"{path} is damaged, so the scores next to it cannot be identified: delete that folder "
+            "to score again"
         )
     found, expected = found | {"rows": record["rows"]}, fingerprint | {"rows": n_rows}
     differences = [
@@ -373,13 +357,13 @@ def _read_record(path: Path, fingerprint: dict, n_rows: int) -> dict:
         raise ValueError(
             f"the score table in {path.parent} was made for something else ("
             + "; ".join(differences)
-            + "): delete that folder to score again, or name another one"
+            + "): delete that folder to score again, or use another one"
         )
     return record
 
 
 def _read_json(path: Path) -> dict | None:
-    """The object in a file; None where there is no sound one."""
+    """The JSON object in a file; None if there is no valid one."""
     try:
         return read_json(path)
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
 """Weights from a critic: generalised advantages of each token, standardised and calibrated.
 
-Shapes: B packed rows, T positions, K heads. Everything per token stands at the token u itself;
+Shapes: B packed rows, T positions, K heads. A quantity per token is stored at the token u itself;
 head k at position t reads it at u = t + k + 1.
 """
 
@@ -17,9 +17,9 @@ ADVANTAGES = ("td", "gae")
 
 
 def check_one_response(keep_BT: torch.Tensor, doc_BT: torch.Tensor, row_BT: torch.Tensor) -> None:
-    """Refuse documents whose response tokens are not one contiguous run.
+    """Check that the response tokens of each document are one contiguous run.
 
-    A gap would end the response, and with it pay out the reward, in the middle. Waits for the
+    A gap would end the response, and pay out the reward, in the middle. Synchronises with the
     device: call it once per data set, not once per step.
 
     Args:
@@ -81,12 +81,9 @@ def advantages(
 
 
 def standardise(advantages_BT: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """z = clamp((a - mean) / (std + 1e-6), -5, 5), with the statistics of all training responses.
+    """z = clamp((a - mean) / (std + 1e-6), -5, 5).
 
-    Args:
-        advantages_BT: from ``advantages``.
-        mean: over all response tokens that the policy trains on.
-        std: population standard deviation over the same.
+    ``mean`` and the population ``std`` are those of all response tokens that train the policy.
     """
     return ((advantages_BT - mean) / (std + 1e-6)).clamp(-5, 5)
 
@@ -100,17 +97,11 @@ def critic_weights(
         z_BTK: standardised advantages of the tokens that the heads predict.
         mask_BTK: bool, True where the head has a target.
         temperature: in standard deviations; small is sharp.
-        w_min: lower bound of a weight.
+        w_min: lower bound of a weight; see ``calibrate``.
         w_max: upper bound of a weight.
-
-    Returns:
-        fp32 weights_BTK with masked mean 1 per head, 0 where the mask is False.
-
-    Raises:
-        ValueError: unless 0 <= w_min < 1 < w_max.
     """
-    # Only ratios matter to calibrate. With the head's own largest z as zero, exp neither overflows
-    # nor lets all of them underflow to equal weights at a low temperature.
+    # calibrate uses only ratios. Relative to the head's own largest z, exp neither overflows nor
+    # underflows to equal weights at a low temperature.
     largest_K = torch.where(mask_BTK, z_BTK, -torch.inf).amax((0, 1)).clamp(min=-5)
     raw_BTK = ((z_BTK.double() - largest_K) / temperature).exp()
     return calibrate(raw_BTK, mask_BTK, w_min, w_max)
@@ -126,11 +117,8 @@ class CriticWeighting(TokenWeighting):
         lam: lambda of the generalised advantages, in [0, 1].
         temperature: of the weights, above 0.
         ratio: share that random_topk and top_loss select, in (0, 1].
-        w_min: smallest calibrated weight, in [0, 1).
-        w_max: largest calibrated weight, above 1.
-        strength: 0 is uniform, 1 the full weighting.
-        decay: of the heads' share in the loss, kept for ``head_alphas``.
-        seed: of random_topk and shuffled, not negative.
+
+    The other arguments are those of ``TokenWeighting``.
 
     Raises:
         ValueError: for an unknown name or a value out of range.
@@ -157,7 +145,7 @@ class CriticWeighting(TokenWeighting):
                 f"weighting.advantage {advantage!r} is not one of {', '.join(ADVANTAGES)}"
             )
         if not 0 <= lam <= 1:
-            raise ValueError(f"weighting.lam {lam} must be between 0 and 1")
+            raise ValueError(f"weighting.lam must be between 0 and 1, got {lam}")
         super().__init__(
             name,
             ratio=ratio,
@@ -177,7 +165,7 @@ class CriticWeighting(TokenWeighting):
 
     @property
     def needs_losses(self) -> bool:
-        """Whether a call needs this forward's losses; a critic's weights are known before it."""
+        """Whether a call needs this forward's losses; a critic's weights are known before."""
         return self.name in ("dft", "top_loss")
 
     def _joint_weights(

@@ -1,4 +1,4 @@
-"""Scaling of raw token weights to mean 1 inside fixed bounds.
+"""Scales raw token weights to mean 1 within fixed bounds.
 
 Shapes: B rows of the joint micro-batch, T positions, K heads, N = B * T.
 
@@ -13,7 +13,7 @@ RAW_FLOOR = 1e-150
 
 
 def check_bounds(w_min: float, w_max: float) -> None:
-    """Refuse bounds between which no weights have mean 1.
+    """Check that weights of mean 1 are possible between the bounds.
 
     Raises:
         ValueError: unless 0 <= w_min < 1 < w_max.
@@ -21,7 +21,7 @@ def check_bounds(w_min: float, w_max: float) -> None:
     if not 0 <= w_min < 1 < w_max < float("inf"):
         raise ValueError(
             f"w_min {w_min} and w_max {w_max} must satisfy 0 <= w_min < 1 < w_max: "
-            "otherwise no weights inside them have mean 1"
+            "otherwise no weights between them have mean 1"
         )
 
 
@@ -35,15 +35,13 @@ def calibrate(
     sums, and the crossing of 1 is interpolated: exact, without iteration or host sync.
 
     A raw weight that is negative or not finite is treated as 0, i.e. as the smallest: one bad
-    token gets the lowest weight and leaves the others alone. Zeros tie with each other, so a head
-    whose raw weights are all 0 gets weights of 1.
+    token gets the lowest weight and does not affect the others. Zeros tie with each other, so a
+    head whose raw weights are all 0 gets weights of 1.
 
     Args:
         raw_BTK: raw weights, only their ratios within a head matter; pass fp64 where fp32 would
             underflow.
         mask_BTK: bool, True where the head has a target.
-        w_min: lower bound, in [0, 1).
-        w_max: upper bound, above 1.
 
     Returns:
         fp32 weights_BTK, 0 where the mask is False.

@@ -1,4 +1,4 @@
-"""Weightings that Rho-1 has to beat: same selection, but random, shuffled or reference-free.
+"""Controls that Rho-1 must beat: the same selection, but random, shuffled or reference-free.
 
 Shapes: B rows of the joint micro-batch of all data-parallel ranks, T positions, K heads,
 N = B * T.
@@ -12,20 +12,14 @@ from wmtp_modules.weighting.calibrate import calibrate
 from wmtp_modules.weighting.rho1 import scope_ids
 
 
-def uniform(mask_BTK: torch.Tensor) -> torch.Tensor:
-    """Plain multi-token prediction: fp32 weights_BTK of 1 wherever the head has a target."""
-    return mask_BTK.float()
-
-
 def random_keys(B: int, T: int, *, seed: int, step: int, device: torch.device) -> torch.Tensor:
-    """One random number per token, the same on every rank and whatever the number of ranks.
+    """One random number per token, the same on every rank and for any number of ranks.
 
     Args:
         B: rows of the joint micro-batch.
         T: positions.
-        seed: of the run, not negative.
-        step: number of the micro-batch, so that each one draws anew and a resumed run repeats.
-        device: where the result lives.
+        seed: of the run, at least 0.
+        step: number of the micro-batch: each one draws new numbers, and a resumed run repeats them.
 
     Returns:
         keys_BT, fp64 in [0, 1).
@@ -33,42 +27,24 @@ def random_keys(B: int, T: int, *, seed: int, step: int, device: torch.device) -
     return torch.from_numpy(np.random.default_rng((seed, step)).random((B, T))).to(device)
 
 
-def random_scores(keys_BT: torch.Tensor, n_future_tokens: int) -> torch.Tensor:
-    """Scores of ``random_topk``: each head sees the random number of the token it predicts.
-
-    Like a real score, the number belongs to the target token, so the heads agree on what they
-    select.
-
-    Args:
-        keys_BT: from ``random_keys``.
-        n_future_tokens: K.
-
-    Returns:
-        scores_BTK.
-    """
-    return shift_to_heads(keys_BT, n_future_tokens, 0.0)
-
-
 def shuffle_scores(
     scores_BTK: torch.Tensor, mask_BTK: torch.Tensor, doc_BT: torch.Tensor, keys_BT: torch.Tensor
 ) -> torch.Tensor:
-    """Permute real scores inside each document, so that only their place carries no information.
+    """Permute real scores within each document, which removes only the information in their place.
 
     The i-th valid position of a head in a document receives the score of the position whose
     target token has the i-th smallest key there: one permutation of the document's tokens,
-    restricted to the targets that each head has.
+    restricted to the targets that each head has. Each document and head keeps its multiset of
+    scores over valid positions.
 
     Args:
         scores_BTK: e.g. excess losses.
         mask_BTK: bool, True where the head has a target.
         doc_BT: int64, index of the token's document inside its row, -1 for padding.
         keys_BT: from ``random_keys``.
-
-    Returns:
-        scores_BTK, for each document and head the same multiset over the valid positions.
     """
     B, T, K = scores_BTK.shape
-    # Positions without a target form a group of their own behind all documents.
+    # Positions without a target form a group of their own after all documents.
     group_BTK = torch.where(mask_BTK, scope_ids("document", doc_BT, 1)[..., None], B * T)
     group_KN = group_BTK.flatten(0, 1).T
     keys_KN = shift_to_heads(keys_BT, K, 0.0).flatten(0, 1).T
@@ -86,19 +62,7 @@ def dft_weights(
 ) -> torch.Tensor:
     """Dynamic fine-tuning (arXiv 2508.05629): weight by the model's own probability of the token.
 
-    raw = exp(-loss). The paper uses raw as it is, which lowers the learning rate; here each head is
+    raw = exp(-loss). The paper uses raw itself, which lowers the learning rate; here each head is
     calibrated to mean 1 so that a comparison is about the weighting.
-
-    Args:
-        losses_BTK: per-token losses of the training model, fp32.
-        mask_BTK: bool, True where the head has a target.
-        w_min: lower bound of a weight.
-        w_max: upper bound of a weight.
-
-    Returns:
-        fp32 weights_BTK, 0 where the mask is False.
-
-    Raises:
-        ValueError: unless 0 <= w_min < 1 < w_max.
     """
     return calibrate((-losses_BTK.detach().double()).exp(), mask_BTK, w_min, w_max)

@@ -115,14 +115,8 @@ def soft_weights(
         scores_BTK: larger is more worth training on.
         mask_BTK: bool, True where the head has a target.
         temperature: in standard deviations; small is sharp.
-        w_min: lower bound of a weight.
+        w_min: lower bound of a weight; see ``calibrate``.
         w_max: upper bound of a weight.
-
-    Returns:
-        fp32 weights_BTK with masked mean 1 per head, 0 where the mask is False.
-
-    Raises:
-        ValueError: unless 0 <= w_min < 1 < w_max.
     """
     scores_BTK = scores_BTK.detach().double()
     finite_BTK = mask_BTK & scores_BTK.isfinite()
@@ -131,5 +125,5 @@ def soft_weights(
     centred_BTK = scores_BTK - mean_K
     std_K = (torch.where(finite_BTK, centred_BTK, 0.0).square().sum(dim=(0, 1)) / count_K).sqrt()
     z_BTK = (centred_BTK / (std_K + 1e-6)).clamp(-5, 5)
-    # Only ratios matter to calibrate; subtracting the largest z keeps exp from overflowing.
+    # calibrate uses only ratios; subtracting the largest z keeps exp from overflowing.
     return calibrate(((z_BTK - 5) / temperature).exp(), mask_BTK, w_min, w_max)

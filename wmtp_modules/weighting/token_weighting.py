@@ -6,6 +6,7 @@ Shapes: B rows of the local micro-batch, G = B * world rows of the joint one, T 
 import torch
 import torch.distributed as dist
 
+from wmtp_modules.loss.mtp_loss import shift_to_heads
 from wmtp_modules.weighting import controls
 from wmtp_modules.weighting.calibrate import check_bounds
 from wmtp_modules.weighting.rho1 import (
@@ -29,8 +30,8 @@ def gather_rows(x_B: torch.Tensor) -> torch.Tensor:
     """Joint micro-batch of all ranks, with one all-gather.
 
     The sampler deals rows out in turn, so row b of rank r is row b * world + r of the joint
-    micro-batch: the order in which one process would have seen them. Everything that a weighting
-    needs is stacked along a trailing dimension first, so that one collective carries it.
+    micro-batch: the order in which one process would have seen them. Stack everything that a
+    weighting needs along a trailing dimension first, so that one collective is enough.
 
     Args:
         x_B: [B, ...], the same shape on every rank. Without gradient.
@@ -48,14 +49,7 @@ def gather_rows(x_B: torch.Tensor) -> torch.Tensor:
 
 
 def own_rows(x_G: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a joint tensor, the inverse of ``gather_rows``.
-
-    Args:
-        x_G: [B * world, ...].
-
-    Returns:
-        x_B: [B, ...].
-    """
+    """This rank's rows of a joint tensor, the inverse of ``gather_rows``."""
     rank, world = _rank_and_world()
     return x_G[rank::world]
 
@@ -66,10 +60,9 @@ def weight_stats(
     """Figures to log, per head, left on the device.
 
     Args:
-        weights_BTK: final weights of the joint micro-batch.
+        weights_BTK: final weights of the joint micro-batch, whose calibrated weights have the
+            bounds ``w_min`` and ``w_max``.
         mask_BTK: bool, True where the head has a target.
-        w_min: lower bound that calibrated weights were given.
-        w_max: upper bound that calibrated weights were given.
 
     Returns:
         fp32 tensors [K]: ``mean``; ``ess``, the effective share of tokens
@@ -102,13 +95,13 @@ class TokenWeighting:
         selection: ``topk`` or ``soft``; for rho1 and shuffled.
         ratio: share of tokens that topk selects, in (0, 1].
         scope: tokens among which topk selects: ``microbatch`` (of all ranks), ``rank`` or
-            ``document``. The soft selection is over the joint micro-batch always.
+            ``document``. The soft selection always uses the joint micro-batch.
         temperature: of the soft selection, above 0.
         w_min: smallest calibrated weight (soft and dft), in [0, 1).
         w_max: largest calibrated weight (soft and dft), above 1.
         strength: 0 is uniform, 1 the full weighting.
-        decay: of the heads' share in the loss, kept for ``head_alphas``.
-        seed: of random_topk and shuffled, not negative.
+        decay: of the heads' share in the loss, for ``head_alphas``.
+        seed: of random_topk and shuffled, at least 0.
 
     Raises:
         ValueError: for an unknown name or a value out of range.
@@ -144,14 +137,14 @@ class TokenWeighting:
             ("temperature", temperature, temperature > 0, "above 0"),
             ("strength", strength, 0 <= strength <= 1, "between 0 and 1"),
             ("decay", decay, decay > 0, "above 0"),
-            ("seed", seed, seed >= 0, "0 or more"),
+            ("seed", seed, seed >= 0, "at least 0"),
         ):
             if not good:
-                raise ValueError(f"weighting.{key} {value} must be {must}")
+                raise ValueError(f"weighting.{key} must be {must}, got {value}")
         if selection == "soft" and scope != "microbatch":
             raise ValueError(
                 f"weighting.scope {scope!r} is for weighting.selection 'topk': the soft selection "
-                "is over the joint micro-batch, set scope to 'microbatch'"
+                "uses the joint micro-batch: set scope to 'microbatch'"
             )
         check_bounds(w_min, w_max)
         self.name = name
@@ -168,7 +161,7 @@ class TokenWeighting:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether a call needs scores from elsewhere: reference losses."""
+        """Whether a call needs external scores: reference losses."""
         return self.name in ("rho1", "shuffled")
 
     @property
@@ -185,14 +178,14 @@ class TokenWeighting:
         *,
         step: int,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weights of this rank's rows. A collective: every rank calls it, also with an empty mask.
+        """Weights of this rank's rows. A collective: every rank calls it, even with an empty mask.
 
         Args:
-            losses_BTK: per-token losses of this rank, or None where they are not needed.
+            losses_BTK: per-token losses of this rank, or None if not needed.
             mask_BTK: bool, True where the head has a target.
             doc_BT: int64, index of the token's document inside its row, -1 for padding.
-            scores: what ``needs_scores`` asks for, or None: reference losses at the same targets,
-                [B, T, K], or one number per token, [B, T].
+            scores: if ``needs_scores``, reference losses at the same targets, [B, T, K], or one
+                number per token, [B, T]; otherwise None.
             step: number of the micro-batch since training began, the same on all ranks.
 
         Returns:
@@ -233,12 +226,13 @@ class TokenWeighting:
     ) -> torch.Tensor:
         """From what is needed, of all ranks: losses if there are any, then scores."""
         if self.name == "uniform":
-            return controls.uniform(mask_GTK)
+            return mask_GTK.float()
         if self.name == "dft":
             return controls.dft_weights(needed[0], mask_GTK, self.w_min, self.w_max)
 
         if self.name == "random_topk":
-            scores_GTK = controls.random_scores(self._keys(doc_GT, step), mask_GTK.shape[-1])
+            # The number belongs to the target token, so the heads agree on what they select.
+            scores_GTK = shift_to_heads(self._keys(doc_GT, step), mask_GTK.shape[-1], 0.0)
         elif self.name == "top_loss":
             scores_GTK = needed[0]
         else:
