@@ -23,8 +23,6 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config, training, utils
-from torchtune.models.llama2 import Llama2Tokenizer
-from torchtune.training.metric_logging import MetricLoggerInterface
 
 from wmtp_modules.checkpoints.read import (
     Checkpoint,
@@ -88,7 +86,7 @@ SCHEMA = {
     "tokenizer": Optional(
         Component(
             keys={"path": str, "max_seq_len": Optional(AtLeast(int, 2))},  # null: the model's
-            makes=Llama2Tokenizer,
+            makes="Llama2Tokenizer",
         )
     ),
     "task": Optional(tuple(TASKS)),
@@ -123,7 +121,7 @@ SCHEMA = {
             "batch_size": AtLeast(int, 1),
         }
     ),
-    "metric_logger": Optional(Component(makes=MetricLoggerInterface)),
+    "metric_logger": Optional(Component(makes="MetricLoggerInterface")),
     # Runs before the evaluation: the quickstart makes its data and model here.
     "assets_dir": Optional(str),
     "prepare": Optional(Component()),

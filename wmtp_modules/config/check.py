@@ -76,12 +76,12 @@ class Component:
     Args:
         given: names of the positional arguments that the recipe passes, in their order.
         keys: what some of the other keys have to be, beyond what the signature says.
-        makes: class of what the call has to give, where the component says what it gives.
+        makes: name of a class of what the call must give, where the component says what it gives.
     """
 
     given: tuple[str, ...] = ()
     keys: Mapping[str, Any] = field(default_factory=dict)
-    makes: type | None = None
+    makes: str | None = None
 
 
 def check_config(
@@ -226,7 +226,7 @@ def _check_component(
     given: tuple[str, ...] | None,
     path: str,
     keys: Mapping[str, Any] | None = None,
-    makes: type | None = None,
+    makes: str | None = None,
 ) -> list[str]:
     """``given=None``: someone else passes arguments of which nothing is known here."""
     if COMPONENT not in values:
@@ -246,8 +246,8 @@ def _check_component(
     if not callable(component):
         return [f"{here}: {target!r} is a {type(component).__name__}, nothing to call"]
     made = _made_by(component)
-    if makes is not None and made is not None and makes not in made.__mro__:
-        return [f"{here}: {target!r} makes a {made.__name__}, needed is: {makes.__name__}"]
+    if makes and made is not None and makes not in [base.__name__ for base in made.__mro__]:
+        return [f"{here}: {target!r} makes a {made.__name__}, needed is: {makes}"]
     arguments = {key: value for key, value in values.items() if key != COMPONENT}
     errors = _check_call(arguments, component, given, path)
     said = {error.partition(":")[0] for error in errors}

@@ -1,17 +1,10 @@
 """Keys that both training recipes have. What a component takes is read from its signature."""
 
-import torch
-from datasets import Dataset
 from torchtune import training
-from torchtune.models.llama2 import Llama2Tokenizer
-from torchtune.training.metric_logging import MetricLoggerInterface
 
 from wmtp_modules.config.check import Above, AtLeast, Component, Nullable, Optional
-from wmtp_modules.models.mtp_transformer import MTPTransformer
 
-OPTIMIZER = Component(
-    given=("params",), keys={"lr": Optional(Above(float, 0))}, makes=torch.optim.Optimizer
-)
+OPTIMIZER = Component(given=("params",), keys={"lr": Optional(Above(float, 0))}, makes="Optimizer")
 
 TRAINING_KEYS = {
     "output_dir": str,
@@ -20,13 +13,13 @@ TRAINING_KEYS = {
     "fp32_master_weights": bool,
     "seed": AtLeast(int, 0),
     "resume_from_checkpoint": bool,
-    "model": Component(makes=MTPTransformer),
+    "model": Component(makes="MTPTransformer"),
     "checkpointer": Nullable({"checkpoint_dir": str}),  # null: start from nothing
     "tokenizer": Component(
-        keys={"path": str, "max_seq_len": AtLeast(int, 2)}, makes=Llama2Tokenizer
+        keys={"path": str, "max_seq_len": AtLeast(int, 2)}, makes="Llama2Tokenizer"
     ),
-    "dataset": Component(given=("tokenizer",), makes=Dataset),
-    "dataset_val": Component(given=("tokenizer",), makes=Dataset),
+    "dataset": Component(given=("tokenizer",), makes="Dataset"),
+    "dataset_val": Component(given=("tokenizer",), makes="Dataset"),
     "batch_size": AtLeast(int, 1),  # packed rows of a rank's micro-batch
     "gradient_accumulation_steps": AtLeast(int, 1),
     "optimizer": OPTIMIZER,
@@ -43,7 +36,7 @@ TRAINING_KEYS = {
     "log_every_n_steps": AtLeast(int, 1),
     "enable_activation_checkpointing": bool,
     "compile": bool,
-    "metric_logger": Component(makes=MetricLoggerInterface),
+    "metric_logger": Component(makes="MetricLoggerInterface"),
     "profiler": training.setup_torch_profiler,
     # What comes before the run, and beside it for comparison.
     "assets_dir": Optional(str),
