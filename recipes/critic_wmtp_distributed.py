@@ -32,7 +32,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
-from wmtp_modules.checkpoints.read import check_model
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import AtLeast, ConfigError, Optional, check_config
 from wmtp_modules.config.keys import OPTIMIZER, TRAINING_KEYS
@@ -49,16 +48,15 @@ from wmtp_modules.loss.value_loss import pairwise_loss, regression_loss, row_mea
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import (
     all_reduce_sum,
-    patient_barrier,
     rank_zero_first,
 )
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.progress import progress_bar
-from wmtp_modules.reports.curves import plot_calibration, plot_curves
+from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.run import plan
 from wmtp_modules.run.bad_steps import what_is_wrong
 from wmtp_modules.run.figures import TrainingError, heldout_losses, noise_sums
-from wmtp_modules.run.model import frozen_model, make_model
+from wmtp_modules.run.model import checked_model_args, frozen_model, make_model, make_optimizer
 from wmtp_modules.run.resume import resolved
 from wmtp_modules.run.run import Run
 from wmtp_modules.run.start import exit_with_message, parse, process_group
@@ -150,6 +148,7 @@ class CriticWMTPRecipeDistributed:
         self._weighting = make_weighting(cfg)
         self._critic_dir = Path(cfg.critic.checkpoint_dir) if cfg.get("critic") else None
         self._frozen: torch.nn.Module | None = None  # the critic's trunk, while it is needed
+        self._statistics: tuple[float, float] | None = None  # of the advantages
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
     # ------------------------------------------------- setup, with the rewards
@@ -158,10 +157,7 @@ class CriticWMTPRecipeDistributed:
         """Rows and rewards, which every stage and every policy of this config reads."""
         cfg = self._cfg
         training.set_seed(cfg.seed)
-        with torch.device("meta"):
-            self.model_args = config.instantiate(cfg.model).args
-        checkpoint_dir = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
-        check_model(self.model_args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, checkpoint_dir)
+        self.model_args = checked_model_args(cfg)
 
         # Tokenised once by rank 0; the others then read the same cached file.
         self._tokenizer = config.instantiate(cfg.tokenizer)
@@ -169,9 +165,8 @@ class CriticWMTPRecipeDistributed:
             rows = config.instantiate(cfg.dataset, self._tokenizer)
             rows_val = config.instantiate(cfg.dataset_val, self._tokenizer)
         self._train, self._heldout = Responses(rows), Responses(rows_val)
-        self._rows_made_from = self.watchdog.on_rank_zero(
-            lambda: [*map(fingerprint_rows, (rows, rows_val))]
-        )
+        both = rows, rows_val
+        self._rows_made_from = self.watchdog.on_rank_zero(lambda: [*map(fingerprint_rows, both)])
         if cfg.get("rewards"):
             self._setup_rewards()
         if needs_critic(cfg):
@@ -180,7 +175,7 @@ class CriticWMTPRecipeDistributed:
                     self._train,
                     self._heldout,
                     rows_made_from=self._rows_made_from,
-                    checkpoint_dir=checkpoint_dir,
+                    checkpoint_dir=cfg.checkpointer.checkpoint_dir,
                     tokenizer_path=cfg.tokenizer.path,
                     objective=cfg.critic.objective,
                     dtype=cfg.dtype,
@@ -204,9 +199,9 @@ class CriticWMTPRecipeDistributed:
         score = "rewards" in cfg.stages
         raw = tables.of(train, "train", score=score)
         raw_val = tables.of(heldout, "heldout", score=score)
-        self._statistics = RewardStatistics.of(raw)
-        self._train = Responses(train, self._statistics.standardise(raw))
-        self._heldout = Responses(heldout, self._statistics.standardise(raw_val))
+        self._reward_statistics = RewardStatistics.of(raw)
+        self._train = Responses(train, self._reward_statistics.standardise(raw))
+        self._heldout = Responses(heldout, self._reward_statistics.standardise(raw_val))
         if "critic" in cfg.stages and np.ptp(raw_val) == 0:
             raise ValueError(
                 f"dataset_val: every response has reward {raw_val[0]}: a critic is judged on good "
@@ -259,18 +254,9 @@ class CriticWMTPRecipeDistributed:
                 heldout = state.evaluated(judge.heldout_loss(head), head, optimizer)
                 bar.set_postfix_str(f"loss {float(loss / count):.4f} held-out {heldout:.4f}")
         bar.close()
-        head.load_state_dict(state.best_head)
-        judge.fit_scale_(head, seed)
-        report, means_N = judge.report(head)
-        report |= {"steps": state.step, "scale": head.scale.item(), "shift": head.shift.item()}
-        if self._rank == 0:
-            picture = self._critic_dir / "calibration.png"
-            plot_calibration(means_N, self._heldout.rewards, picture)
-            record = {"fingerprint": self._critic_made_from, "settings": settings}
-            record |= {"report": report, "rewards": vars(self._statistics)}
-            record |= {"heldout_losses": state.heldout_losses}
-            folder.save_critic(self._critic_dir, head, record)
-        patient_barrier()
+        record = {"fingerprint": self._critic_made_from, "settings": settings}
+        record["rewards"] = vars(self._reward_statistics)
+        judge.finish(head, state, self._critic_dir, record, seed)
         self._critic()
 
     def _trunk(self) -> torch.nn.Module:
@@ -283,8 +269,7 @@ class CriticWMTPRecipeDistributed:
     def free_trunk(self) -> None:
         """Leave the memory to the policy."""
         self._frozen = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing on a CPU
 
     def _critic_items(self) -> tuple[np.ndarray, np.ndarray]:
         """What to train on, [n, 1] rows or [n, 2] pairs, and held-out pairs."""
@@ -319,9 +304,8 @@ class CriticWMTPRecipeDistributed:
     def compute_values(self) -> None:
         """V after every token of the training set, from the frozen trunk and the critic."""
         self._critic()
-        head = folder.load_value_head(self._critic_dir, self.model_args["embed_dim"]).to(
-            self.device
-        )
+        width = self.model_args["embed_dim"]
+        head = folder.load_value_head(self._critic_dir, width).to(self.device)
         values.compute_values(
             self._trunk,
             head,
@@ -344,16 +328,13 @@ class CriticWMTPRecipeDistributed:
         """A few held-out pairs with every token coloured by its weight; on rank 0."""
         path, critic = self._critic_dir / "weights.html", self._values_made_from()["critic"]
         above = self._cfg.get("policy_rewards_above", 0.0)
-        caption = page_caption(
-            self._weighting, f"critic {critic[:12]}, policy_rewards_above {above}"
-        )
-        _, pairs_val = self._critic_items()
-        is_there = self.watchdog.on_rank_zero(
-            lambda: path.exists() and caption in path.read_text("utf-8")
-        )
-        if is_there or not len(pairs_val):
+        of = f"critic {critic[:12]}, policy_rewards_above {above}"
+        caption, (_, pairs_val) = page_caption(self._weighting, of), self._critic_items()
+        is_there = path.exists() and caption in path.read_text("utf-8")
+        if self.watchdog.on_rank_zero(lambda: is_there) or not len(pairs_val):
             return
-        _, statistics = self._valued_packs(self._policy_rows()[0])
+        chosen, _ = self._policy_rows()
+        statistics = self._advantage_statistics(self._valued_packs(chosen), chosen)
         if self._rank == 0:
             write_pairs_page(
                 path,
@@ -381,10 +362,10 @@ class CriticWMTPRecipeDistributed:
             )
         return chosen, chosen_val
 
-    def _valued_packs(self, chosen: np.ndarray) -> tuple[PackedDataset, tuple[float, float]]:
-        """The policy's packs with values and rewards beside the tokens; what standardises them."""
+    def _valued_packs(self, chosen: np.ndarray) -> PackedDataset:
+        """The policy's packs, with values and rewards beside the tokens."""
         self._critic()
-        packs = values.valued_packs(
+        return values.valued_packs(
             self._train,
             chosen,
             table_dir=self._cfg.value_table.table_dir,
@@ -392,7 +373,13 @@ class CriticWMTPRecipeDistributed:
             max_seq_len=self._cfg.tokenizer.max_seq_len,
             seed=self._cfg.seed,
         )
-        return packs, values.advantage_statistics(packs, chosen, self._weighting.lam, self.device)
+
+    def _advantage_statistics(self, packs: PackedDataset, chosen: np.ndarray) -> tuple:
+        """Mean and deviation of the advantages, the same for all policies of a config."""
+        if self._statistics is None:
+            lam = self._weighting.lam
+            self._statistics = values.advantage_statistics(packs, chosen, lam, self.device)
+        return self._statistics
 
     def check_policy(self) -> dict:
         """What the critic showed; an error now is one that a control would hide for hours."""
@@ -415,11 +402,7 @@ class CriticWMTPRecipeDistributed:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def setup_policy(self, cfg: DictConfig) -> None:
-        """The model that is fine-tuned, on the responses good enough to learn from.
-
-        Args:
-            cfg: of this policy; a control differs in its weighting and its folder.
-        """
+        """The model to fine-tune and its rows; a control has another weighting and folder."""
         training.set_seed(cfg.seed)
         self._cfg, self._weighting = cfg, make_weighting(cfg)
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
@@ -427,9 +410,10 @@ class CriticWMTPRecipeDistributed:
         utils.log_rank_zero(log, f"Policy: {len(chosen)} of {len(self._train.rows)} responses.")
         pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
         self._dataset_val = PackedDataset(self._heldout.rows.select(chosen_val), **pack)
-        statistics = None  # mean and deviation of the advantages
+        statistics = None
         if self._weighting.needs_scores:
-            dataset, statistics = self._valued_packs(chosen)
+            dataset = self._valued_packs(chosen)
+            statistics = self._advantage_statistics(dataset, chosen)
         else:
             dataset = PackedDataset(self._train.rows.select(chosen), **pack)
         self.setup_model()
@@ -455,10 +439,7 @@ class CriticWMTPRecipeDistributed:
         """Model, optimizer and schedule; the memory estimator calls this as well."""
         cfg = self._cfg
         self._model = make_model(cfg, self._mesh, self.device)
-        self._optimizer = config.instantiate(cfg.optimizer, self._model.parameters())
-        self._lr_scheduler = training.get_cosine_schedule_with_warmup(
-            self._optimizer, num_warmup_steps=cfg.num_warmup_steps, num_training_steps=cfg.max_steps
-        )
+        self._optimizer, self._lr_scheduler = make_optimizer(cfg, self._model)
         alphas_K = head_alphas(self._model.n_future_tokens, self._weighting.decay)
         self._alphas_K = alphas_K.to(self.device)
 
@@ -535,11 +516,7 @@ class CriticWMTPRecipeDistributed:
         save_meta(self._model, folder, tokenizer_path=self._cfg.tokenizer.path, dtype=self._dtype)
 
     def finish(self, beside: dict[str, Path]) -> dict:
-        """Draw the curves, close everything, and return the figures of the policy.
-
-        Args:
-            beside: metrics files of other runs, drawn in the same picture.
-        """
+        """Draw the curves, also of the runs beside it, close everything, return the figures."""
         summary = self._run.summary() | {"made_from": self.made_from(self._cfg)}
         curves = Path(self._cfg.output_dir) / "curves.png"
         if self._rank == 0:
@@ -570,12 +547,7 @@ def make_stages(recipe: CriticWMTPRecipeDistributed, stages: list[str]) -> dict:
         return recipe.critic_summary() if {"critic", "values"} & set(stages) else {}
 
 
-def train_one(
-    recipe: CriticWMTPRecipeDistributed,
-    cfg: DictConfig,
-    stops: StopRequests,
-    beside: dict[str, Path],
-) -> dict:
+def train_one(recipe, cfg: DictConfig, stops: StopRequests, beside: dict[str, Path]) -> dict:
     """The summary of one policy run, which is made unless it is complete already."""
     name, started = cfg.weighting.name, time.perf_counter()
     with exit_with_message(ValueError, OSError):
@@ -624,12 +596,7 @@ def recipe_main(cfg: DictConfig) -> None:
         make_runs(cfg, runs, CriticWMTPRecipeDistributed(cfg, device, mesh, stops), stops)
 
 
-def make_runs(
-    cfg: DictConfig,
-    runs: list[DictConfig],
-    recipe: CriticWMTPRecipeDistributed,
-    stops: StopRequests,
-) -> None:
+def make_runs(cfg: DictConfig, runs: list[DictConfig], recipe, stops: StopRequests) -> None:
     """The stages before the policy, then the policy's runs and their figures side by side."""
     started, output_dir = time.perf_counter(), Path(cfg.output_dir)
     summary = make_stages(recipe, cfg.stages)

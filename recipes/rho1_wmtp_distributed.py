@@ -22,7 +22,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
-from wmtp_modules.checkpoints.read import check_model
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import AtLeast, ConfigError, Optional, check_config
 from wmtp_modules.config.keys import TRAINING_KEYS
@@ -35,7 +34,7 @@ from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.run import plan
 from wmtp_modules.run.figures import heldout_losses, noise_sums
-from wmtp_modules.run.model import make_model
+from wmtp_modules.run.model import checked_model_args, make_model, make_optimizer
 from wmtp_modules.run.run import Run
 from wmtp_modules.run.start import exit_with_message, parse, process_group
 from wmtp_modules.run.stopping import StopRequests
@@ -99,10 +98,7 @@ class Rho1WMTPRecipeDistributed:
     def setup(self) -> None:
         cfg = self._cfg
         training.set_seed(cfg.seed)
-        with torch.device("meta"):
-            self.model_args = config.instantiate(cfg.model).args
-        folder = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
-        check_model(self.model_args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
+        self.model_args = checked_model_args(cfg)
 
         # Tokenised once by rank 0; the others then read the same cached file.
         tokenizer = config.instantiate(cfg.tokenizer)
@@ -162,18 +158,14 @@ class Rho1WMTPRecipeDistributed:
                 beat=self.watchdog.beat,
             )
         self._reference_model = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing on a CPU
         return table
 
     def setup_model(self) -> None:
         """Model, optimizer and schedule; the memory estimator calls this as well."""
         cfg = self._cfg
         self._model = make_model(cfg, self._mesh, self.device)
-        self._optimizer = config.instantiate(cfg.optimizer, self._model.parameters())
-        self._lr_scheduler = training.get_cosine_schedule_with_warmup(
-            self._optimizer, num_warmup_steps=cfg.num_warmup_steps, num_training_steps=cfg.max_steps
-        )
+        self._optimizer, self._lr_scheduler = make_optimizer(cfg, self._model)
         alphas_K = head_alphas(self._model.n_future_tokens, self._weighting.decay)
         self._alphas_K = alphas_K.to(self.device)
 
@@ -264,11 +256,7 @@ class Rho1WMTPRecipeDistributed:
         save_meta(self._model, folder, tokenizer_path=self._cfg.tokenizer.path, dtype=self._dtype)
 
     def finish(self, beside: dict[str, Path]) -> dict:
-        """Draw the curves, close everything, and return the figures of the run.
-
-        Args:
-            beside: metrics files of other runs, drawn in the same picture.
-        """
+        """Draw the curves, also of the runs beside it, close everything, return the figures."""
         summary = self._run.summary()
         in_data, targets, on_noise, weight = self._run.kept["noise_sums"].tolist()
         if in_data:

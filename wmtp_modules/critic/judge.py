@@ -4,17 +4,20 @@ Shapes: N rows of a data set, P pairs of rows. ``sums_N3`` holds ``value_sums`` 
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from wmtp_modules.critic import figures
+from wmtp_modules.critic.folder import TrainingState, save_critic
 from wmtp_modules.critic.rewards import Responses
 from wmtp_modules.critic.values import near_marks_of_rows, sums_of_rows
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.process_group import all_reduce_sum
+from wmtp_modules.parallel.process_group import all_reduce_sum, patient_barrier
+from wmtp_modules.reports.curves import plot_calibration
 from wmtp_modules.run.watchdog import Watchdog
 
 BATCH_ROWS = 32  # at a time
@@ -83,6 +86,28 @@ class Judge:
                 near = {"share": hits / n_rows, "chance": chance / n_rows, "rows": int(n_rows)}
                 report["delta_near_mutation"] = near
         return report, figures.row_means_of(sums_N3)
+
+    def finish(
+        self, head: ValueHead, state: TrainingState, where: Path, record: dict, seed: int
+    ) -> None:
+        """Give the head its best weights and scale, and write report, picture and record.
+
+        Args:
+            head: of the critic.
+            state: of its training.
+            where: folder of the critic.
+            record: what else to keep, see ``save_critic``.
+            seed: of the rows that the scale is fitted on.
+        """
+        head.load_state_dict(state.best_head)
+        self.fit_scale_(head, seed)
+        report, means_N = self.report(head)
+        report |= {"steps": state.step, "scale": head.scale.item(), "shift": head.shift.item()}
+        if dist.get_rank() == 0:
+            plot_calibration(means_N, self._heldout.rewards, where / "calibration.png")
+            more = {"report": report, "heldout_losses": state.heldout_losses}
+            save_critic(where, head, record | more)
+        patient_barrier()
 
     def _heldout_sums(self, head: ValueHead) -> np.ndarray:
         return self._sums(head, self._heldout, np.arange(len(self._heldout.rows)))

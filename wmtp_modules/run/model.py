@@ -3,12 +3,27 @@
 import torch
 from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchtune import config, training
 from torchtune.modules import TransformerSelfAttentionLayer
 
-from wmtp_modules.checkpoints.read import load_into
+from wmtp_modules.checkpoints.read import check_model, load_into
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_, init_weights_, shard_model
+
+
+def checked_model_args(cfg: DictConfig) -> dict:
+    """Arguments of the config's model, which fits its tokenizer, its rows and its checkpoint.
+
+    Raises:
+        ValueError: if it does not; found before anything is tokenised or loaded.
+    """
+    with torch.device("meta"):
+        args = config.instantiate(cfg.model).args
+    folder = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
+    check_model(args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
+    return args
 
 
 def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTransformer:
@@ -46,6 +61,15 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
     if cfg.checkpointer:
         load_into(model, cfg.checkpointer.checkpoint_dir, device=device)
     return model.train()
+
+
+def make_optimizer(cfg: DictConfig, model: MTPTransformer) -> tuple[Optimizer, LRScheduler]:
+    """The config's optimizer, and its rate: linear warm-up, then half a cosine down to 0."""
+    optimizer = config.instantiate(cfg.optimizer, model.parameters())
+    schedule = training.get_cosine_schedule_with_warmup(
+        optimizer, num_warmup_steps=cfg.num_warmup_steps, num_training_steps=cfg.max_steps
+    )
+    return optimizer, schedule
 
 
 def frozen_model(cfg: DictConfig, device: torch.device) -> MTPTransformer:
