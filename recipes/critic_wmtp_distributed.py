@@ -610,10 +610,11 @@ def make_runs(cfg: DictConfig, runs: list[DictConfig], recipe, stops: StopReques
     if dist.get_rank() != 0:
         return
     report(cfg, summary)
-    if not runs and (output_dir / "summary.json").exists():  # a policy's figures stay
-        summary = json.loads((output_dir / "summary.json").read_text()) | summary
-    if runs or "heldout_loss" in summary:
+    if runs:
         plan.write_summary(output_dir, summary)
+    elif (output_dir / "summary.json").exists():  # a policy's figures stay
+        before = json.loads((output_dir / "summary.json").read_text())
+        plan.write_summary(output_dir, before | summary)
 
 
 if __name__ == "__main__":
