@@ -137,7 +137,7 @@ def test_a_killed_preparation_starts_over(tmp_path):
 )
 def test_folders_of_others_are_refused_and_stay(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match="holds files that the quickstart did not make: name"):
+    with pytest.raises(ValueError, match="holds files that the quickstart did not make: use"):
         prepare_stdlib(str(tmp_path), **ARGUMENTS)
     assert (tmp_path / name).read_text() == content
 

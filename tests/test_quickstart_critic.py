@@ -215,9 +215,9 @@ def test_folder_is_made_once_and_foreign_folders_stay(assets, tmp_path):
     (tmp_path / "thesis.tex").touch()
     for path in (tmp_path, folder):
         # The other quickstart's folder is as foreign as any.
-        with pytest.raises(ValueError, match="holds files that the quickstart did not make: name"):
+        with pytest.raises(ValueError, match="holds files that the quickstart did not make: use"):
             prepare_stdlib(str(path), vocab_size=1024, corrupted_share=0.4, seed=0)
-    with pytest.raises(ValueError, match="holds files that the quickstart did not make: name"):
+    with pytest.raises(ValueError, match="holds files that the quickstart did not make: use"):
         prepare_critic_stdlib(str(tmp_path), vocab_size=1024, max_tokens=96, seed=0)
     assert (tmp_path / "thesis.tex").exists()
     with pytest.raises(ValueError, match="max_tokens must be at least 30, got 20"):

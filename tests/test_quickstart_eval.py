@@ -243,7 +243,7 @@ def test_a_missing_config_is_named(assets, monkeypatch):
 def test_folders_of_others_are_refused_and_stay(tmp_path, content, trainings):
     trainings.clear()
     (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match="holds files that the quickstart did not make: name"):
+    with pytest.raises(ValueError, match="holds files that the quickstart did not make: use"):
         prepare_functions(str(tmp_path), **ARGUMENTS)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     assert (tmp_path / "manifest.json").read_text() == content

@@ -69,7 +69,7 @@ def test_solutions_are_capped_by_seed(tokenizer, make_jsonl):
     assert len(set(first)) == 4
     assert first == drawn(0, codes[::-1], "b.jsonl")
     assert first != drawn(1, codes, "c.jsonl")
-    with pytest.raises(ValueError, match="max_solutions is 0: at least 1"):
+    with pytest.raises(ValueError, match="max_solutions must be at least 1, got 0"):
         code_contests_dataset(tokenizer, source="any", max_solutions=0)
 
 

@@ -327,7 +327,7 @@ def test_a_damaged_cache_says_which_folder_to_delete(
     rows_dataset(tokenizer, source=source)
     (file,) = cache_folder.rglob(name)
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="are damaged: delete that folder and they are made") as e:
+    with pytest.raises(ValueError, match="are damaged: delete that folder to rebuild") as e:
         rows_dataset(tokenizer, source=source)
     (folder,) = (cache_folder / "wmtp").iterdir()
     assert str(folder) in str(e.value)

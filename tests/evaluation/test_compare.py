@@ -47,9 +47,9 @@ def test_right(expected, actual):
     [
         ("1 2 3", "1 2 4", "token 3 is '4', expected '3'"),
         ("1 2 3", "1 2", "the output ends after 2 tokens, expected '3'"),
-        ("1 2", "1 2 3 4", "the output goes on after the 2 expected tokens with '3'"),
+        ("1 2", "1 2 3 4", "the output continues after the 2 expected tokens with '3'"),
         ("1", "", "the output ends after 0 tokens, expected '1'"),
-        ("", "x y", "the output goes on after the 0 expected tokens with 'x'"),
+        ("", "x y", "the output continues after the 0 expected tokens with 'x'"),
         # Integers are exact: no tolerance, no floats, and no loss above 2**53.
         ("100000000", "100000001", "token 1"),
         ("9007199254740993", "9007199254740992", "token 1"),

@@ -216,7 +216,8 @@ def _limit_file_size():
 def test_a_write_that_stops_halfway_leaves_what_was_there(path):
     told, same, there = in_child(_append_to_full, path, _limit_file_size)
     assert re.search(
-        r"results.jsonl: 2 rows could not be written \(File too large\); the rows bef", told
+        r"results.jsonl: 2 rows could not be written \(File too large\); earlier rows are kept",
+        told,
     )
     assert (same, there) == (True, [False, False])
     store = EvidenceStore(path)

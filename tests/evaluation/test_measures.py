@@ -379,12 +379,12 @@ def test_texts_of_a_file(write, tmp_path):
 )
 def test_a_bad_row_is_named(write, line, message):
     source = write(b'{"text": "a"}\n\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"^{source}:3: .*{message}.*mend or delete it"):
+    with pytest.raises(ValueError, match=rf"^{source}:3: .*{message}.*fix or delete it"):
         read_texts(source)
 
 
 def test_files_that_are_none(write, tmp_path):
-    with pytest.raises(ValueError, match=r"held\.jsonl holds no row"):
+    with pytest.raises(ValueError, match=r"held\.jsonl has no rows"):
         read_texts(write(b"\n"))
     with pytest.raises(ValueError, match=r"held\.txt is neither \.jsonl nor \.parquet: give a"):
         read_texts(write(b"text", "held.txt"))

@@ -27,7 +27,7 @@ def test_exact_values():
 
 @pytest.mark.parametrize(("n", "c", "k"), [(3, 4, 1), (3, -1, 1), (3, 1, 4), (3, 1, 0)])
 def test_what_is_no_estimate(n, c, k):
-    with pytest.raises(ValueError, match=rf"pass@{k} of {c} right among {n} samples"):
+    with pytest.raises(ValueError, match=rf"pass@{k} of {c} correct in {n} samples"):
         estimate_pass_at_k(n, c, k)
 
 

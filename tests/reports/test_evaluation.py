@@ -191,7 +191,7 @@ def test_files(tmp_path, full):
     for line in (
         "| published, not run here: 7B, 1T tokens of code, n=4 | 31.6 % |  | 57.3 % | 86.2 % |",
         "neither the number of shots nor top-p",
-        "headline in report.json is that of temperature 0.1, the first of the config",
+        "headline in report.json is at temperature 0.1, the first of the config",
         "| HumanEval/3 | wrong | assert 1 \\| 2 |",
         "| sandbox tier | bubblewrap |",
         "| sandbox self-test | network yes |",
@@ -201,7 +201,7 @@ def test_files(tmp_path, full):
         "1 problem without a Python 3 solution",
         "| 3 | 897 | 4.0000 | 30.0% | 60.0% | 0.0500 |",
         "| keyword | 25.0% | 1.0000 |  |",
-        "Acceptance length 2.35: one and",
+        "Acceptance length 2.35: one plus",
         "| acceptance of head 3 | 30.0% |",
         "| same text as plain decoding | yes |",
     ):

@@ -132,7 +132,7 @@ def test_one_process_gathers_nothing():
         ({"selection": "hard"}, "weighting.selection 'hard' is not one of topk, soft"),
         ({"scope": "world"}, "weighting.scope 'world' is not one of microbatch, rank, document"),
         ({"ratio": 0.0}, "weighting.ratio must be above 0 and at most 1, got 0.0"),
-        ({"ratio": 1.5}, "weighting.ratio 1.5"),
+        ({"ratio": 1.5}, "weighting.ratio must be above 0 and at most 1, got 1.5"),
         ({"temperature": 0.0}, "weighting.temperature must be above 0, got 0.0"),
         ({"strength": 1.1}, "weighting.strength must be between 0 and 1, got 1.1"),
         ({"decay": 0.0}, "weighting.decay must be above 0, got 0.0"),

@@ -14,7 +14,6 @@ from torchtune.modules.attention_utils import _MaskType
 
 from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy
 from wmtp_modules.models.kv_cache import RowKVCache
-from wmtp_modules.models.value_head import ValueHead
 
 
 class MTPOutput(nn.Module):
@@ -81,7 +80,6 @@ class MTPTransformer(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.heads = nn.ModuleList(heads)
         self.output = output
-        self.value_head: ValueHead | None = None  # set to train a critic beside the heads
         self.args = args
         self.context: int = args["max_seq_len"]
 
@@ -101,8 +99,7 @@ class MTPTransformer(nn.Module):
         mask: _MaskType | None = None,
         input_pos: torch.Tensor | None = None,
         token_weights_BTK: torch.Tensor | None = None,
-        with_values: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits, per-token losses, or a loss with the weights folded in.
 
         Args:
@@ -112,7 +109,6 @@ class MTPTransformer(nn.Module):
                 over the whole row if None.
             input_pos: position of each token inside its document, int64 [B, T].
             token_weights_BTK: fp32 weights that are known before the forward.
-            with_values: also return the value head's values_BT, as last of a tuple.
 
         Returns:
             Without labels logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
@@ -136,11 +132,7 @@ class MTPTransformer(nn.Module):
         hidden_BTKD = torch.stack(
             [head(hidden_BTD, mask=mask, input_pos=input_pos) for head in self.heads], dim=2
         )
-        out = self.output(hidden_BTKD, labels_BTK, token_weights_BTK)
-        if not with_values:
-            return out
-        assert self.value_head is not None, "values are asked of a model without a value head"
-        return (*(out if isinstance(out, tuple) else (out,)), self.value_head(hidden_BTD))
+        return self.output(hidden_BTKD, labels_BTK, token_weights_BTK)
 
     def trunk(
         self,
