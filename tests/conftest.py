@@ -98,6 +98,22 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
 @pytest.fixture(scope="session")
+def benchmarks() -> Path:
+    """The folder of real benchmark files, which are not in this repository."""
+    folder = os.environ.get("WMTP_BENCHMARKS")
+    if not folder:
+        pytest.skip("WMTP_BENCHMARKS names no folder of benchmarks: see tests/samples/README.md")
+    assert Path(folder).is_dir(), f"WMTP_BENCHMARKS is {folder!r}, which is no folder"
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Small files in the benchmarks' formats."""
+    return Path(__file__).with_name("samples")
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer_path(tmp_path_factory) -> Path:
     """A Llama-style SentencePiece model of 512 pieces, trained on standard-library source."""
     folder = tmp_path_factory.mktemp("tokenizer")

@@ -11,6 +11,7 @@ start: a test of that starts a real process. ``/proc/PID/environ`` is the server
 """
 
 import contextlib
+import errno
 import gc
 import importlib
 import importlib.util
@@ -149,6 +150,11 @@ class Started:
     def stderr(self) -> str:
         return self.log_err.read_text()
 
+    @property
+    def writes(self) -> list[str]:
+        """Files that were written, in order, of a start with ``full_disk``."""
+        return Path(f"{self.log_out}.writes").read_text().splitlines()
+
     def close(self) -> None:
         """Kill what is left."""
         with contextlib.suppress(OSError):
@@ -227,6 +233,7 @@ class ForkServer:
         timeout: float = TIMEOUT_S,
         launched: bool = True,
         killed_after: float = KILLED_AFTER_S,
+        full_disk: tuple[Path, str | int] | None = None,
     ) -> Started:
         """Start what ``python`` would with these arguments, or ``tune run`` with a recipe's.
 
@@ -239,9 +246,14 @@ class ForkServer:
             launched: whether there is a launcher, which ends the ranks as soon as one has failed
                 and with which the ranks end; else each rank is on its own.
             killed_after: seconds between SIGTERM and SIGKILL to those ranks.
+            full_disk: a folder, and when its disk is full: from the n-th write on, or from the
+                first to a file with this in its path. See ``fill_disk`` and ``Started.writes``.
         """
+        what = {"argv": [str(arg) for arg in argv]}
+        if full_disk is not None:
+            what["full_disk"] = [str(full_disk[0]), full_disk[1]]
         return self._start(
-            {"argv": [str(arg) for arg in argv]},
+            what,
             ranks=ranks,
             cwd=cwd,
             env=env or {},
@@ -412,6 +424,8 @@ def become(request: dict) -> Callable[[], object]:
 
     np.random.seed()
     datasets.config.HF_DATASETS_CACHE = Path(request["env"]["HF_DATASETS_CACHE"])
+    if "full_disk" in request:
+        fill_disk(*request["full_disk"], Path(f"{request['stdout']}.writes"))
     argv = request["argv"]
     if "call" in request:
         return lambda: call(*request["call"])
@@ -421,6 +435,39 @@ def become(request: dict) -> Callable[[], object]:
         return lambda: run_main(spec.origin, spec)
     sys.argv = [os.path.abspath(argv[0]), *argv[1:]]
     return lambda: run_main(sys.argv[0], None)
+
+
+def fill_disk(folder: str, when: str | int, log: Path) -> None:
+    """Let writes to files of a folder fail as on a full disk: at ``os.write`` and ``os.fsync``.
+
+    All that has to outlive a crash goes through one of the two, and a disk may tell as late as
+    at fsync that it is full.
+
+    Args:
+        folder: whose files.
+        when: number of the first write that fails, or what the path of its file contains.
+        log: gets the path of every write; a number too large to come makes a list of them.
+    """
+    seen: list[str] = []
+    is_full = False
+
+    def limited(function: Callable) -> Callable:
+        def write(fd: int, *args: object) -> object:
+            nonlocal is_full
+            path = os.readlink(f"/proc/self/fd/{fd}") if isinstance(fd, int) else ""
+            if not path.startswith(folder):
+                return function(fd, *args)
+            seen.append(path)
+            with log.open("a") as file:
+                file.write(path + "\n")
+            is_full |= len(seen) >= when if isinstance(when, int) else when in path
+            if is_full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(fd, *args)
+
+        return write
+
+    os.write, os.fsync = limited(os.write), limited(os.fsync)
 
 
 def run_main(path: str, spec: object) -> None:
@@ -435,9 +482,7 @@ def call(path: str, name: str, arguments: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    getattr(module, name)(
-        int(os.environ["RANK"]), *pickle.loads(Path(arguments).read_bytes())
-    )
+    getattr(module, name)(int(os.environ["RANK"]), *pickle.loads(Path(arguments).read_bytes()))
 
 
 if __name__ == "__main__":
