@@ -57,12 +57,13 @@ class Started:
         pids: process ids by rank.
         log_out: file with what they all wrote to stdout.
         log_err: the same of stderr.
+        cpu_s: processor seconds of those that have ended.
     """
 
     def __init__(self, connection: socket.socket, out: Path, err: Path, is_ranks: bool) -> None:
         self._connection, self._lines = connection, b""
         self.log_out, self.log_err = out, err
-        self._is_ranks = is_ranks
+        self._is_ranks, self.cpu_s = is_ranks, 0.0
         self._codes: dict[int, int] = {}
         hello = self._next(120)
         assert hello, f"the fork server did not answer; {err}"
@@ -90,6 +91,7 @@ class Started:
             self.close()
             raise TimedOut(f"killed after {message['timed_out']} s; stderr: {self.stderr[-2000:]}")
         self._codes[message["rank"]] = message["code"]
+        self.cpu_s += message["cpu_s"]
         return True
 
     def poll(self) -> list[int | None]:
@@ -388,12 +390,12 @@ def watch(connection: socket.socket, request: dict, pids: dict[int, int]) -> Non
     running = dict(pids)
     while True:
         for pid, rank in list(running.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
+            done, status, used = os.wait4(pid, os.WNOHANG)
             if not done:
                 continue
             del running[pid]
             code = os.waitstatus_to_exitcode(status)
-            tell(rank=rank, code=code)
+            tell(rank=rank, code=code, cpu_s=used.ru_utime + used.ru_stime)
             if code and request["launched"] and killing_at == float("inf"):
                 killing_at = time.monotonic() + request["killed_after"]
                 for other in running:
