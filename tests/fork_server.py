@@ -357,7 +357,10 @@ def keep(connection: socket.socket) -> dict:
     os.setsid()
     data = b""
     while not data.endswith(b"\n"):
-        data += connection.recv(65536)
+        found = connection.recv(65536)
+        if not found:  # closed before it asked for anything
+            os._exit(0)
+        data += found
     request = json.loads(data)
     n_ranks, place = request["ranks"], {}
     if n_ranks is not None:

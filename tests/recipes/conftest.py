@@ -129,7 +129,7 @@ class TinyQuickstarts:
             cfg.model.vocab_size = TINY_VOCABULARY
         if steps := TINY_STEPS.get(name):
             cfg.update(max_steps=steps, num_warmup_steps=2, save_every_n_steps=steps)
-            cfg.update(run_val_every_n_steps=steps // 2, log_every_n_steps=1)
+            cfg.update(run_val_every_n_steps=steps, log_every_n_steps=1)
         if "prepare" in cfg:
             cfg.prepare.vocab_size = TINY_VOCABULARY
             if "model_config" in cfg.prepare:
