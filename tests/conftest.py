@@ -1,5 +1,13 @@
-"""Fixtures of several test files. Nothing is downloaded: what is needed is made here."""
+"""Fixtures of several test files, and how a plain ``pytest`` runs. Nothing is downloaded."""
 
+import os
+
+# Before anything imports torch. Threads that wait for a core which another test has would spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import faulthandler
+import importlib.util
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -11,7 +19,98 @@ from hypothesis import settings
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
+MOST_WORKERS = 4
+BOUND_S = {"nightly": 3600, "slow": 400, "": 300}  # of one test with what it sets up, by its marker
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests go to some processes, a file at a time, the slow files first.
+
+    Named files or tests stay in this process, where ``-s`` and ``--pdb`` work, and so does all
+    where -n says so or pytest-xdist is not installed: an image has no development packages.
+    """
+    option, everything = config.option, config.args_source is config.ArgsSource.TESTPATHS
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # which would start workers of its own
+    if is_worker or not config.pluginmanager.hasplugin("xdist") or option.dist != "no":
+        return
+    if option.numprocesses is None and everything and not (option.usepdb or option.collectonly):
+        option.numprocesses = max(2, min(MOST_WORKERS, os.cpu_count() or 1))
+    if option.numprocesses:
+        option.dist, option.loadscopereorder = "loadfile", False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is nightly is slow. Files with slow tests first: what comes last should be short."""
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # stable
+
+
+def pytest_configure(config):
+    config.bound_file = os.fdopen(os.dup(2), "w")  # stderr itself is captured during a test
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that hangs ends its process with a traceback of every thread.
+
+    Also where the interpreter is stuck in C. xdist starts another worker and goes on.
+    """
+    if not item.config.option.usepdb:
+        bound = next(s for mark, s in BOUND_S.items() if not mark or item.get_closest_marker(mark))
+        faulthandler.dump_traceback_later(bound, exit=True, file=item.config.bound_file)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def load(path: Path):
+    """A module by its path: tests are no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """The ``ForkServer`` of fork_server.py, for fixtures of a file; tests take ``forks``."""
+    module = load(Path(__file__).with_name("fork_server.py"))
+    server = module.ForkServer(tmp_path_factory.mktemp("fork_server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def forks(fork_server):
+    """The same; what a test has left running is killed."""
+    yield fork_server
+    fork_server.close_started()
+
+
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+@pytest.fixture(scope="session")
+def benchmarks() -> Path:
+    """The folder of real benchmark files, which are not in this repository."""
+    folder = os.environ.get("WMTP_BENCHMARKS")
+    if not folder:
+        pytest.skip("WMTP_BENCHMARKS names no folder of benchmarks: see tests/samples/README.md")
+    assert Path(folder).is_dir(), f"WMTP_BENCHMARKS is {folder!r}, which is no folder"
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Small files in the benchmarks' formats."""
+    return Path(__file__).with_name("samples")
 
 
 @pytest.fixture(scope="session")

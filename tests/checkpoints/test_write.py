@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
@@ -126,7 +125,7 @@ def two_ranks_load_and_save(rank, folder, args):
 
 @pytest.mark.slow
 def test_two_ranks_load_their_rows_and_save_whole_folders(
-    build, args, tmp_path, tiny_tokenizer_path
+    build, args, tmp_path, tiny_tokenizer_path, forks
 ):
     args = args | {"intermediate_dim": 65}  # does not divide by two
     llama_args = args | {"num_layers": 3, "n_future_tokens": 1}
@@ -138,7 +137,7 @@ def test_two_ranks_load_their_rows_and_save_whole_folders(
         shutil.copytree(tmp_path / name, tmp_path / f"broken_{name}")
         file = tmp_path / f"broken_{name}" / file
         file.write_bytes(file.read_bytes()[:-1000])
-    mp.spawn(two_ranks_load_and_save, args=(tmp_path, {"m": args, "h": llama_args}), nprocs=2)
+    forks.call(two_ranks_load_and_save, tmp_path, {"m": args, "h": llama_args})
 
     save_meta(llama, tmp_path / "h_meta", **common)
     for whole, sharded in (("m", "m_again"), ("h_meta", "h_again")):

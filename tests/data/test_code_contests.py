@@ -1,12 +1,8 @@
-from pathlib import Path
-
 import datasets
 import pytest
 from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.data import code_contests_dataset
-
-SAMPLE = Path(__file__).parents[3] / "shared/data/code_contests/sample_a.jsonl"
 
 
 def problem(title, codes=("print(1)\n",), languages=None, **changes):
@@ -121,10 +117,17 @@ def test_bad_problems(tokenizer, make_jsonl, changes, why):
         code_contests_dataset(tokenizer, source=make_jsonl(problem("a", **changes)))
 
 
-@pytest.mark.skipif(not SAMPLE.exists(), reason="no CodeContests sample beside the checkout")
-def test_real_problems(tiny_tokenizer_path):
+def test_samples_in_the_shape_of_the_real_ones(tiny_tokenizer_path, samples):
+    long = llama2_tokenizer(str(tiny_tokenizer_path), max_seq_len=1000)
+    rows = code_contests_dataset(long, source=str(samples / "code_contests.jsonl"))
+    assert rows["problem_id"][:] == ["1_a_sum_of_two", "2_b_mean", "3_c_many_queries"]
+    assert set(rows["reward"]) == {1.0}
+
+
+@pytest.mark.nightly
+def test_real_problems(tiny_tokenizer_path, benchmarks):
     long = llama2_tokenizer(str(tiny_tokenizer_path), max_seq_len=100_000)
-    rows = code_contests_dataset(long, source=str(SAMPLE))
+    rows = code_contests_dataset(long, source=str(benchmarks / "code_contests/sample_a.jsonl"))
     assert len(rows) == 150
     assert len(set(rows["problem_id"])) == 150
     assert set(rows["reward"]) == {1.0}

@@ -5,11 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from wmtp_modules.data import make_eval_prompts, rows_dataset
+from wmtp_modules.data import contamination, make_eval_prompts, rows_dataset
 from wmtp_modules.data.contamination import HASHES, EvaluationGuard
-
-DATA = Path(__file__).parents[3] / "shared/data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="no evaluation data beside the checkout")
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +14,8 @@ def guard():
     return EvaluationGuard()
 
 
-def read(name):
-    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_hashes_cover_both_benchmarks_without_text():
@@ -33,9 +30,9 @@ def test_hashes_cover_both_benchmarks_without_text():
         assert all(len(h) == 16 and int(h, 16) >= 0 for h in hashes)
 
 
-@needs_data
-def test_every_evaluation_task_is_found_and_training_tasks_are_not(guard):
-    tasks = {task["task_id"]: task["text"] for task in read("mbpp/mbpp.jsonl")}
+@pytest.mark.nightly
+def test_every_evaluation_task_is_found_and_training_tasks_are_not(guard, benchmarks):
+    tasks = {task["task_id"]: task["text"] for task in read(benchmarks / "mbpp/mbpp.jsonl")}
     found = {
         i: guard.find(f"Here is a task:\n{text.upper()}\n\tDo it!") for i, text in tasks.items()
     }
@@ -44,26 +41,39 @@ def test_every_evaluation_task_is_found_and_training_tasks_are_not(guard):
     assert [i for i in tasks if found[i] and i not in range(11, 511)] == [
         *(516, 569, 584, 602, 643, 653, 704, 821, 872, 928)
     ]
-    sanitized = json.loads((DATA / "mbpp/sanitized-mbpp.json").read_text())
+    sanitized = json.loads((benchmarks / "mbpp/sanitized-mbpp.json").read_text())
     assert all(guard.find(t["prompt"]) for t in sanitized if 11 <= t["task_id"] <= 510)
-    for task in read("humaneval/HumanEval_even.jsonl"):
+    for task in read(benchmarks / "humaneval/HumanEval_even.jsonl"):
         assert guard.find("# a file\nimport os\n" + task["prompt"] + "    return 1\n")
 
 
-@needs_data
-def test_tasks_are_found_inside_json(guard):
+def test_samples_are_found_inside_json_and_without_annotations(samples, tmp_path):
+    (tmp_path / "mbpp.jsonl").write_text('{"task_id": 12, "text": "Find the depth of a tree."}')
+    arguments = ["--mbpp", f"{tmp_path}/mbpp.jsonl"]
+    arguments += ["--humaneval", str(samples / "humaneval.jsonl")]
+    (tmp_path / "hashes.json").write_text(make_eval_prompts.make(arguments))
+    own = EvaluationGuard(tmp_path / "hashes.json")
+    for task in read(samples / "humaneval.jsonl"):
+        prompt = task["prompt"]
+        assert own.find(json.dumps({"cell": prompt})) == own.find(prompt) == task["task_id"]
+        assert own.find(json.dumps(json.dumps(prompt))) == task["task_id"]
+        assert own.find(prompt.replace(": List[int]", "").replace(" -> List[int]", ""))
+
+
+@pytest.mark.nightly
+def test_tasks_are_found_inside_json(guard, benchmarks):
     """A jsonl source read as plain text, or a notebook: line ends are two characters there."""
-    for task in read("humaneval/HumanEval_even.jsonl"):
+    for task in read(benchmarks / "humaneval/HumanEval_even.jsonl"):
         prompt = task["prompt"]
         assert guard.find(json.dumps({"cell": prompt})) == guard.find(prompt) is not None
         assert guard.find(json.dumps(json.dumps(prompt))) == guard.find(prompt)
 
 
-@needs_data
-def test_tasks_are_found_without_annotations(guard):
+@pytest.mark.nightly
+def test_tasks_are_found_without_annotations(guard, benchmarks):
     annotation = re.compile(r": (?:int|str|float|bool|List\[\w+\])|(?<=\)) -> [^:]+")
     changed = 0
-    for task in read("humaneval/HumanEval_even.jsonl"):
+    for task in read(benchmarks / "humaneval/HumanEval_even.jsonl"):
         head, docstring, rest = task["prompt"].partition('"""')
         bare = annotation.sub("", head) + docstring + rest
         changed += bare != task["prompt"]
@@ -119,12 +129,18 @@ def test_generator_takes_descriptions_up_to_the_examples(tmp_path):
     assert guard.find(description) == "HumanEval/1"
 
 
-@needs_data
-def test_evaluation_tasks_are_excluded_from_any_source(tokenizer, make_jsonl, tmp_path, caplog):
+def test_evaluation_tasks_are_excluded_from_any_source(
+    tokenizer, make_jsonl, samples, tmp_path, caplog, monkeypatch
+):
     caplog.set_level("INFO")
-    task = read("mbpp/mbpp.jsonl")[10]
-    assert task["task_id"] == 11
-    prompt = read("humaneval/HumanEval_even.jsonl")[0]["prompt"]
+    task = read(samples / "mbpp.jsonl")[3] | {"task_id": 11}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(task))
+    prompt = read(samples / "humaneval.jsonl")[0]["prompt"]
+    arguments = ["--mbpp", f"{tmp_path}/mbpp.jsonl"]
+    arguments += ["--humaneval", str(samples / "humaneval.jsonl")]
+    (tmp_path / "hashes.json").write_text(make_eval_prompts.make(arguments))
+    own = EvaluationGuard(tmp_path / "hashes.json")
+    monkeypatch.setattr(contamination, "EvaluationGuard", lambda: own)
     source = make_jsonl(
         {"text": "innocent"},
         {"text": f"first line\n{prompt}"},

@@ -1,13 +1,10 @@
 import json
-from pathlib import Path
 
 import datasets
 import pytest
 from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.data import mbpp_dataset
-
-MBPP = Path(__file__).parents[3] / "shared/data/mbpp/mbpp.jsonl"
 
 
 @pytest.fixture
@@ -92,11 +89,20 @@ def test_a_source_of_test_tasks_only_trains_nothing(tokenizer, make_jsonl):
         mbpp_dataset(tokenizer, source=make_jsonl(task(11), task(510)))
 
 
-@pytest.mark.skipif(not MBPP.exists(), reason="no MBPP beside the checkout")
-def test_real_tasks(tokenizer):
+def test_samples_in_the_shape_of_the_real_ones(tokenizer, samples):
+    source = str(samples / "mbpp.jsonl")
+    train = mbpp_dataset(tokenizer, source=source, split="train")
+    held_out = mbpp_dataset(tokenizer, source=source, split="validation")
+    assert (train["problem_id"][:], held_out["problem_id"][:]) == (["MBPP/602"], ["MBPP/511"])
+    assert all("\r" not in tokenizer.decode(row["tokens"]) for row in train)
+
+
+@pytest.mark.nightly
+def test_real_tasks(tokenizer, benchmarks):
     tokenizer.max_seq_len = 4096
-    train = mbpp_dataset(tokenizer, source=str(MBPP))
-    held_out = mbpp_dataset(tokenizer, source=str(MBPP), split="validation")
+    source = str(benchmarks / "mbpp/mbpp.jsonl")
+    train = mbpp_dataset(tokenizer, source=source)
+    held_out = mbpp_dataset(tokenizer, source=source, split="validation")
     # 374 and 90 by the authors' division, less those that repeat a test description.
     assert (len(train), len(held_out)) == (367, 87)
     assert "MBPP/602" not in train["problem_id"][:]

@@ -1,10 +1,9 @@
-"""Real processes that stop and hang: ranks of ``stoppable.py``, alone or under a launcher."""
+"""Ranks of ``stoppable.py`` that stop and hang: forked, or real ones under ``tune run``."""
 
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,58 +12,46 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE_S = 200  # of a machine that does other things meanwhile
-LAUNCHERS = {
-    "torchrun": [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--standalone", "--nproc_per_node", "2"),  # a free port of its own
-    ],
-    "tune": [str(Path(sys.executable).with_name("tune")), "run", "--nproc_per_node", "2"],
-    "tune alone": [str(Path(sys.executable).with_name("tune")), "run"],
-}
+PATIENCE_S = 120  # of a machine that does other things meanwhile
 
 
 class Job:
-    """Two ranks in a folder of their own, and every process that comes of them."""
+    """Two ranks in a folder of their own: ``started`` are forked ones, ``tune`` a launcher."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._mark = f"STOPPABLE_JOB={folder}"
-        self.processes: list[subprocess.Popen] = []
+    def __init__(self, folder: Path, forks) -> None:
+        self.folder, self._forks = folder, forks
+        self.started = None
+        self.tune: subprocess.Popen | None = None
         (folder / "recipes").mkdir()
         (folder / "recipes" / "__init__.py").touch()
         shutil.copy(Path(__file__).with_name("stoppable.py"), folder / "recipes" / "loop.py")
 
-    def start_ranks(self, **options: object) -> None:
-        """Without a launcher: exit codes can be looked at."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        for rank in range(2):
-            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2}
-            self._start([sys.executable], options, {k: str(v) for k, v in place.items()})
-
-    def start(self, launcher: str, **options: object) -> None:
-        self._start(LAUNCHERS[launcher], options, {})
-
-    def run_code(self, code: str) -> None:
-        """A Python program instead of the ranks."""
-        self._start([sys.executable, "-c", code], {}, {})
-
-    def _start(self, command: list[str], options: dict, environment: dict[str, str]) -> None:
+    def start(self, *, ranks: int | None = 2, launched: bool = False, **options: object) -> None:
+        """Forked ranks, each on its own or as a launcher has them."""
         (self.folder / "options.json").write_text(json.dumps(options))
-        name, _, value = self._mark.partition("=")
+        self.started = self._forks.start(
+            ["recipes/loop.py", "--config", "options.json"],
+            ranks=ranks,
+            cwd=self.folder,
+            launched=launched,
+            killed_after=4,
+            timeout=PATIENCE_S,
+        )
+
+    def start_tune(self, **options: object) -> None:
+        """A real ``tune run`` of two ranks, in a session of its own."""
+        (self.folder / "options.json").write_text(json.dumps(options))
+        command = [Path(sys.executable).with_name("tune"), "run", "--nproc_per_node", "2"]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "RANK"))}
         with open(self.folder / "said", "a") as said:
-            process = subprocess.Popen(
-                [*command, "recipes/loop.py", "--config", "options.json"],
+            self.tune = subprocess.Popen(
+                [*map(str, command), "recipes/loop.py", "--config", "options.json"],
                 cwd=self.folder,
-                env=inherited | {"OMP_NUM_THREADS": "1", name: value} | environment,
+                env=inherited | {"OMP_NUM_THREADS": "1", "STOPPABLE_JOB": str(self.folder)},
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
             )
-        self.processes.append(process)
 
     @staticmethod
     def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -80,14 +67,16 @@ class Job:
         return [int(file.read_text()) for file in files]
 
     def wait_for_end(self) -> list[int]:
-        """Exit codes; no process is left."""
-        codes = [process.wait(PATIENCE_S) for process in self.processes]
+        """Exit codes, of the ranks or of the launcher; no process is left."""
+        if self.started:
+            return self.started.wait_for_end(PATIENCE_S)
+        code = self.tune.wait(PATIENCE_S)
         self.wait_for(lambda: not self.alive(), "the end of all processes")
-        return codes
+        return [code]
 
     def alive(self) -> list[int]:
-        """All processes of this job, by their environment."""
-        mark, pids = self._mark.encode(), []
+        """All processes of ``tune run``, by their environment."""
+        mark, pids = f"STOPPABLE_JOB={self.folder}\0".encode(), []
         for entry in Path("/proc").iterdir():
             try:
                 is_ours = entry.name.isdigit() and mark in (entry / "environ").read_bytes()
@@ -98,6 +87,8 @@ class Job:
 
     @property
     def said(self) -> str:
+        if self.started:
+            return self.started.stdout + self.started.stderr
         return (self.folder / "said").read_text()
 
     @property
@@ -110,10 +101,10 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path):
-    job = Job(tmp_path)
+def job(tmp_path, forks):
+    job = Job(tmp_path, forks)
     yield job
     for pid in job.alive():
         os.kill(pid, signal.SIGKILL)
-    for process in job.processes:
-        process.wait()
+    if job.tune:
+        job.tune.wait()

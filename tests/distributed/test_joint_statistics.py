@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from wmtp_modules.weighting.advantage import CriticWeighting
 from wmtp_modules.weighting.token_weighting import TokenWeighting, gather_rows, own_rows
@@ -64,9 +63,9 @@ def rank_main(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def rank_results(tmp_path_factory):
+def rank_results(tmp_path_factory, fork_server):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank_main, args=(str(folder),), nprocs=WORLD)
+    fork_server.call(rank_main, str(folder), ranks=WORLD)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
 
 

@@ -1,14 +1,11 @@
 """Two ranks write one training state and judge it together."""
 
 import json
-import os
-import socket
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -17,10 +14,8 @@ from wmtp_modules.run.training_state import TrainingStates
 pytestmark = pytest.mark.slow
 
 
-def judge(rank, port, folder):
+def judge(rank, folder):
     """Save, damage a file of each rank in turn, and write down what each rank takes for newest."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     model = torch.nn.Linear(8, 8)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
@@ -50,11 +45,8 @@ def judge(rank, port, folder):
     dist.destroy_process_group()
 
 
-def test_a_file_of_any_rank_is_missed_by_all(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(judge, args=(port, tmp_path), nprocs=2)
+def test_a_file_of_any_rank_is_missed_by_all(tmp_path, forks):
+    forks.call(judge, tmp_path)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"found_{rank}.json").read_text())
         files = ["__0_0.distcp", "__1_0.distcp", ".metadata", "rank_0.pt", "rank_1.pt", "run.pt"]

@@ -1,17 +1,9 @@
 """The benchmarks' own solutions, through the sandbox: what fails is the data's fault, and named."""
 
-from pathlib import Path
-
 import pytest
 
 from wmtp_modules.evaluation.tasks import load_tasks
 from wmtp_modules.sandbox.pool import Sandbox
-
-DATA = Path(__file__).parents[3] / "shared/data"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not DATA.exists(), reason="no benchmark data beside the checkout"),
-]
 
 SEVERAL_ANSWERS = (
     "1041_e_tree_reconstruction_8858",
@@ -42,7 +34,7 @@ SLOW = {"1278_f_cards_5019", "1503_e_2coloring_8359"}
 
 
 def failures(task, path):
-    tasks = load_tasks(task, DATA / path, "all")
+    tasks = load_tasks(task, path, "all")
     with Sandbox("auto", workers=2) as sandbox:
         jobs = ((made.task_id, made.job(made.reference, sandbox.machine_factor)) for made in tasks)
         outcomes = list(sandbox.run(jobs))
@@ -50,6 +42,13 @@ def failures(task, path):
     return {task_id: out.verdict for task_id, out in outcomes if out.verdict != "pass"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mbpp", "humaneval", "code_contests"])
+def test_every_sample_passes(samples, task):
+    assert failures(task, samples / f"{task}.jsonl") == {}
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("task", "path"),
     [
@@ -58,12 +57,13 @@ def failures(task, path):
         ("humaneval", "humaneval/HumanEval_even.jsonl"),
     ],
 )
-def test_every_function_passes(task, path):
-    assert failures(task, path) == {}
+def test_every_function_passes(benchmarks, task, path):
+    assert failures(task, benchmarks / path) == {}
 
 
-def test_contest_solutions_fail_only_by_the_data():
-    found = failures("code_contests", "code_contests/sample_a.jsonl")
+@pytest.mark.nightly
+def test_contest_solutions_fail_only_by_the_data(benchmarks):
+    found = failures("code_contests", benchmarks / "code_contests/sample_a.jsonl")
     slow = {task_id: found.pop(task_id) for task_id in SLOW & found.keys()}
     assert set(slow.values()) <= {"timeout"}
     assert found == CONTEST_FAILURES

@@ -9,8 +9,6 @@ from wmtp_modules.evaluation.compare import compare_outputs
 from wmtp_modules.evaluation.tasks import TASKS, load_tasks
 from wmtp_modules.sandbox.jobs import FunctionJob, Limits, StdinJob
 
-DATA = Path(__file__).parents[3] / "shared/data"
-
 
 def mbpp_row(number, **changes):
     return {
@@ -356,16 +354,27 @@ def test_damaged_files(write, tmp_path, task):
         load_tasks(task, write(name="x.gz"), "all")
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="no benchmark data beside the checkout")
-def test_real_files():
-    full = load_tasks("mbpp", DATA / "mbpp/mbpp.jsonl", "test")
+def test_samples_are_read_as_the_benchmarks_are(samples):
+    tasks = load_tasks("mbpp", samples / "mbpp.jsonl", "all")
+    assert [task.task_id for task in tasks] == [2, 3, 4, 12, 511, 602]
+    assert [t.task_id for t in load_tasks("mbpp", samples / "mbpp.jsonl", "test")] == [12]
+    assert all("\r" not in task.prompt for task in tasks)
+    assert len(load_tasks("humaneval", samples / "humaneval.jsonl", "test")) == 2
+    contests = load_tasks("code_contests", samples / "code_contests.jsonl", "test")
+    assert len(contests) == 3
+    assert all(task.reference and task.job(task.reference, 1.0).cases for task in contests)
+
+
+@pytest.mark.nightly
+def test_real_files(benchmarks):
+    full = load_tasks("mbpp", benchmarks / "mbpp/mbpp.jsonl", "test")
     assert [task.task_id for task in full] == list(range(11, 511))
-    assert len(load_tasks("mbpp", DATA / "mbpp/mbpp.jsonl", "all")) == 974
-    sanitized = load_tasks("mbpp", DATA / "mbpp/sanitized-mbpp.json", "test")
+    assert len(load_tasks("mbpp", benchmarks / "mbpp/mbpp.jsonl", "all")) == 974
+    sanitized = load_tasks("mbpp", benchmarks / "mbpp/sanitized-mbpp.json", "test")
     assert len(sanitized) == 257
     assert all(task.prompt.count("[BEGIN]") == 4 for task in (*full, *sanitized))
     assert all(task.prompt.count("[DONE]") == 3 and "\r" not in task.prompt for task in full)
-    assert len(load_tasks("humaneval", DATA / "humaneval/HumanEval_even.jsonl", "test")) == 82
-    contests = load_tasks("code_contests", DATA / "code_contests/sample_a.jsonl", "test")
+    assert len(load_tasks("humaneval", benchmarks / "humaneval/HumanEval_even.jsonl", "test")) == 82
+    contests = load_tasks("code_contests", benchmarks / "code_contests/sample_a.jsonl", "test")
     assert len(contests) == 150
     assert all(task.reference and task.job(task.reference, 1.0).cases for task in contests)

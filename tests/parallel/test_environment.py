@@ -3,7 +3,7 @@ import pytest
 from wmtp_modules.parallel.process_group import check_environment
 from wmtp_modules.run.plan import one_sentence
 
-GOOD = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+GOOD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
-"""Two gloo ranks against one process, in real processes."""
+"""Two gloo ranks against one process."""
 
-import os
 from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from wmtp_modules.loss.mtp_loss import head_alphas, mtp_labels
 from wmtp_modules.loss.value_loss import regression_loss
@@ -95,7 +93,6 @@ def counted(counts):
 
 
 def worker(rank, args, store, results):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     alphas = head_alphas(K, decay=0.6)
@@ -134,9 +131,9 @@ def worker(rank, args, store, results):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(tmp_path_factory, fork_server):
     folder = tmp_path_factory.mktemp("fsdp")
-    mp.spawn(worker, args=(ARGS, folder / "store", folder / "out.pt"), nprocs=2)
+    fork_server.call(worker, ARGS, folder / "store", folder / "out.pt")
     return ARGS, torch.load(folder / "out.pt", weights_only=True)
 
 

@@ -5,11 +5,15 @@ import json
 import os
 import random
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from torchtune.config import instantiate
 
+from wmtp_modules.quickstarts import functions, stdlib
 from wmtp_modules.run.run import Run
 
 REMEMBERED = ("step", "micro_step", "_epoch", "_best_loss", "heldout", "kept")
@@ -89,3 +93,68 @@ def small_disk(tmp_path):
     yield make
     if os.path.ismount(disk):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a log may be open
+
+
+# ------------------------------------------------------------- quickstarts of a few steps
+
+ROOT = Path(__file__).parents[2]
+TINY_VOCABULARY = 400
+TINY_STEPS = {  # of configs/quickstart/*.yaml
+    "base": 20,
+    "reference": 40,
+    "rho1": 10,
+    "critic_base": 20,
+    "critic": 10,
+    "eval_base": 20,
+}
+
+
+class TinyQuickstarts:
+    """Assets from every eighth file of the standard library, and the shipped configs cut short."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def config(self, name: str, **changes: object) -> Path:
+        """A shipped config with few steps; others that it requires come along."""
+        cfg = OmegaConf.load(ROOT / "configs" / "quickstart" / f"{name}.yaml")
+        cfg.assets_dir = str(self.folder / f"{name.split('_')[0]}_assets")
+        if name in ("base", "reference", "rho1"):
+            cfg.assets_dir = str(self.folder / "rho1_assets")
+        if "output_dir" in cfg and "assets_dir" not in str(
+            OmegaConf.to_container(cfg)["output_dir"]
+        ):
+            cfg.output_dir = str(self.folder / name)
+        if "model" in cfg:
+            cfg.model.vocab_size = TINY_VOCABULARY
+        if steps := TINY_STEPS.get(name):
+            cfg.update(max_steps=steps, num_warmup_steps=2, save_every_n_steps=steps)
+            cfg.update(run_val_every_n_steps=steps, log_every_n_steps=1)
+        if "prepare" in cfg:
+            cfg.prepare.vocab_size = TINY_VOCABULARY
+            if "model_config" in cfg.prepare:
+                cfg.prepare.model_config = str(self.config("eval_base"))
+        if "requires" in cfg:
+            cfg.requires = [str(self.config(Path(path).stem)) for path in cfg.requires]
+        cfg.metric_logger = {
+            "_component_": "torchtune.training.metric_logging.DiskLogger",
+            "log_dir": str(self.folder / "logs"),
+        }
+        for key, value in changes.items():
+            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+        path = self.folder / f"{name}.yaml"
+        OmegaConf.save(cfg, path)
+        return path
+
+
+@pytest.fixture(scope="session")
+def tiny_quickstarts(tmp_path_factory):
+    """Data are made here, models by the first run that needs them."""
+    tiny = TinyQuickstarts(tmp_path_factory.mktemp("tiny"))
+    files = stdlib.stdlib_files()[::8]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stdlib, "stdlib_files", lambda: files)
+        patch.setattr(functions, "_train_model", lambda *_: None)
+        for name in ("rho1", "critic", "eval"):
+            instantiate(OmegaConf.load(tiny.config(name)).prepare)
+    return tiny

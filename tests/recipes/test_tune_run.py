@@ -1,4 +1,4 @@
-"""The command line as a user types it: real `tune run` processes from the repository's root."""
+"""The command line as a user types it: two real `tune run`, and forked starts that equal them."""
 
 import json
 import os
@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import torch
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 RECIPE = "recipes/rho1_wmtp_distributed.py"
+OF_MACHINE = {"tokens_per_s", "memory_gib"}
 
 pytestmark = pytest.mark.slow
 
@@ -25,122 +26,129 @@ def readme_command():
     return shlex.split(command)
 
 
-def tune_run(*args, ranks=None, timeout=600):
-    launcher = ["--nproc_per_node", str(ranks)] if ranks else []
-    return tune(*launcher, RECIPE, *args, timeout=timeout)
-
-
-def tune(*args, timeout):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def tune(*args):
+    """A real one."""
     return subprocess.run(
         [Path(sys.executable).with_name("tune"), "run", *map(str, args)],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
     )
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    return tmp_path_factory.mktemp("quickstart") / "assets"
-
-
-@pytest.fixture(scope="module")
-def quickstart(assets):
-    """README's first command, with its files elsewhere."""
-    done = tune(
-        *readme_command(),
-        f"output_dir={assets.parent}/rho1",
-        f"assets_dir={assets}",
-        f"metric_logger.tracking_uri=sqlite:///{assets.parent}/mlflow.db",
-        timeout=1200,
-    )
+def quickstart(tiny_quickstarts):
+    """README's first command in a few steps, its files elsewhere."""
+    folder = tiny_quickstarts.folder
+    mlflow = {
+        "_component_": "wmtp_modules.run.metric_logging.MLflowLogger",
+        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
+        "experiment_name": "quickstart",
+        "run_name": "${weighting.name}",
+    }
+    config = tiny_quickstarts.config("rho1", metric_logger=mlflow)
+    *command, shipped = readme_command()
+    assert shipped == "configs/quickstart/rho1.yaml"
+    done = tune(*command, config)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done, assets.parent / "rho1"
+    return done, folder / "rho1"
 
 
-def test_quickstart_beats_its_controls(quickstart):
-    """Rho-1 turns away from noise; uniform and random selection cannot."""
-    _, folder = quickstart
+def figures_of(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in OF_MACHINE} for line in lines]
+
+
+def test_quickstart_tells_what_it_found_and_where_everything_is(quickstart):
+    done, folder = quickstart
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary["heldout_loss"]) == ["base", "uniform", "random_topk", "rho1"]
-    mean = {name: sum(loss) / 4 for name, loss in summary["heldout_loss"].items()}
-    assert mean["rho1"] < mean["uniform"]
-    assert mean["rho1"] < mean["random_topk"]
-    share = summary["corrupted_share"]
-    assert share["data"] == pytest.approx(0.4, abs=0.05)
-    assert share["selected"] < share["data"] - 0.05
-    assert {"steps", "seconds"} <= summary.keys()
-
-
-def test_quickstart_tells_where_everything_is(quickstart):
-    done, folder = quickstart
+    assert {"steps", "seconds", "corrupted_share"} <= summary.keys()
+    for losses in summary["heldout_loss"].values():
+        assert all(f"{loss:.3f}" in done.stdout for loss in losses)
     for what in (folder / "best", folder / "curves.png", folder / "summary.json"):
         assert str(what) in done.stdout
         assert what.exists()
     assert "mlflow ui --backend-store-uri" in done.stdout + done.stderr
 
 
-def test_two_ranks_equal_one_process(quickstart, assets, tmp_path):
+def test_a_forked_start_equals_a_real_one(quickstart, forks, tiny_quickstarts, tmp_path):
+    """What the other tests rely on: forked ranks train, read and write the same, to the bit."""
+    _, folder = quickstart
+    command = [RECIPE, "--config", tiny_quickstarts.config("rho1"), f"output_dir={tmp_path}/out"]
+    done = forks.run([*command, f"reference.table_dir={tmp_path}/scores"], ranks=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    real, forked = (torch.load(f / "last" / "consolidated.pth") for f in (folder, tmp_path / "out"))
+    assert real.keys() == forked.keys()
+    assert all(torch.equal(forked[name], tensor) for name, tensor in real.items())
+    assert figures_of(tmp_path / "out") == figures_of(folder)
+    names = {path.name for path in folder.iterdir()}
+    of_mlflow = {"torchtune_config.yaml"}
+    assert names - of_mlflow == {path.name for path in (tmp_path / "out").iterdir()} - of_mlflow
+
+
+def test_two_ranks_equal_one_process(quickstart, forks, tiny_quickstarts, tmp_path):
     """Same joint micro-batch, shared by two ranks or not: same losses, same weights."""
-    config = OmegaConf.load(ROOT / "configs/quickstart/rho1.yaml")
-    config.update(assets_dir=str(assets), max_steps=4, num_warmup_steps=1)
-    config.update(run_val_every_n_steps=2, log_every_n_steps=1)
-    config.metric_logger = {
-        "_component_": "torchtune.training.metric_logging.DiskLogger",
-        "log_dir": str(tmp_path / "logs"),
-    }
-    for key in ("prepare", "requires", "controls"):
-        del config[key]
-    OmegaConf.save(config, tmp_path / "config.yaml")
     lines = {}
     for ranks, batch_size in ((2, 2), (None, 4)):
         folder = tmp_path / f"ranks_{ranks}"
-        done = tune_run(
-            "--config",
-            tmp_path / "config.yaml",
-            f"output_dir={folder}",
-            f"batch_size={batch_size}",
-            ranks=ranks,
+        config = tiny_quickstarts.config(
+            "rho1", max_steps=4, num_warmup_steps=1, run_val_every_n_steps=2, controls=None
         )
+        command = [RECIPE, "--config", config, f"output_dir={folder}", f"batch_size={batch_size}"]
+        done = forks.run(command, ranks=ranks)
         assert done.returncode == 0, done.stderr[-4000:]
-        text = (folder / "metrics.jsonl").read_text()
-        lines[ranks] = [json.loads(line) for line in text.splitlines()]
+        lines[ranks] = figures_of(folder)
     assert len(lines[2]) == len(lines[None]) >= 4
     for two, one in zip(lines[2], lines[None], strict=True):
-        for key in one.keys() - {"tokens_per_s", "memory_gib"}:
-            assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_a_typo_is_one_sentence(tmp_path, ranks):
-    """Of the two ranks only one says it; torchrun adds a traceback of its own."""
-    done = tune_run(
-        "--config",
-        "configs/quickstart/rho1.yaml",
-        "optimizer.learning_rte=3",
-        f"output_dir={tmp_path}",
-        ranks=ranks,
-    )
+TYPO = "optimizer.learning_rte=3"
+SENTENCE = "ConfigError: optimizer.learning_rte: unknown key (did you mean 'lr'?)"
+
+
+def with_typo(tmp_path):
+    return [RECIPE, "--config", "configs/quickstart/rho1.yaml", TYPO, f"output_dir={tmp_path}"]
+
+
+def test_a_typo_is_one_sentence(forks, tmp_path):
+    done = forks.run(with_typo(tmp_path))
     assert done.returncode == 1
-    sentence = "ConfigError: optimizer.learning_rte: unknown key (did you mean 'lr'?)"
-    assert done.stderr.count(sentence) == 1
-    assert ("Traceback" in done.stderr) == (ranks is not None)
+    assert done.stderr == f"{SENTENCE}\n"
 
 
-def test_a_truncated_checkpoint_is_one_sentence(quickstart, assets, tmp_path):
+def test_a_typo_is_one_sentence_of_two_ranks(tmp_path):
+    """torchrun adds a traceback of its own."""
+    done = tune("--nproc_per_node", 2, *with_typo(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.count("learning_rte: unknown key") == done.stderr.count(SENTENCE) == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("launched", [True, False], ids=["launched", "on their own"])
+def test_a_typo_is_one_sentence_each_time(forks, tmp_path, launched):
+    """Whichever rank is the faster, and however late a launcher ends the other."""
+    started = [forks.start(with_typo(tmp_path), ranks=2, launched=launched) for _ in range(6)]
+    for done in started:
+        codes = done.wait()
+        assert codes[0] == 1
+        assert codes[1] != 0
+        assert done.stderr.count("unknown key") == done.stderr.count(SENTENCE) == 1, done.stderr
+
+
+def test_a_truncated_checkpoint_is_one_sentence(quickstart, forks, tiny_quickstarts, tmp_path):
     broken = tmp_path / "base"
-    shutil.copytree(assets / "base" / "last", broken)
+    shutil.copytree(tiny_quickstarts.folder / "rho1_assets" / "base" / "last", broken)
     file = broken / "consolidated.pth"
     file.write_bytes(file.read_bytes()[:-1000])
-    done = tune_run(
-        "--config",
-        "configs/quickstart/rho1.yaml",
-        f"assets_dir={assets}",
-        f"checkpointer.checkpoint_dir={broken}",
-        f"output_dir={tmp_path}/out",
+    done = forks.run(
+        [
+            *(RECIPE, "--config", tiny_quickstarts.config("rho1")),
+            *(f"checkpointer.checkpoint_dir={broken}", f"output_dir={tmp_path}/out"),
+        ]
     )
     assert done.returncode == 1
     assert "consolidated.pth" in done.stderr

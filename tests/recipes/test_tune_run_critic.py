@@ -1,64 +1,35 @@
-"""The critic's commands as a user types them: real `tune run` processes."""
+"""The critic's commands: forked starts, which test_tune_run.py compares to real ones."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/critic_wmtp_distributed.py"
 
 pytestmark = pytest.mark.slow
 
 
-def tune_run(*args, ranks=None):
-    command = [Path(sys.executable).with_name("tune"), "run"]
-    command += ["--nproc_per_node", str(ranks)] if ranks else []
-    return subprocess.run(
-        [*command, RECIPE, *map(str, args)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-
-
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """configs/quickstart/critic.yaml as README has it, with its files elsewhere."""
-    folder = tmp_path_factory.mktemp("quickstart_critic")
-    done = tune_run(
-        *("--config", "configs/quickstart/critic.yaml"),
-        f"output_dir={folder}/critic",
-        f"assets_dir={folder}/assets",
-        f"metric_logger.tracking_uri=sqlite:///{folder}/mlflow.db",
-        ranks=2,
+def quickstart(fork_server, tiny_quickstarts):
+    """README's command in a few steps, which a critic learns little in."""
+    config = tiny_quickstarts.config(
+        "critic",
+        allow_uninformative_critic=True,
+        **{"critic.max_steps": 10, "critic.eval_every_n_steps": 5},
     )
+    done = fork_server.run([RECIPE, "--config", config], ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done, folder
-
-
-def test_the_critic_beats_both_baselines_by_ten_points(quickstart):
-    _, folder = quickstart
-    summary = json.loads((folder / "critic" / "summary.json").read_text())
-    critic = summary["critic"]
-    assert critic["pair_accuracy"] >= max(critic["length_only"], 0.5) + 0.1
-    assert {"pair_accuracy", "length_only", "auc"} <= critic.keys()
-    assert set(summary["heldout_loss"]) == {"base", "uniform", "shuffled", "critic"}
-    assert all(len(loss) == 4 for loss in summary["heldout_loss"].values())
-    # Fine-tuning works. Whether weights help is a finding, which README has, and no condition.
-    assert sum(summary["heldout_loss"]["uniform"]) < sum(summary["heldout_loss"]["base"])
-    assert {"share", "chance"} <= summary["delta_near_mutation"].keys()
+    return done, tiny_quickstarts.folder, config
 
 
 def test_the_quickstart_tells_everything_and_where_it_is(quickstart):
-    done, folder = quickstart
+    done, folder, _ = quickstart
+    summary = json.loads((folder / "critic" / "summary.json").read_text())
+    assert {"pair_accuracy", "length_only", "auc"} <= summary["critic"].keys()
+    assert set(summary["heldout_loss"]) == {"base", "uniform", "shuffled", "critic"}
+    assert all(len(loss) == 4 for loss in summary["heldout_loss"].values())
+    assert {"share", "chance"} <= summary["delta_near_mutation"].keys()
     for words in ("length alone", "AUC across problems", "largest |delta| within 3 tokens"):
         assert words in done.stdout
     critic = folder / "critic" / "critic"
@@ -70,31 +41,28 @@ def test_the_quickstart_tells_everything_and_where_it_is(quickstart):
         assert what.exists()
 
 
-def test_two_ranks_equal_one_process(quickstart, tmp_path):
+def test_two_ranks_equal_one_process(quickstart, forks, tiny_quickstarts, tmp_path):
     """Same joint batches, shared by two ranks or not: critic, values, advantages and weights."""
-    _, folder = quickstart
-    config = OmegaConf.load(ROOT / "configs/quickstart/critic.yaml")
-    for key in ("prepare", "requires", "controls"):
-        del config[key]
-    config.update(max_steps=3, run_val_every_n_steps=3, log_every_n_steps=1)
-    config.critic.update(max_steps=6, eval_every_n_steps=3)
-    config.metric_logger = {
-        "_component_": "torchtune.training.metric_logging.DiskLogger",
-        "log_dir": str(tmp_path / "logs"),
-    }
-    OmegaConf.save(config, tmp_path / "config.yaml")
+    config = tiny_quickstarts.config(
+        "critic",
+        max_steps=3,
+        run_val_every_n_steps=3,
+        controls=None,
+        allow_uninformative_critic=True,
+        **{"critic.max_steps": 6, "critic.eval_every_n_steps": 3},
+    )
     lines, records, heads = {}, {}, {}
     for ranks, share in ((2, 1), (None, 2)):
         output = tmp_path / f"ranks_{ranks}"
-        done = tune_run(
-            *("--config", tmp_path / "config.yaml", f"assets_dir={folder}/assets"),
-            f"output_dir={output}",
-            f"rewards.table_dir={output}/rewards",
-            f"critic.checkpoint_dir={output}/critic",
-            f"value_table.table_dir={output}/values",
-            f"critic.batch_size={8 * share}",
-            f"batch_size={2 * share}",
-            "allow_uninformative_critic=true",
+        done = forks.run(
+            [
+                *(RECIPE, "--config", config, f"output_dir={output}"),
+                f"rewards.table_dir={output}/rewards",
+                f"critic.checkpoint_dir={output}/critic",
+                f"value_table.table_dir={output}/values",
+                f"critic.batch_size={8 * share}",
+                f"batch_size={2 * share}",
+            ],
             ranks=ranks,
         )
         assert done.returncode == 0, done.stderr[-4000:]
@@ -119,23 +87,24 @@ def test_two_ranks_equal_one_process(quickstart, tmp_path):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
 
 
-def test_what_a_control_would_hide_is_found_before_it_trains(quickstart, tmp_path):
+def test_what_a_control_would_hide_is_found_before_it_trains(
+    quickstart, forks, tiny_quickstarts, tmp_path
+):
     """uniform needs no critic, so it could train for hours before the next run finds none."""
-    _, folder = quickstart
-    done = tune_run(
-        *("--config", "configs/quickstart/critic.yaml", f"assets_dir={folder}/assets"),
-        *("stages=[policy]", f"output_dir={tmp_path}"),
-    )
+    config = tiny_quickstarts.config("critic")
+    done = forks.run([RECIPE, "--config", config, "stages=[policy]", f"output_dir={tmp_path}"])
     assert done.returncode == 1
     assert f"{tmp_path}/critic holds no trained critic: add 'critic' to stages" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "controls").exists()
 
 
-def test_a_typo_is_one_sentence(tmp_path):
-    done = tune_run(
-        *("--config", "configs/quickstart/critic.yaml", "critic.objektive=pairwise"),
-        f"output_dir={tmp_path}",
+def test_a_typo_is_one_sentence(forks, tmp_path):
+    done = forks.run(
+        [
+            *(RECIPE, "--config", "configs/quickstart/critic.yaml"),
+            *("critic.objektive=pairwise", f"output_dir={tmp_path}"),
+        ]
     )
     assert done.returncode == 1
     assert "critic.objektive: unknown key (did you mean 'objective'?)" in done.stderr

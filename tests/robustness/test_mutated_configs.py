@@ -39,6 +39,7 @@ def keys_and_file(text: str, path: Path) -> set[str]:
     return {path.name, *keys, *(key.removesuffix("s") for key in keys)}
 
 
+@pytest.mark.slow
 def test_mutated_configs(recipes, small_config, tmp_path, monkeypatch, mutate, judge):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(5)

@@ -1,0 +1,77 @@
+"""What README says of its three quickstarts, by its own commands: claims over whole trainings.
+
+That files, tables and ranks are right is held by tests/recipes/test_tune_run*.py with quickstarts
+of a few steps.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = re.findall(r"uv run (tune run .+quickstart/.+)$", (ROOT / "README.md").read_text(), re.M)
+
+pytestmark = pytest.mark.nightly
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """quickstart(config) -> README's command with its files elsewhere: its folder, what it said."""
+
+    def run(config):
+        (command,) = (line for line in COMMANDS if line.endswith(f"quickstart/{config}.yaml"))
+        folder = tmp_path_factory.mktemp(config)
+        more = [f"output_dir={folder}/out", f"assets_dir={folder}/assets"]
+        more += [f"metric_logger.tracking_uri=sqlite:///{folder}/mlflow.db"]
+        tune = Path(sys.executable).with_name("tune")
+        done = subprocess.run(
+            [tune, *shlex.split(command)[1:], *more],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=3000,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return folder, done.stdout
+
+    return run
+
+
+def test_rho1_beats_its_controls(quickstart):
+    """Rho-1 turns away from noise; uniform and random selection cannot."""
+    folder, _ = quickstart("rho1")
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    mean = {name: sum(loss) / 4 for name, loss in summary["heldout_loss"].items()}
+    assert mean["rho1"] < mean["uniform"]
+    assert mean["rho1"] < mean["random_topk"]
+    share = summary["corrupted_share"]
+    assert share["data"] == pytest.approx(0.4, abs=0.05)
+    assert share["selected"] < share["data"] - 0.05
+
+
+def test_the_critic_beats_both_baselines_by_ten_points(quickstart):
+    folder, _ = quickstart("critic")
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    critic = summary["critic"]
+    assert critic["pair_accuracy"] >= max(critic["length_only"], 0.5) + 0.1
+    # Fine-tuning works. Whether weights help is a finding, which README has, and no condition.
+    assert sum(summary["heldout_loss"]["uniform"]) < sum(summary["heldout_loss"]["base"])
+
+
+def test_the_evaluated_model_solves_tasks_that_it_has_not_seen(quickstart):
+    folder, said = quickstart("eval")
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["pass_at_k"]["1"]["value"] > 0.2
+    assert report["pass_at_k"]["1"]["low"] > 0
+    assert report["reference_failures"] == []
+    assert report["samples"] == 50 * 10 * 2
+    assert report["identical"] is True
+    assert report["tokens_per_forward"] > 1.3
+    losses = [row["loss"] for row in report["per_head"]]
+    assert losses == sorted(losses)  # the farther, the harder
+    assert "pass@1 at temperature 0.2" in said
