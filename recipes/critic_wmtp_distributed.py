@@ -144,7 +144,6 @@ class CriticWMTPRecipeDistributed:
         self._mesh = mesh
         self._stops = stops
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._dtype = DTYPES[cfg.dtype]
         self._weighting = make_weighting(cfg)
         self._critic_dir = Path(cfg.critic.checkpoint_dir) if cfg.get("critic") else None
         self._frozen: torch.nn.Module | None = None  # the critic's trunk, while it is needed
@@ -255,7 +254,7 @@ class CriticWMTPRecipeDistributed:
                 bar.set_postfix_str(f"loss {float(loss / count):.4f} held-out {heldout:.4f}")
         bar.close()
         record = {"fingerprint": self._critic_made_from, "settings": settings}
-        record["rewards"] = vars(self._reward_statistics)
+        record |= {"rewards": vars(self._reward_statistics)}
         judge.finish(head, state, self._critic_dir, record, seed)
         self._critic()
 
@@ -513,7 +512,8 @@ class CriticWMTPRecipeDistributed:
 
     def save_checkpoint(self, folder: Path) -> None:
         """The model in Meta's format, in the dtype that computed the losses."""
-        save_meta(self._model, folder, tokenizer_path=self._cfg.tokenizer.path, dtype=self._dtype)
+        tokenizer, dtype = self._cfg.tokenizer.path, DTYPES[self._cfg.dtype]
+        save_meta(self._model, folder, tokenizer_path=tokenizer, dtype=dtype)
 
     def finish(self, beside: dict[str, Path]) -> dict:
         """Draw the curves, also of the runs beside it, close everything, return the figures."""
