@@ -20,7 +20,6 @@ import hashlib
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +65,6 @@ from wmtp_modules.scoring.score_table import fingerprint_rows
 from wmtp_modules.weighting.advantage import CriticWeighting, standardise
 
 log = utils.get_logger("INFO")
-warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11
-# torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
-warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 PAGE_PAIRS = 4  # held-out pairs shown with their weights
 

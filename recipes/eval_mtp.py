@@ -15,7 +15,6 @@ it stopped. Copy this file and edit it: nothing imports it.
 
 import os
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -70,8 +69,6 @@ from wmtp_modules.sandbox.pool import Sandbox
 from wmtp_modules.scoring.score_table import fingerprint_checkpoint
 
 log = utils.get_logger("INFO")
-# torchtune's RMSNorm combines fp32 activations with a bf16 scale on purpose.
-warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 STAGES = ("generate", "execute", "heldout", "decode_speed")
 

@@ -12,7 +12,6 @@ Shapes: B packed rows, T positions, K heads. Head k at position t predicts token
 
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -44,9 +43,6 @@ from wmtp_modules.scoring.score_table import fingerprint_rows
 from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 log = utils.get_logger("INFO")
-warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11
-# torchtune's RMSNorm takes fp32 activations and a bf16 scale on purpose.
-warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 # Every key of a config; what a component takes is read from its signature.
 SCHEMA = TRAINING_KEYS | {

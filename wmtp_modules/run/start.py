@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -25,6 +26,10 @@ from wmtp_modules.run.stopping import StopRequests, exit_code
 # Seconds that a rank which failed alone waits before it says so: rank 0 may fail in the same way a
 # little later, and then speaks for all.
 PATIENCE = 60
+# Not for users: torchdata 0.11 on torch 2.13; fp32 activations meet a bf16 scale on purpose.
+for told in ("'set_vital' is deprecated", "Mismatch dtype between input and weight"):
+    warnings.filterwarnings("ignore", message=told)
+
 FAILED, JOINING = "wmtp/rank_0_failed", "wmtp/rank_0_joins"  # keys of the launcher's store
 
 
