@@ -216,11 +216,8 @@ def test_a_copied_recipe_is_estimated_as_it_was_edited(cfg, estimate_step, copie
     edit = "loss.double() + 0 * (self._optimizer.mine * torch.ones(2**25)).exp().sum()"
     path = copied("        return loss, sums, stats", f"        return {edit}, sums, stats")
     text = path.read_text().replace("KEYS | {", 'KEYS | {"mine": int,')
-    one = "torch.nn.Parameter(torch.ones(()))"
-    text = text.replace(
-        "        self._lr_scheduler =",
-        f"        self._optimizer.mine = {one}\n        self._lr_scheduler =",
-    )
+    mine = "        self._optimizer.mine = torch.nn.Parameter(torch.ones(()))\n"
+    text = text.replace("        alphas_K = head_alphas", f"{mine}        alphas_K = head_alphas")
     path.write_text(text)
     now = estimate_step(cfg, 1).peak
     assert now < 2**26

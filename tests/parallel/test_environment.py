@@ -1,7 +1,7 @@
 import pytest
 
 from wmtp_modules.parallel.process_group import check_environment
-from wmtp_modules.run.plan import one_sentence
+from wmtp_modules.run.start import exit_with_message
 
 GOOD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
 
@@ -42,5 +42,5 @@ def test_what_is_mistyped_is_named(environment, changes, message):
     environment(**changes)
     with pytest.raises(ValueError, match=message):
         check_environment()
-    with pytest.raises(SystemExit, match=message), one_sentence(ValueError):
+    with pytest.raises(SystemExit, match=message), exit_with_message(ValueError):
         check_environment()

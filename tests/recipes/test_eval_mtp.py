@@ -19,6 +19,7 @@ from wmtp_modules.config.check import ConfigError
 from wmtp_modules.evaluation import execution
 from wmtp_modules.evaluation.samples import generation_figures
 from wmtp_modules.models import mtp_llama2
+from wmtp_modules.parallel.process_group import init_process_group
 from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.sandbox.jobs import SandboxError
 from wmtp_modules.sandbox.pool import Sandbox
@@ -53,7 +54,7 @@ def recipe():
 @pytest.fixture(scope="module")
 def device(recipe):
     """Of a process that torchrun did not start."""
-    yield recipe.init_process_group("cpu")[0]
+    yield init_process_group("cpu")[0]
     dist.destroy_process_group()
 
 
@@ -298,7 +299,7 @@ def on_a_rank(rank, port, cfg):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     recipe = import_recipe()
-    device, _ = recipe.init_process_group("cpu")
+    device, _ = init_process_group("cpu")
     done = recipe.EvalMTPRecipe(cfg, device)
     done.setup()
     done.run()

@@ -128,10 +128,9 @@ def test_a_typo_is_one_sentence_of_two_ranks(tmp_path):
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("launched", [True, False], ids=["launched", "on their own"])
-def test_a_typo_is_one_sentence_each_time(forks, tmp_path, launched):
+def test_a_typo_is_one_sentence_each_time(forks, tmp_path):
     """Whichever rank is the faster, and however late a launcher ends the other."""
-    started = [forks.start(with_typo(tmp_path), ranks=2, launched=launched) for _ in range(6)]
+    started = [forks.start(with_typo(tmp_path), ranks=2) for _ in range(6)]
     for done in started:
         codes = done.wait()
         assert codes[0] == 1

@@ -111,7 +111,8 @@ def _rank_zero_speaks() -> bool:
                 return store.check([FAILED])
             time.sleep(0.1)
         return True
-    except (RuntimeError, ValueError):  # no launcher, or it has ended
+    except (RuntimeError, ValueError):  # no torchrun, whose like may still end this rank
+        time.sleep(PATIENCE)
         return False
 
 

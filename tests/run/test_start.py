@@ -1,0 +1,84 @@
+"""One sentence at what a user can mend, said by one rank."""
+
+import socket
+
+import pytest
+import torch.distributed as dist
+
+from wmtp_modules.config.check import ConfigError
+from wmtp_modules.run import start
+from wmtp_modules.run.start import exit_with_message
+
+
+@pytest.fixture
+def waited(monkeypatch):
+    """Seconds that were waited, for nothing here waits."""
+    waited = []
+    monkeypatch.setattr(start.time, "sleep", waited.append)
+    start._store.cache_clear()
+    yield waited
+    start._store.cache_clear()
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """The store of a torchrun with two workers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return store
+
+
+def leave(error, rank, monkeypatch):
+    """What the process says at its end, or its exit code."""
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit) as left, exit_with_message(ValueError):
+        raise error
+    return left.value.code
+
+
+def test_rank_0_speaks_at_once_and_tells_the_others(launcher, waited, monkeypatch):
+    error = ConfigError("seed: missing")
+    assert leave(error, 0, monkeypatch) == "ConfigError: seed: missing"
+    assert launcher.check([start.FAILED])
+    assert waited == []
+
+
+def test_another_rank_is_silent_where_rank_0_speaks(launcher, waited, monkeypatch):
+    """However much later rank 0 fails; and it waits, as torchrun kills all when one has ended."""
+
+    def fail_late(seconds):
+        waited.append(seconds)
+        if len(waited) == 100:
+            launcher.set(start.FAILED, "1")
+
+    monkeypatch.setattr(start.time, "sleep", fail_late)
+    assert leave(ValueError("no GPU here"), 1, monkeypatch) == 1
+    assert len(waited) == 101
+    assert waited[-1] == start.PATIENCE
+
+
+def test_another_rank_speaks_where_rank_0_goes_on(launcher, waited, monkeypatch):
+    launcher.set(start.JOINING, "1")
+    said = leave(ValueError("no GPU here"), 1, monkeypatch)
+    assert said == "rank 1: ValueError: no GPU here"
+    assert waited == []
+
+
+def test_without_torchrun_a_rank_speaks_unless_it_is_ended(waited, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    said = leave(ValueError("no GPU here"), 3, monkeypatch)
+    assert (said, waited) == ("rank 3: ValueError: no GPU here", [start.PATIENCE])
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(KeyError), exit_with_message(ValueError, OSError):
+        raise KeyError("a bug")
