@@ -12,11 +12,7 @@ LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_f
 
 
 class _Lines:
-    """A stream for tqdm that makes a line of each look, where a bar would be drawn over.
-
-    Args:
-        stream: where the lines go.
-    """
+    """A stream for tqdm that writes a line where a terminal's bar would be redrawn."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -45,8 +41,6 @@ def progress_bar(
     """A bar on stderr; where that is no terminal, a line about every 20 seconds and at the end.
 
     Args:
-        iterable: to go through, if there is one.
-        desc: what is going on.
         total: units that there are.
         initial: units that were done before.
         unit: what is counted.

@@ -1,7 +1,7 @@
 import pytest
 
 from wmtp_modules.parallel.process_group import check_environment
-from wmtp_modules.run.plan import one_sentence
+from wmtp_modules.run.start import exit_with_message
 
 GOOD = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
 
@@ -35,12 +35,15 @@ def test_what_torchrun_sets_passes(environment):
         ({"WORLD_SIZE": None}, "variable WORLD_SIZE is '', not a whole number"),
         ({"LOCAL_RANK": "1.0"}, "variable LOCAL_RANK is '1.0', not a whole number"),
         ({"RANK": "2"}, "RANK is 2, which is not below WORLD_SIZE 2: ranks count from 0"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, no port: take one from 1 to 65535"),
+        (
+            {"MASTER_PORT": "70000"},
+            "MASTER_PORT is 70000, not a port: take a free one from 1 to 65535",
+        ),
     ],
 )
 def test_what_is_mistyped_is_named(environment, changes, message):
     environment(**changes)
     with pytest.raises(ValueError, match=message):
         check_environment()
-    with pytest.raises(SystemExit, match=message), one_sentence(ValueError):
+    with pytest.raises(SystemExit, match=message), exit_with_message(ValueError):
         check_environment()

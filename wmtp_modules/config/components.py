@@ -51,14 +51,11 @@ def todays_name(dotted_path: str) -> str:
 
 
 def locate(dotted_path: str) -> Any:
-    """The object at a dotted path, its modules imported as needed.
-
-    Args:
-        dotted_path: such as ``torch.optim.AdamW``.
+    """The object at a dotted path such as ``torch.optim.AdamW``, its modules imported as needed.
 
     Raises:
-        NotAllowedError: if the path is not allowed, which is said before anything is imported, or
-            what is found is defined outside the allowed namespaces.
+        NotAllowedError: if the path is not allowed, which is found before anything is imported, or
+            the object is defined outside the allowed namespaces.
         ImportError: if a module is not there or fails, or has no such attribute.
     """
     first, *rest = dotted_path.split(".")

@@ -62,7 +62,6 @@ def _bf16_parameters_are_whole(fp32_master_weights: bool) -> str | None:
         )
 
 
-# For ``check_config``; they hold for every recipe that trains.
 TRAINING_RULES = (
     _split_once,
     _compiler_is_there,

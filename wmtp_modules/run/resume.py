@@ -1,8 +1,8 @@
-"""Whose state it is and what may change when it goes on; its schedule and random states."""
+"""Checks that a saved state belongs to this run, and restores schedule and random state."""
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,29 +29,23 @@ FREE_PATHS = ("table_dir", "batch_tokens", "critic.checkpoint_dir")
 
 def resolved(cfg: DictConfig) -> dict:
     """The config as plain values, to keep in a state and to compare with."""
-    return OmegaConf.to_container(cfg, resolve=True)
+    return cast(dict, OmegaConf.to_container(cfg, resolve=True))
 
 
 def packs_per_step(config: dict | DictConfig, world: int) -> int:
-    """Packed rows of one optimizer step, over all ranks and micro-batches."""
     return world * config["batch_size"] * config["gradient_accumulation_steps"]
 
 
 def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
-    """Make sure that a state is of this very run, but for what may change (``FREE_KEYS``).
+    """Make sure that a state is of this run, but for what may change (``FREE_KEYS``).
 
-    Another number of ranks is no other run where one step sees as many packs as before.
-
-    Args:
-        folder: a state whose run's part holds ``step``, ``world`` and the ``resolved`` ``config``.
-        cfg: config of the run that goes on.
-        world: ranks that go on.
+    Another number of ranks is the same run if a step sees as many packs as before.
 
     Returns:
-        The run's part.
+        The run's part of the state, among it ``step``, ``world`` and the ``resolved`` ``config``.
 
     Raises:
-        ValueError: if another key differs, more steps are done than the run shall have, or a step
+        ValueError: if another key differs, more steps are done than the run should have, or a step
             would see another number of packs.
     """
     run = read_run(folder)
@@ -92,8 +86,8 @@ def notes_on_resume(
 
     Args:
         run: of ``check_same_run``.
-        cfg: config of the run that goes on.
-        world: ranks that go on.
+        cfg: config of the run that continues.
+        world: ranks that continue.
         epoch_packs: packs of an epoch, about.
     """
     notes = []
@@ -122,7 +116,7 @@ def check_not_begun(output_dir: Path) -> None:
     """Make sure that a run which starts over does not delete one that was interrupted.
 
     Raises:
-        ValueError: if ``output_dir`` holds states of a run that did not come to its end.
+        ValueError: if ``output_dir`` holds states of an unfinished run.
     """
     parent = output_dir / "training_state"
     if saved_states(parent) and not (output_dir / "summary.json").exists():
@@ -135,10 +129,10 @@ def check_not_begun(output_dir: Path) -> None:
 
 
 def check_not_ended(output_dir: Path) -> None:
-    """Make sure that a run which finds no state to go on from does not delete one that is complete.
+    """Make sure that a run which finds no state to resume does not delete a complete one.
 
     Raises:
-        ValueError: if ``output_dir`` holds the figures of a run that came to its end.
+        ValueError: if ``output_dir`` holds the figures of a finished run.
     """
     summary = output_dir / "summary.json"
     if summary.exists():
@@ -150,9 +144,9 @@ def check_not_ended(output_dir: Path) -> None:
 
 
 def resume_schedule_(scheduler: LRScheduler, state: dict) -> None:
-    """Go on in a schedule at the saved step, with the rates that this schedule has there.
+    """Continue a schedule at the saved step, with the rates that this schedule has there.
 
-    The saved ones are those of the schedule it was: 0 at its end, which may have moved.
+    The saved rates are of the old schedule: 0 at its end, which may have moved.
     """
     scheduler.load_state_dict(state)
     scheduler.last_epoch -= 1
@@ -161,8 +155,8 @@ def resume_schedule_(scheduler: LRScheduler, state: dict) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """States of the generators of Python, NumPy and torch, on the CPU and on a GPU."""
-    name, keys, *numbers = np.random.get_state()
-    state = {
+    name, keys, *numbers = cast(tuple, np.random.get_state())
+    state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *numbers),
         "cpu": torch.get_rng_state(),
@@ -173,7 +167,6 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators where ``random_state`` found them."""
     random.setstate(state["python"])
     name, keys, *numbers = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))

@@ -22,13 +22,7 @@ from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
-from wmtp_modules.run.figures import (
-    Sums,
-    Throughput,
-    TrainingError,
-    peak_memory_gib,
-    step_metrics,
-)
+from wmtp_modules.run.figures import Sums, Throughput, TrainingError, peak_memory_gib, step_metrics
 from wmtp_modules.run.metric_logging import JSONLLogger
 from wmtp_modules.run.resume import (
     check_not_ended,
@@ -40,7 +34,7 @@ from wmtp_modules.run.resume import (
     resume_schedule_,
     set_random_state,
 )
-from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit
+from wmtp_modules.run.stopping import Stopped, StopRequests
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.run.watchdog import Watchdog
 
@@ -60,14 +54,13 @@ class Run:
         lr_scheduler: of the optimizer.
         dataset: packs to train on.
         alphas_K: weights of the heads.
-        made_from: names data, scores and the like; a state that was made from others is refused.
+        made_from: names data, scores and so on; a state made from others is refused.
         validate: gives the held-out loss of each head, equal on all ranks.
         export: writes the model to a folder.
-        kept: what else a resumed run has to find again: tensors and plain values by name.
+        kept: what else a resumed run must find again: tensors and plain values by name.
 
     Attributes:
-        step: optimizer steps done.
-        micro_step: micro-steps done.
+        step, micro_step: optimizer steps and micro-steps done.
         world: number of ranks.
         heldout: held-out losses, "base" before training and "last" since.
         kept: as above.
@@ -111,7 +104,7 @@ class Run:
         self._bad_steps = BadSteps(self._output_dir, cfg.max_skipped_steps)
         self._states = TrainingStates(self._output_dir / "training_state", cfg.keep_last)
         self._loggers: list = []  # on rank 0; the last one is the configured one
-        self._profiler = training.DummyProfiler()
+        self._profiler: Any = training.DummyProfiler()
         self._bar = progress_bar(desc="", shown=False)
         self._throughput = Throughput()
         self._dataloader = self._epoch_dataloader()
@@ -132,7 +125,7 @@ class Run:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         # What an earlier run left here must not look like this one's.
         (self._output_dir / "summary.json").unlink(missing_ok=True)
-        clear_exit(self._output_dir)
+        (self._output_dir / "exit.json").unlink(missing_ok=True)
         self._bad_steps.write_files()
         with new_file(self._output_dir / "config.yaml") as unfinished:
             OmegaConf.save(self._cfg, unfinished, resolve=True)
@@ -143,7 +136,7 @@ class Run:
             logger.log_config(self._cfg)
 
     def _resume(self) -> str | None:
-        """Go on where the newest sound training state stands; returns the logger's run."""
+        """Continue from the newest sound training state; returns the logger's run."""
         folder = self._states.newest()
         if folder is None:
             check_not_ended(self._output_dir)
@@ -161,17 +154,13 @@ class Run:
         notes = notes_on_resume(run, self._cfg, self.world, len(self._dataset))
         run, own = self._states.load(folder, self._model, self._optimizer)
         self.load_state_dict(run)
-        if run["world"] == self.world:
+        if run["world"] == self.world and own is not None:
             set_random_state(own["rng"], self._device)
         utils.log_rank_zero(log, " ".join([f"Resumed {folder} after step {self.step}.", *notes]))
         return run["run_id"]
 
     def state_dict(self) -> dict[str, Any]:
-        """What is the same on all ranks where a state is saved: plain values and tensors."""
-        kept = {
-            name: value.cpu().clone() if torch.is_tensor(value) else value
-            for name, value in self.kept.items()
-        }
+        """What is the same on all ranks in a state: plain values and tensors."""
         return {
             **self._position,
             "step": self.step,
@@ -182,11 +171,10 @@ class Run:
             "bad_steps": self._bad_steps.state_dict(),
             "config": resolved(self._cfg),
             "run_id": getattr(self._loggers[-1], "run_id", None) if self._loggers else None,
-            **kept,
+            **{k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in self.kept.items()},
         }
 
     def load_state_dict(self, run: dict[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
         self.step, self.micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
         self._best_loss, self.heldout = run["best_loss"], run["heldout"]
         before = run["config"]
@@ -219,19 +207,14 @@ class Run:
         if cfg.profiler.get("enabled"):
             self._profiler, _ = training.setup_torch_profiler(**cfg.profiler)
         self._profiler.start()
-        self._bar = progress_bar(
-            total=cfg.max_steps,
-            initial=self.step,
-            desc=cfg.weighting.name,
-            shown=self.rank == 0,
-        )
+        name, shown = cfg.weighting.name, self.rank == 0
+        self._bar = progress_bar(total=cfg.max_steps, initial=self.step, desc=name, shown=shown)
         self._throughput = Throughput()
 
     def _epoch_dataloader(self):
         self._dataset.set_epoch(self._epoch)
-        packs = packs_per_step(self._cfg, self.world)
-        batch_size = self._cfg.batch_size
-        return epoch_dataloader(self._dataset, batch_size, self.rank, self.world, packs)
+        ranks, packs = (self.rank, self.world), packs_per_step(self._cfg, self.world)
+        return epoch_dataloader(self._dataset, self._cfg.batch_size, *ranks, packs)
 
     def _endless_batches(self) -> Iterator[dict]:
         """Micro-batches on the device, epoch after epoch, each packed in an order of its own."""
@@ -244,10 +227,10 @@ class Run:
     def micro_batches(self) -> Iterator[dict]:
         """This rank's micro-batches of one optimizer step.
 
-        Before each it tells the watchdog that the rank is alive and stops where one is asked to.
+        Before each it tells the watchdog that the rank is alive and stops if asked to.
 
         Raises:
-            Stopped: on all ranks, after what the last whole step left is saved.
+            Stopped: on all ranks, after the last whole step is saved.
         """
         self._position = self._where()  # a stop before the update goes on from here
         self._rows = []
@@ -267,7 +250,7 @@ class Run:
         return Sums(failed_saves=failed)
 
     def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
-        """Whether the step may update, the same on all ranks; else it is skipped and written down.
+        """Whether the step may update, the same on all ranks; else it is skipped and recorded.
 
         Args:
             sums: of the step, over all ranks.
@@ -352,8 +335,8 @@ class Run:
     def _evaluate(self) -> None:
         """Validate, and keep ``best/`` when the mean over heads is the lowest since step 0.
 
-        The loss before training does not count, so there is a ``best/`` also where training made
-        the model worse: ``heldout_loss.base`` in summary.json tells.
+        The loss before training does not count, so there is a ``best/`` even if training made the
+        model worse: ``heldout_loss.base`` in summary.json tells.
         """
         self.heldout["last"] = self._heldout_losses()
         loss = sum(self.heldout["last"]) / len(self.heldout["last"])
@@ -374,7 +357,7 @@ class Run:
             states.save(self.step, self._model, self._optimizer, run, own, keep_older=in_a_row)
 
     def _stop(self, reason: str) -> None:
-        """Save what the last whole step left, and end all runs of this process."""
+        """Save the last whole step, and end all runs of this process."""
         if self._states.last_step != self.step:
             self.save_checkpoint(self._states)
         with self._watchdog.paused():
@@ -411,10 +394,7 @@ class Run:
             logger.close()
 
     def replay(self, loss_step: Callable[[dict], tuple]) -> None:
-        """Repeat the step at which a run stopped: where does what is not finite come from?
-
-        Args:
-            loss_step: of the recipe.
+        """Repeat the step at which a run stopped, with the recipe's loss step: what is not finite?
 
         Raises:
             ValueError: if the folder that ``replay`` names holds no state.

@@ -30,13 +30,13 @@ FAILED, JOINING = "wmtp/rank_0_failed", "wmtp/rank_0_joins"  # keys of the launc
 
 @contextmanager
 def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
-    """End the process with a sentence on stderr, and exit code 1, at what its user can mend.
+    """End the process with a sentence on stderr, and exit code 1, at what its user can correct.
 
     Of what every rank finds only rank 0 speaks; the others then wait for the launcher to end them.
     What another rank found alone carries its number.
 
     Args:
-        errors: exceptions that say everything in their message; others keep their traceback.
+        errors: exceptions whose message says everything; others keep their traceback.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def process_group(
     """The process group of a recipe, with signals heard; all ranks leave it together.
 
     Args:
-        cfg: the recipe's config, checked.
+        cfg: checked.
         stop_requests: further arguments of ``StopRequests``.
 
     Yields:
@@ -118,7 +118,6 @@ def _tell_others(key: str) -> None:
 
 @functools.cache
 def _store() -> dist.Store:
-    """The store of the launcher, through which ranks also find each other."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ValueError("not started by torchrun")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -1,12 +1,12 @@
 """Stopping when asked to: a signal or ``max_hours``, on all ranks after the same micro-step.
 
-A run ends early for reasons that are nobody's fault: a scheduler takes the machine back, a job's
-time is up, someone types Ctrl-C. It then saves, says so in ``exit.json`` and on stderr, and every
-rank exits with 75, which schedulers read as "try again". torchrun turns that into 1.
+A run that a scheduler, a time limit or Ctrl-C ends early saves, says so in ``exit.json`` and on
+stderr, and every rank exits with 75, which schedulers read as "try again". torchrun turns that
+into 1.
 
-What a scheduler's grace has to cover: the rest of a micro-step (or of a validation), one save, and
-2 seconds. ``tune run`` waits 300 s for its workers before it kills them, where torchrun waits 30:
-``wmtp_modules/tune_plugin.py``. A run that is killed before it has saved goes on from the state
+A scheduler's grace must cover the rest of a micro-step (or of a validation), one save, and
+2 seconds. ``tune run`` waits 300 s for its workers before it kills them, torchrun 30:
+``wmtp_modules/tune_plugin.py``. A run that is killed before it has saved resumes from the state
 before.
 """
 
@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ AGREEMENT_TIMEOUT = timedelta(days=2)  # the watchdog speaks much earlier
 
 
 class Stopped(BaseException):
-    """A run ends because it was asked to. No ``Exception``: nothing may take it for a failure.
+    """A run ends because it was asked to. Not an ``Exception``: nothing may take it for a failure.
 
     Attributes:
         reason: one of ``REASONS``.
@@ -69,12 +70,12 @@ class StopRequests:
     runs signal handlers only between two of the main thread's instructions.
 
     Args:
-        max_hours: hours from now after which the run has to have ended; None for no end.
+        max_hours: hours from now after which the run must have ended; None for no limit.
         output_dir: where ``exit.json`` goes; None for nowhere.
-        again: what goes on with the run, for the sentence at its end.
+        again: what continues the run, for the sentence at its end.
 
     Raises:
-        ValueError: if ``max_hours`` is no time.
+        ValueError: if ``max_hours`` is not above 0.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class StopRequests:
         self._phase, self._phase_since = _Phase.RESUMABLE, time.monotonic()
         self._asked_at: float | None = None
         self._longest_step = self._longest_save = 0.0
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
 
     def __enter__(self) -> "StopRequests":
         global _installed
@@ -140,13 +141,10 @@ class StopRequests:
             raise Stopped(self._signal)
 
     def agreed(self) -> str | None:
-        """Why to stop now, the same on every rank; None to go on. Call it once a micro-step.
+        """Why to stop now (of ``REASONS``), the same on every rank; None to go on. Once a micro-step.
 
         Any rank's signal counts, and rank 0's clock. A collective on the host, over a gloo group:
         on GPUs, whose hosts run ahead of them, it is where hosts wait for each other.
-
-        Returns:
-            "SIGTERM", "SIGINT", "SIGUSR1", "max_hours" or None.
         """
         now = time.monotonic()
         if self._asked_at is not None:
@@ -175,14 +173,13 @@ class StopRequests:
 
     def _handle(self, signum: int, frame: object) -> None:
         """In the main thread."""
-        is_first = self._signal is None
-        if is_first:
+        if self._signal is None:
             self._signal = signal.Signals(signum).name
-        if is_first and self._phase is _Phase.RESUMABLE:
-            raise Stopped(self._signal)
+            if self._phase is _Phase.RESUMABLE:
+                raise Stopped(self._signal)
 
     def _listen(self) -> None:
-        """In a thread: what has to happen whatever the main thread is in."""
+        """In a thread: what must happen whatever the main thread is in."""
         while True:
             numbers = b""
             if select.select([self._read_fd], [], [], 1.0)[0]:
@@ -213,7 +210,7 @@ class StopRequests:
     # ---------------------------------------------------------------- leaving
 
     def leave(self, stopped: Stopped) -> None:
-        """End this process with 75, not before all ranks have saved. Does not return.
+        """End this process with 75, once all ranks have saved. Does not return.
 
         torchrun kills the other workers as soon as one has ended.
         """
@@ -221,7 +218,7 @@ class StopRequests:
         self._tell(stopped)
         if stopped.step is not None:
             with suppress(RuntimeError):  # a rank that is gone or hangs holds up nobody
-                last = dist.barrier(group=self._group, async_op=True)
+                last: Any = dist.barrier(group=self._group, async_op=True)
                 last.wait(timedelta(seconds=LAST_WAIT_S))
         for one in SIGNALS:  # torchrun sends another one as soon as the fastest rank has ended
             signal.signal(one, signal.SIG_IGN)
@@ -255,9 +252,9 @@ _installed: StopRequests | None = None
 
 
 def _forget_in_child() -> None:
-    """A forked child, such as one of a pool that tokenises, is ended by signals as ever.
+    """A forked child, such as one of a pool that tokenises, is ended by signals as usual.
 
-    It would tell of its own signals in the parent's pipe.
+    It would report its own signals in the parent's pipe.
     """
     if _installed is not None:
         _installed._uninstall()
@@ -268,8 +265,7 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 @contextmanager
 def exit_code(stops: StopRequests) -> Iterator[None]:
-    """End the process with 75 where the block raises ``Stopped``: after one sentence of rank 0,
-    ``exit.json``, and a wait for the ranks that still save."""
+    """End the process as ``StopRequests.leave`` does if the block raises ``Stopped``."""
     try:
         yield
     except Stopped as stopped:
@@ -291,7 +287,7 @@ def write_exit(
 
     Args:
         output_dir: folder of the run; made if need be.
-        reason: why the run ended before its end.
+        reason: why the run ended early.
         step: last optimizer step that is saved; None if it is not known here.
         more: further keys.
     """
@@ -299,8 +295,3 @@ def write_exit(
     folder.mkdir(parents=True, exist_ok=True)
     with new_file(folder / "exit.json") as unfinished:
         unfinished.write_text(json.dumps({"reason": reason, "step": step, **more}, indent=1))
-
-
-def clear_exit(output_dir: str | os.PathLike) -> None:
-    """Remove the ``exit.json`` of an earlier start: the run goes on."""
-    (Path(output_dir) / "exit.json").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run needs to go on: sharded model and optimizer, the run's position, each rank's own part.
+"""What a run needs to resume: sharded model and optimizer, the run's position, each rank's own part.
 
 A state is a folder ``step_000123`` on a file system that all ranks share:
 
@@ -6,9 +6,9 @@ A state is a folder ``step_000123`` on a file system that all ranks share:
 - ``run.pt``: what is the same on all ranks; ``rank_<r>.pt``: random state of one;
 - ``manifest.json``: size and sha256 of every other file.
 
-It is copied at once and written while training goes on, under a temporary name, every file
-synced, and renamed when all of it is there. So what has the name is complete, unless something
-damaged it since, which the manifest tells.
+It is copied at once and written while training continues, under a temporary name, every file
+synced, and renamed when complete. So what has the name is complete, unless something damaged it
+since, which the manifest tells.
 """
 
 import json
@@ -41,6 +41,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wmtp_modules.files import disk_errors, file_hash, sync
+from wmtp_modules.parallel.process_group import all_gathered
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class TrainingStates:
         self._keep_last = keep_last
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         # Threads that write talk over a group of their own, and may take long.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         pinned = torch.cuda.is_available()  # copies from the GPU at full speed, buffers kept
         self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="training_state")
@@ -81,14 +82,12 @@ class TrainingStates:
         own: dict,
         keep_older: bool = False,
     ) -> None:
-        """Copy a state; it is written while the caller goes on.
-
-        Waits for the one before. ``wait`` tells when, and whether, it is on the disk.
+        """Copy a state, which is written while the caller goes on; waits for the one before.
 
         Args:
             step: optimizer steps done.
             model: sharded model.
-            optimizer: its optimizer.
+            optimizer: of the model.
             run: plain values and tensors, the same on all ranks.
             own: this rank's.
             keep_older: delete none of the older ones, whatever ``keep_last`` says.
@@ -103,7 +102,7 @@ class TrainingStates:
         with _one_sentence_for(partial):
             self._on_rank_zero(lambda: _make_anew(partial))
         run = {"world": self._world, "optimizer": plain, **run}
-        written = dcp.async_save(
+        written: Any = dcp.async_save(
             tensors,
             storage_writer=_Writer(partial),
             async_stager=self._stager,
@@ -118,7 +117,7 @@ class TrainingStates:
         self.last_step = step
 
     def wait(self) -> None:
-        """Until what was saved last is complete under its name.
+        """Wait until what was saved last is complete under its name.
 
         Raises:
             OSError: if it could not be written, on all ranks; earlier states are untouched.
@@ -189,9 +188,7 @@ class TrainingStates:
     # --------------------------------------------------------------- reading
 
     def newest(self) -> Path | None:
-        """The sound state with the most steps; None if there is none at all.
-
-        A damaged one is named in a warning, passed over and kept. All ranks share the reading.
+        """The sound state with the most steps; None if there is none. All ranks share the reading.
 
         Raises:
             ValueError: if there are states and all of them are damaged.
@@ -240,19 +237,12 @@ class TrainingStates:
                     problem = f"the content of {name} has changed"
             except OSError as error:  # a bad block, or no right to read it
                 problem = f"{name} cannot be read: {error.strerror or error}"
-        problems = [None] * self._world
-        dist.all_gather_object(problems, problem, group=self._group)
-        return next(filter(None, problems), None)
+        return next(filter(None, all_gathered(problem, self._group)), None)
 
     def load(
         self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Fill model and optimizer in place, whatever the number of ranks that saved.
-
-        Args:
-            folder: a sound state.
-            model: the model, sharded as it will be trained.
-            optimizer: its optimizer.
 
         Returns:
             The run's part, and this rank's own; None if no rank of this number had saved.
@@ -292,8 +282,7 @@ class TrainingStates:
             outcome = work()
         except Exception as caught:  # whatever it is, the others must not wait for ever
             error, outcome = caught, f"rank {self._rank}: {caught or type(caught).__name__}"
-        outcomes = [None] * self._world
-        dist.all_gather_object(outcomes, outcome, group=self._group)
+        outcomes = all_gathered(outcome, self._group)
         for one in outcomes:
             if isinstance(one, str):
                 raise OSError(one) from error
@@ -388,18 +377,19 @@ def _file_name(name: str) -> str:
 
 def _split(
     model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Tensors of model and optimizer, each under a name of its own, and the optimizer's rest.
 
-    An optimizer that has not stepped yet has nothing to save. DCP would step it to see what it
-    will have, and Adam's count of steps would be one ahead.
+    An optimizer that has not stepped has nothing to save: DCP would step it to see what it will
+    have, and Adam's count of steps would be one ahead.
     """
     if not optimizer.state:
         return {"model": get_model_state_dict(model)}, {}
     model_state, optimizer_state = get_state_dict(model, optimizer)
+    states: Any = optimizer_state["state"]
     values = {
         f"{parameter}/{name}": value
-        for parameter, state in optimizer_state["state"].items()
+        for parameter, state in states.items()
         for name, value in state.items()
     }
     tensors: dict[str, torch.Tensor] = {}
@@ -413,10 +403,7 @@ def _split(
 
 
 def _parts(name: str, value: Any) -> dict[str, torch.Tensor]:
-    """A tensor under its name; the plain ones that a quantised one is made of.
-
-    DCP copies and writes DTensors and plain tensors only.
-    """
+    """A tensor under its name, or the plain ones that a quantised one is made of: DCP takes no others."""
     if not torch.is_tensor(value):
         return {}
     if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
@@ -430,7 +417,9 @@ def _put_back(
     if not plain:
         set_model_state_dict(model, tensors["model"])
         return
-    state = get_optimizer_state_dict(model, optimizer)["state"]  # its tensors are filled already
+    state: Any = get_optimizer_state_dict(model, optimizer)[
+        "state"
+    ]  # its tensors are filled already
     for key, value in plain["values"].items():
         parameter, name = key.rsplit("/", 1)
         state[parameter][name] = value
@@ -445,9 +434,9 @@ def _put_back(
 class _Writer(dcp.FileSystemWriter):
     """DCP's writer, which syncs its files, with the reason where a disk is full."""
 
-    def write_data(self, *args: Any):
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
         with disk_errors():
-            return super().write_data(*args)
+            return super().write_data(plan, planner)
 
 
 class _TensorsOnly(dcp.DefaultLoadPlanner):
@@ -474,7 +463,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) not in _METADATA_PARTS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is none of a state")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no state holds")
         return super().find_class(module, name)
 
 
