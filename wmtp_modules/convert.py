@@ -40,11 +40,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None) -> str:
-    """Convert a checkpoint folder.
+    """Convert the checkpoint folder ``src`` into the new or empty folder ``dst``.
 
     Args:
-        src: folder to read.
-        dst: new or empty folder.
         to: "meta", "hf" or "mtp", as the command line explains.
         n_future_tokens: heads of the model that "mtp" makes; 4 if None.
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from types import ModuleType
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,12 +29,7 @@ SHOWN = 3  # settings that help
 
 
 def check(cfg: DictConfig, ranks: int, recipe: ModuleType) -> None:
-    """Whether the recipe would run the config, on so many ranks.
-
-    Args:
-        cfg: the config.
-        ranks: size of the process group.
-        recipe: from ``load_recipe``.
+    """Check whether the recipe would run the config on so many ranks.
 
     Raises:
         ConfigError: with everything that is wrong.
@@ -50,7 +46,7 @@ def best_settings(
 ) -> dict[str, Estimate]:
     """The settings that need least, and less than now, each by how it is written."""
     others = {
-        name: estimate_step(OmegaConf.merge(cfg, change), other_ranks, recipe)
+        name: estimate_step(cast(DictConfig, OmegaConf.merge(cfg, change)), other_ranks, recipe)
         for name, (change, other_ranks) in helpful_settings(cfg, ranks).items()
     }
     best = sorted(others.items(), key=lambda item: item[1].peak)[:SHOWN]

@@ -41,9 +41,7 @@ def progress_bar(
     """A bar on stderr; where that is no terminal, a line about every 20 seconds and at the end.
 
     Args:
-        total: units that there are.
         initial: units that were done before.
-        unit: what is counted.
         unit_scale: counts as 1.2k, 3.4M.
         shown: False on the ranks that stay silent.
 

@@ -36,8 +36,7 @@ _TO_HF = {ours: hf for ours, _, hf in (*_BLOCK_KEYS, *_SHARED_KEYS)}
 def parameter_shapes(args: dict) -> dict[str, tuple[int, ...]]:
     """Key and shape of every parameter of ``mtp_llama2(**args)``, in the model's order.
 
-    Args:
-        args: arguments of ``mtp_llama2``, ``intermediate_dim`` given.
+    ``args`` must have ``intermediate_dim``.
     """
     dim, hidden, vocab = args["embed_dim"], args["intermediate_dim"], args["vocab_size"]
     kv_dim = dim // args["num_heads"] * args["num_kv_heads"]
@@ -64,12 +63,7 @@ def parameter_shapes(args: dict) -> dict[str, tuple[int, ...]]:
 
 
 def meta_key(key: str, n_trunk: int) -> str:
-    """Meta's name of one of our keys.
-
-    Args:
-        key: our key.
-        n_trunk: trunk blocks, i.e. the place of head 0 in Meta's ``layers``.
-    """
+    """Meta's name of one of our keys; head 0 has the index ``n_trunk`` in Meta's ``layers``."""
     if key in _TO_META:
         return _TO_META[key]
     stack, index, rest = key.split(".", 2)
@@ -79,14 +73,10 @@ def meta_key(key: str, n_trunk: int) -> str:
 
 
 def hf_key(key: str, n_trunk: int) -> str:
-    """Hugging Face's name of one of our keys; every head maps to the last block.
+    """Hugging Face's name of one of our keys; every head maps to the last block, ``n_trunk``.
 
-    Reading with it therefore starts each head as a copy of that block; writing takes trunk and
-    head 0 only, see ``is_extra_head``.
-
-    Args:
-        key: our key.
-        n_trunk: trunk blocks; the last Hugging Face block has this index.
+    Reading therefore starts each head as a copy of that block; writing takes trunk and head 0 only,
+    see ``is_extra_head``.
     """
     if key in _TO_HF:
         return _TO_HF[key]
@@ -107,22 +97,15 @@ def rotary_heads(key: str, args: dict) -> int | None:
 
 
 def rows_from_hf(num_heads: int, head_dim: int) -> torch.Tensor:
-    """Row numbers such that ``ours = hf[rows]`` for a q or k projection.
+    """Row numbers such that ``ours = hf[rows]`` for a q or k projection, int64 [rows].
 
     Row (head, 2 i + p) of the interleaved form is row (head, i + p head_dim / 2) of the split one.
-
-    Returns:
-        int64 [num_heads * head_dim].
     """
     rows = torch.arange(num_heads * head_dim).view(num_heads, 2, head_dim // 2)
     return rows.transpose(1, 2).reshape(-1)
 
 
 def rows_to_hf(num_heads: int, head_dim: int) -> torch.Tensor:
-    """Row numbers such that ``hf = ours[rows]``: the inverse of ``rows_from_hf``.
-
-    Returns:
-        int64 [num_heads * head_dim].
-    """
+    """Row numbers such that ``hf = ours[rows]``: the inverse of ``rows_from_hf``."""
     rows = torch.arange(num_heads * head_dim).view(num_heads, head_dim // 2, 2)
     return rows.transpose(1, 2).reshape(-1)

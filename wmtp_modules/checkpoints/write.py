@@ -24,12 +24,13 @@ from wmtp_modules.checkpoints.read import (
     meta_hidden_dim,
 )
 from wmtp_modules.files import disk_errors, new_folder
+from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import share_from_rank_zero
 from wmtp_modules.progress import progress_bar
 
 
 def save_meta(
-    model: nn.Module, folder: str | Path, *, tokenizer_path: str | Path, dtype: torch.dtype
+    model: MTPTransformer, folder: str | Path, *, tokenizer_path: str | Path, dtype: torch.dtype
 ) -> None:
     """Write all heads as a folder in Meta's format; all ranks call it.
 
@@ -37,10 +38,9 @@ def save_meta(
     appears under its name when it is complete, in place of an earlier checkpoint.
 
     Args:
-        model: ``mtp_llama2`` model, plain or sharded.
-        folder: where to write.
+        model: plain or sharded.
         tokenizer_path: SentencePiece model to put beside the weights.
-        dtype: dtype of the written tensors.
+        dtype: of the written tensors.
 
     Raises:
         ValueError: if the tokenizer is not the model's, or ``folder`` holds something else.
@@ -80,9 +80,7 @@ def write_meta(
     Args:
         tensors: our key and whole CPU tensor of each parameter, mapped from a file or not.
         args: arguments of ``mtp_llama2``.
-        folder: where to write; see ``save_meta``.
-        tokenizer_path: SentencePiece model.
-        bar_bytes: bytes that will be written, to show a progress bar; none is shown if None.
+        bar_bytes: bytes that will be written, to show a progress bar; None shows none.
     """
     n_trunk = args["num_layers"] - args["n_future_tokens"]
     state = {meta_key(key, n_trunk): _with_own_storage(tensor) for key, tensor in tensors}
@@ -118,7 +116,6 @@ def writing_bar(n_bytes: int | None) -> tqdm:
 
 @torch.no_grad()
 def _whole_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gather one parameter after the other and move it to the CPU."""
     for key, parameter in llama_parameters(model):
         tensor = parameter.to(dtype)
         if isinstance(tensor, DTensor):
@@ -148,10 +145,9 @@ def checkpoint_folder(folder: Path, tokenizer_path: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        ours = any((folder / name).exists() for name in ("params.json", "config.json"))
-        if not ours:
-            raise ValueError(f"{folder} holds something other than a checkpoint: use another path")
+    ours = any((folder / name).exists() for name in ("params.json", "config.json"))
+    if not ours and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something other than a checkpoint: use another path")
 
 
 def _meta_hidden_fields(dim: int, hidden: int) -> dict[str, int | float]:

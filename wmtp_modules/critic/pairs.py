@@ -68,20 +68,16 @@ def training_items(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a critic is trained on, and the held-out pairs that judge it.
 
-    Args:
-        train: responses to train on.
-        heldout: responses to judge on.
-        objective: ``regression`` or ``pairwise``.
-        seed: of the pairs.
-
     Returns:
-        int64 [n, 1], rows with a response, or [n, 2], pairs of rows; and held-out pairs [P, 2].
+        int64 [n, 1], rows with a response (``regression``), or [n, 2], pairs of rows
+        (``pairwise``); and held-out pairs [P, 2].
 
     Raises:
         ValueError: if the objective needs pairs and there are none.
     """
     found = {}
     for name, responses in (("dataset", train), ("dataset_val", heldout)):
+        assert responses.rewards is not None
         lengths, problems = response_lengths(responses.rows), problem_ids(responses.rows)
         found[name] = make_pairs(lengths, responses.rewards, problems, seed=seed)
         if objective == "pairwise" and not len(found[name]):
@@ -97,13 +93,7 @@ def training_items(
 
 
 def joint_batch(n_items: int, size: int, step: int, seed: int) -> np.ndarray:
-    """Items of one training step of all ranks: epoch after epoch, each in an order of its own.
-
-    Args:
-        n_items: rows or pairs to train on.
-        size: of the joint batch.
-        step: optimizer step, from 0.
-        seed: of the order.
+    """Items of one training step (from 0) of all ranks: epoch after epoch, each in a new order.
 
     Raises:
         ValueError: if there are fewer items than a joint batch.

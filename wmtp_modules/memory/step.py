@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -79,19 +79,23 @@ class _Peak:
 
     where = ""
     peak = 0
-    at_peak: tuple = ("", {})
+    at_peak: tuple[str, dict] = ("", {})
+    # Of the trackers.
+    _curr_mem_snap: dict
+    _track: Callable
+    _ref_class: Any
 
-    def _update_peak_stats(self, _) -> None:
+    def _update_peak_stats(self, _: Any) -> None:
         alive = self._curr_mem_snap.get(CPU, {"Total": 0})
         if alive["Total"] > self.peak:
             self.peak, self.at_peak = alive["Total"], (self.where, dict(alive))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args: Any = (), kwargs=None):
         if func is torch.ops.aten.logsumexp.default:
             # Its kernel holds exp(x - max), as large as x, which no tracker sees.
             inside = torch.empty_like(args[0])
             self._track(self._ref_class.ACT, inside)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return cast(Any, super()).__torch_dispatch__(func, types, args, kwargs)
 
     def estimate(self) -> Estimate:
         where, alive = self.at_peak
@@ -99,7 +103,7 @@ class _Peak:
         return Estimate(self.peak, where, parts)
 
 
-class _ShardedTracker(_Peak, FSDPMemTracker):
+class _ShardedTracker(_Peak, FSDPMemTracker):  # pyrefly: ignore[inconsistent-inheritance]
     pass
 
 
@@ -116,7 +120,7 @@ def load_recipe(path: str | Path) -> ModuleType:
     path = Path(path)
     name = f"recipe_of_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or not path.is_file():
+    if spec is None or spec.loader is None or not path.is_file():
         raise ValueError(f"{path} is not a recipe: name a Python file such as recipes/mine.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses and pickles look
@@ -150,8 +154,6 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
 
     Args:
         cfg: config of the recipe; of the critic's it is the policy stage that is estimated.
-        ranks: size of the process group.
-        recipe: from ``load_recipe``.
 
     Raises:
         ValueError: if an online reference's folder is not there: its size is read from it.
@@ -161,7 +163,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     on_gpu, B, T = cfg.device == "cuda", cfg.batch_size, cfg.tokenizer.max_seq_len
     chunk = loss_module.CHUNK_LOGITS_CUDA if on_gpu else loss_module.CHUNK_LOGITS_CPU
     two_steps = {"checkpointer": None, "compile": False, "max_steps": 2, "num_warmup_steps": 0}
-    cfg = OmegaConf.merge(cfg, two_steps)
+    cfg = cast(DictConfig, OmegaConf.merge(cfg, two_steps))
 
     def make_mask(seq_lens: object) -> torch.Tensor | None:
         # Dense on a CPU. On a GPU flex attention has blocks that take next to nothing.
@@ -192,11 +194,7 @@ class Rehearsal:
     """Stands in for ``Run`` under a recipe's ``train``: two steps, the second of them tracked.
 
     The first gives the optimizer its state, and DTensor works out once, with tensors of its own,
-    what it then remembers: neither is to count.
-
-    Args:
-        cfg: of the recipe.
-        recipe: after ``setup_model``.
+    what it then remembers: neither should count. ``recipe`` is after ``setup_model``.
     """
 
     def __init__(self, cfg: DictConfig, recipe: Any) -> None:
@@ -277,9 +275,6 @@ def estimate_trunk(cfg: DictConfig) -> Estimate:
 
     Each rank holds the frozen model whole and computes values of a batch of rows without gradient;
     a step of the value head needs less than that.
-
-    Args:
-        cfg: config of the critic's recipe with its block ``critic``.
     """
     pairs = 2 if cfg.critic.objective == "pairwise" else 1
     rows = max(BATCH_ROWS, pairs * cfg.critic.batch_size)

@@ -23,8 +23,6 @@ def shard_model(
     ``compute_dtype``, and a cast would round fp32 token weights to bf16.
 
     Args:
-        model: on its device or on meta.
-        mesh: one-dimensional data-parallel mesh.
         compute_dtype: of the gathered parameters; the sharded ones keep theirs.
     """
     policy = MixedPrecisionPolicy(

@@ -219,7 +219,6 @@ def print_replay(step: int, findings: list[list[str]]) -> None:
     """Print what a replayed step shows, of all ranks on rank 0; a collective.
 
     Args:
-        step: its number, from 1.
         findings: of ``look_again``, for each micro-batch of this rank.
     """
     ranks = all_gathered(findings)

@@ -81,8 +81,6 @@ def step_metrics(
     Args:
         sums: over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
             ``objective`` weighted loss, ``noise`` of ``noise_sums``.
-        stats: ``weight_stats`` of the step's last joint micro-batch.
-        alphas_K: weights of the heads.
     """
     n_prime = (alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
     losses_K = (sums["loss_K"] / sums["n_K"].clamp(min=1)).tolist()

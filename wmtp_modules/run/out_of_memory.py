@@ -56,14 +56,7 @@ def helpful_settings(cfg: DictConfig, ranks: int) -> dict[str, tuple[dict, int]]
 def out_of_memory_sentence(
     cfg: DictConfig, model_args: dict, *, ranks: int, peak_gib: float
 ) -> str:
-    """The step's shapes, the peak, settings that need less, and the command that estimates them.
-
-    Args:
-        cfg: checked.
-        model_args: ``MTPTransformer.args``.
-        ranks: size of the process group.
-        peak_gib: of this rank so far, GiB.
-    """
+    """The step's shapes, the peak, settings that need less, and the command that estimates them."""
     settings = "; ".join(helpful_settings(cfg, ranks)) or "a smaller model"
     config_file = Path(cfg.output_dir) / "config.yaml"
     return (

@@ -88,9 +88,6 @@ def train(
     """Train what a recipe has set up, then write its summary.
 
     Args:
-        recipe: of this rank.
-        cfg: of the run.
-        stops: what may end it early.
         beside: metrics files of the runs before, drawn in the same picture.
         started: ``time.perf_counter()`` when the run's setup began.
 
@@ -117,7 +114,6 @@ def run_all(runs: list[DictConfig], run: Callable[[DictConfig, dict[str, Path]],
     """Controls first, then the run itself: a claim about weighting is a claim against them.
 
     Args:
-        runs: at least one.
         run: makes one, given the metrics files of those before, and returns its summary.
 
     Returns:
@@ -159,7 +155,6 @@ def finished_run(config_file: str, **inherited: str) -> Path | None:
     """The folder of another run once it is finished, else None.
 
     Args:
-        config_file: config of that run.
         inherited: what the run that requires it passes on, such as ``assets_dir``.
 
     Raises:

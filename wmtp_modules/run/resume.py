@@ -85,9 +85,6 @@ def notes_on_resume(
     """What a user should know when ranks share the packs otherwise than before.
 
     Args:
-        run: of ``check_same_run``.
-        cfg: config of the run that continues.
-        world: ranks that continue.
         epoch_packs: packs of an epoch, about.
     """
     notes = []

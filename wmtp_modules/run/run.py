@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import config, training, utils
 
 from wmtp_modules.data.loader import epoch_dataloader, to_device
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
+from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
 from wmtp_modules.run.figures import Sums, Throughput, TrainingError, peak_memory_gib, step_metrics
@@ -45,15 +45,6 @@ class Run:
     """One training run, from its state to resume from to its last checkpoint.
 
     Args:
-        cfg: config of the run.
-        device: of this rank.
-        stops: what may end the run early.
-        watchdog: ends the run when a rank hangs.
-        model: sharded model.
-        optimizer: of the model.
-        lr_scheduler: of the optimizer.
-        dataset: packs to train on.
-        alphas_K: weights of the heads.
         made_from: names data, scores and so on; a state made from others is refused.
         validate: gives the held-out loss of each head, equal on all ranks.
         export: writes the model to a folder.
@@ -61,9 +52,7 @@ class Run:
 
     Attributes:
         step, micro_step: optimizer steps and micro-steps done.
-        world: number of ranks.
         heldout: held-out losses, "base" before training and "last" since.
-        kept: as above.
     """
 
     def __init__(
@@ -73,7 +62,7 @@ class Run:
         device: torch.device,
         stops: StopRequests,
         watchdog: Watchdog,
-        model: nn.Module,
+        model: MTPTransformer,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: LRScheduler,
         dataset: PackedDataset,
@@ -280,7 +269,6 @@ class Run:
             sums: of the step, over all ranks.
             stats: ``weight_stats`` of the step's last joint micro-batch.
             grad_norm: of the whole model, before clipping.
-            lr: learning rate of the step.
         """
         cfg = self._cfg
         self.step += 1

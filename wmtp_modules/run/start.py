@@ -73,7 +73,6 @@ def process_group(
     """The process group of a recipe, with signals heard; all ranks leave it together.
 
     Args:
-        cfg: checked.
         stop_requests: further arguments of ``StopRequests``.
 
     Yields:

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -127,8 +127,8 @@ class StopRequests:
         Raises:
             Stopped: at the end of the block, if a signal came after the last ``agreed``.
         """
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+        if not self._group:
+            self._group = cast(Any, dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT))
         # No rank takes up a signal here while another still leaves at once because of it.
         dist.barrier(group=self._group)
         self._enter_phase(_Phase.STEPS)
@@ -141,7 +141,7 @@ class StopRequests:
             raise Stopped(self._signal)
 
     def agreed(self) -> str | None:
-        """Why to stop now (of ``REASONS``), the same on every rank; None to go on. Once a micro-step.
+        """One of ``REASONS`` to stop now, the same on every rank, or None; once a micro-step.
 
         Any rank's signal counts, and rank 0's clock. A collective on the host, over a gloo group:
         on GPUs, whose hosts run ahead of them, it is where hosts wait for each other.
@@ -286,10 +286,7 @@ def write_exit(
     """Write ``exit.json``, whole or not at all. Rank 0 calls it.
 
     Args:
-        output_dir: folder of the run; made if need be.
-        reason: why the run ended early.
         step: last optimizer step that is saved; None if it is not known here.
-        more: further keys.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run needs to resume: sharded model and optimizer, the run's position, each rank's own part.
+"""What a run needs to resume: sharded model and optimizer, its position, each rank's own part.
 
 A state is a folder ``step_000123`` on a file system that all ranks share:
 
@@ -85,9 +85,6 @@ class TrainingStates:
         """Copy a state, which is written while the caller goes on; waits for the one before.
 
         Args:
-            step: optimizer steps done.
-            model: sharded model.
-            optimizer: of the model.
             run: plain values and tensors, the same on all ranks.
             own: this rank's.
             keep_older: delete none of the older ones, whatever ``keep_last`` says.
@@ -403,7 +400,7 @@ def _split(
 
 
 def _parts(name: str, value: Any) -> dict[str, torch.Tensor]:
-    """A tensor under its name, or the plain ones that a quantised one is made of: DCP takes no others."""
+    """A tensor under its name; a quantised one as the plain ones it is made of, which DCP takes."""
     if not torch.is_tensor(value):
         return {}
     if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):

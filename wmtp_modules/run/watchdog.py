@@ -80,7 +80,6 @@ class Watchdog:
 
     Args:
         timeout_s: seconds without a ``beat`` after which the run ends.
-        output_dir: where ``exit.json`` goes.
 
     Raises:
         ValueError: if ``timeout_s`` is not above 0.
@@ -229,8 +228,6 @@ def find_hang(
     Args:
         reports: of each rank; None of one that has never published.
         silences: seconds since each of them was heard of.
-        own_rank: this rank.
-        timeout_s: patience, seconds.
     """
     own = reports[own_rank]
     assert own is not None
