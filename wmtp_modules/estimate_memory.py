@@ -15,13 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.file import read_config
-from wmtp_modules.memory.step import (
-    Estimate,
-    estimate_step,
-    estimate_trunk,
-    load_recipe,
-    recipe_of,
-)
+from wmtp_modules.memory.step import Estimate, estimate_step, estimate_trunk, load_recipe, recipe_of
 from wmtp_modules.run.out_of_memory import helpful_settings
 
 GIB, MIB = 2**30, 2**20
@@ -29,11 +23,7 @@ SHOWN = 3  # settings that help
 
 
 def check(cfg: DictConfig, ranks: int, recipe: ModuleType) -> None:
-    """Check whether the recipe would run the config on so many ranks.
-
-    Raises:
-        ConfigError: with everything that is wrong.
-    """
+    """ConfigError, with everything that keeps the recipe from running the config on so many ranks."""
     if ranks < 1:
         raise ConfigError(f"--ranks: must be at least 1, got {ranks}")
     recipe.check(cfg)

@@ -97,11 +97,7 @@ def disk_errors() -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Write a file beside ``path`` that takes its name when it is on the disk.
-
-    Raises:
-        OSError: if the disk is full or fails; names the file.
-    """
+    """Write a file beside ``path`` that takes its name when on the disk; OSError names it."""
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with disk_errors():
@@ -129,11 +125,7 @@ def file_hash(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: if the file holds anything else, or is damaged.
-    """
+    """The object in a JSON file; ValueError if the file holds anything else, or is damaged."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # also what is not UTF-8

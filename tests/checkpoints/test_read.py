@@ -582,7 +582,9 @@ def test_an_index_cannot_name_a_file_elsewhere(hf_folder, shard):
     (hf_folder / "model.safetensors").rename(hf_folder.parent / "secret.safetensors")
     index = hf_folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
-    with pytest.raises(ValueError, match=r"index\.json names the shard .* no file in its folder"):
+    with pytest.raises(
+        ValueError, match=r"index\.json names the shard .* not a file in its folder"
+    ):
         Checkpoint(hf_folder)
 
 

@@ -79,7 +79,7 @@ def test_all_wait_for_each_other():
     found = hang({0: report(), 1: other, 2: report()})
     assert found.ranks == []
     assert found.sentence.startswith(
-        "No rank comes further; ranks 0, 2 wait in all_reduce, called by agreed (stopping.py:1); "
+        "No rank makes progress; ranks 0, 2 wait in all_reduce, called by agreed (stopping.py:1); "
         "rank 1 waits in all_gather, called by forward (model.py:3); the run ends"
     )
 

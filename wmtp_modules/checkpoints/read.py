@@ -254,10 +254,7 @@ def model_args_from_folder(
 
 
 def check_model(
-    model_args: dict,
-    tokenizer_path: str | Path,
-    max_seq_len: int,
-    folder: str | Path | None = None,
+    model_args: dict, tokenizer_path: str | Path, max_seq_len: int, folder: str | Path | None = None
 ) -> None:
     """Compare a model with its tokenizer, and its checkpoint folder, before any data is made.
 
@@ -293,11 +290,7 @@ def check_folder(folder: str | Path, model_args: dict, tokenizer_path: str | Pat
 
 
 def check_vocab(folder: str | Path, vocab_size: int) -> None:
-    """Compare the number of pieces of a tokenizer, or a folder's, with the rows of an embedding.
-
-    Raises:
-        ValueError: if they differ, or the file is not a SentencePiece model.
-    """
+    """ValueError unless a tokenizer, or a folder's, has ``vocab_size`` pieces: an embedding's rows."""
     path = Path(folder)
     path = path / "tokenizer.model" if path.is_dir() else path
     pieces = len(_pieces(path))
@@ -309,11 +302,7 @@ def check_vocab(folder: str | Path, vocab_size: int) -> None:
 
 
 def check_same_vocabulary(path_a: str | Path, path_b: str | Path) -> None:
-    """Make sure that two SentencePiece models give every id the same meaning.
-
-    Raises:
-        ValueError: if any piece differs, or a file is not a SentencePiece model.
-    """
+    """ValueError unless two SentencePiece models give every id the same meaning."""
     pieces_a, pieces_b = _pieces(Path(path_a)), _pieces(Path(path_b))
     differing = abs(len(pieces_a) - len(pieces_b))
     differing += sum(a != b for a, b in zip(pieces_a, pieces_b, strict=False))

@@ -177,7 +177,8 @@ def _check(value: Any, schema: Any, path: str) -> list[str]:
     if isinstance(schema, tuple):
         choices = Literal[schema]  # pyrefly: ignore[not-a-type]  # known when this runs, not before
         return _check(value, choices, path)
-    is_block = isinstance(schema, Mapping | Component) or _is_callable_schema(schema)
+    is_annotation = schema in (*LEAF_TYPES, Any) or get_origin(schema) is not None
+    is_block = isinstance(schema, Mapping | Component) or (callable(schema) and not is_annotation)
     if is_block and not isinstance(value, dict):
         return [f"{path}: must be a block of keys, got {_show(value)}"]
     if isinstance(schema, Component):
@@ -187,11 +188,6 @@ def _check(value: Any, schema: Any, path: str) -> list[str]:
     if is_block:
         return _check_call(value, cast(Callable, schema), (), path)
     return _check_leaf(value, schema, path)
-
-
-def _is_callable_schema(schema: Any) -> bool:
-    is_annotation = schema in (*LEAF_TYPES, Any) or get_origin(schema) is not None
-    return callable(schema) and not is_annotation
 
 
 def _check_block(
@@ -212,8 +208,8 @@ def _check_keys(values: dict, known: Any, required: Sequence[str], path: str) ->
     missing = [key for key in required if key not in values]
     for key in values:
         if key not in known:
-            match = closest(str(key), [k for k in known if k not in values])
-            match = match or closest(str(key), known)
+            missed = [k for k in known if k not in values]
+            match = closest(str(key), missed) or closest(str(key), known)
             meant.add(match)
             hint = f"did you mean '{match}'?" if match else f"known: {', '.join(sorted(known))}"
             errors.append(f"{_join(path, key)}: unknown key ({hint})")

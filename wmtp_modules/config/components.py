@@ -38,12 +38,6 @@ class NotAllowedError(ImportError):
     """A component that a config may not name."""
 
 
-def allowed_components() -> tuple[str, ...]:
-    """Namespaces that components may come from: ours and those of the environment variable."""
-    added = (name.strip() for name in os.environ.get(VARIABLE, "").split(","))
-    return (*NAMESPACES, *filter(None, added))
-
-
 def todays_name(dotted_path: str) -> str:
     """The path itself, or where what it names is since its module has moved."""
     module, dot, name = dotted_path.rpartition(".")
@@ -61,9 +55,13 @@ def locate(dotted_path: str) -> Any:
     first, *rest = dotted_path.split(".")
     if not all((first, *rest)):
         raise ImportError("it is not a dotted path")
-    allowed = allowed_components()
+    added = (name.strip() for name in os.environ.get(VARIABLE, "").split(","))
+    allowed = (*NAMESPACES, *filter(None, added))
     if not _is_inside(dotted_path, allowed):
-        raise NotAllowedError(_refusal(dotted_path, allowed))
+        module, _, name = dotted_path.rpartition(".")
+        near = difflib.get_close_matches(module, allowed, n=1, cutoff=0.8)
+        hint = f"did you mean '{near[0]}.{name}'? " if near else ""
+        raise NotAllowedError(hint + _way_out(dotted_path, allowed))
     found, name = _import(first), first
     for part in rest:
         if hasattr(found, part):
@@ -117,12 +115,6 @@ def _is_defined_inside(found: Any, allowed: Iterable[str]) -> bool:
     if home is None:  # a constant, which runs nothing; a method of one can
         return not callable(found)
     return _is_inside(home, allowed)
-
-
-def _refusal(path: str, allowed: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(path.rpartition(".")[0], allowed, n=1, cutoff=0.8)
-    hint = f"did you mean '{near[0]}.{path.rpartition('.')[2]}'? " if near else ""
-    return hint + _way_out(path, allowed)
 
 
 def _way_out(path: str, allowed: tuple[str, ...]) -> str:

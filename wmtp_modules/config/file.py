@@ -53,11 +53,7 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """A config file, interpolations unresolved, moved components under their present names.
-
-    Raises:
-        ConfigError: if the file is missing or not YAML of keys and values.
-    """
+    """A config file, interpolations unresolved; ConfigError if it is not YAML of keys and values."""
     try:
         config = OmegaConf.load(path)
     except OSError as error:

@@ -25,8 +25,7 @@ PROGRESS = ("step", "heldout_losses", "evaluations_since_best", "best_head")
 class TrainingState:
     """Progress of a critic's training, written after every evaluation so that a kill loses little.
 
-    Args:
-        fingerprint: what the critic is made from; a state of something else is not resumed.
+    A state with another ``fingerprint`` of what the critic is made from is not resumed.
     """
 
     def __init__(self, folder: Path, fingerprint: dict) -> None:
@@ -38,11 +37,7 @@ class TrainingState:
         self.best_head: dict[str, torch.Tensor] = {}
 
     def resume(self, head: ValueHead, optimizer: torch.optim.Optimizer) -> None:
-        """Continue from a state of the same fingerprint, if there is one.
-
-        Raises:
-            ValueError: if the file is damaged or carries code, which is not run.
-        """
+        """Continue from a state of the same fingerprint, if any; ValueError if it is damaged."""
         if not self._path.exists():
             return
         try:
@@ -62,11 +57,7 @@ class TrainingState:
     def evaluated(
         self, heldout_loss: float, head: ValueHead, optimizer: torch.optim.Optimizer
     ) -> float:
-        """Record a held-out loss, equal on all ranks, and return it; rank 0 writes the state.
-
-        Raises:
-            TrainingError: if it is not finite.
-        """
+        """Record and return a held-out loss, equal on all ranks; TrainingError if not finite."""
         if not math.isfinite(heldout_loss):
             raise TrainingError(
                 f"the critic's held-out loss after step {self.step} is {heldout_loss}: lower "
@@ -104,11 +95,7 @@ def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
 
 
 def read_critic(folder: Path) -> dict | None:
-    """The record of a complete critic, or None where there is none.
-
-    Raises:
-        ValueError: if the record is damaged.
-    """
+    """The record of a complete critic, None if there is none; ValueError if it is damaged."""
     path = folder / RECORD_FILE
     if not path.exists():
         return None
@@ -198,11 +185,7 @@ def useful_critic(folder: Path, fingerprint: dict, *, objective: str, allow_any:
 
 
 def load_value_head(folder: Path, embed_dim: int) -> ValueHead:
-    """The value head of a critic, on the CPU.
-
-    Raises:
-        ValueError: if the file is missing, damaged, or of another width.
-    """
+    """The value head of a critic, on the CPU; ValueError if damaged or of another width."""
     head = ValueHead(embed_dim)
     path = folder / HEAD_FILE
     try:

@@ -189,11 +189,7 @@ class RewardStatistics:
 
     @classmethod
     def of(cls, rewards_N: np.ndarray) -> "RewardStatistics":
-        """Statistics of some rewards, [N].
-
-        Raises:
-            ValueError: if there are none, one is not finite, or all are equal.
-        """
+        """Of rewards [N]; ValueError if there are none, one is not finite, or all are equal."""
         rewards_N = np.asarray(rewards_N, np.float64)
         if len(rewards_N) == 0:
             raise ValueError("there are no rewards: the data set is empty")

@@ -74,10 +74,7 @@ def batch_of(rows: Dataset, indices: list[int], device: torch.device) -> dict[st
 
 @torch.no_grad()
 def sums_of_rows(
-    model: MTPTransformer,
-    head: ValueHead,
-    rows: Dataset,
-    batches: Iterable[np.ndarray],
+    model: MTPTransformer, head: ValueHead, rows: Dataset, batches: Iterable[np.ndarray]
 ) -> np.ndarray:
     """``value_sums`` of some rows, fp64 [N, 3]; 0 for the others, so that ranks can add up."""
     sums_N3 = np.zeros((len(rows), 3))

@@ -183,7 +183,8 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
                 if group.get("foreach", False) is None and not group.get("fused"):
                     group["foreach"] = True
         if reference_args:
-            one._reference_model = _make_reference(reference_args, DTYPES[cfg.dtype])
+            one._reference_model = mtp_llama2(**reference_args).eval().requires_grad_(False)
+            cast_parameters_(one._reference_model, DTYPES[cfg.dtype])
         rehearsal = Rehearsal(cfg, one)
         one._run, one._loss_step = rehearsal, rehearsal.loss_step
         one.train()
@@ -223,19 +224,16 @@ class Rehearsal:
             if self._cfg.gradient_accumulation_steps > 1:
                 for parameter in self._model.parameters():
                     parameter.grad = torch.zeros_like(parameter)
-            self._start_tracking()
+            kept = [value for value in self._batch.values() if torch.is_tensor(value)]
+            if self._reference is not None:
+                kept += [*self._reference.parameters(), *self._reference.buffers()]
+            if isinstance(self.tracker, _ShardedTracker):
+                self.tracker.track_inputs(tuple(kept))
+            else:
+                self.tracker.track_external(self._model, self._optimizer, *kept)
+            self.tracker.__enter__()
         self.tracker.where = "forward"
         yield self._batch
-
-    def _start_tracking(self) -> None:
-        kept = [value for value in self._batch.values() if torch.is_tensor(value)]
-        if self._reference is not None:
-            kept += [*self._reference.parameters(), *self._reference.buffers()]
-        if isinstance(self.tracker, _ShardedTracker):
-            self.tracker.track_inputs(tuple(kept))
-        else:
-            self.tracker.track_external(self._model, self._optimizer, *kept)
-        self.tracker.__enter__()
 
     def loss_step(self, batch: dict) -> tuple:
         """The recipe's own; what follows it is the backward."""
@@ -317,12 +315,6 @@ def _online_reference_args(cfg: DictConfig, recipe: ModuleType) -> dict | None:
         return None
     folder = reference.checkpointer.checkpoint_dir
     return model_args_from_folder(folder, max_seq_len=cfg.tokenizer.max_seq_len)
-
-
-def _make_reference(args: dict, dtype: torch.dtype) -> MTPTransformer:
-    model = mtp_llama2(**args)
-    cast_parameters_(model, dtype)
-    return model.eval().requires_grad_(False)
 
 
 def _make_batch(cfg: DictConfig) -> dict[str, Any]:

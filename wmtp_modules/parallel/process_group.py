@@ -143,11 +143,11 @@ def rank_zero_first() -> Iterator[None]:
     """Run the block on rank 0, then on the others, which find what it has cached."""
     if dist.get_rank() != 0:
         patient_barrier()
+        yield
+        return
     try:
         yield
     except (Exception, SystemExit):  # not when asked to stop: the others stop as well, or have left
-        if dist.get_rank() == 0:
-            patient_barrier()
-        raise
-    if dist.get_rank() == 0:
         patient_barrier()
+        raise
+    patient_barrier()

@@ -12,7 +12,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -139,11 +139,8 @@ class MLflowLogger(MetricLoggerInterface):
         database = _sqlite_file(uri)
         self._resumed = run_id is not None
         try:
-            if database:
-                uri = f"sqlite:///{database}"
-                with _lock_beside(database):
-                    self._client = MlflowClient(tracking_uri=uri)
-            else:
+            uri = f"sqlite:///{database}" if database else uri
+            with _lock_beside(database) if database else nullcontext():
                 self._client = MlflowClient(tracking_uri=uri)
             if run_id is None:
                 artifacts = (database.parent / "mlflow_artifacts").as_uri() if database else None
@@ -173,16 +170,15 @@ class MLflowLogger(MetricLoggerInterface):
     def _experiment_id(self, name: str, artifact_location: str | None) -> str:
         from mlflow.exceptions import MlflowException
 
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return self._client.create_experiment(name, artifact_location=artifact_location)
-            except MlflowException:
-                experiment = self._client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-                # Another run made it between the two calls.
-        return experiment.experiment_id
+        if (found := self._client.get_experiment_by_name(name)) is not None:
+            return found.experiment_id
+        try:
+            return self._client.create_experiment(name, artifact_location=artifact_location)
+        except MlflowException:
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return found.experiment_id  # another run made it between the two calls
 
     @property
     def location(self) -> str:

@@ -44,11 +44,7 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
 
 
 def frozen_model(cfg: DictConfig, device: torch.device) -> MTPTransformer:
-    """The model as its checkpoint has it, whole on each rank and in compute precision.
-
-    Raises:
-        ValueError: if the checkpoint does not hold this model.
-    """
+    """The checkpoint's model, whole on each rank and in compute precision."""
     with torch.device("meta"):
         model = config.instantiate(cfg.model)
     cast_parameters_(model, DTYPES[cfg.dtype])

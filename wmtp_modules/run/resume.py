@@ -110,11 +110,7 @@ def notes_on_resume(
 
 
 def check_not_begun(output_dir: Path) -> None:
-    """Make sure that a run which starts over does not delete one that was interrupted.
-
-    Raises:
-        ValueError: if ``output_dir`` holds states of an unfinished run.
-    """
+    """ValueError if starting over would delete an interrupted run."""
     parent = output_dir / "training_state"
     if saved_states(parent) and not (output_dir / "summary.json").exists():
         steps = max(map(step_of, saved_states(parent)))
@@ -126,11 +122,7 @@ def check_not_begun(output_dir: Path) -> None:
 
 
 def check_not_ended(output_dir: Path) -> None:
-    """Make sure that a run which finds no state to resume does not delete a complete one.
-
-    Raises:
-        ValueError: if ``output_dir`` holds the figures of a finished run.
-    """
+    """ValueError if starting without a training state would delete a complete run."""
     summary = output_dir / "summary.json"
     if summary.exists():
         raise ValueError(
@@ -141,10 +133,7 @@ def check_not_ended(output_dir: Path) -> None:
 
 
 def resume_schedule_(scheduler: LRScheduler, state: dict) -> None:
-    """Continue a schedule at the saved step, with the rates that this schedule has there.
-
-    The saved rates are of the old schedule: 0 at its end, which may have moved.
-    """
+    """Continue at the saved step with the new schedule's rate: the old one may end at another step."""
     scheduler.load_state_dict(state)
     scheduler.last_epoch -= 1
     scheduler.step()

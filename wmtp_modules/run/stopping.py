@@ -152,8 +152,9 @@ class StopRequests:
             self._longest_step = max(self._longest_step, now - self._asked_at)
         self._asked_at = now
         reason = self._signal
-        if reason is None and dist.get_rank() == 0 and self._is_last_chance(now):
-            reason = "max_hours"
+        if reason is None and dist.get_rank() == 0 and self._deadline is not None:
+            is_last_chance = now + self._longest_step + self._longest_save > self._deadline
+            reason = "max_hours" if is_last_chance else None
         code = torch.tensor(REASONS.index(reason))
         dist.all_reduce(code, dist.ReduceOp.MAX, group=self._group)
         return REASONS[code]
@@ -161,10 +162,6 @@ class StopRequests:
     def note_save(self, seconds: float) -> None:
         """Tell how long a save took: ``max_hours`` leaves time for one more."""
         self._longest_save = max(self._longest_save, seconds)
-
-    def _is_last_chance(self, now: float) -> bool:
-        needed = self._longest_step + self._longest_save
-        return self._deadline is not None and now + needed > self._deadline
 
     def _enter_phase(self, phase: _Phase) -> None:
         self._phase, self._phase_since = phase, time.monotonic()

@@ -114,11 +114,7 @@ class TrainingStates:
         self.last_step = step
 
     def wait(self) -> None:
-        """Wait until what was saved last is complete under its name.
-
-        Raises:
-            OSError: if it could not be written, on all ranks; earlier states are untouched.
-        """
+        """Wait until the last state is complete; OSError, on all ranks, if it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -180,16 +176,13 @@ class TrainingStates:
         if not keep_older:
             done = [path for path in saved_states(self._parent) if step_of(path) <= step_of(final)]
             for path in sorted(done, key=step_of)[: -self._keep_last]:
-                _delete(path)
+                # First renamed: what a kill leaves must not look like a state.
+                shutil.rmtree(path.rename(path.with_name(f"{path.name}.dropped")))
 
     # --------------------------------------------------------------- reading
 
     def newest(self) -> Path | None:
-        """The sound state with the most steps; None if there is none. All ranks share the reading.
-
-        Raises:
-            ValueError: if there are states and all of them are damaged.
-        """
+        """The sound state with the most steps, None if there is none; ValueError if all are damaged."""
         found = sorted(self._on_rank_zero(lambda: saved_states(self._parent)), key=step_of)
         problems = []
         for folder in reversed(found):
@@ -339,13 +332,6 @@ def _one_sentence_for(partial: Path) -> Iterator[None]:
         ) from error
 
 
-def _delete(folder: Path) -> None:
-    """Rename first: what a kill leaves must not look like a state."""
-    dropped = folder.with_name(f"{folder.name}.dropped")
-    folder.rename(dropped)
-    shutil.rmtree(dropped)
-
-
 def _save(value: dict, path: Path) -> None:
     with path.open("wb") as file, disk_errors():
         torch.save(value, file)
@@ -353,7 +339,6 @@ def _save(value: dict, path: Path) -> None:
 
 
 def _load_plain(path: Path) -> dict[str, Any]:
-    """A file of plain values and tensors; a pickle that would run code is refused."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -384,28 +369,18 @@ def _split(
         return {"model": get_model_state_dict(model)}, {}
     model_state, optimizer_state = get_state_dict(model, optimizer)
     states: Any = optimizer_state["state"]
-    values = {
-        f"{parameter}/{name}": value
-        for parameter, state in states.items()
-        for name, value in state.items()
-    }
+    values = {f"{p}/{name}": value for p, one in states.items() for name, value in one.items()}
     tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {"values": {}, "param_groups": optimizer_state["param_groups"]}
     for name, value in values.items():
-        tensors |= _parts(name, value)
-    plain = {
-        "values": {name: value for name, value in values.items() if not torch.is_tensor(value)},
-        "param_groups": optimizer_state["param_groups"],
-    }
+        if not torch.is_tensor(value):
+            plain["values"][name] = value
+        elif isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
+            tensors[name] = value
+        else:  # a quantised one as the plain ones it is made of: DCP takes no others
+            parts, _ = value.__tensor_flatten__()
+            tensors |= {f"{name}.{part}": getattr(value, part) for part in parts}
     return {"model": model_state, "optimizer": tensors}, plain
-
-
-def _parts(name: str, value: Any) -> dict[str, torch.Tensor]:
-    """A tensor under its name; a quantised one as the plain ones it is made of, which DCP takes."""
-    if not torch.is_tensor(value):
-        return {}
-    if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
-        return {name: value}
-    return {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
 
 
 def _put_back(
@@ -420,12 +395,8 @@ def _put_back(
     for key, value in plain["values"].items():
         parameter, name = key.rsplit("/", 1)
         state[parameter][name] = value
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict={"state": state, "param_groups": plain["param_groups"]},
-    )
+    state = {"state": state, "param_groups": plain["param_groups"]}
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=state)
 
 
 class _Writer(dcp.FileSystemWriter):

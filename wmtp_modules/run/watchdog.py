@@ -12,7 +12,6 @@ device looks as if it hung itself, and both are named. A device that hangs in NC
 NCCL's own watchdog, at the process group's time-out.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -154,11 +153,12 @@ class Watchdog:
     def _watch(self) -> None:
         for number in self._reports:
             own = self._report(number)
-            reports: dict[int, Report | None]
-            try:
-                reports = self._exchange(own)
-            except RuntimeError:  # the store is gone, and with it the launcher
-                reports = {self._rank: own}
+            reports: dict[int, Report | None] = {self._rank: own}
+            with suppress(RuntimeError):  # the store is gone, and with it the launcher
+                self._publish(own)
+                if own.age > self._timeout_s / 2:  # no progress for long: how are the others?
+                    others = set(range(self._world)) - {self._rank}
+                    reports |= {rank: self._read(rank) for rank in others}
             if hang := find_hang(reports, self._silences(reports), self._rank, self._timeout_s):
                 self._end(hang, own.step)
             started = time.monotonic()
@@ -166,7 +166,7 @@ class Watchdog:
                 break
             if time.monotonic() - started > self._period_s + self._timeout_s / 4:
                 self._beat_again()  # this process was stopped, perhaps the whole job
-        with contextlib.suppress(RuntimeError):
+        with suppress(RuntimeError):
             self._publish(own._replace(number=LEFT, paused=True))
 
     def _report(self, number: int) -> Report:
@@ -177,15 +177,6 @@ class Watchdog:
 
     def _publish(self, report: Report) -> None:
         self._store.set(str(self._rank), json.dumps(report))
-
-    def _exchange(self, own: Report) -> dict[int, Report | None]:
-        """Publish this rank's report; read the others' once it made no progress for long."""
-        self._publish(own)
-        reports: dict[int, Report | None] = {self._rank: own}
-        if own.age > self._timeout_s / 2:
-            others = set(range(self._world)) - {self._rank}
-            reports |= {rank: self._read(rank) for rank in others}
-        return reports
 
     def _read(self, rank: int) -> Report | None:
         if not self._store.check([str(rank)]):
@@ -238,7 +229,14 @@ def find_hang(
     moves = False
     for rank, report in sorted(reports.items()):
         if silences[rank] > timeout_s / 4:
-            hangs[rank] = _silent(rank, report, silences[rank])
+            if report is None:
+                hangs[rank] = f"rank {rank} hangs: nothing was ever heard of it"
+            else:
+                hangs[rank] = (
+                    f"rank {rank} ({report.process}) hangs: nothing was heard of it for at least "
+                    f"{silences[rank]:.0f} seconds, after it had come to {report.what} and was in "
+                    f"{report.place.line}"
+                )
         elif report is None or report.paused or report.age < timeout_s / 2:
             moves = True
         elif report.place.collective is not None:
@@ -258,15 +256,6 @@ def find_hang(
     sentence = "; ".join([*parts, f"{end}was saved"])
     collective = next((place.collective for place in waits), None)
     return Hang(list(hangs), collective, sentence[0].upper() + sentence[1:])
-
-
-def _silent(rank: int, report: Report | None, seconds: float) -> str:
-    if report is None:
-        return f"rank {rank} hangs: nothing was ever heard of it"
-    return (
-        f"rank {rank} ({report.process}) hangs: nothing was heard of it for at least {seconds:.0f} "
-        f"seconds, after it had come to {report.what} and was in {report.place.line}"
-    )
 
 
 def _name(ranks: list[int]) -> str:
