@@ -23,7 +23,7 @@ SHOWN = 3  # settings that help
 
 
 def check(cfg: DictConfig, ranks: int, recipe: ModuleType) -> None:
-    """ConfigError, with everything that keeps the recipe from running the config on so many ranks."""
+    """Check that the recipe would run the config on so many ranks; ConfigError if not."""
     if ranks < 1:
         raise ConfigError(f"--ranks: must be at least 1, got {ranks}")
     recipe.check(cfg)

@@ -29,21 +29,14 @@ class _Lines:
 
 
 def progress_bar(
-    iterable: Iterable | None = None,
-    *,
-    desc: str,
-    total: float | None = None,
-    initial: int = 0,
-    unit: str = "it",
-    unit_scale: bool = False,
-    shown: bool = True,
+    iterable: Iterable | None = None, *, desc: str, shown: bool = True, **kwargs: Any
 ) -> tqdm:
     """A bar on stderr; where that is no terminal, a line about every 20 seconds and at the end.
 
     Args:
-        initial: units that were done before.
-        unit_scale: counts as 1.2k, 3.4M.
+        desc: what is going on.
         shown: False on the ranks that stay silent.
+        kwargs: of tqdm, such as ``total`` and ``unit``.
 
     Returns:
         The bar. ``set_postfix_str(..., refresh=False)`` leaves the next look to its time.
@@ -53,16 +46,7 @@ def progress_bar(
         # miniters: tqdm would else guess from the first steps after how many to look at the clock.
         style = {"mininterval": LOG_S, "maxinterval": LOG_S, "miniters": 1}
         style |= {"file": _Lines(sys.stderr), "bar_format": LOG_FORMAT}
-    return tqdm(
-        iterable,
-        desc=desc,
-        total=total,
-        initial=initial,
-        unit=unit,
-        unit_scale=unit_scale,
-        disable=not shown,
-        **style,
-    )
+    return tqdm(iterable, desc=desc, disable=not shown, **kwargs, **style)
 
 
 def quiet_datasets() -> None:

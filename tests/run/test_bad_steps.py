@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from wmtp_modules.run.bad_steps import (
     bad_gradients,
     bad_rows,
     first_bad_module,
+    look_again,
     print_replay,
     row_ids,
     what_is_wrong,
 )
+from wmtp_modules.run.figures import token_losses
 
 TARGETS = torch.tensor([3, 0])
 ROWS = [torch.tensor([[2, 2, 5], [7, -1, -1]]), torch.tensor([[9, -1, -1]])]
@@ -162,16 +165,22 @@ def test_rows_whose_losses_are_no_numbers(gloo_group, tiny_model_args):
     batch["tokens"][0, 3] = 7
     assert bad_rows(model, batch) == [3]
 
+    def loss_step(batch):
+        return token_losses(model, batch)[0].sum(), {}, {}
+
+    rows, losses, modules, gradients = look_again(model, batch, loss_step)
+    assert rows == "rows 3, 4"
+    assert losses == "losses that are not finite in rows 3"
+    assert modules == "first output that is not finite: tok_embeddings"
+    assert re.match(r"gradients that are not finite: .* and \d+ more$", gradients)
+
 
 def test_a_replay_that_finds_nothing_says_so(gloo_group, capsys):
-    sound = {"rows": list(range(20)), "bad_rows": [], "modules": [], "gradients": []}
-    print_replay(5, [sound])
+    print_replay(5, [["rows 0, 1 and 12 more"]])
     printed = capsys.readouterr().out
-    assert "rank 0, micro-batch 1: rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more" in printed
+    assert "rank 0, micro-batch 1: rows 0, 1 and 12 more\n" in printed
     assert "everything is finite this time" in printed
-    print_replay(5, [sound | {"bad_rows": [3], "modules": ["layers.0"], "gradients": ["a", "b"]}])
+    print_replay(5, [["rows 3", "gradients that are not finite: a, b"], ["rows 4"]])
     printed = capsys.readouterr().out
-    assert "losses that are no numbers in rows 3\n" in printed
-    assert "first output that is not finite: layers.0\n" in printed
-    assert "gradients that are not finite: a, b\n" in printed
+    assert "micro-batch 1: rows 3\n    gradients that are not finite: a, b\n" in printed
     assert "everything" not in printed

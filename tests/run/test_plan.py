@@ -5,16 +5,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from wmtp_modules.config.check import Component, ConfigError, Optional, check_config
-from wmtp_modules.run import plan as runs
-from wmtp_modules.run.plan import (
-    TRAINING_RULES,
-    control_runs,
-    cpp_compiler,
-    is_done,
-    one_sentence,
-    required_runs,
-    write_summary,
-)
+from wmtp_modules.config.rules import TRAINING_RULES, cpp_compiler
+from wmtp_modules.run import start
+from wmtp_modules.run.plan import control_runs, finished, required_runs, write_summary
+from wmtp_modules.run.start import exit_with_message
 
 # ------------------------------------------------------------------- one sentence
 
@@ -22,9 +16,9 @@ from wmtp_modules.run.plan import (
 def leave(error, rank, monkeypatch):
     """What the process says, and how long it waited before."""
     waited = []
-    monkeypatch.setattr(runs.time, "sleep", waited.append)
+    monkeypatch.setattr(start.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", str(rank))
-    with pytest.raises(SystemExit) as left, one_sentence(ValueError):
+    with pytest.raises(SystemExit) as left, exit_with_message(ValueError):
         raise error
     return left.value.code, waited
 
@@ -36,11 +30,11 @@ def test_rank_0_speaks_at_once(monkeypatch):
 def test_another_rank_waits_to_be_ended_and_gives_its_number(monkeypatch):
     said, waited = leave(ValueError("no GPU here"), 3, monkeypatch)
     assert said == "rank 3: ValueError: no GPU here"
-    assert waited == [runs.PATIENCE]
+    assert waited == []  # no launcher, whose store would tell of rank 0
 
 
 def test_other_errors_keep_their_traceback():
-    with pytest.raises(KeyError), one_sentence(ValueError, OSError):
+    with pytest.raises(KeyError), exit_with_message(ValueError, OSError):
         raise KeyError("a bug")
 
 
@@ -50,14 +44,16 @@ def test_other_errors_keep_their_traceback():
 def test_required_runs_inherit_the_place_and_resume(tmp_path):
     (tmp_path / "base.yaml").write_text("device: cuda\nseed: 3\nresume_from_checkpoint: false\n")
     cfg = {"device": "cpu", "assets_dir": "a", "requires": [str(tmp_path / "base.yaml")]}
-    (required,) = required_runs(OmegaConf.create(cfg))
+    checked = []
+    (required,) = required_runs(OmegaConf.create(cfg), checked.append)
+    assert checked == [required]
     assert required == {
         "device": "cpu",
         "seed": 3,
         "resume_from_checkpoint": True,
         "assets_dir": "a",
     }
-    assert list(required_runs(OmegaConf.create({}))) == []
+    assert required_runs(OmegaConf.create({}), checked.append) == []
 
 
 @pytest.mark.parametrize(
@@ -73,23 +69,23 @@ def test_required_run_that_cannot_be_read(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
-        list(required_runs(OmegaConf.create({"requires": [str(path)]})))
+        required_runs(OmegaConf.create({"requires": [str(path)]}), lambda cfg: None)
 
 
-def test_is_done_is_for_the_very_config(tmp_path):
+def test_a_run_is_finished_for_the_very_config(tmp_path):
     cfg = OmegaConf.create({"output_dir": str(tmp_path), "x": 1, "resume_from_checkpoint": False})
     OmegaConf.save(cfg, tmp_path / "config.yaml")
-    assert not is_done(cfg)
+    assert not finished(cfg)
     write_summary(tmp_path, {"steps": 1})
-    assert is_done(cfg)
-    assert is_done(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}))
-    assert not is_done(OmegaConf.merge(cfg, {"x": 2}))
+    assert finished(cfg)
+    assert finished(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}))
+    assert not finished(OmegaConf.merge(cfg, {"x": 2}))
     logger = {"_component_": "wmtp_modules.run.metric_logging.JSONLLogger"}
     (tmp_path / "config.yaml").write_text(
         OmegaConf.to_yaml(cfg) + "logger:\n"
         "  _component_: wmtp_modules.training.metric_logging.JSONLLogger\n"  # as it was called
     )
-    assert is_done(OmegaConf.merge(cfg, {"logger": logger}))
+    assert finished(OmegaConf.merge(cfg, {"logger": logger}))
 
 
 def test_a_summary_is_json_that_every_reader_takes(tmp_path):

@@ -18,11 +18,9 @@ _SPACE = "\u2581"
 
 
 def write_hf_tokenizer(tokenizer_path: str | Path, folder: Path, *, max_seq_len: int) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``.
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` of a SentencePiece BPE model.
 
-    Args:
-        tokenizer_path: SentencePiece BPE model.
-        max_seq_len: longest input in tokens, for the config.
+    ``max_seq_len`` is the longest input in tokens, for the config.
 
     Raises:
         ValueError: if the file is damaged, the model is not BPE or lacks bos, eos or unk, or it

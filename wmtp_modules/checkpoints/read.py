@@ -53,14 +53,10 @@ class Checkpoint:
 
     Attributes:
         args: arguments of ``mtp_llama2``; ``max_seq_len`` is the folder's context length.
-        is_hf: whether the folder is Hugging Face's.
-        config_file, tokenizer_path: paths in it.
 
     Raises:
-        ValueError: if the folder is of neither format or incomplete, a file is truncated or
-            carries code, an index names a file outside of the folder, a key is missing, unknown,
-            mis-shaped or not a plain floating-point tensor, ``n_future_tokens`` is not what the
-            folder has, or the vocabulary is not the tokenizer's.
+        ValueError: if the folder is incomplete, damaged or of neither format, carries code, names
+            files outside of it, or its keys, shapes, dtypes, heads or vocabulary do not fit.
     """
 
     def __init__(self, folder: str | Path, n_future_tokens: int | None = None) -> None:
@@ -258,10 +254,7 @@ def check_model(
 ) -> None:
     """Compare a model with its tokenizer, and its checkpoint folder, before any data is made.
 
-    Args:
-        tokenizer_path: SentencePiece model that will make the token ids.
-        max_seq_len: longest row it will make, in tokens.
-        folder: what the model will be filled from; None if it starts from nothing.
+    ``max_seq_len`` is the longest row in tokens; without a folder the model starts from nothing.
 
     Raises:
         ValueError: as ``check_folder`` and ``check_vocab`` do, or if the rows are too long.
@@ -290,7 +283,7 @@ def check_folder(folder: str | Path, model_args: dict, tokenizer_path: str | Pat
 
 
 def check_vocab(folder: str | Path, vocab_size: int) -> None:
-    """ValueError unless a tokenizer, or a folder's, has ``vocab_size`` pieces: an embedding's rows."""
+    """ValueError unless a tokenizer, or a folder's, has as many pieces as an embedding rows."""
     path = Path(folder)
     path = path / "tokenizer.model" if path.is_dir() else path
     pieces = len(_pieces(path))
@@ -314,17 +307,12 @@ def check_same_vocabulary(path_a: str | Path, path_b: str | Path) -> None:
 
 
 def load_into(model: MTPTransformer, folder: str | Path, *, device: torch.device | str) -> None:
-    """Fill a built model from a checkpoint folder.
+    """Fill a built model, plain or sharded by FSDP2 along dimension 0, from a checkpoint folder.
 
     A parameter keeps its dtype; values are converted row block by row block while they are copied.
     A model on the meta device gets its memory on ``device`` first, and the RoPE tables are computed
     there. The model's ``context`` becomes the folder's if that is longer, so that training on short
     rows does not shorten what an export says.
-
-    Args:
-        model: plain or sharded by FSDP2 along dimension 0.
-        folder: see ``Checkpoint``; its ``n_future_tokens`` is the model's.
-        device: where a model on the meta device will live.
 
     Raises:
         ValueError: as ``check_folder`` does.

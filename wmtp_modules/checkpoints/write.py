@@ -34,13 +34,9 @@ def save_meta(
 ) -> None:
     """Write all heads as a folder in Meta's format; all ranks call it.
 
-    Parameters are gathered one at a time; rank 0 keeps them on the CPU and writes. The folder
-    appears under its name when it is complete, in place of an earlier checkpoint.
-
-    Args:
-        model: plain or sharded.
-        tokenizer_path: SentencePiece model to put beside the weights.
-        dtype: of the written tensors.
+    Parameters, sharded or not, are gathered one at a time; rank 0 keeps them on the CPU, in
+    ``dtype``, and writes. The folder appears under its name when it is complete, in place of an
+    earlier checkpoint.
 
     Raises:
         ValueError: if the tokenizer is not the model's, or ``folder`` holds something else.

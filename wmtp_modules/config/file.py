@@ -53,7 +53,7 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """A config file, interpolations unresolved; ConfigError if it is not YAML of keys and values."""
+    """A config file, interpolations unresolved; ConfigError if it is not YAML of keys."""
     try:
         config = OmegaConf.load(path)
     except OSError as error:

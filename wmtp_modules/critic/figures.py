@@ -72,8 +72,7 @@ def critic_report(sums_N3: np.ndarray, rewards_N: np.ndarray, pairs_P2: np.ndarr
     Returns:
         ``value_loss`` against ``constant_value_loss``; ``pair_accuracy`` within pairs of the same
         problem against ``length_only`` (None without pairs); ``auc`` of above-average responses
-        across problems, which mixes in how hard the problems are (None if all or none are);
-        ``pairs`` and ``rows``.
+        across problems, which mixes in how hard the problems are (None if all or none are).
     """
     from sklearn.metrics import roc_auc_score  # three seconds that no other start has to wait
 
@@ -95,7 +94,7 @@ def critic_report(sums_N3: np.ndarray, rewards_N: np.ndarray, pairs_P2: np.ndarr
 
 
 def print_report(report: dict, near: dict | None = None) -> None:
-    """Print ``critic_report``, with ``share``, ``chance`` and ``rows`` of ``near_marks`` if known."""
+    """Print ``critic_report``; ``near`` has ``share``, ``chance`` and ``rows`` of marked rows."""
     print(f"\nCritic on {report['rows']} held-out responses")
     if report["pairs"]:
         print(

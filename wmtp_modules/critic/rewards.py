@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 
 from wmtp_modules.files import json_fault
 from wmtp_modules.parallel.sharding import DTYPES
@@ -158,11 +159,9 @@ class RewardModel:
                     f"{self._folder} holds the tokenizer or chat template of another model"
                 )
         # Padded here, on the right, with any token: causal attention does not see it.
-        tokens_BT = torch.zeros(len(ids), max(lengths), dtype=torch.int64)
-        mask_BT = torch.zeros_like(tokens_BT)
-        for b, row in enumerate(ids):
-            tokens_BT[b, : len(row)] = torch.tensor(row)
-            mask_BT[b, : len(row)] = 1
+        rows = [torch.tensor(row) for row in ids]
+        tokens_BT = pad_sequence(rows, batch_first=True)
+        mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         hidden_BTD = self._model.base_model(
             input_ids=tokens_BT.to(self._device),
             attention_mask=mask_BT.to(self._device),
@@ -251,10 +250,9 @@ class RewardTables:
         self._model: RewardModel | None = None  # loaded when the first response has to be scored
 
     def of(self, rows: Dataset, split: str, *, score: bool) -> np.ndarray:
-        """Rewards of the rows, fp64 [N], equal on all ranks; a collective.
+        """Rewards of the rows of a split, fp64 [N], equal on all ranks; a collective.
 
-        Args:
-            score: complete the table first; else it must be there.
+        With ``score`` the table is completed first; else it must be there.
 
         Raises:
             ValueError: if the rows lack what the source reads, or the table is of something else.
@@ -305,10 +303,7 @@ class RewardTables:
 
 
 def reward_rows(rows: Dataset, source: str) -> np.ndarray:
-    """Rewards that come with the data, fp64 [N].
-
-    Args:
-        source: "column" for any number, "labels" for 1 (right) and 0 (wrong).
+    """Rewards that come with the data, fp64 [N]: any number ("column"), or 0 and 1 ("labels").
 
     Raises:
         ValueError: if the source is another, or a reward is missing, not finite or not a label.
@@ -347,15 +342,9 @@ def reward_fingerprint(
     reward model ``pairs`` is the content of prompt and response, whose border the tokens do not
     show, and ``reward_tokenizer`` its tokenizer and chat template.
 
-    Args:
-        rows: tokenised rows, with ``prompt`` and ``response`` for a reward model, with ``reward``
-            for the other sources.
-        source: "reward_model", "column" or "labels".
-        checkpoint_dir: folder of the reward model; the other sources have none.
-        dtype: that the reward model runs in, by name.
-
     Raises:
-        ValueError: if the rows lack what the source reads, or the folder holds no weights.
+        ValueError: if the rows lack what the source reads (``prompt`` and ``response`` for a reward
+            model, else ``reward``), or the folder holds no weights.
     """
     fingerprint = {
         "kind": "rewards",
@@ -400,9 +389,8 @@ def _fingerprint_pairs(rows: Dataset) -> str:
 
 
 def _fingerprint_chat(folder: Path) -> str:
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     digest = hashlib.sha256()
-    for path in files:
+    for path in filter(Path.exists, (folder / name for name in TOKENIZER_FILES)):
         digest.update(f"{path.name} {fingerprint_tokenizer(path)}\n".encode())
     return digest.hexdigest()
 

@@ -85,7 +85,7 @@ class _Peak:
     _track: Callable
     _ref_class: Any
 
-    def _update_peak_stats(self, _: Any) -> None:
+    def _update_peak_stats(self, peak_state: Any) -> None:
         alive = self._curr_mem_snap.get(CPU, {"Total": 0})
         if alive["Total"] > self.peak:
             self.peak, self.at_peak = alive["Total"], (self.where, dict(alive))
@@ -103,7 +103,7 @@ class _Peak:
         return Estimate(self.peak, where, parts)
 
 
-class _ShardedTracker(_Peak, FSDPMemTracker):  # pyrefly: ignore[inconsistent-inheritance]
+class _ShardedTracker(_Peak, FSDPMemTracker):
     pass
 
 
@@ -152,8 +152,7 @@ def _recipe_class(module: ModuleType) -> type:
 def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     """Peak memory of one rank in a step after the first, when the optimizer has its state.
 
-    Args:
-        cfg: config of the recipe; of the critic's it is the policy stage that is estimated.
+    Of the critic's recipe it is the policy stage that is estimated.
 
     Raises:
         ValueError: if an online reference's folder is not there: its size is read from it.

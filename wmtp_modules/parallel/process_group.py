@@ -59,8 +59,7 @@ def init_process_group(
 
     Args:
         device_type: "cuda" or "cpu".
-        timeout_s: the watchdog's; a collective gives up a minute later. None: torch's defaults,
-            30 minutes on CPU and 10 on GPU.
+        timeout_s: the watchdog's; a collective gives up a minute later. None: torch's defaults.
 
     Returns:
         This rank's device and the one-dimensional data-parallel mesh.

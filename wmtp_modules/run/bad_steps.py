@@ -85,8 +85,7 @@ class BadSteps:
     def why_stopped(self, save: Callable[[TrainingStates], None]) -> str:
         """What to tell a user whose run ends after too many skipped steps; a collective.
 
-        Args:
-            save: saves the run among the states it is given, which are those of ``bad_step/``.
+        ``save`` saves the run among the states it is given, which are those of ``bad_step/``.
         """
         last, folder = self.skipped[-1], self._output_dir
         replay = (
@@ -216,11 +215,7 @@ def look_again(model: MTPTransformer, batch: dict, loss_step: Callable[[dict], t
 
 
 def print_replay(step: int, findings: list[list[str]]) -> None:
-    """Print what a replayed step shows, of all ranks on rank 0; a collective.
-
-    Args:
-        findings: of ``look_again``, for each micro-batch of this rank.
-    """
+    """Print ``look_again`` of every micro-batch of a step, of all ranks on rank 0; a collective."""
     ranks = all_gathered(findings)
     if dist.get_rank() != 0:
         return

@@ -113,8 +113,7 @@ def train(
 def run_all(runs: list[DictConfig], run: Callable[[DictConfig, dict[str, Path]], dict]) -> dict:
     """Controls first, then the run itself: a claim about weighting is a claim against them.
 
-    Args:
-        run: makes one, given the metrics files of those before, and returns its summary.
+    ``run`` makes one, given the metrics files of those before, and returns its summary.
 
     Returns:
         The last one's summary with the held-out losses of all and the seconds that all took.
@@ -152,13 +151,9 @@ def finished(cfg: DictConfig) -> dict | None:
 
 
 def finished_run(config_file: str, **inherited: str) -> Path | None:
-    """The folder of another run once it is finished, else None.
+    """The folder of another run once it is finished, else None; ConfigError if it cannot be read.
 
-    Args:
-        inherited: what the run that requires it passes on, such as ``assets_dir``.
-
-    Raises:
-        ConfigError: if the file cannot be read.
+    ``inherited`` is what the run that requires it passes on, such as ``assets_dir``.
     """
     asking = OmegaConf.create({"requires": [config_file], **inherited})
     (cfg,) = required_runs(asking, check=lambda cfg: None)

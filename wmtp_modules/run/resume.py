@@ -133,7 +133,7 @@ def check_not_ended(output_dir: Path) -> None:
 
 
 def resume_schedule_(scheduler: LRScheduler, state: dict) -> None:
-    """Continue at the saved step with the new schedule's rate: the old one may end at another step."""
+    """Continue at the saved step with the new schedule's rate, as its end may have moved."""
     scheduler.load_state_dict(state)
     scheduler.last_epoch -= 1
     scheduler.step()

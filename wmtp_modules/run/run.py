@@ -21,19 +21,10 @@ from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.progress import progress_bar
+from wmtp_modules.run import resume
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
 from wmtp_modules.run.figures import Sums, Throughput, TrainingError, peak_memory_gib, step_metrics
 from wmtp_modules.run.metric_logging import JSONLLogger
-from wmtp_modules.run.resume import (
-    check_not_ended,
-    check_same_run,
-    notes_on_resume,
-    packs_per_step,
-    random_state,
-    resolved,
-    resume_schedule_,
-    set_random_state,
-)
 from wmtp_modules.run.stopping import Stopped, StopRequests
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.run.watchdog import Watchdog
@@ -128,23 +119,23 @@ class Run:
         """Continue from the newest sound training state; returns the logger's run."""
         folder = self._states.newest()
         if folder is None:
-            check_not_ended(self._output_dir)
+            resume.check_not_ended(self._output_dir)
             utils.log_rank_zero(
                 log, f"Nothing to resume in {self._output_dir}: starting from step 0."
             )
             return None
-        run = check_same_run(folder, self._cfg, self.world)
+        run = resume.check_same_run(folder, self._cfg, self.world)
         if run["made_from"] != self._made_from:
             raise ValueError(
                 f"{folder} was trained on other data, rewards or values than the config names now: "
                 "bring those back, or start another run with resume_from_checkpoint: false and "
                 "another output_dir"
             )
-        notes = notes_on_resume(run, self._cfg, self.world, len(self._dataset))
+        notes = resume.notes_on_resume(run, self._cfg, self.world, len(self._dataset))
         run, own = self._states.load(folder, self._model, self._optimizer)
         self.load_state_dict(run)
         if run["world"] == self.world and own is not None:
-            set_random_state(own["rng"], self._device)
+            resume.set_random_state(own["rng"], self._device)
         utils.log_rank_zero(log, " ".join([f"Resumed {folder} after step {self.step}.", *notes]))
         return run["run_id"]
 
@@ -158,7 +149,7 @@ class Run:
             "made_from": self._made_from,
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "bad_steps": self._bad_steps.state_dict(),
-            "config": resolved(self._cfg),
+            "config": resume.resolved(self._cfg),
             "run_id": getattr(self._loggers[-1], "run_id", None) if self._loggers else None,
             **{k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in self.kept.items()},
         }
@@ -173,7 +164,7 @@ class Run:
             value = run[name]
             self.kept[name] = value.to(self._device) if torch.is_tensor(value) else value
         self._bad_steps.load_state_dict(run["bad_steps"])
-        resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
+        resume.resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
         self._dataloader = self._epoch_dataloader()
         self._dataloader.load_state_dict(run["dataloader"])
 
@@ -183,7 +174,7 @@ class Run:
             "micro_step": self.micro_step,
             "epoch": self._epoch,
             "dataloader": self._dataloader.state_dict(),
-            "rng": random_state(self._device),
+            "rng": resume.random_state(self._device),
         }
 
     # ------------------------------------------------------------- the steps
@@ -202,7 +193,7 @@ class Run:
 
     def _epoch_dataloader(self):
         self._dataset.set_epoch(self._epoch)
-        ranks, packs = (self.rank, self.world), packs_per_step(self._cfg, self.world)
+        ranks, packs = (self.rank, self.world), resume.packs_per_step(self._cfg, self.world)
         return epoch_dataloader(self._dataset, self._cfg.batch_size, *ranks, packs)
 
     def _endless_batches(self) -> Iterator[dict]:
@@ -241,9 +232,7 @@ class Run:
     def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
         """Whether the step may update, the same on all ranks; else it is skipped and recorded.
 
-        Args:
-            sums: of the step, over all ranks.
-            grad_norm: of the whole model, before clipping.
+        ``sums`` are over all ranks, ``grad_norm`` is of the whole model, before clipping.
 
         Raises:
             TrainingError: after too many skipped steps in a row. ``bad_step/`` then holds the state
@@ -265,10 +254,7 @@ class Run:
     def end_step(self, sums: Sums, stats: dict, grad_norm: torch.Tensor, lr: float) -> None:
         """Log, validate, keep the best model and save, each when it is due.
 
-        Args:
-            sums: of the step, over all ranks.
-            stats: ``weight_stats`` of the step's last joint micro-batch.
-            grad_norm: of the whole model, before clipping.
+        ``stats`` are ``weight_stats`` of the last joint micro-batch; the rest is as in ``may_update``.
         """
         cfg = self._cfg
         self.step += 1

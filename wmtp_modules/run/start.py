@@ -33,10 +33,7 @@ def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
     """End the process with a sentence on stderr, and exit code 1, at what its user can correct.
 
     Of what every rank finds only rank 0 speaks; the others then wait for the launcher to end them.
-    What another rank found alone carries its number.
-
-    Args:
-        errors: exceptions whose message says everything; others keep their traceback.
+    What another rank found alone carries its number. Errors of other kinds keep their traceback.
     """
     try:
         yield
@@ -71,9 +68,6 @@ def process_group(
     cfg: DictConfig, **stop_requests: str
 ) -> Iterator[tuple[torch.device, DeviceMesh, StopRequests]]:
     """The process group of a recipe, with signals heard; all ranks leave it together.
-
-    Args:
-        stop_requests: further arguments of ``StopRequests``.
 
     Yields:
         This rank's device, the data-parallel mesh, and what may end the runs early.

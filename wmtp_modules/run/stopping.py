@@ -282,8 +282,7 @@ def write_exit(
 ) -> None:
     """Write ``exit.json``, whole or not at all. Rank 0 calls it.
 
-    Args:
-        step: last optimizer step that is saved; None if it is not known here.
+    ``step`` is the last optimizer step that is saved; None if it is not known here.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,15 +28,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -114,7 +108,7 @@ class TrainingStates:
         self.last_step = step
 
     def wait(self) -> None:
-        """Wait until the last state is complete; OSError, on all ranks, if it could not be written."""
+        """Wait until the last state is complete; OSError, on all ranks, if it cannot be."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -182,7 +176,7 @@ class TrainingStates:
     # --------------------------------------------------------------- reading
 
     def newest(self) -> Path | None:
-        """The sound state with the most steps, None if there is none; ValueError if all are damaged."""
+        """The sound state with the most steps, None without any; ValueError if all are damaged."""
         found = sorted(self._on_rank_zero(lambda: saved_states(self._parent)), key=step_of)
         problems = []
         for folder in reversed(found):
@@ -243,7 +237,9 @@ class TrainingStates:
         """
         run = read_run(folder)
         if run["optimizer"]:
-            get_optimizer_state_dict(model, optimizer)  # makes the tensors that will be filled
+            dcp_state.get_optimizer_state_dict(
+                model, optimizer
+            )  # makes the tensors that will be filled
         tensors, _ = _split(model, optimizer)
         try:
             dcp.load(
@@ -366,8 +362,8 @@ def _split(
     have, and Adam's count of steps would be one ahead.
     """
     if not optimizer.state:
-        return {"model": get_model_state_dict(model)}, {}
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+        return {"model": dcp_state.get_model_state_dict(model)}, {}
+    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
     states: Any = optimizer_state["state"]
     values = {f"{p}/{name}": value for p, one in states.items() for name, value in one.items()}
     tensors: dict[str, torch.Tensor] = {}
@@ -387,16 +383,18 @@ def _put_back(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict, plain: dict
 ) -> None:
     if not plain:
-        set_model_state_dict(model, tensors["model"])
+        dcp_state.set_model_state_dict(model, tensors["model"])
         return
-    state: Any = get_optimizer_state_dict(model, optimizer)[
+    state: Any = dcp_state.get_optimizer_state_dict(model, optimizer)[
         "state"
     ]  # its tensors are filled already
     for key, value in plain["values"].items():
         parameter, name = key.rsplit("/", 1)
         state[parameter][name] = value
     state = {"state": state, "param_groups": plain["param_groups"]}
-    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=state)
+    dcp_state.set_state_dict(
+        model, optimizer, model_state_dict=tensors["model"], optim_state_dict=state
+    )
 
 
 class _Writer(dcp.FileSystemWriter):

@@ -216,9 +216,8 @@ def find_hang(
 ) -> Hang | None:
     """Whether this rank's patience is over, and who is to blame; None as long as there is hope.
 
-    Args:
-        reports: of each rank; None of one that has never published.
-        silences: seconds since each of them was heard of.
+    A report is None of a rank that has never published; ``silences`` are the seconds since each of
+    them was heard of.
     """
     own = reports[own_rank]
     assert own is not None
