@@ -63,7 +63,8 @@ def _readable(size: int) -> str:
     return f"{size / GIB:8.2f} GiB" if size >= GIB else f"{size / MIB:8.0f} MiB"
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m wmtp_modules.estimate_memory",
         description="Predict the peak memory of one rank of a training config, rho1 or critic, "
@@ -76,12 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default 1)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, in GiB")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    args, overrides = _parser().parse_known_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     try:
         cfg = read_config(["--config", args.config, *overrides])
         recipe = load_recipe(args.recipe or recipe_of(cfg))

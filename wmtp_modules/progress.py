@@ -33,13 +33,8 @@ def progress_bar(
 ) -> tqdm:
     """A bar on stderr; where that is no terminal, a line about every 20 seconds and at the end.
 
-    Args:
-        desc: what is going on.
-        shown: False on the ranks that stay silent.
-        kwargs: of tqdm, such as ``total`` and ``unit``.
-
-    Returns:
-        The bar. ``set_postfix_str(..., refresh=False)`` leaves the next look to its time.
+    ``shown`` is False on the ranks that stay silent, ``kwargs`` are tqdm's, such as ``total``.
+    ``set_postfix_str(..., refresh=False)`` leaves the next look to its time.
     """
     style: dict[str, Any] = {"mininterval": TERMINAL_S}
     if shown and not sys.stderr.isatty():

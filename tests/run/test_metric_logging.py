@@ -209,18 +209,6 @@ def test_environment_names_the_store(store, monkeypatch):
     logger.close()
 
 
-def test_other_ranks_do_nothing(monkeypatch, tmp_path):
-    module = "wmtp_modules.run.metric_logging.get_world_size_and_rank"
-    monkeypatch.setattr(module, lambda: (2, 1))
-    logger = MLflowLogger("figures", f"sqlite:///{tmp_path}/mlflow.db")
-    logger.log_config(OmegaConf.create({"a": 1}))
-    logger.log("loss", 1.0, step=1)
-    logger.log_artifact("nothing")
-    logger.close()
-    assert logger.location == ""
-    assert os.listdir(tmp_path) == []
-
-
 def test_telemetry_is_off_unless_the_user_says_otherwise(store, monkeypatch):
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     monkeypatch.setenv("DO_NOT_TRACK", "false")

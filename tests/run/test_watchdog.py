@@ -36,7 +36,7 @@ def test_rank_that_hangs_in_python(own_rank):
     assert found.sentence == (
         "Rank 1 (process 1 on host) hangs: it came to step 4 101 seconds ago and is in next_batch "
         "(data.py:2); rank 0 waits in all_reduce, called by agreed (stopping.py:1); the run ends, "
-        "and the same command with resume_from_checkpoint=true goes on from what was saved"
+        "and the same command with resume_from_checkpoint=true continues from what was saved"
     )
 
 

@@ -73,10 +73,8 @@ def write_meta(
 ) -> None:
     """Write ``consolidated.pth``, ``params.json`` and ``tokenizer.model``.
 
-    Args:
-        tensors: our key and whole CPU tensor of each parameter, mapped from a file or not.
-        args: arguments of ``mtp_llama2``.
-        bar_bytes: bytes that will be written, to show a progress bar; None shows none.
+    ``tensors`` are our key and whole CPU tensor of each parameter, mapped from a file or not;
+    ``bar_bytes`` will be written, to show a progress bar (None shows none).
     """
     n_trunk = args["num_layers"] - args["n_future_tokens"]
     state = {meta_key(key, n_trunk): _with_own_storage(tensor) for key, tensor in tensors}

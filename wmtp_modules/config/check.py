@@ -11,7 +11,7 @@ may stand for a key:
 - ``Component(...)``: a block with ``_component_``, checked against what that names;
 - ``Optional(x)``: x, or the key left out or null; ``Nullable(x)``: x or null, but written.
 
-What keys have to be together is said by rules, functions whose parameters are named after keys.
+What keys must be together is said by rules, functions whose parameters are named after keys.
 """
 
 import inspect
@@ -62,26 +62,17 @@ class AtLeast:
 
 
 @dataclass(frozen=True)
-class Above:
+class Above(AtLeast):
     """A number above a bound."""
-
-    kind: type
-    bound: float
 
 
 @dataclass(frozen=True)
 class Component:
-    """A block whose ``_component_`` is called with the other keys.
+    """A block whose ``_component_`` is called with the other keys."""
 
-    Attributes:
-        given: names of the positional arguments that the recipe passes, in their order.
-        keys: what some of the other keys must be, beyond what the signature says.
-        makes: name of a class that the call must return, if the component says what it returns.
-    """
-
-    given: tuple[str, ...] = ()
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    makes: str | None = None
+    given: tuple[str, ...] = ()  # positional arguments that the recipe passes, in their order
+    keys: Mapping[str, Any] = field(default_factory=dict)  # schema beyond what the signature says
+    makes: str | None = None  # name of a class that the call must return, if it says what it does
 
 
 def check_config(
@@ -172,7 +163,7 @@ def _check(value: Any, schema: Any, path: str) -> list[str]:
         return []
     if isinstance(schema, Optional | Nullable):
         return [] if value is None else _check(value, schema.schema, path)
-    if isinstance(schema, AtLeast | Above):
+    if isinstance(schema, AtLeast):
         return _check_range(value, schema, path)
     if isinstance(schema, tuple):
         choices = Literal[schema]  # pyrefly: ignore[not-a-type]  # known when this runs, not before
@@ -337,15 +328,15 @@ def _check_leaf(value: Any, kind: Any, path: str) -> list[str]:
     return [f"{path}: must be {_describe(kind)}, got {_show(value)}{_hint(value, kind)}"]
 
 
-def _check_range(value: Any, schema: AtLeast | Above, path: str) -> list[str]:
+def _check_range(value: Any, schema: AtLeast, path: str) -> list[str]:
     errors = _check_leaf(value, schema.kind, path)
     if errors:
         return errors
-    at_least = isinstance(schema, AtLeast)
-    is_inside = value >= schema.bound if at_least else value > schema.bound
+    is_above = isinstance(schema, Above)
+    is_inside = value > schema.bound if is_above else value >= schema.bound
     if is_inside and math.isfinite(value):
         return []
-    words = "at least" if at_least else "above"
+    words = "above" if is_above else "at least"
     return [f"{path}: must be {words} {schema.bound}, got {_show(value)}"]
 
 

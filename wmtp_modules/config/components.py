@@ -78,10 +78,13 @@ def locate(dotted_path: str) -> Any:
         name = f"{name}.{part}"
         # Before going on from it: what is reached through a stranger is a stranger, or its method.
         is_named = any(f"{one}.".startswith(f"{name}.") for one in allowed)
-        if not is_named and not _is_defined_inside(found, allowed):
-            home = _home(found) or type(found).__name__
+        home = _home(found)
+        # A constant has none and runs nothing; a method of one can.
+        is_ours = _is_inside(home, allowed) if home else not callable(found)
+        if not is_named and not is_ours:
+            where = home or type(found).__name__
             raise NotAllowedError(
-                f"'{name}' is defined in '{home}'. " + _way_out(dotted_path, allowed)
+                f"'{name}' is defined in '{where}'. " + _way_out(dotted_path, allowed)
             )
     return found
 
@@ -108,13 +111,6 @@ def _home(found: Any) -> str | None:
     """The module that defines an object, or the object's own name if it is a module."""
     home = getattr(found, "__name__" if isinstance(found, types.ModuleType) else "__module__", None)
     return home if isinstance(home, str) else None
-
-
-def _is_defined_inside(found: Any, allowed: Iterable[str]) -> bool:
-    home = _home(found)
-    if home is None:  # a constant, which runs nothing; a method of one can
-        return not callable(found)
-    return _is_inside(home, allowed)
 
 
 def _way_out(path: str, allowed: tuple[str, ...]) -> str:

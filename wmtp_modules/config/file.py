@@ -22,9 +22,7 @@ from wmtp_modules.config.components import todays_name
 def read_config(argv: Sequence[str] | None = None, description: str | None = None) -> DictConfig:
     """The config of ``--config FILE key=value ... ~key``, overrides merged as torchtune does.
 
-    Args:
-        argv: the arguments; those of this process if None.
-        description: shown by ``--help``.
+    ``argv`` None takes this process's arguments; ``description`` is shown by ``--help``.
 
     Raises:
         ConfigError: if the file cannot be read as a config, or an argument is not an override.

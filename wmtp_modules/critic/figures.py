@@ -147,9 +147,7 @@ def near_marks(
 
     Args:
         delta_BT: temporal differences, one response per row.
-        y_BT: from ``response_mask``.
-        marks_BT: bool, the tokens known to be wrong.
-        reach: tokens to either side.
+        y_BT, marks_BT: bool, from ``response_mask``, and the tokens known to be wrong.
 
     Returns:
         fp64 [3]: rows whose largest |delta| is near, sum of the rows' chances, rows with a mark.

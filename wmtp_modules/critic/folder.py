@@ -82,9 +82,7 @@ class TrainingState:
 def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
     """Write the value head, then the record that marks the folder as complete.
 
-    Args:
-        record: ``fingerprint`` of what it was trained from, ``settings`` of the training,
-            ``report`` and what else to keep.
+    The record has the ``fingerprint`` of what it was trained from, ``settings`` and ``report``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
@@ -110,10 +108,9 @@ def read_critic(folder: Path) -> dict | None:
 
 
 def check_critic(folder: Path, fingerprint: dict, settings: dict | None = None) -> dict:
-    """The record of the critic in a folder, proven to be made from what this run uses.
+    """The record of the critic in a folder, proven to be made from ``fingerprint``.
 
-    Args:
-        settings: how this run would train it; None if any will do.
+    ``settings`` are how this run would train it; None if any will do.
 
     Raises:
         ValueError: if there is none, or it was trained on another trunk, data set or reward, or
@@ -169,11 +166,7 @@ def critic_fingerprint(
 
 
 def useful_critic(folder: Path, fingerprint: dict, *, objective: str, allow_any: bool) -> dict:
-    """``check_critic``, and it knows something unless ``allow_any``.
-
-    Raises:
-        ValueError: as ``check_critic``, and if it has ``shortcomings``.
-    """
+    """``check_critic``; ValueError as well if it has ``shortcomings``, unless ``allow_any``."""
     record = check_critic(folder, fingerprint)
     found = shortcomings(record["report"], objective)
     if found and not allow_any:

@@ -24,10 +24,8 @@ FIT_ROWS = 4096  # training rows from which a pairwise critic's scale is fitted
 class Judge:
     """Held-out loss and report of a critic; every rank calls the same methods.
 
-    Args:
-        trunk: the frozen model, whole on this rank.
-        pairs_P2: held-out pairs, from ``training_items``.
-        objective: ``regression`` or ``pairwise``.
+    ``trunk`` is the frozen model, whole on this rank; ``pairs_P2`` are held-out pairs, from
+    ``training_items``; ``objective`` is ``regression`` or ``pairwise``.
     """
 
     def __init__(

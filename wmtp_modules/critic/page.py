@@ -31,10 +31,9 @@ def write_pairs_page(
     """An HTML page of some pairs with every token coloured by the weight that head 0 would give.
 
     Args:
-        pairs_P2: better and worse responses among them.
+        pairs_P2: better and worse responses among the rows.
         rewards_N: standardised rewards of all rows.
         statistics: mean and standard deviation of the policy's advantages.
-        caption: from ``page_caption``.
     """
     indices = pairs_P2.flatten()
     batch, a_BT = row_advantages(model, head, rows, indices, rewards_N, lam=weighting.lam)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,7 +97,7 @@ class RewardModel:
             )
         except Exception as error:  # also of safetensors, pickle and huggingface_hub
             raise ValueError(
-                f"{folder} is no reward model that can be read, or its weights are damaged "
+                f"{folder} is not a readable reward model, or its weights are damaged "
                 f"({_told(error)})"
             ) from error
         # A key that is missing was initialised at random: its scores would be noise.
@@ -105,7 +106,7 @@ class RewardModel:
             named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
                 f"{folder} lacks {len(missing)} weights of a {type(model).__name__} ({named}): it "
-                "is no trained reward model"
+                "is not a trained reward model"
             )
         if model.config.num_labels != 1:
             raise ValueError(
@@ -243,11 +244,18 @@ class RewardTables:
     ) -> None:
         self._source = source
         self._table_dir = Path(table_dir)
-        self._rows = {"tokenizer_path": tokenizer_path, "max_seq_len": max_seq_len}
         self._batch_tokens = batch_tokens
+        self._made_from = partial(
+            reward_fingerprint,
+            source=source,
+            max_seq_len=max_seq_len,
+            tokenizer_path=tokenizer_path,
+            checkpoint_dir=checkpoint_dir,
+            dtype=dtype,
+        )
         self._checkpoint_dir, self._dtype, self._device = checkpoint_dir, dtype, device
         self._watchdog = watchdog
-        self._model: RewardModel | None = None  # loaded when the first response has to be scored
+        self._model: RewardModel | None = None  # loaded when the first response must be scored
 
     def of(self, rows: Dataset, split: str, *, score: bool) -> np.ndarray:
         """Rewards of the rows of a split, fp64 [N], equal on all ranks; a collective.
@@ -258,15 +266,7 @@ class RewardTables:
             ValueError: if the rows lack what the source reads, or the table is of something else.
         """
         folder = self._table_dir / split
-        fingerprint = self._watchdog.on_rank_zero(
-            lambda: reward_fingerprint(
-                rows,
-                self._source,
-                checkpoint_dir=self._checkpoint_dir,
-                dtype=self._dtype,
-                **self._rows,
-            )
-        )
+        fingerprint = self._watchdog.on_rank_zero(lambda: self._made_from(rows))
         if score:
             if self._source != "reward_model":
                 reward_rows(rows, self._source)  # all of them are sound

@@ -31,11 +31,7 @@ from wmtp_modules.weighting.advantage import advantages, check_one_response
 
 @torch.no_grad()
 def row_values(model: MTPTransformer, head: ValueHead, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """fp32 V after every token of some rows, [len] each, as ``compute_scores`` asks for them.
-
-    Raises:
-        ValueError: if a value is not finite.
-    """
+    """fp32 V after every token of some rows, [len] each; ValueError if one is not finite."""
     tokens_BT, _ = pad_rows(rows)
     hidden_BTD = model.trunk(tokens_BT.to(head.shift.device))
     values_BT = head(hidden_BTD).cpu().numpy()
@@ -57,18 +53,13 @@ def batch_of(rows: Dataset, indices: list[int], device: torch.device) -> dict[st
     """
     picked = rows.select(indices).with_format("numpy")
     tokens_BT, doc_BT = pad_rows(list(picked["tokens"]))
-    flags = {}
+    batch = {"tokens": tokens_BT, "doc": doc_BT}
     for name in ("keep", "noise"):
-        flags[name] = torch.zeros_like(doc_BT, dtype=torch.bool)
+        batch[name] = torch.zeros_like(doc_BT, dtype=torch.bool)
         if name in picked.column_names:
             for b, row in enumerate(picked[name]):
-                flags[name][b, : len(row)] = torch.from_numpy(np.asarray(row, bool))
-    batch = {
-        "tokens": tokens_BT,
-        "doc": doc_BT,
-        "y": response_mask(flags["keep"], doc_BT),
-        "noise": flags["noise"],
-    }
+                batch[name][b, : len(row)] = torch.from_numpy(np.asarray(row, bool))
+    batch["y"] = response_mask(batch.pop("keep"), doc_BT)
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -200,9 +191,7 @@ def advantage_statistics(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the advantage over all response tokens; a collective.
 
-    Args:
-        packs: from ``valued_packs``; the ranks share the work.
-        chosen: rows of the data set that the packs are of.
+    ``packs`` hold the ``chosen`` rows; the ranks share the work.
 
     Raises:
         ValueError: if a response is not one contiguous run of tokens; names the row.

@@ -58,17 +58,11 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak of one rank.
+    """Peak of one rank."""
 
-    Attributes:
-        peak: bytes of all tensors at that moment.
-        where: "forward", "backward" or "optimizer".
-        parts: bytes by the names of ``PARTS``; together they are the peak.
-    """
-
-    peak: int
-    where: str
-    parts: dict[str, int]
+    peak: int  # bytes of all tensors at that moment
+    where: str  # "forward", "backward" or "optimizer"
+    parts: dict[str, int]  # bytes by the names of ``PARTS``; together they are the peak
 
 
 class _Peak:

@@ -8,8 +8,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from wmtp_modules.run.training_state import TrainingStates
 log = get_logger("INFO")
 
 # A loss is a spike when it lies as many standard deviations above the mean of the last ones; the
-# log shall name what is worth a look, not every hard batch.
+# log should name what is worth a look, not every hard batch.
 SPIKE_WINDOW = 64
 SPIKE_HISTORY = 16  # losses before any is judged
 SPIKE_DEVIATIONS = 6.0
@@ -154,61 +153,40 @@ class BadSteps:
 # ------------------------------------------------------------------------------ replay
 
 
-@contextmanager
-def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
-    """Collect names of modules whose output is not finite, in the order in which they ran."""
-    names = {module: name for name, module in model.named_modules()}
-    found: list[str] = []
+def look_again(model: MTPTransformer, batch: dict, loss_step: Callable[[dict], tuple]) -> list[str]:
+    """What in a micro-batch is not finite, forward and backward; collectives of the model.
+
+    Gradients are added to the model. Returns a line that names the rows, and one for each finding.
+    """
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    modules: list[str] = []  # in the order in which they ran
 
     def look(module: nn.Module, inputs: tuple, output: object) -> None:
         outputs = output if isinstance(output, tuple | list) else [output]
         tensors = [x for x in outputs if torch.is_tensor(x) and x.is_floating_point()]
         if module in names and not all(bool(x.isfinite().all()) for x in tensors):
-            found.append(names[module] or "the model")
+            modules.append(names[module])
 
+    with torch.no_grad():
+        losses_BTK, _ = token_losses(model, batch)
+    rows = row_ids(batch["row"][~losses_BTK.isfinite().all(-1)])
     handle = register_module_forward_hook(look)
     try:
-        yield found
+        loss, _, _ = loss_step(batch)
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def bad_rows(model: MTPTransformer, batch: dict) -> list[int]:
-    """Rows of the data set with a token whose loss is not finite; a collective of the model."""
-    losses_BTK, _ = token_losses(model, batch)
-    bad_BT = ~losses_BTK.isfinite().all(-1)
-    return row_ids(batch["row"][bad_BT])
-
-
-def bad_gradients(model: nn.Module) -> list[str]:
-    """Parameters whose gradient on this rank is not finite."""
-    bad = []
+    loss.backward()
+    gradients = []
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
-            gradient = gradient.to_local()
+            gradient = gradient.to_local()  # of this rank
         if gradient is not None and not gradient.isfinite().all():
-            bad.append(name)
-    return bad
-
-
-def look_again(model: MTPTransformer, batch: dict, loss_step: Callable[[dict], tuple]) -> list[str]:
-    """What in a micro-batch is not finite, forward and backward; collectives of the model.
-
-    Gradients are added to the model.
-
-    Returns:
-        A line that names the rows, and one for each finding.
-    """
-    rows = bad_rows(model, batch)
-    with first_bad_module(model) as modules:
-        loss, _, _ = loss_step(batch)
-    loss.backward()
+            gradients.append(name)
     found = {
         "losses that are not finite in rows": rows,
         "first output that is not finite:": modules[:1],
-        "gradients that are not finite:": bad_gradients(model),
+        "gradients that are not finite:": gradients,
     }
     lines = [f"{text} {_shortened(values)}" for text, values in found.items() if values]
     return [f"rows {_shortened(row_ids(batch['row']))}", *lines]

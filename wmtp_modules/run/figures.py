@@ -40,9 +40,7 @@ def token_losses(model: MTPTransformer, batch: dict) -> tuple[torch.Tensor, torc
 def heldout_losses(model: MTPTransformer, batches: Iterable[dict]) -> list[float]:
     """Unweighted loss of each head over all batches of all ranks, equal on all ranks.
 
-    Args:
-        model: left in the mode it was in.
-        batches: this rank's, as many as every other rank's.
+    Every rank has as many batches. The model is left in the mode it was in.
 
     Returns:
         K losses in nats per token.
@@ -78,9 +76,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """Figures of one optimizer step, to log.
 
-    Args:
-        sums: over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
-            ``objective`` weighted loss, ``noise`` of ``noise_sums``.
+    ``sums`` are over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
+    ``objective`` weighted loss, ``noise`` of ``noise_sums``.
     """
     n_prime = (alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
     losses_K = (sums["loss_K"] / sums["n_K"].clamp(min=1)).tolist()

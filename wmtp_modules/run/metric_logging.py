@@ -19,7 +19,6 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune.training.metric_logging import MetricLoggerInterface, Scalar, flatten_dict
-from torchtune.utils import get_world_size_and_rank
 
 
 def _number(value: Any) -> int | float:
@@ -30,12 +29,8 @@ class JSONLLogger(MetricLoggerInterface):
     """One JSON object per logged step, on disk as soon as it is logged.
 
     What one step logs in several calls (training figures, then validation) becomes one line. Make
-    it on one rank only.
-
-    Args:
-        path: the file; its folder is made.
-        resume_step: optimizer steps already done. Lines of later steps, and a last line that a
-            crash left incomplete, are dropped. 0 starts the file over.
+    it on one rank only. ``resume_step`` are steps already done: lines of later ones, and a last
+    line that a crash left incomplete, are dropped. 0 starts the file over.
 
     Raises:
         ValueError: if the file to continue has a line that is not a JSON object with a step.
@@ -98,7 +93,7 @@ class JSONLLogger(MetricLoggerInterface):
 
 
 class MLflowLogger(MetricLoggerInterface):
-    """A run in MLflow: config, code version, metrics and artifacts. Other ranks than 0 do nothing.
+    """A run in MLflow: config, code version, metrics and artifacts. Make it on one rank only.
 
     MLFLOW_TRACKING_URI, if set, goes before ``tracking_uri``, so that a cluster's environment
     decides for every config.
@@ -121,9 +116,6 @@ class MLflowLogger(MetricLoggerInterface):
         run_name: str | None = None,
         run_id: str | None = None,
     ) -> None:
-        self._client: Any = None
-        if get_world_size_and_rank()[1] != 0:
-            return
         uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri
         if not uri:
             raise ValueError(
@@ -141,7 +133,7 @@ class MLflowLogger(MetricLoggerInterface):
         try:
             uri = f"sqlite:///{database}" if database else uri
             with _lock_beside(database) if database else nullcontext():
-                self._client = MlflowClient(tracking_uri=uri)
+                self._client: Any = MlflowClient(tracking_uri=uri)
             if run_id is None:
                 artifacts = (database.parent / "mlflow_artifacts").as_uri() if database else None
                 experiment_id = self._experiment_id(experiment_name, artifacts)
@@ -182,9 +174,7 @@ class MLflowLogger(MetricLoggerInterface):
 
     @property
     def location(self) -> str:
-        """Where the run is and the command that shows it; empty on other ranks than 0."""
-        if self._client is None:
-            return ""
+        """Where the run is and the command that shows it."""
         uri = _without_password(self.tracking_uri)  # it is printed, and written to summary.json
         return f"run {self.run_id} in {uri} (mlflow ui --backend-store-uri {uri})"
 
@@ -194,8 +184,6 @@ class MLflowLogger(MetricLoggerInterface):
         Parameters never change in MLflow: a resumed run keeps those that it began with, and
         ``config.yaml`` is the current one. MLflow cuts values beyond 6000 characters.
         """
-        if self._client is None:
-            return
         from mlflow.entities import Param
 
         flat = flatten_dict(cast(dict, OmegaConf.to_container(config, resolve=True)))
@@ -212,8 +200,6 @@ class MLflowLogger(MetricLoggerInterface):
 
     def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
         """Log numbers or one-element tensors in one write."""
-        if self._client is None:
-            return
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -221,9 +207,7 @@ class MLflowLogger(MetricLoggerInterface):
         self._client.log_batch(self.run_id, metrics=metrics)
 
     def log_artifact(self, path: str | Path) -> None:
-        """Store a copy of a file with the run."""
-        if self._client is not None:
-            self._client.log_artifact(self.run_id, str(path))
+        self._client.log_artifact(self.run_id, str(path))
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; a second call does nothing."""

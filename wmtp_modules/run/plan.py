@@ -24,11 +24,7 @@ from wmtp_modules.run.watchdog import Watchdog
 
 
 def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[DictConfig]:
-    """Configs that ``requires`` names, on this run's device, each checked by ``check``.
-
-    Raises:
-        ConfigError: if one cannot be read or is not valid.
-    """
+    """Configs that ``requires`` names, on this device, checked; ConfigError if one is not valid."""
     runs = []
     for path in cfg.get("requires") or []:
         inherited = {key: cfg[key] for key in ("device", "assets_dir") if key in cfg}
@@ -85,14 +81,10 @@ class Recipe(Protocol):
 def train(
     recipe: Recipe, cfg: DictConfig, stops: StopRequests, beside: dict[str, Path], started: float
 ) -> dict:
-    """Train what a recipe has set up, then write its summary.
+    """Train what a recipe has set up, then write its summary; Stopped when it has saved and ends.
 
-    Args:
-        beside: metrics files of the runs before, drawn in the same picture.
-        started: ``time.perf_counter()`` when the run's setup began.
-
-    Raises:
-        Stopped: when it has saved and must end.
+    ``beside`` are metrics files of the runs before, drawn in the same picture; ``started`` is
+    ``time.perf_counter()`` when the run's setup began.
     """
     with (
         exit_with_message(TrainingError, OSError),
@@ -128,11 +120,7 @@ def run_all(runs: list[DictConfig], run: Callable[[DictConfig, dict[str, Path]],
 
 
 def write_summary(output_dir: Path, summary: dict) -> None:
-    """Write ``summary.json``, whole or not at all: its presence marks a run as complete.
-
-    Raises:
-        ValueError: if a figure is not finite, which JSON cannot hold.
-    """
+    """Write ``summary.json``, which marks a run as complete; ValueError for a figure not finite."""
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(summary, indent=1, allow_nan=False)
     with new_file(output_dir / "summary.json") as unfinished:

@@ -12,7 +12,7 @@ from torchtune.training.metric_logging import flatten_dict
 
 from wmtp_modules.run.training_state import read_run, saved_states, step_of
 
-# What may change when a run goes on: where it lies, its length, and what does not touch its sums.
+# What may change when a run continues: where it lies, its length, and what does not touch its sums.
 FREE_KEYS = (
     *("output_dir", "resume_from_checkpoint", "max_steps", "run_val_every_n_steps", "replay"),
     *("save_every_n_steps", "keep_last", "log_every_n_steps", "metric_logger", "profiler"),
@@ -37,12 +37,9 @@ def packs_per_step(config: dict | DictConfig, world: int) -> int:
 
 
 def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
-    """Make sure that a state is of this run, but for what may change (``FREE_KEYS``).
+    """The run's part of a state, if it is of this run but for what may change (``FREE_KEYS``).
 
     Another number of ranks is the same run if a step sees as many packs as before.
-
-    Returns:
-        The run's part of the state, among it ``step``, ``world`` and the ``resolved`` ``config``.
 
     Raises:
         ValueError: if another key differs, more steps are done than the run should have, or a step
@@ -82,15 +79,11 @@ def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
 def notes_on_resume(
     run: dict[str, Any], cfg: DictConfig, world: int, epoch_packs: int
 ) -> list[str]:
-    """What a user should know when ranks share the packs otherwise than before.
-
-    Args:
-        epoch_packs: packs of an epoch, about.
-    """
+    """What a user should know when ranks share the (about) ``epoch_packs`` packs otherwise."""
     notes = []
     if run["world"] != world:
         notes.append(
-            f"It was saved by {run['world']} ranks and goes on with {world}: the packs come in "
+            f"It was saved by {run['world']} ranks and continues with {world}: the packs come in "
             "the same order, random states begin anew"
         )
     before, now = run["world"] * run["config"]["batch_size"], world * cfg.batch_size
@@ -116,7 +109,7 @@ def check_not_begun(output_dir: Path) -> None:
         steps = max(map(step_of, saved_states(parent)))
         raise ValueError(
             f"{output_dir} holds a run that was interrupted after step {steps} or later: set "
-            "resume_from_checkpoint=true to go on with it, take another output_dir, or delete "
+            "resume_from_checkpoint=true to continue it, take another output_dir, or delete "
             f"{parent} to start over"
         )
 
@@ -127,7 +120,7 @@ def check_not_ended(output_dir: Path) -> None:
     if summary.exists():
         raise ValueError(
             f"{output_dir} holds a run that is complete, under another config or on other data, "
-            "and no training state to go on from: take another output_dir, or delete "
+            "and no training state to continue from: take another output_dir, or delete "
             f"{summary} to start over"
         )
 

@@ -254,7 +254,7 @@ class Run:
     def end_step(self, sums: Sums, stats: dict, grad_norm: torch.Tensor, lr: float) -> None:
         """Log, validate, keep the best model and save, each when it is due.
 
-        ``stats`` are ``weight_stats`` of the last joint micro-batch; the rest is as in ``may_update``.
+        ``stats`` are ``weight_stats`` of the last joint micro-batch, the rest as in ``may_update``.
         """
         cfg = self._cfg
         self.step += 1
@@ -269,7 +269,7 @@ class Run:
                 self._evaluate()
             if sums["failed_saves"]:
                 self._states.wait()  # raises
-            # Not in a row of skipped steps: what is kept shall be from before them.
+            # Not in a row of skipped steps: what is kept must be from before them.
             if is_last or (self.step % cfg.save_every_n_steps == 0 and not self._problem):
                 self._position = self._where()
                 self.save_checkpoint(self._states)

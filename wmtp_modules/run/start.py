@@ -1,4 +1,4 @@
-"""From a recipe's command line to its process group; what a user can mend ends in one sentence."""
+"""From a recipe's command line to its process group; errors of the user end in one sentence."""
 
 import functools
 import os
@@ -86,7 +86,7 @@ def process_group(
 def _rank_zero_speaks() -> bool:
     """Whether rank 0 has failed as well, on another rank that has.
 
-    Before they join a process group rank 0 waits for nobody: it either fails too or goes on to
+    Before they join a process group rank 0 waits for nobody: it either fails too or continues to
     join, and until then no clock decides. Afterwards it may be waiting for this very rank.
     """
     try:

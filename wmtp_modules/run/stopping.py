@@ -45,11 +45,9 @@ AGREEMENT_TIMEOUT = timedelta(days=2)  # the watchdog speaks much earlier
 
 
 class Stopped(BaseException):
-    """A run ends because it was asked to. Not an ``Exception``: nothing may take it for a failure.
+    """A run ends for one of ``REASONS`` after a ``step`` that is saved (None outside of training).
 
-    Attributes:
-        reason: one of ``REASONS``.
-        step: last optimizer step, which is saved; None outside of training.
+    Not an ``Exception``: nothing may take it for a failure.
     """
 
     def __init__(self, reason: str, step: int | None = None) -> None:
@@ -235,7 +233,7 @@ class StopRequests:
         when = "outside of training"
         if stopped.step is not None:
             when = f"after step {stopped.step}, which is saved"
-        told = f"Stopped by {stopped.reason} {when}: {self._again} goes on from there"
+        told = f"Stopped by {stopped.reason} {when}: {self._again} continues from there"
         if self._output_dir is not None:
             try:
                 write_exit(self._output_dir, stopped.reason, stopped.step)

@@ -254,7 +254,18 @@ class TrainingStates:
                 f"{folder} does not hold this model and optimizer ({cause}): it was written by "
                 "another run, or by something else"
             ) from cause
-        _put_back(model, optimizer, tensors, run["optimizer"])
+        if plain := run["optimizer"]:
+            # Its tensors are filled already.
+            state: Any = dcp_state.get_optimizer_state_dict(model, optimizer)["state"]
+            for key, value in plain["values"].items():
+                parameter, name = key.rsplit("/", 1)
+                state[parameter][name] = value
+            rest = {"state": state, "param_groups": plain["param_groups"]}
+            dcp_state.set_state_dict(
+                model, optimizer, model_state_dict=tensors["model"], optim_state_dict=rest
+            )
+        else:
+            dcp_state.set_model_state_dict(model, tensors["model"])
         self.last_step = run["step"]
         path = folder / f"rank_{self._rank}.pt"
         return run, (_load_plain(path) if path.exists() else None)
@@ -323,7 +334,7 @@ def _one_sentence_for(partial: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             f"the training state {partial.with_suffix('')} could not be written ({error}). Earlier "
-            "states are untouched: make room or mend the disk, and go on with "
+            "states are untouched: make room or repair the disk, and continue with "
             "resume_from_checkpoint=true"
         ) from error
 
@@ -346,7 +357,7 @@ def _load_plain(path: Path) -> dict[str, Any]:
 def _file_name(name: str) -> str:
     """A name from a file, which must not lead out of the folder."""
     if Path(name).name != name:
-        raise ValueError(f"{name!r} is no file name")
+        raise ValueError(f"{name!r} is not a file name")
     return name
 
 
@@ -379,24 +390,6 @@ def _split(
     return {"model": model_state, "optimizer": tensors}, plain
 
 
-def _put_back(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict, plain: dict
-) -> None:
-    if not plain:
-        dcp_state.set_model_state_dict(model, tensors["model"])
-        return
-    state: Any = dcp_state.get_optimizer_state_dict(model, optimizer)[
-        "state"
-    ]  # its tensors are filled already
-    for key, value in plain["values"].items():
-        parameter, name = key.rsplit("/", 1)
-        state[parameter][name] = value
-    state = {"state": state, "param_groups": plain["param_groups"]}
-    dcp_state.set_state_dict(
-        model, optimizer, model_state_dict=tensors["model"], optim_state_dict=state
-    )
-
-
 class _Writer(dcp.FileSystemWriter):
     """DCP's writer, which syncs its files, with the reason where a disk is full."""
 
@@ -409,7 +402,7 @@ class _TensorsOnly(dcp.DefaultLoadPlanner):
     """DCP unpickles anything that is no tensor without restriction; a state of ours has none."""
 
     def load_bytes(self, read_item, value) -> None:
-        raise ValueError(f"{read_item.dest_index.fqn} is no tensor")
+        raise ValueError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"

@@ -248,19 +248,16 @@ def find_hang(
     if moves and not hangs:
         return None  # the others will come
     parts = _first_few(list(hangs.values())) or ["no rank makes progress"]
-    parts += _first_few(
-        [f"{_name(r)} in {place.collective}, called by {place.line}" for place, r in waits.items()]
-    )
-    end = "the run ends, and the same command with resume_from_checkpoint=true goes on from what "
+    waiting = []
+    for place, ranks in waits.items():
+        who = f"ranks {', '.join(_first_few([*map(str, ranks)]))} wait"
+        who = who if len(ranks) > 1 else f"rank {ranks[0]} waits"
+        waiting.append(f"{who} in {place.collective}, called by {place.line}")
+    parts += _first_few(waiting)
+    end = "the run ends, and the same command with resume_from_checkpoint=true continues from what "
     sentence = "; ".join([*parts, f"{end}was saved"])
     collective = next((place.collective for place in waits), None)
     return Hang(list(hangs), collective, sentence[0].upper() + sentence[1:])
-
-
-def _name(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} waits"
-    return f"ranks {', '.join(_first_few([str(rank) for rank in ranks]))} wait"
 
 
 def _first_few(told: list[str]) -> list[str]:
