@@ -12,7 +12,7 @@ import pytest
 
 from wmtp_modules.parallel import process_group as distributed
 from wmtp_modules.run import stopping
-from wmtp_modules.run.stopping import Stopped, StopRequests, write_exit
+from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit, write_exit
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +161,9 @@ def test_exit_file(tmp_path):
     file = tmp_path / "run" / "exit.json"
     assert json.loads(file.read_text()) == {"reason": "SIGTERM", "step": 12, "ranks": [3]}
     assert list(file.parent.iterdir()) == [file]
+    for _ in range(2):
+        clear_exit(tmp_path / "run")
+        assert not file.exists()
 
 
 def test_exit_file_is_whole_or_not_there(tmp_path, monkeypatch):

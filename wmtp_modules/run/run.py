@@ -25,7 +25,7 @@ from wmtp_modules.run import resume
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
 from wmtp_modules.run.figures import Sums, Throughput, TrainingError, peak_memory_gib, step_metrics
 from wmtp_modules.run.metric_logging import JSONLLogger
-from wmtp_modules.run.stopping import Stopped, StopRequests
+from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.run.watchdog import Watchdog
 
@@ -105,7 +105,7 @@ class Run:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         # What an earlier run left here must not look like this one's.
         (self._output_dir / "summary.json").unlink(missing_ok=True)
-        (self._output_dir / "exit.json").unlink(missing_ok=True)
+        clear_exit(self._output_dir)
         self._bad_steps.write_files()
         with new_file(self._output_dir / "config.yaml") as unfinished:
             OmegaConf.save(self._cfg, unfinished, resolve=True)

@@ -286,3 +286,8 @@ def write_exit(
     folder.mkdir(parents=True, exist_ok=True)
     with new_file(folder / "exit.json") as unfinished:
         unfinished.write_text(json.dumps({"reason": reason, "step": step, **more}, indent=1))
+
+
+def clear_exit(output_dir: str | os.PathLike) -> None:
+    """Remove the ``exit.json`` of an earlier start: the run continues."""
+    (Path(output_dir) / "exit.json").unlink(missing_ok=True)
