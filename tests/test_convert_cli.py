@@ -107,7 +107,7 @@ def test_large_checkpoints_show_a_bar(meta, hf, tmp_path, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["{meta}", "{tmp}/meta", "--to", "hf"], "meta is not an empty folder: give a new one"),
-        (["{tmp}/none", "{tmp}/out", "--to", "hf"], "none is no checkpoint"),
+        (["{tmp}/none", "{tmp}/out", "--to", "hf"], "none is not a checkpoint"),
         (["{meta}", "{tmp}/out", "--to", "mtp"], "meta is in Meta's format"),
         (["{hf}", "{tmp}/out", "--to", "mtp", "--n-future-tokens", "1"], "must be at least 2"),
         (["{hf}", "{tmp}/out", "--to", "hf", "--n-future-tokens", "4"], "requires --to mtp"),

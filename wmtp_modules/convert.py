@@ -12,44 +12,10 @@ from wmtp_modules.checkpoints.write_hf import write_hf
 LARGE = 1_000_000_000  # bytes from which a progress bar is shown
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m wmtp_modules.convert",
-        description="Convert a checkpoint folder. Runs on the CPU, tensor by tensor from the "
-        "memory-mapped file; the dtype stays as stored.",
-        epilog="SRC is a folder in Meta's format (params.json, consolidated.pth, tokenizer.model) "
-        "or a Hugging Face Llama (config.json, safetensors, tokenizer.model).",
-    )
-    parser.add_argument("src", metavar="SRC", type=Path, help="checkpoint folder to read")
-    parser.add_argument("dst", metavar="DST", type=Path, help="new or empty folder to write")
-    parser.add_argument(
-        "--to",
-        required=True,
-        choices=("meta", "hf", "mtp"),
-        help="meta: Meta's format with the heads of SRC. hf: an ordinary Hugging Face Llama of "
-        "trunk and head 0, for transformers and vLLM. mtp: a multi-token starting model in Meta's "
-        "format, made from a Hugging Face Llama by copying its last block into the extra heads",
-    )
-    parser.add_argument(
-        "--n-future-tokens",
-        type=int,
-        metavar="N",
-        help="heads of the model that --to mtp makes (default 4)",
-    )
-    return parser
-
-
 def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None) -> str:
-    """Convert a checkpoint folder.
+    """Convert the checkpoint folder ``src`` into the new or empty folder ``dst``.
 
-    Args:
-        src: folder to read.
-        dst: new or empty folder.
-        to: "meta", "hf" or "mtp", as the command line explains.
-        n_future_tokens: heads of the model that "mtp" makes; 4 if None.
-
-    Returns:
-        One line that says what was written.
+    ``to`` is as the command line explains. Returns a line that says what was written.
 
     Raises:
         ValueError: if ``dst`` is not empty, ``src`` is not a valid checkpoint or already has extra
@@ -92,7 +58,30 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m wmtp_modules.convert",
+        description="Convert a checkpoint folder. Runs on the CPU, tensor by tensor from the "
+        "memory-mapped file; the dtype stays as stored.",
+        epilog="SRC is a folder in Meta's format (params.json, consolidated.pth, tokenizer.model) "
+        "or a Hugging Face Llama (config.json, safetensors, tokenizer.model).",
+    )
+    parser.add_argument("src", metavar="SRC", type=Path, help="checkpoint folder to read")
+    parser.add_argument("dst", metavar="DST", type=Path, help="new or empty folder to write")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("meta", "hf", "mtp"),
+        help="meta: Meta's format with the heads of SRC. hf: an ordinary Hugging Face Llama of "
+        "trunk and head 0, for transformers and vLLM. mtp: a multi-token starting model in Meta's "
+        "format, made from a Hugging Face Llama by copying its last block into the extra heads",
+    )
+    parser.add_argument(
+        "--n-future-tokens",
+        type=int,
+        metavar="N",
+        help="heads of the model that --to mtp makes (default 4)",
+    )
+    args = parser.parse_args(argv)
     try:
         print(convert(args.src, args.dst, to=args.to, n_future_tokens=args.n_future_tokens))
     except (ValueError, OSError) as error:

@@ -9,18 +9,13 @@ import argparse
 import json
 import sys
 from types import ModuleType
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.file import read_config
-from wmtp_modules.memory.step import (
-    Estimate,
-    estimate_step,
-    estimate_trunk,
-    load_recipe,
-    recipe_of,
-)
+from wmtp_modules.memory.step import Estimate, estimate_step, estimate_trunk, load_recipe, recipe_of
 from wmtp_modules.run.out_of_memory import helpful_settings
 
 GIB, MIB = 2**30, 2**20
@@ -28,16 +23,7 @@ SHOWN = 3  # settings that help
 
 
 def check(cfg: DictConfig, ranks: int, recipe: ModuleType) -> None:
-    """Whether the recipe would run the config, on so many ranks.
-
-    Args:
-        cfg: the config.
-        ranks: size of the process group.
-        recipe: from ``load_recipe``.
-
-    Raises:
-        ConfigError: with everything that is wrong.
-    """
+    """Check that the recipe would run the config on so many ranks; ConfigError if not."""
     if ranks < 1:
         raise ConfigError(f"--ranks: must be at least 1, got {ranks}")
     recipe.check(cfg)
@@ -50,7 +36,7 @@ def best_settings(
 ) -> dict[str, Estimate]:
     """The settings that need least, and less than now, each by how it is written."""
     others = {
-        name: estimate_step(OmegaConf.merge(cfg, change), other_ranks, recipe)
+        name: estimate_step(cast(DictConfig, OmegaConf.merge(cfg, change)), other_ranks, recipe)
         for name, (change, other_ranks) in helpful_settings(cfg, ranks).items()
     }
     best = sorted(others.items(), key=lambda item: item[1].peak)[:SHOWN]
@@ -77,7 +63,8 @@ def _readable(size: int) -> str:
     return f"{size / GIB:8.2f} GiB" if size >= GIB else f"{size / MIB:8.0f} MiB"
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m wmtp_modules.estimate_memory",
         description="Predict the peak memory of one rank of a training config, rho1 or critic, "
@@ -90,12 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default 1)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON, in GiB")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    args, overrides = _parser().parse_known_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     try:
         cfg = read_config(["--config", args.config, *overrides])
         recipe = load_recipe(args.recipe or recipe_of(cfg))

@@ -17,14 +17,11 @@ from safetensors import SafetensorError
 def new_folder(folder: Path) -> Iterator[Path]:
     """Fill a folder beside ``folder`` that takes its name, and its place, when all is on the disk.
 
-    What is under the name stays as it is until then, also when the block raises or the process is
-    killed; a half-filled folder does not outlive it.
-
-    Args:
-        folder: the name to give.
+    Until then what is under the name stays as it is, also if the block raises or the process is
+    killed; a half-filled folder is removed.
 
     Raises:
-        OSError: if the disk is full or fails; says so, with the folder's name.
+        OSError: if the disk is full or fails; names the folder.
     """
     folder = folder.absolute()
     recover_folder(folder)
@@ -47,11 +44,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{folder} could not be written ({error.strerror or error}); what was there before is "
-            "untouched: make room and start the same command again",
-        ) from error
+        raise _unwritten(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -59,10 +52,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def recover_folder(folder: str | Path) -> None:
     """Put back what ``new_folder`` had moved aside when it was killed before the new one came.
 
-    Safe beside a process that is writing the folder: it finds its own way again.
-
-    Args:
-        folder: the name that ``new_folder`` was given.
+    Safe while another process writes the folder.
     """
     folder = Path(folder).absolute()
     _, old = _beside(folder)
@@ -72,7 +62,7 @@ def recover_folder(folder: str | Path) -> None:
 
 
 def _beside(folder: Path) -> tuple[Path, Path]:
-    """Where a new folder is filled, and where the earlier one is while they change places."""
+    """Where a new folder is filled, and where the old one waits while they change places."""
     return folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
 
 
@@ -87,11 +77,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """What torch and safetensors make of a full disk, as the OSError that it was.
+    """Raise what torch and safetensors make of a full disk as the OSError that it was.
 
     torch raises RuntimeError ("unexpected pos") while it handles the OSError of the file below:
-    give it an open file, as of a path it keeps no reason. safetensors raises an error of its own
-    that ends in the number.
+    give it an open file, as of a path it keeps no reason. safetensors' error ends in the number.
     """
     try:
         yield
@@ -108,11 +97,7 @@ def disk_errors() -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Write a file beside ``path`` that takes its name when the disk has it.
-
-    Raises:
-        OSError: if the disk is full or fails; says so, with the file's name.
-    """
+    """Write a file beside ``path`` that takes its name when on the disk; OSError names it."""
     unfinished = path.with_name(f"{path.name}.tmp")
     try:
         with disk_errors():
@@ -122,11 +107,15 @@ def new_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"{path} could not be written ({error.strerror or error}); what was there before is "
-            "untouched: make room and start the same command again",
-        ) from error
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"{path} could not be written ({error.strerror or error}); what was there before is "
+        "untouched: make room and start the same command again",
+    )
 
 
 def file_hash(path: Path) -> str:
@@ -136,12 +125,7 @@ def file_hash(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: if the file holds anything else, or is damaged.
-        OSError: if it cannot be read.
-    """
+    """The object in a JSON file; ValueError if the file holds anything else, or is damaged."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # also what is not UTF-8
@@ -152,11 +136,7 @@ def read_json(path: Path) -> dict:
 
 
 def json_fault(error: Exception) -> str:
-    """What ``json.loads`` ran into, without Python's names for it.
-
-    Args:
-        error: that it raised: ValueError, UnicodeDecodeError or RecursionError.
-    """
+    """What ``json.loads`` ran into, without Python's names for it."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 ({error.reason} at byte {error.start})"
     if isinstance(error, RecursionError):

@@ -12,11 +12,7 @@ LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_f
 
 
 class _Lines:
-    """A stream for tqdm that makes a line of each look, where a bar would be drawn over.
-
-    Args:
-        stream: where the lines go.
-    """
+    """A stream for tqdm that writes a line where a terminal's bar would be redrawn."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -33,44 +29,19 @@ class _Lines:
 
 
 def progress_bar(
-    iterable: Iterable | None = None,
-    *,
-    desc: str,
-    total: float | None = None,
-    initial: int = 0,
-    unit: str = "it",
-    unit_scale: bool = False,
-    shown: bool = True,
+    iterable: Iterable | None = None, *, desc: str, shown: bool = True, **kwargs: Any
 ) -> tqdm:
     """A bar on stderr; where that is no terminal, a line about every 20 seconds and at the end.
 
-    Args:
-        iterable: to go through, if there is one.
-        desc: what is going on.
-        total: units that there are.
-        initial: units that were done before.
-        unit: what is counted.
-        unit_scale: counts as 1.2k, 3.4M.
-        shown: False on the ranks that stay silent.
-
-    Returns:
-        The bar. ``set_postfix_str(..., refresh=False)`` leaves the next look to its time.
+    ``shown`` is False on the ranks that stay silent, ``kwargs`` are tqdm's, such as ``total``.
+    ``set_postfix_str(..., refresh=False)`` leaves the next look to its time.
     """
     style: dict[str, Any] = {"mininterval": TERMINAL_S}
     if shown and not sys.stderr.isatty():
         # miniters: tqdm would else guess from the first steps after how many to look at the clock.
         style = {"mininterval": LOG_S, "maxinterval": LOG_S, "miniters": 1}
         style |= {"file": _Lines(sys.stderr), "bar_format": LOG_FORMAT}
-    return tqdm(
-        iterable,
-        desc=desc,
-        total=total,
-        initial=initial,
-        unit=unit,
-        unit_scale=unit_scale,
-        disable=not shown,
-        **style,
-    )
+    return tqdm(iterable, desc=desc, disable=not shown, **kwargs, **style)
 
 
 def quiet_datasets() -> None:

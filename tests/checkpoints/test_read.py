@@ -424,7 +424,7 @@ def test_vocabulary_of_another_tokenizer(meta_folder, tiny_tokenizer_path, args,
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("params.json", "is no checkpoint: it has neither params.json .* nor config.json"),
+        ("params.json", "is not a checkpoint: it has neither params.json .* nor config.json"),
         ("consolidated.pth", "consolidated.pth is missing beside params.json"),
         ("tokenizer.model", "tokenizer.model is missing"),
     ],
@@ -485,7 +485,7 @@ def test_bad_params_json(meta_folder, text, message):
 def test_bad_field_of_params_json(meta_folder, field, value, must):
     file = meta_folder / "params.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
-    message = f"params.json: {field} is {re.escape(json.dumps(value))}, it has to be {must}$"
+    message = f"params.json: {field} must be {must}, got {re.escape(json.dumps(value))}$"
     with pytest.raises(ValueError, match=message):
         Checkpoint(meta_folder)
 
@@ -522,7 +522,7 @@ def test_fields_that_do_not_fit_together(meta_folder, fields, message):
 )
 def test_bad_field_of_config_json(hf_folder, field, value):
     edit_json(hf_folder / "config.json", **{field: value}, rope_parameters=None)
-    with pytest.raises(ValueError, match=f"config.json: {field} is .*, it has to be"):
+    with pytest.raises(ValueError, match=f"config.json: {field} must be .*, got "):
         Checkpoint(hf_folder)
 
 
@@ -582,7 +582,9 @@ def test_an_index_cannot_name_a_file_elsewhere(hf_folder, shard):
     (hf_folder / "model.safetensors").rename(hf_folder.parent / "secret.safetensors")
     index = hf_folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
-    with pytest.raises(ValueError, match=r"index\.json names the shard .* no file in its folder"):
+    with pytest.raises(
+        ValueError, match=r"index\.json names the shard .* not a file in its folder"
+    ):
         Checkpoint(hf_folder)
 
 
@@ -624,7 +626,7 @@ def test_more_layers_than_tensors_is_told_at_once(meta_folder):
 @pytest.mark.parametrize("value", [10**400, 2**31, True, "32", [32], 3.0])
 def test_a_size_beyond_reason(meta_folder, value):
     edit_json(meta_folder / "params.json", dim=value)
-    with pytest.raises(ValueError, match=r"params\.json: dim is .*, it has to be a whole number"):
+    with pytest.raises(ValueError, match=r"params\.json: dim must be a whole number"):
         Checkpoint(meta_folder)
 
 

@@ -35,7 +35,7 @@ def test_overrides_are_merged(file):
         ("~nope", "Could not find key nope"),
         ("seed=[1", "cannot be merged"),
         ("seed=${", "cannot be merged"),
-        ("--seed=1", r"^--seed=1 is no option of a recipe: give --config FILE"),
+        ("--seed=1", r"^--seed=1 is not an option of a recipe: give --config FILE"),
     ],
 )
 def test_what_is_no_override(file, override, match):
@@ -47,19 +47,19 @@ def test_what_is_no_override(file, override, match):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"seed: 1\n\tx: 2", r"is not the YAML of a config, mend it there \(.*line 2"),
-        (b"seed: 1\x00", "mend it there"),
-        (b"\xff\xfe\x80", "mend it there"),
+        (b"seed: 1\n\tx: 2", r"is not valid YAML, correct it there \(.*line 2"),
+        (b"seed: 1\x00", "correct it there"),
+        (b"\xff\xfe\x80", "correct it there"),
         (b"seed: 1\nseed: 2", "found duplicate key seed"),
         (b"a: !!python/object/apply:os.system [exit]", "could not determine a constructor"),
-        (b"a: &x [*x]", "mend it there"),
+        (b"a: &x [*x]", "correct it there"),
         (b"a: " + b"[" * 400 + b"]" * 400, "is nested too deeply for a config"),
-        (b"a: " + b"9" * 5000, "mend it there"),
-        (b"null: 1", "mend it there"),
-        (b"3: 1", "the key 3 is no text"),
+        (b"a: " + b"9" * 5000, "correct it there"),
+        (b"null: 1", "correct it there"),
+        (b"3: 1", "the key 3 is not text"),
         (b"- 1", "is a list, not the config of a run"),
-        (b"a: ${b", "mend it there"),
-        (b"a: !!int ''", "a value of it is not what its !!tag says"),
+        (b"a: ${b", "correct it there"),
+        (b"a: !!int ''", "a value is not what its !!tag says"),
     ],
 )
 def test_what_is_no_config(file, content, match):

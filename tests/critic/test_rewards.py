@@ -120,7 +120,9 @@ def test_missing_transformers_names_the_extra(reward_model_folder, monkeypatch):
 @pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "no such"}'])
 def test_a_config_of_something_else_is_refused(folder, config):
     (folder / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=rf"{folder} (is no reward model|holds no tokenizer) that"):
+    with pytest.raises(
+        ValueError, match=rf"{folder} (is not a readable reward model|holds no tokenizer that)"
+    ):
         RewardModel(folder, **CPU)
 
 
@@ -128,7 +130,9 @@ def test_a_config_of_something_else_is_refused(folder, config):
 def test_damaged_weights_are_refused(folder, size):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=rf"{folder} is no reward model .* weights are damaged"):
+    with pytest.raises(
+        ValueError, match=rf"{folder} is not a readable reward model, .* weights are damaged"
+    ):
         RewardModel(folder, **CPU)
 
 
@@ -138,13 +142,15 @@ def test_damaged_weights_of_the_older_format_are_refused(folder, size):
     torch.save(load_file(folder / "model.safetensors"), path)
     (folder / "model.safetensors").unlink()
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=rf"{folder} is no reward model .* weights are damaged"):
+    with pytest.raises(
+        ValueError, match=rf"{folder} is not a readable reward model, .* weights are damaged"
+    ):
         RewardModel(folder, **CPU)
 
 
 def test_weights_of_another_shape_are_refused(folder):
     edit_config(folder, hidden_size=64)
-    with pytest.raises(ValueError, match=rf"{folder} is no reward model that can be read"):
+    with pytest.raises(ValueError, match=rf"{folder} is not a readable reward model"):
         RewardModel(folder, **CPU)
 
 
@@ -153,7 +159,7 @@ def test_a_language_model_has_no_score_head(folder):
         state["lm_head.weight"] = state.pop("score.weight").repeat(400, 1)
 
     edit_weights(folder, edit)
-    message = r"lacks 1 weights of a LlamaForSequenceClassification \(score.weight\): it is no"
+    message = r"lacks 1 weights of a LlamaForSequenceClassification \(score.weight\): it is not a"
     with pytest.raises(ValueError, match=message):
         RewardModel(folder, **CPU)
 

@@ -18,7 +18,7 @@ def test_rank_that_hangs_in_python(job):
     expected = (
         rf"Rank 1 \(process {pid} on .*\) hangs: it came to step 4 \d+ seconds ago and is in "
         r"wait \(loop.py:\d+\); rank 0 waits in all_reduce, called by train \(loop.py:\d+\); the "
-        "run ends, and the same command with resume_from_checkpoint=true goes on from what was"
+        "run ends, and the same command with resume_from_checkpoint=true continues from what was"
     )
     assert len(re.findall(expected, job.said)) == 1
     assert job.exit["message"] in job.said

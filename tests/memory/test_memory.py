@@ -291,7 +291,7 @@ def test_the_table(config_file, capsys, monkeypatch):
         (["batch_sise=4"], r"batch_sise: unknown key \(did you mean 'batch_size'\?\)"),
         (["rows=4"], r"rows: unknown key \(known: "),
         (["optimizer.learning_rte=4"], r"optimizer.learning_rte: unknown key \(did you mean 'lr'"),
-        (["batch_size=0"], "batch_size: has to be at least 1, it is 0"),
+        (["batch_size=0"], "batch_size: must be at least 1, got 0"),
         (["~batch_size"], "batch_size: missing"),
         (["--ranks", "0"], "--ranks: must be at least 1, got 0"),
         (

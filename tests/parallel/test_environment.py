@@ -35,7 +35,10 @@ def test_what_torchrun_sets_passes(environment):
         ({"WORLD_SIZE": None}, "variable WORLD_SIZE is '', not a whole number"),
         ({"LOCAL_RANK": "1.0"}, "variable LOCAL_RANK is '1.0', not a whole number"),
         ({"RANK": "2"}, "RANK is 2, which is not below WORLD_SIZE 2: ranks count from 0"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, no port: take one from 1 to 65535"),
+        (
+            {"MASTER_PORT": "70000"},
+            "MASTER_PORT is 70000, not a port: take a free one from 1 to 65535",
+        ),
     ],
 )
 def test_what_is_mistyped_is_named(environment, changes, message):

@@ -179,7 +179,7 @@ def test_shipped_configs_pass_the_check(recipe, path):
         ({"generation": {"top_p": 1.5}}, r"generation.top_p: must be at most 1 .*, got 1.5"),
         ({"k": [0]}, r"k: must be a list of numbers of at least 1, got \[0\]"),
         ({"generation": {"temperature": 1.0}}, "generation.temperature: unknown key"),
-        ({"task": "humaneva"}, "task: has to be one of 'mbpp'"),
+        ({"task": "humaneva"}, "task: must be one of 'mbpp'"),
     ],
 )
 def test_the_check_says_what_is_wrong(recipe, base, overrides, message):

@@ -674,7 +674,7 @@ def test_a_finished_comparison_is_not_made_again(main, recipe, tmp_path, monkeyp
 def test_what_fails_before_the_run_is_one_sentence(main, tmp_path):
     with pytest.raises(SystemExit, match=r"ConfigError: requires: .*none.yaml cannot be read"):
         main({"requires": [str(tmp_path / "none.yaml")]})
-    with pytest.raises(SystemExit, match="ConfigError: requires: has to be a list"):
+    with pytest.raises(SystemExit, match="ConfigError: requires: must be a list"):
         main({"requires": 3})
     (tmp_path / "mine.txt").touch()
     prepare = {
@@ -953,12 +953,12 @@ def test_values_out_of_range_come_all_at_once(recipe, base_config, monkeypatch):
     with pytest.raises(recipe.ConfigError, match="11 errors") as error:
         recipe.check(OmegaConf.merge(base_config, wrong))
     for key in at_least_one:
-        assert f"  {key}: has to be at least 1, it is 0" in str(error.value)
+        assert f"  {key}: must be at least 1, got 0" in str(error.value)
     monkeypatch.setenv("CXX", "no-such-compiler")
     check_error(recipe, base_config, {"compile": True}, r"needs a C\+\+ compiler")
     reference = {"mode": "online", "checkpointer": {"checkpoint_dir": "a"}, "table_dir": "b"}
     bad = {"reference": reference | {"batch_tokens": 0}}
-    check_error(recipe, base_config, bad, "reference.batch_tokens: has to be at least 1")
+    check_error(recipe, base_config, bad, "reference.batch_tokens: must be at least 1")
     same = {"dataset_val": base_config.dataset | {"split": "validation", "seed": 2}}
     both = {"dataset": {"validation_fraction": 0.1}, "dataset_val": {"validation_fraction": 0.1}}
     check_error(recipe, base_config, OmegaConf.merge(same, both), "dataset_val: divides the source")
@@ -1006,7 +1006,7 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, monkey
     }
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_error(recipe, base_config, rounding, "is for one rank")
-    check_error(recipe, base_config, {"dtype": "fp16"}, "dtype: has to be one of 'bf16', 'fp32'")
+    check_error(recipe, base_config, {"dtype": "fp16"}, "dtype: must be one of 'bf16', 'fp32'")
 
 
 def test_data_smaller_than_a_joint_micro_batch(run):

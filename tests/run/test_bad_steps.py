@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -7,13 +8,12 @@ import torch
 from wmtp_modules.run.bad_steps import (
     SPIKE_HISTORY,
     BadSteps,
-    bad_gradients,
-    bad_rows,
-    first_bad_module,
+    look_again,
     print_replay,
     row_ids,
     what_is_wrong,
 )
+from wmtp_modules.run.figures import token_losses
 
 TARGETS = torch.tensor([3, 0])
 ROWS = [torch.tensor([[2, 2, 5], [7, -1, -1]]), torch.tensor([[9, -1, -1]])]
@@ -124,23 +124,7 @@ def test_a_resumed_run_judges_by_the_same_history(steps, tmp_path):
     assert [line["step"] for line in lines(tmp_path, "loss_spikes.jsonl")] == [18]
 
 
-def test_the_first_module_that_gives_no_number():
-    model = torch.nn.Sequential(
-        torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.ReLU()
-    )
-    with torch.no_grad():
-        model[1][0].weight[0, 0] = torch.inf
-    with first_bad_module(model) as found:
-        model(torch.ones(1, 2))
-    assert found[0] == "1.0"
-    with first_bad_module(model) as found:
-        torch.nn.Linear(2, 2)(torch.full((1, 2), torch.nan))  # another model's
-    assert found == []
-    model(torch.ones(1, 2)).sum().backward()
-    assert "0.weight" in bad_gradients(model)
-
-
-def test_rows_whose_losses_are_no_numbers(gloo_group, tiny_model_args):
+def test_a_replay_names_rows_module_and_gradients(gloo_group, tiny_model_args):
     """A token that only one document holds, with an embedding that is no number."""
     from wmtp_modules.models import mtp_llama2
     from wmtp_modules.parallel.sharding import init_weights_
@@ -160,18 +144,24 @@ def test_rows_whose_losses_are_no_numbers(gloo_group, tiny_model_args):
         "seq_lens": [torch.tensor([8])] * 2,
     }
     batch["tokens"][0, 3] = 7
-    assert bad_rows(model, batch) == [3]
+
+    def loss_step(batch):
+        torch.nn.Linear(2, 2)(torch.full((1, 2), torch.nan))  # another model's is not looked at
+        return token_losses(model, batch)[0].sum(), {}, {}
+
+    rows, losses, modules, gradients = look_again(model, batch, loss_step)
+    assert rows == "rows 3, 4"
+    assert losses == "losses that are not finite in rows 3"
+    assert modules == "first output that is not finite: tok_embeddings"
+    assert re.match(r"gradients that are not finite: .* and \d+ more$", gradients)
 
 
 def test_a_replay_that_finds_nothing_says_so(gloo_group, capsys):
-    sound = {"rows": list(range(20)), "bad_rows": [], "modules": [], "gradients": []}
-    print_replay(5, [sound])
+    print_replay(5, [["rows 0, 1 and 12 more"]])
     printed = capsys.readouterr().out
-    assert "rank 0, micro-batch 1: rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more" in printed
+    assert "rank 0, micro-batch 1: rows 0, 1 and 12 more\n" in printed
     assert "everything is finite this time" in printed
-    print_replay(5, [sound | {"bad_rows": [3], "modules": ["layers.0"], "gradients": ["a", "b"]}])
+    print_replay(5, [["rows 3", "gradients that are not finite: a, b"], ["rows 4"]])
     printed = capsys.readouterr().out
-    assert "losses that are no numbers in rows 3\n" in printed
-    assert "first output that is not finite: layers.0\n" in printed
-    assert "gradients that are not finite: a, b\n" in printed
+    assert "micro-batch 1: rows 3\n    gradients that are not finite: a, b\n" in printed
     assert "everything" not in printed

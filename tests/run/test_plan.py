@@ -29,7 +29,7 @@ def test_required_runs_inherit_the_place_and_resume(tmp_path):
     ("content", "message"),
     [
         (None, r"requires: .*base.yaml cannot be read as a config: No such file"),
-        ("a: [", r"requires: .*base.yaml is not the YAML of a config"),
+        ("a: [", r"requires: .*base.yaml is not valid YAML"),
         ("- a\n", r"requires: .*base.yaml is a list, not the config of a run"),
     ],
 )

@@ -78,7 +78,7 @@ def test_notes_say_what_another_number_of_ranks_changes(state):
     run = check_same_run(state, CFG, 1)
     assert notes_on_resume(run, CFG, 1, 99) == []
     (ranks,) = notes_on_resume(run, OmegaConf.merge(CFG, {"batch_size": 1}), 2, 99)
-    assert ranks.startswith("It was saved by 1 ranks and goes on with 2: the packs come in the")
+    assert ranks.startswith("It was saved by 1 ranks and continues with 2: the packs come in the")
     three = OmegaConf.merge(CFG, {"batch_size": 1})
     _, joint = notes_on_resume(run, three, 3, 99)
     assert joint.startswith("Joint micro-batches have 3 packs, before 2: the weights of rho1 do,")

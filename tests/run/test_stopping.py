@@ -189,4 +189,4 @@ def test_full_disk_does_not_keep_a_run_from_stopping(tmp_path, capsys):
 def test_what_goes_on_is_said(tmp_path, capsys):
     """An evaluation has no resume_from_checkpoint: typed as told, it would be refused."""
     StopRequests(output_dir=tmp_path, again="the same command")._tell(Stopped("SIGINT"))
-    assert "training: the same command goes on from there\n" in capsys.readouterr().err
+    assert "training: the same command continues from there\n" in capsys.readouterr().err

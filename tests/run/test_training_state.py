@@ -284,7 +284,7 @@ def damage(folder, how):
         ("a missing file", "run.pt is missing"),
         ("no manifest", "it has no manifest.json"),
         ("a cut manifest", "manifest.json cannot be read: JSONDecodeError"),
-        ("a manifest that leads out", "'../other' is no file name"),
+        ("a manifest that leads out", "'../other' is not a file name"),
     ],
 )
 def test_a_damaged_state_is_named_passed_over_and_kept(trained, caplog, how, said):
@@ -332,7 +332,7 @@ def test_metadata_that_leads_out_of_the_folder(trained):
     for info in metadata.storage_data.values():
         info.relative_path = "../other"
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=r"'\.\./other' is no file name"):
+    with pytest.raises(ValueError, match=r"'\.\./other' is not a file name"):
         one.states.load(folder, one.model, one.optimizer)
 
 

@@ -36,7 +36,7 @@ def test_rank_that_hangs_in_python(own_rank):
     assert found.sentence == (
         "Rank 1 (process 1 on host) hangs: it came to step 4 101 seconds ago and is in next_batch "
         "(data.py:2); rank 0 waits in all_reduce, called by agreed (stopping.py:1); the run ends, "
-        "and the same command with resume_from_checkpoint=true goes on from what was saved"
+        "and the same command with resume_from_checkpoint=true continues from what was saved"
     )
 
 
@@ -79,7 +79,7 @@ def test_all_wait_for_each_other():
     found = hang({0: report(), 1: other, 2: report()})
     assert found.ranks == []
     assert found.sentence.startswith(
-        "No rank comes further; ranks 0, 2 wait in all_reduce, called by agreed (stopping.py:1); "
+        "No rank makes progress; ranks 0, 2 wait in all_reduce, called by agreed (stopping.py:1); "
         "rank 1 waits in all_gather, called by forward (model.py:3); the run ends"
     )
 

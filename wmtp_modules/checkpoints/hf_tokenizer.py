@@ -2,8 +2,7 @@
 
 transformers 5 can read ``tokenizer.model`` itself, but its Llama class then adds no dummy prefix
 to a text that begins with a space, which SentencePiece does; such a prompt gets other ids than in
-training. The file written here says exactly what SentencePiece does, so older and newer versions
-agree, and the reader needs neither sentencepiece nor protobuf.
+training. What is written here is what SentencePiece does, for older and newer versions.
 """
 
 import json
@@ -19,12 +18,9 @@ _SPACE = "\u2581"
 
 
 def write_hf_tokenizer(tokenizer_path: str | Path, folder: Path, *, max_seq_len: int) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``.
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` of a SentencePiece BPE model.
 
-    Args:
-        tokenizer_path: SentencePiece BPE model.
-        folder: where to write.
-        max_seq_len: longest input in tokens, for the config.
+    ``max_seq_len`` is the longest input in tokens, for the config.
 
     Raises:
         ValueError: if the file is damaged, the model is not BPE or lacks bos, eos or unk, or it
@@ -54,34 +50,26 @@ def write_hf_tokenizer(tokenizer_path: str | Path, folder: Path, *, max_seq_len:
                 "tokenizer with bos, eos and unk, as Llama's have"
             )
     bos, eos, unk = (pieces[i].piece for i in special.values())
-    prefix = normalizer.add_dummy_prefix
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    steps = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
+    steps: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
     decoders: list[dict] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if prefix:
+    if normalizer.add_dummy_prefix:
+        steps.insert(0, {"type": "Prepend", "prepend": _SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": i,
-                "content": piece.piece,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": piece.type != _USER_DEFINED,
-            }
+            {"id": i, "content": piece.piece, "special": piece.type != _USER_DEFINED}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             for i, piece in enumerate(pieces)
             if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [*steps, spaces]},
+        "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -129,8 +117,7 @@ def _sequence(name: str, type_id: int) -> dict:
 def _merges(pieces) -> list[list[str]]:
     """Every pair of pieces that makes a piece, best first.
 
-    SentencePiece joins the neighbours whose union has the highest score; a merge list is ranked,
-    so it holds the pairs in the order of their unions' scores.
+    SentencePiece joins the neighbours whose union has the highest score; a merge list is ranked.
     """
     ids = {piece.piece: i for i, piece in enumerate(pieces)}
     merges = []

@@ -12,64 +12,45 @@ Everything here works on one key or one tensor at a time, so that callers can st
 
 import torch
 
-# ours, Meta, Hugging Face
+# ours, Meta, Hugging Face, shape: D width, K width of keys and values, H hidden, V vocabulary
 _BLOCK_KEYS = (
-    ("attn.q_proj.weight", "attention.wq.weight", "self_attn.q_proj.weight"),
-    ("attn.k_proj.weight", "attention.wk.weight", "self_attn.k_proj.weight"),
-    ("attn.v_proj.weight", "attention.wv.weight", "self_attn.v_proj.weight"),
-    ("attn.output_proj.weight", "attention.wo.weight", "self_attn.o_proj.weight"),
-    ("mlp.w1.weight", "feed_forward.w1.weight", "mlp.gate_proj.weight"),
-    ("mlp.w2.weight", "feed_forward.w2.weight", "mlp.down_proj.weight"),
-    ("mlp.w3.weight", "feed_forward.w3.weight", "mlp.up_proj.weight"),
-    ("sa_norm.scale", "attention_norm.weight", "input_layernorm.weight"),
-    ("mlp_norm.scale", "ffn_norm.weight", "post_attention_layernorm.weight"),
+    ("attn.q_proj.weight", "attention.wq.weight", "self_attn.q_proj.weight", "DD"),
+    ("attn.k_proj.weight", "attention.wk.weight", "self_attn.k_proj.weight", "KD"),
+    ("attn.v_proj.weight", "attention.wv.weight", "self_attn.v_proj.weight", "KD"),
+    ("attn.output_proj.weight", "attention.wo.weight", "self_attn.o_proj.weight", "DD"),
+    ("mlp.w1.weight", "feed_forward.w1.weight", "mlp.gate_proj.weight", "HD"),
+    ("mlp.w2.weight", "feed_forward.w2.weight", "mlp.down_proj.weight", "DH"),
+    ("mlp.w3.weight", "feed_forward.w3.weight", "mlp.up_proj.weight", "HD"),
+    ("sa_norm.scale", "attention_norm.weight", "input_layernorm.weight", "D"),
+    ("mlp_norm.scale", "ffn_norm.weight", "post_attention_layernorm.weight", "D"),
 )
 _SHARED_KEYS = (
-    ("tok_embeddings.weight", "tok_embeddings.weight", "model.embed_tokens.weight"),
-    ("output.norm.scale", "norm.weight", "model.norm.weight"),
-    ("output.proj.weight", "output.weight", "lm_head.weight"),
+    ("tok_embeddings.weight", "tok_embeddings.weight", "model.embed_tokens.weight", "VD"),
+    ("output.norm.scale", "norm.weight", "model.norm.weight", "D"),
+    ("output.proj.weight", "output.weight", "lm_head.weight", "VD"),
 )
-_TO_META = {ours: meta for ours, meta, _ in (*_BLOCK_KEYS, *_SHARED_KEYS)}
-_TO_HF = {ours: hf for ours, _, hf in (*_BLOCK_KEYS, *_SHARED_KEYS)}
+_TO_META = {ours: meta for ours, meta, _, _ in (*_BLOCK_KEYS, *_SHARED_KEYS)}
+_TO_HF = {ours: hf for ours, _, hf, _ in (*_BLOCK_KEYS, *_SHARED_KEYS)}
 
 
 def parameter_shapes(args: dict) -> dict[str, tuple[int, ...]]:
     """Key and shape of every parameter of ``mtp_llama2(**args)``, in the model's order.
 
-    Args:
-        args: arguments of ``mtp_llama2``, ``intermediate_dim`` given.
+    ``args`` must have ``intermediate_dim``.
     """
-    dim, hidden, vocab = args["embed_dim"], args["intermediate_dim"], args["vocab_size"]
+    dim, n_heads = args["embed_dim"], args["n_future_tokens"]
     kv_dim = dim // args["num_heads"] * args["num_kv_heads"]
-    block = {
-        "attn.q_proj.weight": (dim, dim),
-        "attn.k_proj.weight": (kv_dim, dim),
-        "attn.v_proj.weight": (kv_dim, dim),
-        "attn.output_proj.weight": (dim, dim),
-        "mlp.w1.weight": (hidden, dim),
-        "mlp.w2.weight": (dim, hidden),
-        "mlp.w3.weight": (hidden, dim),
-        "sa_norm.scale": (dim,),
-        "mlp_norm.scale": (dim,),
-    }
-    n_heads = args["n_future_tokens"]
+    sizes = {"D": dim, "K": kv_dim, "H": args["intermediate_dim"], "V": args["vocab_size"]}
     blocks = [f"layers.{i}" for i in range(args["num_layers"] - n_heads)]
     blocks += [f"heads.{k}" for k in range(n_heads)]
-    return {
-        "tok_embeddings.weight": (vocab, dim),
-        **{f"{name}.{key}": shape for name in blocks for key, shape in block.items()},
-        "output.norm.scale": (dim,),
-        "output.proj.weight": (vocab, dim),
-    }
+    embedding, *output = _SHARED_KEYS
+    table = [embedding]
+    table += [(f"{name}.{key}", *rest) for name in blocks for key, *rest in _BLOCK_KEYS]
+    return {key: tuple(sizes[size] for size in shape) for key, *_, shape in (*table, *output)}
 
 
 def meta_key(key: str, n_trunk: int) -> str:
-    """Meta's name of one of our keys.
-
-    Args:
-        key: our key.
-        n_trunk: trunk blocks, i.e. the place of head 0 in Meta's ``layers``.
-    """
+    """Meta's name of one of our keys; head 0 has the index ``n_trunk`` in Meta's ``layers``."""
     if key in _TO_META:
         return _TO_META[key]
     stack, index, rest = key.split(".", 2)
@@ -79,14 +60,10 @@ def meta_key(key: str, n_trunk: int) -> str:
 
 
 def hf_key(key: str, n_trunk: int) -> str:
-    """Hugging Face's name of one of our keys; every head maps to the last block.
+    """Hugging Face's name of one of our keys; every head maps to the last block, ``n_trunk``.
 
-    Reading with it therefore starts each head as a copy of that block; writing takes trunk and
-    head 0 only, see ``is_extra_head``.
-
-    Args:
-        key: our key.
-        n_trunk: trunk blocks; the last Hugging Face block has this index.
+    Reading therefore starts each head as a copy of that block; writing takes trunk and head 0 only,
+    see ``is_extra_head``.
     """
     if key in _TO_HF:
         return _TO_HF[key]
@@ -107,22 +84,14 @@ def rotary_heads(key: str, args: dict) -> int | None:
 
 
 def rows_from_hf(num_heads: int, head_dim: int) -> torch.Tensor:
-    """Row numbers such that ``ours = hf[rows]`` for a q or k projection.
+    """Row numbers such that ``ours = hf[rows]`` for a q or k projection, int64 [rows].
 
     Row (head, 2 i + p) of the interleaved form is row (head, i + p head_dim / 2) of the split one.
-
-    Returns:
-        int64 [num_heads * head_dim].
     """
     rows = torch.arange(num_heads * head_dim).view(num_heads, 2, head_dim // 2)
     return rows.transpose(1, 2).reshape(-1)
 
 
 def rows_to_hf(num_heads: int, head_dim: int) -> torch.Tensor:
-    """Row numbers such that ``hf = ours[rows]``: the inverse of ``rows_from_hf``.
-
-    Returns:
-        int64 [num_heads * head_dim].
-    """
-    rows = torch.arange(num_heads * head_dim).view(num_heads, head_dim // 2, 2)
-    return rows.transpose(1, 2).reshape(-1)
+    """Row numbers such that ``hf = ours[rows]``: the inverse of ``rows_from_hf``."""
+    return rows_from_hf(num_heads, head_dim).argsort()

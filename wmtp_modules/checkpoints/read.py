@@ -1,8 +1,8 @@
 """Reads checkpoint folders, Meta's release format and Hugging Face Llama, into a model.
 
 Reading goes straight from memory-mapped files into the parameters, each rank touching only the
-rows of its own shards. Everything that can be wrong with a folder shows in file headers, so each
-rank finds the same error by itself, before any memory is spent.
+rows of its own shards. Whatever is wrong with a folder shows in file headers, so each rank finds
+the same error by itself, before any memory is spent.
 """
 
 import json
@@ -28,6 +28,7 @@ from wmtp_modules.checkpoints.names import (
     rows_from_hf,
 )
 from wmtp_modules.files import read_json, recover_folder
+from wmtp_modules.models.mtp_transformer import MTPTransformer
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
 # Meta's params.json does not name the context length; Llama-2 and the multi-token release have
@@ -46,21 +47,16 @@ class Checkpoint:
         folder: Meta's format (``params.json``, ``consolidated.pth``) or Hugging Face's
             (``config.json``, safetensors or torch weights, whole or sharded), with
             ``tokenizer.model``.
-        n_future_tokens: heads. None takes what the folder has. For a Hugging Face folder more than
+        n_future_tokens: heads; None takes what the folder has. For a Hugging Face folder more than
             one starts a multi-token model: its last block is copied into the extra heads, which
             come on top of its blocks.
 
     Attributes:
         args: arguments of ``mtp_llama2``; ``max_seq_len`` is the folder's context length.
-        is_hf: whether the folder is Hugging Face's.
-        config_file: its ``params.json`` or ``config.json``.
-        tokenizer_path: its ``tokenizer.model``.
 
     Raises:
-        ValueError: if the folder is of neither format or incomplete, a file is truncated or
-            carries code, an index names a file outside of the folder, a key is missing, unknown,
-            mis-shaped or no plain floating-point tensor, ``n_future_tokens`` is not what the folder
-            has, or the vocabulary is not the tokenizer's.
+        ValueError: if the folder is incomplete, damaged or of neither format, carries code, names
+            files outside of it, or its keys, shapes, dtypes, heads or vocabulary do not fit.
     """
 
     def __init__(self, folder: str | Path, n_future_tokens: int | None = None) -> None:
@@ -76,7 +72,7 @@ class Checkpoint:
             files = _hf_weight_files(folder)
         else:
             raise ValueError(
-                f"{folder} is no checkpoint: it has neither params.json (Meta's format) nor "
+                f"{folder} is not a checkpoint: it has neither params.json (Meta's format) nor "
                 "config.json (Hugging Face)"
             )
         self.tokenizer_path = folder / "tokenizer.model"
@@ -100,14 +96,9 @@ class Checkpoint:
         check_vocab(folder, self.args["vocab_size"])
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` of a parameter in our layout, in the dtype of the file.
+        """Rows ``start`` to ``stop`` of a parameter, under our key, in the dtype of the file.
 
-        The tensor lies in the mapped file, except for rows of q and k that have to be reordered.
-
-        Args:
-            key: our key.
-            start: first row.
-            stop: row after the last one; all rows if None.
+        The tensor lies in the mapped file, except for rows of q and k that must be reordered.
         """
         tensor = self._tensors[self._their_keys[key]]
         heads = rotary_heads(key, self.args) if self.is_hf else None
@@ -220,23 +211,19 @@ class Checkpoint:
         expected = {self._their_keys[k]: shape for k, shape in parameter_shapes(self.args).items()}
         problems = [f"missing key {key}" for key in expected if key not in self._tensors]
         for key, tensor in self._tensors.items():
-            if key in expected:
-                if tensor.shape != expected[key]:
-                    problems.append(
-                        f"key {key} in {self._file_of[key].name} has shape "
-                        f"{list(tensor.shape)}, not {list(expected[key])}"
-                    )
-                elif tensor.layout != torch.strided or tensor.dtype not in WEIGHT_DTYPES:
-                    problems.append(
-                        f"key {key} in {self._file_of[key].name} is a tensor of "
-                        f"{tensor.dtype}, {tensor.layout}: weights are plain floating-point numbers"
-                    )
-                elif tensor.is_meta:
-                    problems.append(
-                        f"key {key} in {self._file_of[key].name} was saved without its values"
-                    )
-            elif not _KNOWN_BUFFERS.fullmatch(key):
-                problems.append(f"extra key {key} in {self._file_of[key].name}")
+            where, shape = f"key {key} in {self._file_of[key].name}", expected.get(key)
+            if shape is None:
+                if not _KNOWN_BUFFERS.fullmatch(key):
+                    problems.append(f"extra {where}")
+            elif tensor.shape != shape:
+                problems.append(f"{where} has shape {list(tensor.shape)}, not {list(shape)}")
+            elif tensor.layout != torch.strided or tensor.dtype not in WEIGHT_DTYPES:
+                problems.append(
+                    f"{where} is a tensor of {tensor.dtype}, {tensor.layout}: weights are plain "
+                    "floating-point numbers"
+                )
+            elif tensor.is_meta:
+                problems.append(f"{where} was saved without its values")
         _raise_all(problems, f"{_names(self._files)} does not hold what {self.config_file} says")
 
     def _shape(self, key: str) -> torch.Size:
@@ -248,12 +235,7 @@ class Checkpoint:
 def model_args_from_folder(
     folder: str | Path, *, max_seq_len: int, n_future_tokens: int | None = None
 ) -> dict:
-    """Arguments of ``mtp_llama2`` for the model in a checkpoint folder.
-
-    Args:
-        folder: see ``Checkpoint``.
-        max_seq_len: longest row the model has to take, in tokens.
-        n_future_tokens: see ``Checkpoint``.
+    """Arguments of ``mtp_llama2`` for a folder's model that takes rows of ``max_seq_len``.
 
     Raises:
         ValueError: as ``Checkpoint`` does, or if the folder's context is shorter than that.
@@ -268,18 +250,11 @@ def model_args_from_folder(
 
 
 def check_model(
-    model_args: dict,
-    tokenizer_path: str | Path,
-    max_seq_len: int,
-    folder: str | Path | None = None,
+    model_args: dict, tokenizer_path: str | Path, max_seq_len: int, folder: str | Path | None = None
 ) -> None:
     """Compare a model with its tokenizer, and its checkpoint folder, before any data is made.
 
-    Args:
-        model_args: ``model.args``.
-        tokenizer_path: SentencePiece model that will make the token ids.
-        max_seq_len: longest row it will make, in tokens.
-        folder: what the model will be filled from; None if it starts from nothing.
+    ``max_seq_len`` is the longest row in tokens; without a folder the model starts from nothing.
 
     Raises:
         ValueError: as ``check_folder`` and ``check_vocab`` do, or if the rows are too long.
@@ -298,14 +273,9 @@ def check_model(
 def check_folder(folder: str | Path, model_args: dict, tokenizer_path: str | Path) -> None:
     """Raise what ``load_into`` would, before a model or any data is made.
 
-    Args:
-        folder: see ``Checkpoint``.
-        model_args: ``model.args`` of the model to be filled.
-        tokenizer_path: SentencePiece model that made, or will make, the token ids.
-
     Raises:
-        ValueError: as ``Checkpoint`` does, or if the model's arguments are not the folder's, or
-            the tokenizer has other pieces than the folder's.
+        ValueError: as ``Checkpoint`` does, or if ``model.args`` are not the folder's, or the
+            tokenizer of the token ids has other pieces than the folder's.
     """
     checkpoint = Checkpoint(folder, model_args["n_future_tokens"])
     _check_args(checkpoint, model_args)
@@ -313,15 +283,7 @@ def check_folder(folder: str | Path, model_args: dict, tokenizer_path: str | Pat
 
 
 def check_vocab(folder: str | Path, vocab_size: int) -> None:
-    """Compare the number of pieces of a tokenizer with the rows of an embedding.
-
-    Args:
-        folder: checkpoint folder, or the tokenizer's file.
-        vocab_size: rows of the embedding.
-
-    Raises:
-        ValueError: if they differ, or the file is no SentencePiece model.
-    """
+    """ValueError unless a tokenizer, or a folder's, has as many pieces as an embedding rows."""
     path = Path(folder)
     path = path / "tokenizer.model" if path.is_dir() else path
     pieces = len(_pieces(path))
@@ -333,11 +295,7 @@ def check_vocab(folder: str | Path, vocab_size: int) -> None:
 
 
 def check_same_vocabulary(path_a: str | Path, path_b: str | Path) -> None:
-    """Make sure that two SentencePiece models give every id the same meaning.
-
-    Raises:
-        ValueError: if any piece differs, or a file is no SentencePiece model.
-    """
+    """ValueError unless two SentencePiece models give every id the same meaning."""
     pieces_a, pieces_b = _pieces(Path(path_a)), _pieces(Path(path_b))
     differing = abs(len(pieces_a) - len(pieces_b))
     differing += sum(a != b for a, b in zip(pieces_a, pieces_b, strict=False))
@@ -348,18 +306,13 @@ def check_same_vocabulary(path_a: str | Path, path_b: str | Path) -> None:
         )
 
 
-def load_into(model: nn.Module, folder: str | Path, *, device: torch.device | str) -> None:
-    """Fill a built model from a checkpoint folder.
+def load_into(model: MTPTransformer, folder: str | Path, *, device: torch.device | str) -> None:
+    """Fill a built model, plain or sharded by FSDP2 along dimension 0, from a checkpoint folder.
 
     A parameter keeps its dtype; values are converted row block by row block while they are copied.
-    A model on the meta device gets its memory on ``device`` first. The RoPE tables are computed
-    anew there. The model's ``context`` becomes the folder's where that is longer, so that training
-    on short rows does not shorten what an export says.
-
-    Args:
-        model: ``mtp_llama2`` model, plain or sharded by FSDP2 along dimension 0.
-        folder: see ``Checkpoint``; its ``n_future_tokens`` is the model's.
-        device: where a model on the meta device shall live.
+    A model on the meta device gets its memory on ``device`` first, and the RoPE tables are computed
+    there. The model's ``context`` becomes the folder's if that is longer, so that training on short
+    rows does not shorten what an export says.
 
     Raises:
         ValueError: as ``check_folder`` does.
@@ -415,12 +368,11 @@ def _names(files: list[Path]) -> str:
 
 
 def _pieces(path: Path) -> list[str]:
-    """All pieces of a SentencePiece model, by id."""
     try:
         tokenizer = spm.SentencePieceProcessor(model_file=str(path))
         return tokenizer.id_to_piece(list(range(tokenizer.get_piece_size())))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: a piece of it is no text, copy it again") from error
+        raise ValueError(f"{path} is damaged: a piece of it is not text, copy it again") from error
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{path} is not a SentencePiece model, or is damaged ({error}): copy it again"
@@ -436,7 +388,7 @@ def _number(
     at_least: int = 1,
     default: float | None = None,
 ) -> Any:
-    """A field that has to be a whole number up to ``MOST``, or with ``kind`` float any above 0.
+    """A field that must be a whole number up to ``MOST``, or with ``kind`` float any above 0.
 
     With a default the field may be left out or null.
     """
@@ -445,11 +397,10 @@ def _number(
         return default
     if name not in config:
         raise ValueError(f"{file} has no {name!r}")
-    is_number = isinstance(value, int if kind is int else int | float)
-    fits = is_number and not isinstance(value, bool)
+    fits = type(value) is int or (kind is float and type(value) is float)
     if not fits or not (at_least <= value <= MOST if kind is int else 0 < value <= MOST):
         must = f"a whole number, at least {at_least}" if kind is int else "a number above 0"
-        raise ValueError(f"{file}: {name} is {json.dumps(value)[:99]}, it has to be {must}")
+        raise ValueError(f"{file}: {name} must be {must}, got {json.dumps(value)[:99]}")
     return value
 
 
@@ -482,8 +433,8 @@ def _hf_weight_files(folder: Path) -> list[Path]:
                 is_name = isinstance(shard, str) and shard == Path(shard).name
                 if not is_name or shard in ("", "..") or "\0" in shard:
                     raise ValueError(
-                        f"{index} names the shard {str(shard)[:99]!r}, which is no file in its "
-                        "folder: download the index again, or mend it"
+                        f"{index} names the shard {str(shard)[:99]!r}, which is not a file "
+                        "in its folder: download the index again, or correct it"
                     )
             shards = [folder / shard for shard in sorted(set(names))]
             missing = [shard.name for shard in shards if not shard.exists()]

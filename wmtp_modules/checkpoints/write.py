@@ -24,23 +24,19 @@ from wmtp_modules.checkpoints.read import (
     meta_hidden_dim,
 )
 from wmtp_modules.files import disk_errors, new_folder
+from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import share_from_rank_zero
 from wmtp_modules.progress import progress_bar
 
 
 def save_meta(
-    model: nn.Module, folder: str | Path, *, tokenizer_path: str | Path, dtype: torch.dtype
+    model: MTPTransformer, folder: str | Path, *, tokenizer_path: str | Path, dtype: torch.dtype
 ) -> None:
     """Write all heads as a folder in Meta's format; all ranks call it.
 
-    Parameters are gathered one at a time; rank 0 keeps them on the CPU and writes. The folder
-    appears under its name when it is complete, in place of an earlier checkpoint.
-
-    Args:
-        model: ``mtp_llama2`` model, plain or sharded.
-        folder: where to write.
-        tokenizer_path: SentencePiece model to put beside the weights.
-        dtype: dtype of the written tensors.
+    Parameters, sharded or not, are gathered one at a time; rank 0 keeps them on the CPU, in
+    ``dtype``, and writes. The folder appears under its name when it is complete, in place of an
+    earlier checkpoint.
 
     Raises:
         ValueError: if the tokenizer is not the model's, or ``folder`` holds something else.
@@ -77,12 +73,8 @@ def write_meta(
 ) -> None:
     """Write ``consolidated.pth``, ``params.json`` and ``tokenizer.model``.
 
-    Args:
-        tensors: our key and whole CPU tensor of each parameter, mapped from a file or not.
-        args: arguments of ``mtp_llama2``.
-        folder: where to write; see ``save_meta``.
-        tokenizer_path: SentencePiece model.
-        bar_bytes: bytes that will be written, to show a progress bar; none is shown if None.
+    ``tensors`` are our key and whole CPU tensor of each parameter, mapped from a file or not;
+    ``bar_bytes`` will be written, to show a progress bar (None shows none).
     """
     n_trunk = args["num_layers"] - args["n_future_tokens"]
     state = {meta_key(key, n_trunk): _with_own_storage(tensor) for key, tensor in tensors}
@@ -118,7 +110,6 @@ def writing_bar(n_bytes: int | None) -> tqdm:
 
 @torch.no_grad()
 def _whole_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gather one parameter after the other and move it to the CPU."""
     for key, parameter in llama_parameters(model):
         tensor = parameter.to(dtype)
         if isinstance(tensor, DTensor):
@@ -148,10 +139,9 @@ def checkpoint_folder(folder: Path, tokenizer_path: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        ours = any((folder / name).exists() for name in ("params.json", "config.json"))
-        if not ours:
-            raise ValueError(f"{folder} holds something other than a checkpoint: use another path")
+    ours = any((folder / name).exists() for name in ("params.json", "config.json"))
+    if not ours and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something other than a checkpoint: use another path")
 
 
 def _meta_hidden_fields(dim: int, hidden: int) -> dict[str, int | float]:

@@ -27,14 +27,8 @@ def write_hf(
 ) -> None:
     """Write safetensors, configs and tokenizer of an ordinary Llama: trunk and head 0.
 
-    Shards of about 5 GB are written as the tensors come, so no more than one is held.
-
-    Args:
-        tensors: our key and whole CPU tensor of each parameter; extra heads are passed over.
-        args: arguments of ``mtp_llama2``.
-        folder: where to write; see ``save_meta``.
-        tokenizer_path: SentencePiece model.
-        bar_bytes: bytes that will be written, to show a progress bar; none is shown if None.
+    Shards of about 5 GB are written as the tensors come, so no more than one is held. See
+    ``write_meta`` for the arguments; extra heads are passed over.
     """
     with checkpoint_folder(folder, tokenizer_path) as partial:
         write_hf_tokenizer(tokenizer_path, partial, max_seq_len=args["max_seq_len"])
@@ -43,6 +37,7 @@ def write_hf(
         shards: list[list[str]] = []
         shard: dict[str, torch.Tensor] = {}
         total = parameters = 0
+        dtype = ""
 
         def flush(bar: tqdm) -> None:
             with disk_errors():

@@ -11,7 +11,7 @@ may stand for a key:
 - ``Component(...)``: a block with ``_component_``, checked against what that names;
 - ``Optional(x)``: x, or the key left out or null; ``Nullable(x)``: x or null, but written.
 
-What keys have to be together is said by rules, functions whose parameters are named after keys.
+What keys must be together is said by rules, functions whose parameters are named after keys.
 """
 
 import inspect
@@ -48,7 +48,7 @@ class Optional:
 
 @dataclass(frozen=True)
 class Nullable:
-    """A key that has to be there and may be null."""
+    """A key that must be there and may be null."""
 
     schema: Any
 
@@ -62,26 +62,17 @@ class AtLeast:
 
 
 @dataclass(frozen=True)
-class Above:
+class Above(AtLeast):
     """A number above a bound."""
-
-    kind: type
-    bound: float
 
 
 @dataclass(frozen=True)
 class Component:
-    """A block whose ``_component_`` is called with the other keys.
+    """A block whose ``_component_`` is called with the other keys."""
 
-    Args:
-        given: names of the positional arguments that the recipe passes, in their order.
-        keys: what some of the other keys have to be, beyond what the signature says.
-        makes: name of a class of what the call must give, where the component says what it gives.
-    """
-
-    given: tuple[str, ...] = ()
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    makes: str | None = None
+    given: tuple[str, ...] = ()  # positional arguments that the recipe passes, in their order
+    keys: Mapping[str, Any] = field(default_factory=dict)  # schema beyond what the signature says
+    makes: str | None = None  # name of a class that the call must return, if it says what it does
 
 
 def check_config(
@@ -91,10 +82,10 @@ def check_config(
 
     Args:
         cfg: the config, interpolations not yet resolved.
-        schema: what each key has to be, see the top of this file.
+        schema: what each key must be, see the top of this file.
         rules: each returns what is wrong, headed by the dotted key, or None. Its parameters are
             named after top-level keys and get their values, None for an optional one that is left
-            out; it is not asked where one of them is wrong or missing by itself.
+            out; it is not called if one of them is already wrong or missing.
 
     Raises:
         ConfigError: with one line per error, each headed by the dotted key.
@@ -123,13 +114,13 @@ def _resolve(node: DictConfig | ListConfig, path: str) -> tuple[Any, list[str]]:
     values, errors = {}, []
     for key in keys:
         if isinstance(node, DictConfig) and not isinstance(key, str):
-            errors.append(f"{_join(path, repr(key))}: a key has to be text, this one is none")
+            errors.append(f"{_join(path, repr(key))}: a key must be text")
             continue
         child_path = f"{path}[{key}]" if isinstance(node, ListConfig) else _join(path, key)
         try:
             value = cast(Any, node)[key]
         except MissingMandatoryValue:
-            errors.append(f"{child_path}: has to be given a value, it is '???'")
+            errors.append(f"{child_path}: must be given a value, got '???'")
             value = _Unresolved()
         except OmegaConfBaseException as error:
             raw = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
@@ -157,9 +148,9 @@ def _unusable(value: Any) -> str | None:
             return f"a whole number of {value.bit_length()} bits is too large, 63 are used"
     elif isinstance(value, float):
         if math.isnan(value):
-            return "has to be a number, it is nan"
+            return "must be a number, got nan"
     elif not isinstance(value, (*LEAF_TYPES, _Unresolved)):
-        return f"has to be text, a number, a list or keys, it is a {type(value).__name__}"
+        return f"must be text, a number, a list or keys, got {type(value).__name__}"
     return None
 
 
@@ -168,21 +159,21 @@ def _join(path: str, key: Any) -> str:
 
 
 def _check(value: Any, schema: Any, path: str) -> list[str]:
-    """Errors of one value."""
     if isinstance(value, _Unresolved):
         return []
     if isinstance(schema, Optional | Nullable):
         return [] if value is None else _check(value, schema.schema, path)
-    if isinstance(schema, AtLeast | Above):
+    if isinstance(schema, AtLeast):
         return _check_range(value, schema, path)
     if isinstance(schema, tuple):
         choices = Literal[schema]  # pyrefly: ignore[not-a-type]  # known when this runs, not before
         return _check(value, choices, path)
-    is_block = isinstance(schema, Mapping | Component) or _is_callable_schema(schema)
+    is_annotation = schema in (*LEAF_TYPES, Any) or get_origin(schema) is not None
+    is_block = isinstance(schema, Mapping | Component) or (callable(schema) and not is_annotation)
     if is_block and not isinstance(value, dict):
-        return [f"{path}: has to be a block of keys, it is {_show(value)}"]
+        return [f"{path}: must be a block of keys, got {_show(value)}"]
     if isinstance(schema, Component):
-        return _check_component(value, schema.given, path, schema.keys, schema.makes)
+        return _check_component(value, schema, path)
     if isinstance(schema, Mapping):
         return _check_block(value, schema, path)
     if is_block:
@@ -190,14 +181,12 @@ def _check(value: Any, schema: Any, path: str) -> list[str]:
     return _check_leaf(value, schema, path)
 
 
-def _is_callable_schema(schema: Any) -> bool:
-    is_annotation = schema in (*LEAF_TYPES, Any) or get_origin(schema) is not None
-    return callable(schema) and not is_annotation
-
-
-def _check_block(values: dict, schema: Mapping[str, Any], path: str) -> list[str]:
+def _check_block(
+    values: dict, schema: Mapping[str, Any], path: str, others: bool = False
+) -> list[str]:
+    """``others``: further keys may stand there, which are not looked at."""
     required = [key for key, kind in schema.items() if not isinstance(kind, Optional)]
-    errors = _check_keys(values, schema, required, path)
+    errors = _check_keys(values, {*schema, *(values if others else ())}, required, path)
     for key in schema:
         if key in values:
             errors += _check(values[key], schema[key], _join(path, key))
@@ -210,8 +199,8 @@ def _check_keys(values: dict, known: Any, required: Sequence[str], path: str) ->
     missing = [key for key in required if key not in values]
     for key in values:
         if key not in known:
-            match = closest(str(key), [k for k in known if k not in values])
-            match = match or closest(str(key), known)
+            missed = [k for k in known if k not in values]
+            match = closest(str(key), missed) or closest(str(key), known)
             meant.add(match)
             hint = f"did you mean '{match}'?" if match else f"known: {', '.join(sorted(known))}"
             errors.append(f"{_join(path, key)}: unknown key ({hint})")
@@ -221,14 +210,8 @@ def _check_keys(values: dict, known: Any, required: Sequence[str], path: str) ->
 # ------------------------------------------------------------------ components
 
 
-def _check_component(
-    values: dict,
-    given: tuple[str, ...] | None,
-    path: str,
-    keys: Mapping[str, Any] | None = None,
-    makes: str | None = None,
-) -> list[str]:
-    """``given=None``: someone else passes arguments of which nothing is known here."""
+def _check_component(values: dict, schema: Component | None, path: str) -> list[str]:
+    """``schema`` None: another component passes arguments of which nothing is known here."""
     if COMPONENT not in values:
         return [f"{path}: missing {COMPONENT}, the dotted path of what to build"]
     target = values[COMPONENT]
@@ -236,7 +219,7 @@ def _check_component(
         return []
     here = _join(path, COMPONENT)
     if not isinstance(target, str):
-        return [f"{here}: has to be a dotted path, it is {_show(target)}"]
+        return [f"{here}: must be a dotted path, got {_show(target)}"]
     try:
         component = locate(target)
     except NotAllowedError as error:
@@ -244,24 +227,21 @@ def _check_component(
     except ImportError as error:
         return [f"{here}: {target!r} does not import: {error}"]
     if not callable(component):
-        return [f"{here}: {target!r} is a {type(component).__name__}, nothing to call"]
-    made = _made_by(component)
-    if makes and made is not None and makes not in [base.__name__ for base in made.__mro__]:
-        return [f"{here}: {target!r} makes a {made.__name__}, needed is: {makes}"]
+        return [f"{here}: {target!r} is a {type(component).__name__}, not callable"]
     arguments = {key: value for key, value in values.items() if key != COMPONENT}
-    errors = _check_call(arguments, component, given, path)
+    if schema is None:
+        return _check_call(arguments, component, None, path)
+    made, makes = _made_by(component), schema.makes
+    if makes and made is not None and makes not in [base.__name__ for base in made.__mro__]:
+        return [f"{here}: {target!r} makes a {made.__name__}, not a {makes}"]
+    errors = _check_call(arguments, component, schema.given, path)
     said = {error.partition(":")[0] for error in errors}
-    further = {key: kind for key, kind in (keys or {}).items() if _join(path, key) not in said}
-    for key, kind in further.items():
-        if key in arguments:
-            errors += _check(arguments[key], kind, _join(path, key))
-        elif not isinstance(kind, Optional):
-            errors.append(f"{_join(path, key)}: missing")
-    return errors
+    further = {k: kind for k, kind in schema.keys.items() if _join(path, k) not in said}
+    return errors + _check_block(arguments, further, path, others=True)
 
 
 def _made_by(component: Callable) -> type | None:
-    """Class of what a call gives, None where it is not said."""
+    """The class that a call returns, None if it is not said."""
     if isinstance(component, type):
         return component
     try:
@@ -274,40 +254,34 @@ def _made_by(component: Callable) -> type | None:
 def _check_call(
     values: dict, function: Callable, given: tuple[str, ...] | None, path: str
 ) -> list[str]:
-    """Keyword arguments against a signature of which the first ``given`` are taken."""
+    """Keyword arguments against a signature whose first ones are ``given`` (None: unknown)."""
     nested = [e for key, v in values.items() for e in _check_nested(v, _join(path, key))]
     parameters = _parameters(function)
     if parameters is None:  # a builtin without a signature: nothing to compare with
         return nested
     kinds = inspect.Parameter
     positional = [
-        p
-        for p in parameters
-        if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.VAR_POSITIONAL)
+        p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
     ]
-    taken = {p.name for p in positional[: len(given or ())] if p.kind != kinds.VAR_POSITIONAL}
+    taken = positional[: len(given or ())]
     takes_any_number = any(p.kind == kinds.VAR_POSITIONAL for p in parameters)
-    if given and len(positional) < len(given) and not takes_any_number:
-        name = given[len(positional)]
-        where = _join(path, COMPONENT)
+    if given and len(taken) < len(given) and not takes_any_number:
+        name, where = given[len(taken)], _join(path, COMPONENT)
         return [f"{where}: {function.__qualname__} has no room for '{name}', given by the recipe"]
 
     errors = [
         f"{_join(path, key)}: given by the recipe, leave it out" for key in values if key in taken
     ]
-    known = {
-        p.name: p for p in parameters if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    }
-    required = [
-        name
-        for name, p in known.items()
-        if p.default is kinds.empty and name not in taken and given is not None
-    ]
+    named = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    known = {p.name: p for p in parameters if p.kind in named}
+    required = [name for name, p in known.items() if p.default is p.empty and name not in taken]
+    if given is None:
+        required = []
     free = {key: value for key, value in values.items() if key not in taken}
     if any(p.kind == kinds.VAR_KEYWORD for p in parameters):
         errors += [f"{_join(path, key)}: missing" for key in required if key not in free]
     else:
-        errors += _check_keys(free, known.keys() - taken, required, path)
+        errors += _check_keys(free, known.keys() - set(taken), required, path)
     for key, value in free.items():
         if key not in known or (value is None and known[key].default is None):
             continue
@@ -327,12 +301,10 @@ def _parameters(function: Callable) -> list[inspect.Parameter] | None:
 
 
 def _annotation(parameter: inspect.Parameter) -> Any:
-    """What a parameter has to be; without annotation a default number says so as well."""
+    """What a parameter must be; without an annotation a default number says so too."""
     if parameter.annotation is not parameter.empty:
         return parameter.annotation
-    is_number = isinstance(parameter.default, int | float)
-    is_number &= not isinstance(parameter.default, bool)
-    return float if is_number else Any
+    return float if type(parameter.default) in (int, float) else Any
 
 
 def _check_nested(value: Any, path: str) -> Iterator[str]:
@@ -353,24 +325,23 @@ def _check_nested(value: Any, path: str) -> Iterator[str]:
 def _check_leaf(value: Any, kind: Any, path: str) -> list[str]:
     if isinstance(value, _Unresolved) or _fits(value, kind) is not False:
         return []
-    return [f"{path}: has to be {_describe(kind)}, it is {_show(value)}{_hint(value, kind)}"]
+    return [f"{path}: must be {_describe(kind)}, got {_show(value)}{_hint(value, kind)}"]
 
 
-def _check_range(value: Any, schema: AtLeast | Above, path: str) -> list[str]:
+def _check_range(value: Any, schema: AtLeast, path: str) -> list[str]:
     errors = _check_leaf(value, schema.kind, path)
     if errors:
         return errors
-    is_least = isinstance(schema, AtLeast)
-    if not math.isfinite(value) or not (
-        value >= schema.bound if is_least else value > schema.bound
-    ):
-        words = "at least" if is_least else "above"
-        return [f"{path}: has to be {words} {schema.bound}, it is {_show(value)}"]
-    return []
+    is_above = isinstance(schema, Above)
+    is_inside = value > schema.bound if is_above else value >= schema.bound
+    if is_inside and math.isfinite(value):
+        return []
+    words = "above" if is_above else "at least"
+    return [f"{path}: must be {words} {schema.bound}, got {_show(value)}"]
 
 
 def _fits(value: Any, kind: Any) -> bool | None:
-    """Whether a value of a config is what an annotation asks for; None if that cannot be told."""
+    """Whether a value is what an annotation asks for; None if that cannot be told."""
     origin, args = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, types.UnionType):
         # What can be told decides: text is no `float | Tensor`, whatever a Tensor is made from.
@@ -393,13 +364,11 @@ def _fits(value: Any, kind: Any) -> bool | None:
         items = value.values() if isinstance(value, dict) else ()
         return isinstance(value, dict) and _all_fit(items, args[1:])
     if origin is Iterable or issubclass(origin, Sequence | set):
-        fixed_length = origin is tuple and args and args[-1] is not Ellipsis
         if not isinstance(value, list):
             return False
-        if fixed_length:
-            return len(value) == len(args) and all(
-                _fits(item, arg) is not False for item, arg in zip(value, args, strict=True)
-            )
+        if origin is tuple and args and args[-1] is not Ellipsis:
+            pairs = zip(value, args, strict=False)
+            return len(value) == len(args) and all(_fits(i, a) is not False for i, a in pairs)
         return _all_fit(value, args[:1])
     return None
 
@@ -436,9 +405,8 @@ def _describe(kind: Any) -> str:
 def _show(value: Any) -> str:
     if isinstance(value, dict):
         return "a block of keys"
-    spelled = {True: "true", False: "false", None: "null"}
     if value is None or isinstance(value, bool):
-        return spelled[value]
+        return {True: "true", False: "false", None: "null"}[value]
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 

@@ -38,12 +38,6 @@ class NotAllowedError(ImportError):
     """A component that a config may not name."""
 
 
-def allowed_components() -> tuple[str, ...]:
-    """Namespaces that components may come from: ours and those of the environment variable."""
-    added = (name.strip() for name in os.environ.get(VARIABLE, "").split(","))
-    return (*NAMESPACES, *filter(None, added))
-
-
 def todays_name(dotted_path: str) -> str:
     """The path itself, or where what it names is since its module has moved."""
     module, dot, name = dotted_path.rpartition(".")
@@ -51,22 +45,23 @@ def todays_name(dotted_path: str) -> str:
 
 
 def locate(dotted_path: str) -> Any:
-    """The object at a dotted path, its modules imported as needed.
-
-    Args:
-        dotted_path: such as ``torch.optim.AdamW``.
+    """The object at a dotted path such as ``torch.optim.AdamW``, its modules imported as needed.
 
     Raises:
-        NotAllowedError: if the path is not allowed, which is said before anything is imported, or
-            what is found is defined outside the allowed namespaces.
+        NotAllowedError: if the path is not allowed, which is found before anything is imported, or
+            the object is defined outside the allowed namespaces.
         ImportError: if a module is not there or fails, or has no such attribute.
     """
     first, *rest = dotted_path.split(".")
     if not all((first, *rest)):
         raise ImportError("it is not a dotted path")
-    allowed = allowed_components()
+    added = (name.strip() for name in os.environ.get(VARIABLE, "").split(","))
+    allowed = (*NAMESPACES, *filter(None, added))
     if not _is_inside(dotted_path, allowed):
-        raise NotAllowedError(_refusal(dotted_path, allowed))
+        module, _, name = dotted_path.rpartition(".")
+        near = difflib.get_close_matches(module, allowed, n=1, cutoff=0.8)
+        hint = f"did you mean '{near[0]}.{name}'? " if near else ""
+        raise NotAllowedError(hint + _way_out(dotted_path, allowed))
     found, name = _import(first), first
     for part in rest:
         if hasattr(found, part):
@@ -83,10 +78,13 @@ def locate(dotted_path: str) -> Any:
         name = f"{name}.{part}"
         # Before going on from it: what is reached through a stranger is a stranger, or its method.
         is_named = any(f"{one}.".startswith(f"{name}.") for one in allowed)
-        if not is_named and not _is_defined_inside(found, allowed):
-            home = _home(found) or type(found).__name__
+        home = _home(found)
+        # A constant has none and runs nothing; a method of one can.
+        is_ours = _is_inside(home, allowed) if home else not callable(found)
+        if not is_named and not is_ours:
+            where = home or type(found).__name__
             raise NotAllowedError(
-                f"'{name}' is defined in '{home}'. " + _way_out(dotted_path, allowed)
+                f"'{name}' is defined in '{where}'. " + _way_out(dotted_path, allowed)
             )
     return found
 
@@ -113,19 +111,6 @@ def _home(found: Any) -> str | None:
     """The module that defines an object, or the object's own name if it is a module."""
     home = getattr(found, "__name__" if isinstance(found, types.ModuleType) else "__module__", None)
     return home if isinstance(home, str) else None
-
-
-def _is_defined_inside(found: Any, allowed: Iterable[str]) -> bool:
-    home = _home(found)
-    if home is None:  # a constant, which runs nothing; a method of one can
-        return not callable(found)
-    return _is_inside(home, allowed)
-
-
-def _refusal(path: str, allowed: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(path.rpartition(".")[0], allowed, n=1, cutoff=0.8)
-    hint = f"did you mean '{near[0]}.{path.rpartition('.')[2]}'? " if near else ""
-    return hint + _way_out(path, allowed)
 
 
 def _way_out(path: str, allowed: tuple[str, ...]) -> str:

@@ -22,12 +22,10 @@ from wmtp_modules.config.components import todays_name
 def read_config(argv: Sequence[str] | None = None, description: str | None = None) -> DictConfig:
     """The config of ``--config FILE key=value ... ~key``, overrides merged as torchtune does.
 
-    Args:
-        argv: the arguments; those of this process if None.
-        description: shown by ``--help``.
+    ``argv`` None takes this process's arguments; ``description`` is shown by ``--help``.
 
     Raises:
-        ConfigError: if the file cannot be read as a config, or an argument is no override.
+        ConfigError: if the file cannot be read as a config, or an argument is not an override.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,7 +36,7 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
     flags = [argument for argument in overrides if argument.startswith("-")]
     if flags:
         raise ConfigError(
-            f"{flags[0]} is no option of a recipe: give --config FILE, and overrides as key=value"
+            f"{flags[0]} is not an option of a recipe: give --config FILE, overrides as key=value"
         )
     values = cast(dict[str, Any], OmegaConf.to_container(load_config(known.config)))
     try:
@@ -53,11 +51,7 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """A config file, interpolations not yet resolved; components that have moved by today's names.
-
-    Raises:
-        ConfigError: if there is none, or it is not YAML of keys and values.
-    """
+    """A config file, interpolations unresolved; ConfigError if it is not YAML of keys."""
     try:
         config = OmegaConf.load(path)
     except OSError as error:
@@ -66,23 +60,23 @@ def load_config(path: str | Path) -> DictConfig:
         raise ConfigError(f"{path} is nested too deeply for a config") from error
     except (ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
-            f"{path} is not the YAML of a config, mend it there ({_in_one_line(error)})"
+            f"{path} is not valid YAML, correct it there ({_in_one_line(error)})"
         ) from error
     except Exception as error:  # PyYAML trips over a tag without its value: "!!int" is IndexError
         raise ConfigError(
-            f"{path} is not the YAML of a config: a value of it is not what its !!tag says"
+            f"{path} is not valid YAML: a value is not what its !!tag says"
         ) from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path} is a list, not the config of a run: write keys and values")
     for key in config:
         if not isinstance(key, str):
-            raise ConfigError(f"{path}: the key {key!r} is no text: write it in quotes, or mend it")
+            raise ConfigError(f"{path}: the key {key!r} is not text: write it in quotes")
     _rename_moved_(config)
     return config
 
 
-def _rename_moved_(node: DictConfig | ListConfig) -> None:
-    """torchtune imports a ``_component_`` by its path, so the path has to be today's."""
+def _rename_moved_(node: Any) -> None:
+    """torchtune imports a ``_component_`` by its path, so the path must be today's."""
     for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
         if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
             continue

@@ -47,28 +47,21 @@ def _compiler_is_there(compile: bool, device: str, optimizer: dict) -> str | Non
 
 
 def _bf16_parameters_learn(fp32_master_weights: bool, optimizer: dict) -> str | None:
-    if not fp32_master_weights and not optimizer.get("bf16_stochastic_round"):
+    if fp32_master_weights:
+        return None
+    if not optimizer.get("bf16_stochastic_round"):
         return (
             "fp32_master_weights: false loses most updates of bf16 parameters: take an optimizer "
             "with bf16_stochastic_round: true (torchao.optim), or keep fp32 masters"
         )
-
-
-def _bf16_parameters_are_whole(fp32_master_weights: bool) -> str | None:
-    if not fp32_master_weights and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return (
             "fp32_master_weights: false is for one rank: torchao 0.15 cannot round sharded "
             "parameters stochastically; keep fp32 masters, which are sharded over the ranks"
         )
 
 
-# For ``check_config``; they hold for every recipe that trains.
-TRAINING_RULES = (
-    _split_once,
-    _compiler_is_there,
-    _bf16_parameters_learn,
-    _bf16_parameters_are_whole,
-)
+TRAINING_RULES = (_split_once, _compiler_is_there, _bf16_parameters_learn)
 
 
 # ------------------------------------------------------------------ of the critic's recipe

@@ -11,8 +11,7 @@ import torch
 def length_only_accuracy(lengths_N: np.ndarray, pairs_P2: np.ndarray) -> float:
     """Share of pairs that the better rule of "longer is better" and "shorter is better" gets right.
 
-    Ties count one half. This is what a critic has to beat: it is read off the same pairs, so it is
-    the best that length can do there.
+    Ties count one half. It is read off the same pairs, so it is the best that length can do there.
     """
     difference_P = lengths_N[pairs_P2[:, 0]] - lengths_N[pairs_P2[:, 1]]
     longer = _share_right(difference_P)
@@ -48,13 +47,10 @@ def pairwise_loss_of(sums_N3: np.ndarray, pairs_P2: np.ndarray) -> float:
 
 
 def fit_affine(sums_N3: np.ndarray, rewards_N: np.ndarray) -> tuple[float, float]:
-    """Least squares R ~ a V + b over response tokens.
+    """Least squares R ~ a V + b over response tokens; (0, mean reward) if V does not vary.
 
     A pairwise objective leaves offset and scale of V open, and the last step of a response compares
     V with R.
-
-    Returns:
-        (a, b); (0, mean reward) where V does not vary.
     """
     count_N, total_N, square_N = sums_N3.T
     n = count_N.sum()
@@ -76,8 +72,7 @@ def critic_report(sums_N3: np.ndarray, rewards_N: np.ndarray, pairs_P2: np.ndarr
     Returns:
         ``value_loss`` against ``constant_value_loss``; ``pair_accuracy`` within pairs of the same
         problem against ``length_only`` (None without pairs); ``auc`` of above-average responses
-        across problems, which mixes in how hard the problems are (None if all or none are);
-        ``pairs`` and ``rows``.
+        across problems, which mixes in how hard the problems are (None if all or none are).
     """
     from sklearn.metrics import roc_auc_score  # three seconds that no other start has to wait
 
@@ -99,12 +94,7 @@ def critic_report(sums_N3: np.ndarray, rewards_N: np.ndarray, pairs_P2: np.ndarr
 
 
 def print_report(report: dict, near: dict | None = None) -> None:
-    """Print the figures of ``critic_report``, each beside its baseline.
-
-    Args:
-        report: from ``critic_report``.
-        near: ``share``, ``chance`` and ``rows`` from ``near_marks``, where marks are known.
-    """
+    """Print ``critic_report``; ``near`` has ``share``, ``chance`` and ``rows`` of marked rows."""
     print(f"\nCritic on {report['rows']} held-out responses")
     if report["pairs"]:
         print(
@@ -129,12 +119,8 @@ def shortcomings(report: dict, objective: str) -> list[str]:
     """In what a critic is no better than knowing nothing; empty for one that is of use.
 
     Accuracy within pairs of the same problem has to beat length alone and a constant's one half.
-    A regression critic also has to beat the best constant's value loss; a pairwise one is not asked
-    to, for it never sees which problems are hard, and its scale is only fitted afterwards.
-
-    Args:
-        report: from ``critic_report``.
-        objective: ``regression`` or ``pairwise``.
+    A regression critic must also beat the best constant's value loss; a pairwise one need not, for
+    it never sees which problems are hard, and its scale is only fitted afterwards.
     """
     found = []
     if objective == "regression" and not report["value_loss"] < report["constant_value_loss"]:
@@ -154,16 +140,14 @@ def shortcomings(report: dict, objective: str) -> list[str]:
 def near_marks(
     delta_BT: torch.Tensor, y_BT: torch.Tensor, marks_BT: torch.Tensor, reach: int = 3
 ) -> np.ndarray:
-    """Whether the largest |delta| of a response falls near a marked token.
+    """Whether the largest |delta| of a response falls within ``reach`` tokens of a marked one.
 
     The last response token is left out: its delta pays out the reward wherever the mark is. Chance
     is the share of a response's other tokens that lie near a mark.
 
     Args:
         delta_BT: temporal differences, one response per row.
-        y_BT: from ``response_mask``.
-        marks_BT: bool, the tokens known to be wrong.
-        reach: tokens to either side that count as near.
+        y_BT, marks_BT: bool, from ``response_mask``, and the tokens known to be wrong.
 
     Returns:
         fp64 [3]: rows whose largest |delta| is near, sum of the rows' chances, rows with a mark.

@@ -19,20 +19,13 @@ from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.scoring.score_table import fingerprint_checkpoint, fingerprint_tokenizer
 
 HEAD_FILE, RECORD_FILE = "value_head.safetensors", "critic.json"
+PROGRESS = ("step", "heldout_losses", "evaluations_since_best", "best_head")
 
 
 class TrainingState:
     """Progress of a critic's training, written after every evaluation so that a kill loses little.
 
-    Args:
-        folder: of the critic.
-        fingerprint: what the critic is made from; a state of something else is not resumed.
-
-    Attributes:
-        step: optimizer steps done.
-        heldout_losses: held-out loss of every evaluation.
-        evaluations_since_best: without a lower held-out loss.
-        best_head: state of the value head with the lowest held-out loss.
+    A state with another ``fingerprint`` of what the critic is made from is not resumed.
     """
 
     def __init__(self, folder: Path, fingerprint: dict) -> None:
@@ -44,11 +37,7 @@ class TrainingState:
         self.best_head: dict[str, torch.Tensor] = {}
 
     def resume(self, head: ValueHead, optimizer: torch.optim.Optimizer) -> None:
-        """Go on with a state of the same fingerprint, if there is one.
-
-        Raises:
-            ValueError: if the file is damaged or carries code, which is not run.
-        """
+        """Continue from a state of the same fingerprint, if any; ValueError if it is damaged."""
         if not self._path.exists():
             return
         try:
@@ -57,9 +46,8 @@ class TrainingState:
                 return
             head.load_state_dict(state["head"])
             optimizer.load_state_dict(state["optimizer"])
-            self.step, self.heldout_losses = state["step"], state["heldout_losses"]
-            self.evaluations_since_best = state["evaluations_since_best"]
-            self.best_head = state["best_head"]
+            for name in PROGRESS:
+                setattr(self, name, state[name])
         except Exception as error:  # of a pickle with flipped bits, there is no telling which
             raise ValueError(
                 f"{self._path} is damaged or no state of a critic's training: delete it, and the "
@@ -69,14 +57,7 @@ class TrainingState:
     def evaluated(
         self, heldout_loss: float, head: ValueHead, optimizer: torch.optim.Optimizer
     ) -> float:
-        """Record an evaluation, equal on all ranks; rank 0 writes the state.
-
-        Returns:
-            The held-out loss.
-
-        Raises:
-            TrainingError: if it is not finite.
-        """
+        """Record and return a held-out loss, equal on all ranks; TrainingError if not finite."""
         if not math.isfinite(heldout_loss):
             raise TrainingError(
                 f"the critic's held-out loss after step {self.step} is {heldout_loss}: lower "
@@ -90,15 +71,9 @@ class TrainingState:
         self.heldout_losses.append(heldout_loss)
         if dist.get_rank() == 0:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            state = {
-                "fingerprint": self._fingerprint,
-                "step": self.step,
-                "heldout_losses": self.heldout_losses,
-                "evaluations_since_best": self.evaluations_since_best,
-                "head": head.state_dict(),
-                "best_head": self.best_head,
-                "optimizer": optimizer.state_dict(),
-            }
+            state = {name: getattr(self, name) for name in PROGRESS}
+            state |= {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"fingerprint": self._fingerprint}
             with new_file(self._path) as unfinished, unfinished.open("wb") as file:
                 torch.save(state, file)
         return heldout_loss
@@ -107,11 +82,7 @@ class TrainingState:
 def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
     """Write the value head, then the record that marks the folder as complete.
 
-    Args:
-        folder: of the critic.
-        head: the value head.
-        record: ``fingerprint`` of what it was trained from, ``settings`` of the training,
-            ``report`` and what else to keep.
+    The record has the ``fingerprint`` of what it was trained from, ``settings`` and ``report``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
@@ -122,11 +93,7 @@ def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
 
 
 def read_critic(folder: Path) -> dict | None:
-    """The record of a complete critic, or None where there is none.
-
-    Raises:
-        ValueError: if the record is damaged.
-    """
+    """The record of a complete critic, None if there is none; ValueError if it is damaged."""
     path = folder / RECORD_FILE
     if not path.exists():
         return None
@@ -141,12 +108,9 @@ def read_critic(folder: Path) -> dict | None:
 
 
 def check_critic(folder: Path, fingerprint: dict, settings: dict | None = None) -> dict:
-    """The record of the critic in a folder, proven to be made from what this run uses.
+    """The record of the critic in a folder, proven to be made from ``fingerprint``.
 
-    Args:
-        folder: of the critic.
-        fingerprint: what this run expects it to be made from.
-        settings: how this run would train it; None where any will do.
+    ``settings`` are how this run would train it; None if any will do.
 
     Raises:
         ValueError: if there is none, or it was trained on another trunk, data set or reward, or
@@ -184,17 +148,10 @@ def critic_fingerprint(
     """What a critic is made from: another trunk, data set or reward makes another critic.
 
     Reads every byte of the trunk: with several ranks compute it on rank 0 and share it.
-
-    Args:
-        train: responses to train on.
-        heldout: responses to judge on.
-        rows_made_from: ``fingerprint_rows`` of both.
-        checkpoint_dir: folder of the trunk.
-        tokenizer_path: SentencePiece model of the rows.
-        objective: ``regression`` or ``pairwise``.
-        dtype: that the trunk runs in, by name.
     """
-    rewards = [[*map(float, responses.rewards)] for responses in (train, heldout)]
+    assert train.rewards is not None
+    assert heldout.rewards is not None
+    rewards = [train.rewards.tolist(), heldout.rewards.tolist()]
     return {
         "trunk": fingerprint_checkpoint(checkpoint_dir),
         "tokenizer": fingerprint_tokenizer(tokenizer_path),
@@ -209,17 +166,7 @@ def critic_fingerprint(
 
 
 def useful_critic(folder: Path, fingerprint: dict, *, objective: str, allow_any: bool) -> dict:
-    """The record of the critic in a folder, which is this run's and knows something.
-
-    Args:
-        folder: of the critic.
-        fingerprint: what this run expects it to be made from.
-        objective: ``regression`` or ``pairwise``.
-        allow_any: accept one that is no better than knowing nothing.
-
-    Raises:
-        ValueError: as ``check_critic``, and if it has ``shortcomings``.
-    """
+    """``check_critic``; ValueError as well if it has ``shortcomings``, unless ``allow_any``."""
     record = check_critic(folder, fingerprint)
     found = shortcomings(record["report"], objective)
     if found and not allow_any:
@@ -231,11 +178,7 @@ def useful_critic(folder: Path, fingerprint: dict, *, objective: str, allow_any:
 
 
 def load_value_head(folder: Path, embed_dim: int) -> ValueHead:
-    """The value head of a critic, on the CPU.
-
-    Raises:
-        ValueError: if the file is missing, damaged, or of another width.
-    """
+    """The value head of a critic, on the CPU; ValueError if damaged or of another width."""
     head = ValueHead(embed_dim)
     path = folder / HEAD_FILE
     try:

@@ -27,13 +27,8 @@ FIT_ROWS = 4096  # training rows from which a pairwise critic's scale is fitted
 class Judge:
     """Held-out loss and report of a critic; every rank calls the same methods.
 
-    Args:
-        trunk: the frozen model, whole on this rank.
-        train: responses that the critic is trained on.
-        heldout: responses that it is judged on.
-        pairs_P2: held-out pairs, from ``training_items``.
-        objective: ``regression`` or ``pairwise``.
-        watchdog: hears that this rank makes progress.
+    ``trunk`` is the frozen model, whole on this rank; ``pairs_P2`` are held-out pairs, from
+    ``training_items``; ``objective`` is ``regression`` or ``pairwise``.
     """
 
     def __init__(
@@ -47,7 +42,10 @@ class Judge:
         watchdog: Watchdog,
     ) -> None:
         self._trunk = trunk
+        assert train.rewards is not None
+        assert heldout.rewards is not None
         self._train, self._heldout = train, heldout
+        self._rewards_train_N, self._rewards_N = train.rewards, heldout.rewards
         self._pairs_P2 = pairs_P2
         self._objective = objective
         self._watchdog = watchdog
@@ -57,7 +55,7 @@ class Judge:
         sums_N3 = self._heldout_sums(head)
         if self._objective == "pairwise":
             return figures.pairwise_loss_of(sums_N3, self._pairs_P2)
-        return figures.value_loss_of(sums_N3, self._heldout.rewards)
+        return figures.value_loss_of(sums_N3, self._rewards_N)
 
     def fit_scale_(self, head: ValueHead, seed: int) -> None:
         """Give the values of a pairwise critic the rewards' scale; a regression critic has it."""
@@ -65,21 +63,18 @@ class Judge:
             rng = np.random.default_rng(seed)
             indices = np.sort(rng.permutation(len(self._train.rows))[:FIT_ROWS])
             sums_N3 = self._sums(head, self._train, indices)
-            scale, shift = figures.fit_affine(sums_N3[indices], self._train.rewards[indices])
+            scale, shift = figures.fit_affine(sums_N3[indices], self._rewards_train_N[indices])
             head.scale.fill_(scale)
             head.shift.fill_(shift)
 
     def report(self, head: ValueHead) -> tuple[dict, np.ndarray]:
-        """``critic_report``, with ``delta_near_mutation`` where marks are known, and mean values.
-
-        Returns:
-            The report, and the mean value of each held-out response, [N].
-        """
-        heldout, sums_N3 = self._heldout, self._heldout_sums(head)
-        report = figures.critic_report(sums_N3, heldout.rewards, self._pairs_P2)
-        if "noise" in heldout.rows.column_names:
-            bad = self._share(np.flatnonzero(heldout.rewards <= 0))
-            found = near_marks_of_rows(self._trunk, head, heldout.rows, bad, heldout.rewards)
+        """``critic_report``, with ``delta_near_mutation`` where known, and mean values [N]."""
+        rows, rewards_N = self._heldout.rows, self._rewards_N
+        sums_N3 = self._heldout_sums(head)
+        report = figures.critic_report(sums_N3, rewards_N, self._pairs_P2)
+        if "noise" in rows.column_names:
+            bad = self._share(np.flatnonzero(rewards_N <= 0))
+            found = near_marks_of_rows(self._trunk, head, rows, bad, rewards_N)
             (found,) = all_reduce_sum(torch.from_numpy(found).to(head.shift.device))
             hits, chance, n_rows = found.tolist()
             if n_rows:

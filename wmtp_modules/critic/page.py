@@ -31,16 +31,9 @@ def write_pairs_page(
     """An HTML page of some pairs with every token coloured by the weight that head 0 would give.
 
     Args:
-        path: the page.
-        model: the critic's trunk, whole on this rank.
-        head: the value head.
-        rows: tokenised rows that the pairs are of.
-        pairs_P2: better and worse responses to show.
+        pairs_P2: better and worse responses among the rows.
         rewards_N: standardised rewards of all rows.
-        weighting: of the run; its temperature, bounds and lambda are used.
         statistics: mean and standard deviation of the policy's advantages.
-        tokenizer: turns ids back to text.
-        caption: from ``page_caption``.
     """
     indices = pairs_P2.flatten()
     batch, a_BT = row_advantages(model, head, rows, indices, rewards_N, lam=weighting.lam)
@@ -63,20 +56,13 @@ def write_pairs_page(
                 "marked": batch["noise"][b, : len(ids)].tolist(),
             }
         )
-    write_weights_page(
-        path,
-        functions,
-        title="Weights of held-out responses",
-        caption=caption,
-    )
+    write_weights_page(path, functions, title="Weights of held-out responses", caption=caption)
 
 
 def page_caption(weighting: CriticWeighting, of: str) -> str:
     """What the page shows; a page with another caption is of another weighting or critic.
 
-    Args:
-        weighting: of the run.
-        of: names the critic and the responses that standardise its advantages.
+    ``of`` names the critic and the responses that standardise its advantages.
     """
     return (
         "The weight that the critic gives each token of a response; the mean over all shown is 1. "

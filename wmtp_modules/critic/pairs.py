@@ -18,13 +18,8 @@ def make_pairs(
 
     Responses to a problem are sorted into bins of length, so that length does not give the label
     away. Inside a bin the best response is paired with the worst, the second best with the second
-    worst and so on, ties in random order, so that each response is in one pair at most.
-
-    Args:
-        lengths_N: response tokens of each row; rows without any are left out.
-        rewards_N: reward of each row.
-        problem_ids: problem of each row; rows without one are left out.
-        seed: of the order of ties and pairs.
+    worst and so on, ties in random order, so that each response is in one pair at most. Rows
+    without response tokens (``lengths_N``) or without a problem are left out.
 
     Returns:
         int64 [P, 2], rows of the better and of the worse response.
@@ -68,20 +63,16 @@ def training_items(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a critic is trained on, and the held-out pairs that judge it.
 
-    Args:
-        train: responses to train on.
-        heldout: responses to judge on.
-        objective: ``regression`` or ``pairwise``.
-        seed: of the pairs.
-
     Returns:
-        int64 [n, 1], rows with a response, or [n, 2], pairs of rows; and held-out pairs [P, 2].
+        int64 [n, 1], rows with a response (``regression``), or [n, 2], pairs of rows
+        (``pairwise``); and held-out pairs [P, 2].
 
     Raises:
         ValueError: if the objective needs pairs and there are none.
     """
     found = {}
     for name, responses in (("dataset", train), ("dataset_val", heldout)):
+        assert responses.rewards is not None
         lengths, problems = response_lengths(responses.rows), problem_ids(responses.rows)
         found[name] = make_pairs(lengths, responses.rewards, problems, seed=seed)
         if objective == "pairwise" and not len(found[name]):
@@ -97,17 +88,7 @@ def training_items(
 
 
 def joint_batch(n_items: int, size: int, step: int, seed: int) -> np.ndarray:
-    """Items of one training step of all ranks: epoch after epoch, each in an order of its own.
-
-    Args:
-        n_items: rows or pairs to train on.
-        size: of the joint batch.
-        step: optimizer step, from 0.
-        seed: of the order.
-
-    Raises:
-        ValueError: if there are fewer items than a joint batch.
-    """
+    """Items of a step (from 0) of all ranks, each epoch in a new order; ValueError if too few."""
     if n_items < size:
         raise ValueError(
             f"there are {n_items} to train the critic on, fewer than a joint batch of {size}: "

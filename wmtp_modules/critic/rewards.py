@@ -11,12 +11,15 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 
 from wmtp_modules.files import json_fault
 from wmtp_modules.parallel.sharding import DTYPES
@@ -53,7 +56,6 @@ class RewardModel:
     Args:
         folder: weights, config, tokenizer and chat template. Nothing is downloaded, and no code
             from the folder is run.
-        device: where it runs.
         dtype: of the trunk's parameters; the score is taken in fp32.
 
     Raises:
@@ -77,12 +79,12 @@ class RewardModel:
             )
         local = dict(local_files_only=True, trust_remote_code=False)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **local)
         except Exception as error:  # of transformers or tokenizers: of no common class
             raise ValueError(
                 f"{folder} holds no tokenizer that can be read ({_told(error)})"
             ) from error
-        if self._tokenizer.chat_template is None:
+        if cast(Any, self._tokenizer).chat_template is None:
             raise ValueError(
                 f"the tokenizer in {folder} has no chat template: add the one that the reward "
                 "model was trained with as chat_template.jinja"
@@ -95,7 +97,7 @@ class RewardModel:
             )
         except Exception as error:  # also of safetensors, pickle and huggingface_hub
             raise ValueError(
-                f"{folder} is no reward model that can be read, or its weights are damaged "
+                f"{folder} is not a readable reward model, or its weights are damaged "
                 f"({_told(error)})"
             ) from error
         # A key that is missing was initialised at random: its scores would be noise.
@@ -104,7 +106,7 @@ class RewardModel:
             named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
                 f"{folder} lacks {len(missing)} weights of a {type(model).__name__} ({named}): it "
-                "is no trained reward model"
+                "is not a trained reward model"
             )
         if model.config.num_labels != 1:
             raise ValueError(
@@ -121,11 +123,8 @@ class RewardModel:
 
     def _text(self, pair: tuple[str, str]) -> str:
         """The conversation as the model reads it, special tokens and all."""
-        prompt, response = pair
-        conversation = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": response},
-        ]
+        turns = zip(("user", "assistant"), pair, strict=True)
+        conversation = [{"role": role, "content": text} for role, text in turns]
         try:
             return self._tokenizer.apply_chat_template(conversation, tokenize=False)
         except Exception as error:  # whatever the template's own text raises
@@ -136,13 +135,7 @@ class RewardModel:
 
     @torch.no_grad()
     def score(self, pairs: list[tuple[str, str]]) -> np.ndarray:
-        """Rewards of some responses, scored together.
-
-        Args:
-            pairs: prompt and response.
-
-        Returns:
-            fp32 [B].
+        """Rewards of some pairs of prompt and response, scored together, fp32 [B].
 
         Raises:
             ValueError: if a conversation is too long for the model, has tokens that the model does
@@ -167,11 +160,9 @@ class RewardModel:
                     f"{self._folder} holds the tokenizer or chat template of another model"
                 )
         # Padded here, on the right, with any token: causal attention does not see it.
-        tokens_BT = torch.zeros(len(ids), max(lengths), dtype=torch.int64)
-        mask_BT = torch.zeros_like(tokens_BT)
-        for b, row in enumerate(ids):
-            tokens_BT[b, : len(row)] = torch.tensor(row)
-            mask_BT[b, : len(row)] = 1
+        rows = [torch.tensor(row) for row in ids]
+        tokens_BT = pad_sequence(rows, batch_first=True)
+        mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         hidden_BTD = self._model.base_model(
             input_ids=tokens_BT.to(self._device),
             attention_mask=mask_BT.to(self._device),
@@ -191,26 +182,14 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class RewardStatistics:
-    """Mean and standard deviation of the training set's rewards, which standardise all others.
-
-    Attributes:
-        mean: of the rewards.
-        std: of the population, above 0.
-    """
+    """Mean and population standard deviation of the training set's rewards; standardises all."""
 
     mean: float
     std: float
 
     @classmethod
     def of(cls, rewards_N: np.ndarray) -> "RewardStatistics":
-        """Statistics of some rewards.
-
-        Args:
-            rewards_N: one per response.
-
-        Raises:
-            ValueError: if there are none, one is not finite, or all are equal.
-        """
+        """Of rewards [N]; ValueError if there are none, one is not finite, or all are equal."""
         rewards_N = np.asarray(rewards_N, np.float64)
         if len(rewards_N) == 0:
             raise ValueError("there are no rewards: the data set is empty")
@@ -228,12 +207,7 @@ class RewardStatistics:
 
 @dataclass(frozen=True)
 class Responses:
-    """Rows of a data set and what each was rewarded with.
-
-    Attributes:
-        rows: N tokenised rows.
-        rewards: standardised, fp64 [N]; None where a config has no rewards.
-    """
+    """N tokenised rows and their standardised rewards, fp64 [N]; None if a config has none."""
 
     rows: Dataset
     rewards: np.ndarray | None = None
@@ -250,14 +224,9 @@ class RewardTables:
 
     Args:
         source: "reward_model", "column" or "labels".
-        table_dir: folder of the tables, one for each split.
-        tokenizer_path: SentencePiece model of the rows.
-        max_seq_len: of the rows.
         batch_tokens: tokens that are scored at a time, padding included.
         checkpoint_dir: folder of the reward model; the other sources have none.
         dtype: that the reward model runs in, by name.
-        device: of this rank.
-        watchdog: of the run; a reward model takes long to load and to hash.
     """
 
     def __init__(
@@ -275,33 +244,29 @@ class RewardTables:
     ) -> None:
         self._source = source
         self._table_dir = Path(table_dir)
-        self._rows = {"tokenizer_path": tokenizer_path, "max_seq_len": max_seq_len}
         self._batch_tokens = batch_tokens
+        self._made_from = partial(
+            reward_fingerprint,
+            source=source,
+            max_seq_len=max_seq_len,
+            tokenizer_path=tokenizer_path,
+            checkpoint_dir=checkpoint_dir,
+            dtype=dtype,
+        )
         self._checkpoint_dir, self._dtype, self._device = checkpoint_dir, dtype, device
         self._watchdog = watchdog
-        self._model: RewardModel | None = None  # loaded when the first response has to be scored
+        self._model: RewardModel | None = None  # loaded when the first response must be scored
 
     def of(self, rows: Dataset, split: str, *, score: bool) -> np.ndarray:
-        """Rewards of the rows, fp64 [N], equal on all ranks; a collective.
+        """Rewards of the rows of a split, fp64 [N], equal on all ranks; a collective.
 
-        Args:
-            rows: as ``reward_fingerprint`` takes them.
-            split: names the table.
-            score: complete the table first; else it has to be there.
+        With ``score`` the table is completed first; else it must be there.
 
         Raises:
             ValueError: if the rows lack what the source reads, or the table is of something else.
         """
         folder = self._table_dir / split
-        fingerprint = self._watchdog.on_rank_zero(
-            lambda: reward_fingerprint(
-                rows,
-                self._source,
-                checkpoint_dir=self._checkpoint_dir,
-                dtype=self._dtype,
-                **self._rows,
-            )
-        )
+        fingerprint = self._watchdog.on_rank_zero(lambda: self._made_from(rows))
         if score:
             if self._source != "reward_model":
                 reward_rows(rows, self._source)  # all of them are sound
@@ -328,26 +293,20 @@ class RewardTables:
     def _score(self, batch: list) -> list[np.ndarray]:
         if self._source == "reward_model":
             if self._model is None:
+                assert self._checkpoint_dir is not None
                 with self._watchdog.paused():
                     self._model = RewardModel(
                         self._checkpoint_dir, device=self._device, dtype=DTYPES[self._dtype]
                     )
-            batch = self._model.score(batch)
+            batch = list(self._model.score(batch))
         return [np.array([reward], np.float32) for reward in batch]
 
 
 def reward_rows(rows: Dataset, source: str) -> np.ndarray:
-    """Rewards that come with the data.
-
-    Args:
-        rows: tokenised rows with a ``reward``.
-        source: "column" for any number, "labels" for 1 (right) and 0 (wrong).
-
-    Returns:
-        fp64 [N].
+    """Rewards that come with the data, fp64 [N]: any number ("column"), or 0 and 1 ("labels").
 
     Raises:
-        ValueError: if the source is another, or a reward is missing, not finite or no label.
+        ValueError: if the source is another, or a reward is missing, not finite or not a label.
     """
     if source not in ("column", "labels"):
         raise ValueError(f"rewards.source is {source!r}: column and labels come with the data")
@@ -379,26 +338,13 @@ def reward_fingerprint(
 ) -> dict:
     """What a table of rewards depends on, as ``compute_scores`` asks for it.
 
-    Reads every byte of a reward model: with several ranks compute it on rank 0 and share it.
-
-    Args:
-        rows: tokenised rows, with ``prompt`` and ``response`` for a reward model, with ``reward``
-            for the other sources.
-        source: "reward_model", "column" or "labels".
-        max_seq_len: of the rows.
-        tokenizer_path: SentencePiece model of the rows.
-        checkpoint_dir: folder of the reward model; the other sources have none.
-        dtype: that the reward model runs in, by name.
-
-    Returns:
-        ``kind``, ``per`` and ``n_heads``: one reward per row; ``source``; ``dataset``,
-        ``tokenizer`` and ``max_seq_len``: the rows, their tokenizer and the length at which rows
-        are left out. Of a reward model: ``pairs``, content of prompt and response, whose border
-        the tokens do not show; ``checkpoint``, its weights and config; ``reward_tokenizer``, its
-        tokenizer and chat template; ``dtype``. Else ``rewards``, content of the reward column.
+    Reads every byte of a reward model: with several ranks compute it on rank 0 and share it. Of a
+    reward model ``pairs`` is the content of prompt and response, whose border the tokens do not
+    show, and ``reward_tokenizer`` its tokenizer and chat template.
 
     Raises:
-        ValueError: if the rows lack what the source reads, or the folder holds no weights.
+        ValueError: if the rows lack what the source reads (``prompt`` and ``response`` for a reward
+            model, else ``reward``), or the folder holds no weights.
     """
     fingerprint = {
         "kind": "rewards",
@@ -443,9 +389,8 @@ def _fingerprint_pairs(rows: Dataset) -> str:
 
 
 def _fingerprint_chat(folder: Path) -> str:
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     digest = hashlib.sha256()
-    for path in files:
+    for path in filter(Path.exists, (folder / name for name in TOKENIZER_FILES)):
         digest.update(f"{path.name} {fingerprint_tokenizer(path)}\n".encode())
     return digest.hexdigest()
 

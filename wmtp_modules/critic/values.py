@@ -1,10 +1,14 @@
 """Runs a critic over rows: values, their sums and the advantages that follow from them.
 
 Shapes: N rows of a data set, B rows of a batch, T positions. V[t] is the value after token t.
+
+``model`` is the critic's trunk, whole on this rank; ``rows`` are N tokenised rows, ``batches`` the
+indices of those to take, some at a time; ``rewards_N`` are the standardised rewards of all rows.
 """
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +31,7 @@ from wmtp_modules.weighting.advantage import advantages, check_one_response
 
 @torch.no_grad()
 def row_values(model: MTPTransformer, head: ValueHead, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """V after every token of some rows, as ``compute_scores`` asks for them.
-
-    Args:
-        model: the critic's trunk, whole on this rank; its heads are not used.
-        head: the value head.
-        rows: token ids of each row, [len].
-
-    Returns:
-        fp32 values of each row, [len].
-
-    Raises:
-        ValueError: if a value is not finite.
-    """
+    """fp32 V after every token of some rows, [len] each; ValueError if one is not finite."""
     tokens_BT, _ = pad_rows(rows)
     hidden_BTD = model.trunk(tokens_BT.to(head.shift.device))
     values_BT = head(hidden_BTD).cpu().numpy()
@@ -61,39 +53,21 @@ def batch_of(rows: Dataset, indices: list[int], device: torch.device) -> dict[st
     """
     picked = rows.select(indices).with_format("numpy")
     tokens_BT, doc_BT = pad_rows(list(picked["tokens"]))
-    flags = {}
+    batch = {"tokens": tokens_BT, "doc": doc_BT}
     for name in ("keep", "noise"):
-        flags[name] = torch.zeros_like(doc_BT, dtype=torch.bool)
+        batch[name] = torch.zeros_like(doc_BT, dtype=torch.bool)
         if name in picked.column_names:
             for b, row in enumerate(picked[name]):
-                flags[name][b, : len(row)] = torch.from_numpy(np.asarray(row, bool))
-    batch = {
-        "tokens": tokens_BT,
-        "doc": doc_BT,
-        "y": response_mask(flags["keep"], doc_BT),
-        "noise": flags["noise"],
-    }
+                batch[name][b, : len(row)] = torch.from_numpy(np.asarray(row, bool))
+    batch["y"] = response_mask(batch.pop("keep"), doc_BT)
     return {name: value.to(device) for name, value in batch.items()}
 
 
 @torch.no_grad()
 def sums_of_rows(
-    model: MTPTransformer,
-    head: ValueHead,
-    rows: Dataset,
-    batches: Iterable[np.ndarray],
+    model: MTPTransformer, head: ValueHead, rows: Dataset, batches: Iterable[np.ndarray]
 ) -> np.ndarray:
-    """``value_sums`` of some rows; 0 for the others, so that ranks can add theirs up.
-
-    Args:
-        model: the critic's trunk, whole on this rank.
-        head: the value head.
-        rows: tokenised rows, N of them.
-        batches: indices of the rows to value, some at a time.
-
-    Returns:
-        fp64 sums_N3.
-    """
+    """``value_sums`` of some rows, fp64 [N, 3]; 0 for the others, so that ranks can add up."""
     sums_N3 = np.zeros((len(rows), 3))
     for indices in batches:
         batch = batch_of(rows, indices.tolist(), head.shift.device)
@@ -112,19 +86,7 @@ def row_advantages(
     *,
     lam: float,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A padded batch of some rows and their advantages, straight from the critic.
-
-    Args:
-        model: the critic's trunk, whole on this rank.
-        head: the value head.
-        rows: tokenised rows, N of them.
-        indices: the rows to take.
-        rewards_N: standardised rewards of all rows.
-        lam: see ``advantages``.
-
-    Returns:
-        (``batch_of`` these rows, fp64 advantages_BT).
-    """
+    """``batch_of`` some rows and their fp64 advantages_BT, straight from the critic."""
     batch = batch_of(rows, indices.tolist(), head.shift.device)
     values_BT = head(model.trunk(batch["tokens"]))
     rewards_BT = torch.from_numpy(rewards_N[indices]).to(values_BT)[:, None].expand_as(values_BT)
@@ -138,18 +100,7 @@ def near_marks_of_rows(
     batches: Iterable[np.ndarray],
     rewards_N: np.ndarray,
 ) -> np.ndarray:
-    """``near_marks`` of some rows whose column ``noise`` marks what is wrong with them.
-
-    Args:
-        model: the critic's trunk, whole on this rank.
-        head: the value head.
-        rows: tokenised rows, N of them.
-        batches: indices of the rows to take, some at a time.
-        rewards_N: standardised rewards of all rows.
-
-    Returns:
-        fp64 [3], so that ranks can add theirs up.
-    """
+    """``near_marks`` of some rows whose column ``noise`` marks what is wrong, for ranks to add."""
     found = np.zeros(3)
     for indices in batches:
         batch, delta_BT = row_advantages(model, head, rows, indices, rewards_N, lam=0.0)
@@ -158,13 +109,7 @@ def near_marks_of_rows(
 
 
 def values_fingerprint(critic: dict, head_file: Path, *, max_seq_len: int) -> dict:
-    """What a table of values depends on, as ``compute_scores`` asks for it.
-
-    Args:
-        critic: of ``critic_fingerprint``.
-        head_file: weights of the value head.
-        max_seq_len: of the rows.
-    """
+    """What a table of values depends on: ``critic_fingerprint``, the head's weights, the rows."""
     return {
         "checkpoint": critic["trunk"],
         "critic": fingerprint_tokenizer(head_file),
@@ -190,13 +135,8 @@ def compute_values(
     """V after every token of some rows, kept in a table; the ranks share the rows.
 
     Args:
-        trunk: gives the critic's trunk, whole on this rank, where a row is missing.
-        head: the value head.
-        rows: tokenised rows.
-        table_dir: folder of the table.
-        fingerprint: from ``values_fingerprint``.
+        trunk: loads the model, if a row is missing.
         batch_tokens: tokens at a time, padding included.
-        watchdog: of the run.
 
     Raises:
         ValueError: if the folder holds a table of something else, or a value is not finite.
@@ -224,25 +164,19 @@ def valued_packs(
     max_seq_len: int,
     seed: int,
 ) -> PackedDataset:
-    """Packs of some responses with values and rewards beside the tokens.
-
-    Args:
-        responses: all that the table has values of.
-        chosen: rows to pack.
-        table_dir: folder of the table of values.
-        fingerprint: from ``values_fingerprint``.
-        max_seq_len: tokens of a pack.
-        seed: of the packs' order.
+    """Packs of the ``chosen`` responses with values and rewards beside the tokens.
 
     Raises:
         ValueError: if the table is missing, incomplete or of something else.
     """
-    table = ScoreTable.open(table_dir, fingerprint, responses.rows)
+    assert responses.rewards is not None
+    table: Any = ScoreTable.open(table_dir, fingerprint, responses.rows)
+    values: Any = Subset(table, chosen.tolist())
     return PackedDataset(
         responses.rows.select(chosen),
         max_seq_len=max_seq_len,
         seed=seed,
-        scores={"values": Subset(table, chosen.tolist())},
+        scores={"values": values},
         rewards=responses.rewards[chosen],
     )
 
@@ -257,21 +191,17 @@ def advantage_statistics(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the advantage over all response tokens; a collective.
 
-    Args:
-        packs: from ``valued_packs``; the ranks share the work.
-        chosen: rows of the data set that the packs are of.
-        lam: see ``advantages``.
-        device: of this rank.
+    ``packs`` hold the ``chosen`` rows; the ranks share the work.
 
     Raises:
-        ValueError: if the response of a row is not one contiguous run of tokens; names the row.
+        ValueError: if a response is not one contiguous run of tokens; names the row.
     """
     row_of = torch.from_numpy(np.append(chosen, -1))  # padding's row is -1
     sums = torch.zeros(3, dtype=torch.float64)
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = range(rank, len(packs), world)
     for index in progress_bar(mine, desc="advantages", shown=rank == 0):
-        pack = collate([packs[index]])
+        pack: Any = collate([packs[index]])
         check_one_response(pack["keep"], pack["doc"], row_of[pack["row"]])
         a_BT = batch_advantages(pack, lam)
         y_BT = response_mask(pack["keep"], pack["doc"])

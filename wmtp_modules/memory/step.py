@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -58,17 +58,11 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak of one rank.
+    """Peak of one rank."""
 
-    Attributes:
-        peak: bytes of all tensors at that moment.
-        where: "forward", "backward" or "optimizer".
-        parts: bytes by the names of ``PARTS``; together they are the peak.
-    """
-
-    peak: int
-    where: str
-    parts: dict[str, int]
+    peak: int  # bytes of all tensors at that moment
+    where: str  # "forward", "backward" or "optimizer"
+    parts: dict[str, int]  # bytes by the names of ``PARTS``; together they are the peak
 
 
 class _Peak:
@@ -79,19 +73,23 @@ class _Peak:
 
     where = ""
     peak = 0
-    at_peak: tuple = ("", {})
+    at_peak: tuple[str, dict] = ("", {})
+    # Of the trackers.
+    _curr_mem_snap: dict
+    _track: Callable
+    _ref_class: Any
 
-    def _update_peak_stats(self, _) -> None:
+    def _update_peak_stats(self, peak_state: Any) -> None:
         alive = self._curr_mem_snap.get(CPU, {"Total": 0})
         if alive["Total"] > self.peak:
             self.peak, self.at_peak = alive["Total"], (self.where, dict(alive))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args: Any = (), kwargs=None):
         if func is torch.ops.aten.logsumexp.default:
             # Its kernel holds exp(x - max), as large as x, which no tracker sees.
             inside = torch.empty_like(args[0])
             self._track(self._ref_class.ACT, inside)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return cast(Any, super()).__torch_dispatch__(func, types, args, kwargs)
 
     def estimate(self) -> Estimate:
         where, alive = self.at_peak
@@ -116,7 +114,7 @@ def load_recipe(path: str | Path) -> ModuleType:
     path = Path(path)
     name = f"recipe_of_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or not path.is_file():
+    if spec is None or spec.loader is None or not path.is_file():
         raise ValueError(f"{path} is not a recipe: name a Python file such as recipes/mine.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses and pickles look
@@ -148,10 +146,7 @@ def _recipe_class(module: ModuleType) -> type:
 def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     """Peak memory of one rank in a step after the first, when the optimizer has its state.
 
-    Args:
-        cfg: config of the recipe; of the critic's it is the policy stage that is estimated.
-        ranks: size of the process group.
-        recipe: from ``load_recipe``.
+    Of the critic's recipe it is the policy stage that is estimated.
 
     Raises:
         ValueError: if an online reference's folder is not there: its size is read from it.
@@ -161,7 +156,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     on_gpu, B, T = cfg.device == "cuda", cfg.batch_size, cfg.tokenizer.max_seq_len
     chunk = loss_module.CHUNK_LOGITS_CUDA if on_gpu else loss_module.CHUNK_LOGITS_CPU
     two_steps = {"checkpointer": None, "compile": False, "max_steps": 2, "num_warmup_steps": 0}
-    cfg = OmegaConf.merge(cfg, two_steps)
+    cfg = cast(DictConfig, OmegaConf.merge(cfg, two_steps))
 
     def make_mask(seq_lens: object) -> torch.Tensor | None:
         # Dense on a CPU. On a GPU flex attention has blocks that take next to nothing.
@@ -181,7 +176,8 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
                 if group.get("foreach", False) is None and not group.get("fused"):
                     group["foreach"] = True
         if reference_args:
-            one._reference_model = _make_reference(reference_args, DTYPES[cfg.dtype])
+            one._reference_model = mtp_llama2(**reference_args).eval().requires_grad_(False)
+            cast_parameters_(one._reference_model, DTYPES[cfg.dtype])
         rehearsal = Rehearsal(cfg, one)
         one._run, one._loss_step = rehearsal, rehearsal.loss_step
         one.train()
@@ -192,11 +188,7 @@ class Rehearsal:
     """Stands in for ``Run`` under a recipe's ``train``: two steps, the second of them tracked.
 
     The first gives the optimizer its state, and DTensor works out once, with tensors of its own,
-    what it then remembers: neither is to count.
-
-    Args:
-        cfg: of the recipe.
-        recipe: after ``setup_model``.
+    what it then remembers: neither should count. ``recipe`` is after ``setup_model``.
     """
 
     def __init__(self, cfg: DictConfig, recipe: Any) -> None:
@@ -225,19 +217,16 @@ class Rehearsal:
             if self._cfg.gradient_accumulation_steps > 1:
                 for parameter in self._model.parameters():
                     parameter.grad = torch.zeros_like(parameter)
-            self._start_tracking()
+            kept = [value for value in self._batch.values() if torch.is_tensor(value)]
+            if self._reference is not None:
+                kept += [*self._reference.parameters(), *self._reference.buffers()]
+            if isinstance(self.tracker, _ShardedTracker):
+                self.tracker.track_inputs(tuple(kept))
+            else:
+                self.tracker.track_external(self._model, self._optimizer, *kept)
+            self.tracker.__enter__()
         self.tracker.where = "forward"
         yield self._batch
-
-    def _start_tracking(self) -> None:
-        kept = [value for value in self._batch.values() if torch.is_tensor(value)]
-        if self._reference is not None:
-            kept += [*self._reference.parameters(), *self._reference.buffers()]
-        if isinstance(self.tracker, _ShardedTracker):
-            self.tracker.track_inputs(tuple(kept))
-        else:
-            self.tracker.track_external(self._model, self._optimizer, *kept)
-        self.tracker.__enter__()
 
     def loss_step(self, batch: dict) -> tuple:
         """The recipe's own; what follows it is the backward."""
@@ -277,9 +266,6 @@ def estimate_trunk(cfg: DictConfig) -> Estimate:
 
     Each rank holds the frozen model whole and computes values of a batch of rows without gradient;
     a step of the value head needs less than that.
-
-    Args:
-        cfg: config of the critic's recipe with its block ``critic``.
     """
     pairs = 2 if cfg.critic.objective == "pairwise" else 1
     rows = max(BATCH_ROWS, pairs * cfg.critic.batch_size)
@@ -322,12 +308,6 @@ def _online_reference_args(cfg: DictConfig, recipe: ModuleType) -> dict | None:
         return None
     folder = reference.checkpointer.checkpoint_dir
     return model_args_from_folder(folder, max_seq_len=cfg.tokenizer.max_seq_len)
-
-
-def _make_reference(args: dict, dtype: torch.dtype) -> MTPTransformer:
-    model = mtp_llama2(**args)
-    cast_parameters_(model, dtype)
-    return model.eval().requires_grad_(False)
 
 
 def _make_batch(cfg: DictConfig) -> dict[str, Any]:

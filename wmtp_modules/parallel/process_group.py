@@ -20,11 +20,11 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def check_environment() -> None:
-    """Look at what torchrun sets; by hand, or in a scheduler's script, it is easily mistyped.
+    """Check what torchrun sets, which is easily mistyped by hand or in a scheduler's script.
 
     Raises:
-        ValueError: if a variable is no number, or they do not fit together: torch would wait for a
-            rank that never comes.
+        ValueError: if a variable is not a number, or they do not fit together: torch would wait for
+            a rank that never comes.
     """
     if "RANK" not in os.environ:
         return
@@ -44,8 +44,8 @@ def check_environment() -> None:
         )
     if not 0 < found["MASTER_PORT"] < 2**16:
         raise ValueError(
-            f"the environment variable MASTER_PORT is {found['MASTER_PORT']}, no port: take one "
-            "from 1 to 65535 that is free"
+            f"the environment variable MASTER_PORT is {found['MASTER_PORT']}, not a port: "
+            "take a free one from 1 to 65535"
         )
 
 
@@ -54,14 +54,12 @@ def init_process_group(
 ) -> tuple[torch.device, DeviceMesh]:
     """Join torchrun's process group, or make one of a single process.
 
-    ``tune run recipes/x.py`` without torchrun options starts the recipe with no RANK in its
-    environment; the recipe still runs the same FSDP2 code, with one rank. A worker of torchrun
-    ends with its launcher.
+    ``tune run recipes/x.py`` without torchrun options sets no RANK; the recipe then runs the same
+    FSDP2 code with one rank. A worker of torchrun ends with its launcher.
 
     Args:
         device_type: "cuda" or "cpu".
-        timeout_s: the watchdog's time-out; a collective gives up a minute later. None: torch's
-            defaults, 30 minutes on CPU and 10 on GPU.
+        timeout_s: the watchdog's; a collective gives up a minute later. None: torch's defaults.
 
     Returns:
         This rank's device and the one-dimensional data-parallel mesh.
@@ -90,11 +88,10 @@ def init_process_group(
 
 
 def die_with_parent() -> None:
-    """Have this process sent SIGTERM when the one that started it ends, whatever ended it.
+    """Have this process sent SIGTERM when its parent ends, whatever ended that; Linux only.
 
-    A launcher that is killed with -9 passes nothing on to its workers. Linux only; elsewhere
-    nothing happens. A parent that had ended before is not noticed: then joining the process group
-    fails, as its store was the launcher's.
+    A launcher that is killed with -9 passes nothing on to its workers. A parent that ended before
+    is not noticed: joining the process group then fails, as its store was the launcher's.
     """
     if sys.platform != "linux":
         return
@@ -112,9 +109,16 @@ def all_reduce_sum(*values: torch.Tensor) -> list[torch.Tensor]:
     return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
 
+def all_gathered(value: Any, group: Any = None) -> list:
+    """What each rank has, by rank; a collective of the world or of ``group``."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 @cache
-def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """One for each process group that is set up; the argument is what the cache goes by."""
+def _patient_group(world: dist.ProcessGroup | None) -> Any:
+    """One per process group; the argument is the key of the cache."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=2))
 
 
@@ -138,11 +142,11 @@ def rank_zero_first() -> Iterator[None]:
     """Run the block on rank 0, then on the others, which find what it has cached."""
     if dist.get_rank() != 0:
         patient_barrier()
+        yield
+        return
     try:
         yield
     except (Exception, SystemExit):  # not when asked to stop: the others stop as well, or have left
-        if dist.get_rank() == 0:
-            patient_barrier()
-        raise
-    if dist.get_rank() == 0:
         patient_barrier()
+        raise
+    patient_barrier()

@@ -19,13 +19,11 @@ def shard_model(
     gathered between the two; only trunk blocks are gathered twice. A step without accumulation
     takes units + trunk blocks all-gathers and one reduce-scatter per unit.
 
-    Gradients are reduced in fp32. Inputs are not cast: the embedding makes activations in
-    ``compute_dtype`` already, and a cast would round fp32 token weights to bf16.
+    Gradients are reduced in fp32. Inputs are not cast: the embedding already makes activations in
+    ``compute_dtype``, and a cast would round fp32 token weights to bf16.
 
     Args:
-        model: the model, on its device or on meta.
-        mesh: one-dimensional data-parallel mesh.
-        compute_dtype: dtype of the gathered parameters; the sharded ones keep theirs.
+        compute_dtype: of the gathered parameters; the sharded ones keep theirs.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

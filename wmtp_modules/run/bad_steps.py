@@ -1,15 +1,14 @@
-"""Steps that went wrong: what is no number, no target at all, sudden jumps of the loss.
+"""Steps that went wrong: losses that are not finite, no target at all, sudden jumps of the loss.
 
-Every rank calls the same functions with figures that are equal on all ranks, so that all of them
-skip a step or none does.
+Every rank calls the same functions with figures that are equal on all ranks, so all of them skip a
+step or none does.
 """
 
 import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,17 +16,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
-from torchtune.modules.attention_utils import packed_block_causal_mask
 from torchtune.utils import get_logger, log_rank_zero
 
 from wmtp_modules.files import new_file
-from wmtp_modules.loss.mtp_loss import mtp_labels
+from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.parallel.process_group import all_gathered
+from wmtp_modules.run.figures import token_losses
 from wmtp_modules.run.training_state import TrainingStates
 
 log = get_logger("INFO")
 
 # A loss is a spike when it lies as many standard deviations above the mean of the last ones; the
-# log shall name what is worth a look, not every hard batch.
+# log should name what is worth a look, not every hard batch.
 SPIKE_WINDOW = 64
 SPIKE_HISTORY = 16  # losses before any is judged
 SPIKE_DEVIATIONS = 6.0
@@ -37,7 +37,7 @@ def what_is_wrong(figures: Mapping[str, torch.Tensor | None], n_targets: torch.T
     """Why a step must not update anything; empty if it may. Waits for the device.
 
     Args:
-        figures: scalars by name, equal on all ranks. None is passed over.
+        figures: scalars by name, equal on all ranks; None is ignored.
         n_targets: supervised targets of the step, over all ranks, micro-batches and heads.
     """
     if not n_targets.any():
@@ -54,27 +54,12 @@ def row_ids(row_BT: torch.Tensor) -> list[int]:
     return sorted(set(row_BT.flatten().tolist()) - {-1})
 
 
-def rows_of_ranks(rows: list[torch.Tensor]) -> list[list[list[int]]]:
-    """Rows of the data set in one step: [rank][micro-batch], on all ranks.
-
-    Args:
-        rows: int64 [B, T] of each of this rank's micro-batches, -1 for padding.
-    """
-    own = [row_ids(row_BT) for row_BT in rows]
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, own)
-    return ranks
-
-
 class BadSteps:
-    """Counts the steps that were skipped and finds the ones whose loss jumped.
+    """Counts skipped steps and finds those whose loss jumped; ``limit`` skipped in a row end a run.
 
-    Both lists are part of a training state, and their files are written from them, so that a
-    resumed run has no step twice.
-
-    Args:
-        output_dir: of the run; ``skipped_steps.jsonl`` and ``loss_spikes.jsonl`` there.
-        limit: skipped steps in a row at which a run stops.
+    Both lists are part of a training state, and ``skipped_steps.jsonl`` and ``loss_spikes.jsonl``
+    in ``output_dir`` are written from them, so a resumed run has no step twice. The ``rows`` of a
+    step are int64 [B, T] for each micro-batch of this rank, -1 for padding.
     """
 
     def __init__(self, output_dir: Path, limit: int) -> None:
@@ -90,23 +75,16 @@ class BadSteps:
         return self.in_a_row >= self._limit
 
     def skip(self, step: int, reason: str, rows: list[torch.Tensor]) -> None:
-        """Count a step that updates nothing; a collective.
-
-        Args:
-            step: its number, from 1.
-            reason: of ``what_is_wrong``.
-            rows: of ``rows_of_ranks``.
-        """
+        """Count a step (from 1) that updates nothing, for a reason; a collective."""
         self.in_a_row += 1
-        self.skipped.append({"step": step, "reason": reason, "rows": rows_of_ranks(rows)})
+        self.skipped.append({"step": step, "reason": reason, "rows": _rows_of_ranks(rows)})
         self._write("skipped_steps.jsonl", self.skipped)
         log_rank_zero(log, f"Step {step} is skipped on all ranks: {reason}.")
 
     def why_stopped(self, save: Callable[[TrainingStates], None]) -> str:
         """What to tell a user whose run ends after too many skipped steps; a collective.
 
-        Args:
-            save: saves the run among the states it is given, which are those of ``bad_step/``.
+        ``save`` saves the run among the states it is given, which are those of ``bad_step/``.
         """
         last, folder = self.skipped[-1], self._output_dir
         replay = (
@@ -128,23 +106,17 @@ class BadSteps:
         )
 
     def look_for_spike(self, step: int, loss: float, rows: list[torch.Tensor]) -> None:
-        """Write down a step that updated if its loss is far above the last ones; a collective.
-
-        Args:
-            step: its number, from 1.
-            loss: unweighted, equal on all ranks.
-            rows: of ``rows_of_ranks``.
-        """
+        """Record a step (from 1) whose unweighted loss is far above the last ones; a collective."""
         self.in_a_row = 0
         last = list(self._losses)
-        if math.isfinite(loss):  # else every later one would be beyond what can be told
+        if math.isfinite(loss):  # else no later loss could be judged
             self._losses.append(loss)
         if len(last) < SPIKE_HISTORY:
             return
         mean, spread = statistics.fmean(last), max(statistics.stdev(last), 1e-6)
         if not loss <= mean + SPIKE_DEVIATIONS * spread:  # NaN is one, too
             told = loss if math.isfinite(loss) else str(loss)  # JSON has neither
-            spike = {"step": step, "loss": told, "mean_before": mean, "rows": rows_of_ranks(rows)}
+            spike = {"step": step, "loss": told, "mean_before": mean, "rows": _rows_of_ranks(rows)}
             self.spikes.append(spike)
             self._write("loss_spikes.jsonl", self.spikes)
             log_rank_zero(log, f"Step {step} is a loss spike: {loss:.3f}, {mean:.3f} before.")
@@ -163,7 +135,7 @@ class BadSteps:
         self._losses.extend(state["losses"])
 
     def write_files(self) -> None:
-        """Make the files say what the lists do: nothing of another run or of steps undone."""
+        """Make the files match the lists: nothing of another run or of steps undone."""
         self._write("skipped_steps.jsonl", self.skipped)
         self._write("loss_spikes.jsonl", self.spikes)
 
@@ -181,104 +153,68 @@ class BadSteps:
 # ------------------------------------------------------------------------------ replay
 
 
-@contextmanager
-def first_bad_module(model: nn.Module) -> Iterator[list[str]]:
-    """Collect names of modules whose output is not finite, in the order in which they ran."""
-    names = {module: name for name, module in model.named_modules()}
-    found: list[str] = []
+def look_again(model: MTPTransformer, batch: dict, loss_step: Callable[[dict], tuple]) -> list[str]:
+    """What in a micro-batch is not finite, forward and backward; collectives of the model.
+
+    Gradients are added to the model. Returns a line that names the rows, and one for each finding.
+    """
+    names = {module: name or "the model" for name, module in model.named_modules()}
+    modules: list[str] = []  # in the order in which they ran
 
     def look(module: nn.Module, inputs: tuple, output: object) -> None:
         outputs = output if isinstance(output, tuple | list) else [output]
         tensors = [x for x in outputs if torch.is_tensor(x) and x.is_floating_point()]
         if module in names and not all(bool(x.isfinite().all()) for x in tensors):
-            found.append(names[module] or "the model")
+            modules.append(names[module])
 
+    with torch.no_grad():
+        losses_BTK, _ = token_losses(model, batch)
+    rows = row_ids(batch["row"][~losses_BTK.isfinite().all(-1)])
     handle = register_module_forward_hook(look)
     try:
-        yield found
+        loss, _, _ = loss_step(batch)
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def bad_rows(model: nn.Module, batch: dict) -> list[int]:
-    """Rows of the data set that have a token whose loss is no number; a collective of the model.
-
-    Args:
-        model: ``mtp_llama2`` model.
-        batch: a micro-batch on the device.
-    """
-    labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], model.n_future_tokens)
-    losses_BTK = model(
-        batch["tokens"],
-        labels_BTK,
-        mask=packed_block_causal_mask(batch["seq_lens"]),
-        input_pos=batch["input_pos"],
-    )
-    bad_BT = ~losses_BTK.isfinite().all(-1)
-    return row_ids(batch["row"][bad_BT])
-
-
-def bad_gradients(model: nn.Module) -> list[str]:
-    """Parameters whose gradient on this rank is not finite."""
-    bad = []
+    loss.backward()
+    gradients = []
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
-            gradient = gradient.to_local()
+            gradient = gradient.to_local()  # of this rank
         if gradient is not None and not gradient.isfinite().all():
-            bad.append(name)
-    return bad
+            gradients.append(name)
+    found = {
+        "losses that are not finite in rows": rows,
+        "first output that is not finite:": modules[:1],
+        "gradients that are not finite:": gradients,
+    }
+    lines = [f"{text} {_shortened(values)}" for text, values in found.items() if values]
+    return [f"rows {_shortened(row_ids(batch['row']))}", *lines]
 
 
-def look_again(model: nn.Module, batch: dict, loss_step: Callable[[dict], tuple]) -> dict:
-    """What in a micro-batch is not finite, forward and backward; collectives of the model.
-
-    Args:
-        model: ``mtp_llama2`` model; gradients are added to it.
-        batch: the micro-batch, on the device.
-        loss_step: of the recipe.
-
-    Returns:
-        A finding for ``print_replay``.
-    """
-    rows = {"rows": row_ids(batch["row"]), "bad_rows": bad_rows(model, batch)}
-    with first_bad_module(model) as modules:
-        loss, _, _ = loss_step(batch)
-    loss.backward()
-    return rows | {"modules": modules[:1], "gradients": bad_gradients(model)}
-
-
-def print_replay(step: int, findings: list[dict]) -> None:
-    """What a replayed step shows, of all ranks on rank 0; a collective.
-
-    Args:
-        step: its number, from 1.
-        findings: of this rank, per micro-batch: ``rows``, its rows; ``bad_rows``, of these the
-            ones of ``bad_rows``; ``modules`` and ``gradients`` by name.
-    """
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, findings)
+def print_replay(step: int, findings: list[list[str]]) -> None:
+    """Print ``look_again`` of every micro-batch of a step, of all ranks on rank 0; a collective."""
+    ranks = all_gathered(findings)
     if dist.get_rank() != 0:
         return
     print(f"\nReplay of step {step}")
     is_bad = False
     for rank, micro_batches in enumerate(ranks):
-        for number, found in enumerate(micro_batches, start=1):
-            print(f"  rank {rank}, micro-batch {number}: rows {_shortened(found['rows'])}")
-            for what, text in (
-                ("bad_rows", "losses that are no numbers in rows"),
-                ("modules", "first output that is not finite:"),
-                ("gradients", "gradients that are not finite:"),
-            ):
-                if found[what]:
-                    is_bad = True
-                    print(f"    {text} {_shortened(found[what])}")
+        for number, (rows, *problems) in enumerate(micro_batches, start=1):
+            print(f"  rank {rank}, micro-batch {number}: {rows}")
+            for problem in problems:
+                is_bad = True
+                print(f"    {problem}")
     if not is_bad:
         print(
             "  everything is finite this time: the fault is not in these rows and parameters. "
             "Suspect the hardware, or what differs from the run (compile, ranks, precision)"
         )
+
+
+def _rows_of_ranks(rows: list[torch.Tensor]) -> list[list[list[int]]]:
+    """Rows of the data set in one step: [rank][micro-batch], on all ranks."""
+    return all_gathered([row_ids(row_BT) for row_BT in rows])
 
 
 def _shortened(values: list, most: int = 8) -> str:

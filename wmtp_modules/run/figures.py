@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
+from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import all_reduce_sum
 
 
@@ -28,13 +28,19 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def token_losses(model: MTPTransformer, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses_BTK, labels_BTK) of a packed micro-batch, unweighted."""
+    labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], model.n_future_tokens)
+    mask = packed_block_causal_mask(batch["seq_lens"])
+    losses_BTK = model(batch["tokens"], labels_BTK, mask=mask, input_pos=batch["input_pos"])
+    return losses_BTK, labels_BTK
+
+
 @torch.no_grad()
-def heldout_losses(model: nn.Module, batches: Iterable[dict]) -> list[float]:
+def heldout_losses(model: MTPTransformer, batches: Iterable[dict]) -> list[float]:
     """Unweighted loss of each head over all batches of all ranks, equal on all ranks.
 
-    Args:
-        model: ``mtp_llama2`` model; left in the mode it was in.
-        batches: this rank's, as many as every other rank's.
+    Every rank has as many batches. The model is left in the mode it was in.
 
     Returns:
         K losses in nats per token.
@@ -44,16 +50,9 @@ def heldout_losses(model: nn.Module, batches: Iterable[dict]) -> list[float]:
     """
     was_training = model.training
     model.eval()
-    K = model.n_future_tokens
     sums = []
     for batch in batches:
-        labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
-        losses_BTK = model(
-            batch["tokens"],
-            labels_BTK,
-            mask=packed_block_causal_mask(batch["seq_lens"]),
-            input_pos=batch["input_pos"],
-        )
+        losses_BTK, labels_BTK = token_losses(model, batch)
         n_K = (labels_BTK != IGNORE_INDEX).sum((0, 1))
         sums.append(torch.stack([losses_BTK.double().sum((0, 1)), n_K.double()]))
     model.train(was_training)
@@ -77,12 +76,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """Figures of one optimizer step, to log.
 
-    Args:
-        sums: over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
-            ``objective`` weighted loss, ``noise`` (targets on noise, targets, weight on noise,
-            weight).
-        stats: ``weight_stats`` of the step's last joint micro-batch.
-        alphas_K: of the heads.
+    ``sums`` are over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
+    ``objective`` weighted loss, ``noise`` of ``noise_sums``.
     """
     n_prime = (alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
     losses_K = (sums["loss_K"] / sums["n_K"].clamp(min=1)).tolist()

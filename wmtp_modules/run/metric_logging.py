@@ -12,17 +12,16 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune.training.metric_logging import MetricLoggerInterface, Scalar, flatten_dict
-from torchtune.utils import get_world_size_and_rank
 
 
-def _number(value: Scalar) -> int | float:
+def _number(value: Any) -> int | float:
     return value.item() if hasattr(value, "item") else value
 
 
@@ -30,16 +29,11 @@ class JSONLLogger(MetricLoggerInterface):
     """One JSON object per logged step, on disk as soon as it is logged.
 
     What one step logs in several calls (training figures, then validation) becomes one line. Make
-    it on one rank only.
-
-    Args:
-        path: the file; its folder is made.
-        resume_step: optimizer steps already done. Lines of later steps, and a last line that a
-            crash left incomplete, are dropped, so that no step stands there twice. 0 starts the
-            file over.
+    it on one rank only. ``resume_step`` are steps already done: lines of later ones, and a last
+    line that a crash left incomplete, are dropped. 0 starts the file over.
 
     Raises:
-        ValueError: if the file to go on with holds a line that is no JSON object with a step.
+        ValueError: if the file to continue has a line that is not a JSON object with a step.
     """
 
     def __init__(self, path: str | Path, *, resume_step: int = 0) -> None:
@@ -65,22 +59,19 @@ class JSONLLogger(MetricLoggerInterface):
                     kept.append(record)
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"{self._path} line {number} is no JSON object with a step: {line[:80]!r}; "
-                    "mend or move the file to resume"
+                    f"{self._path} line {number} is not a JSON object with a step: {line[:80]!r}; "
+                    "correct or move the file to resume"
                 ) from error
         return kept
 
+    def log_config(self, config: DictConfig) -> None:
+        """Nothing: the run writes ``config.yaml`` beside the file."""
+
     def log(self, name: str, data: Scalar, step: int) -> None:
-        """Add one figure to the line of ``step``."""
         self.log_dict({name: data}, step)
 
     def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
-        """Add figures to the line of ``step``.
-
-        Args:
-            payload: numbers or one-element tensors by name.
-            step: optimizer steps done; never falls.
-        """
+        """Add numbers or one-element tensors to the line of ``step``, which never falls."""
         if self._line.get("step") != step:
             self._line = {"step": step}
             self._line_start = self._file.seek(0, os.SEEK_END)
@@ -98,23 +89,21 @@ class JSONLLogger(MetricLoggerInterface):
             raise OSError(error.errno, f"{self._path} could not be written ({reason})") from error
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
 class MLflowLogger(MetricLoggerInterface):
-    """A run in MLflow: config, code version, metrics and artifacts. Other ranks than 0 do nothing.
+    """A run in MLflow: config, code version, metrics and artifacts. Make it on one rank only.
 
-    The server is the one of MLFLOW_TRACKING_URI if that is set, so that a cluster's environment
-    decides for every config; otherwise ``tracking_uri``.
+    MLFLOW_TRACKING_URI, if set, goes before ``tracking_uri``, so that a cluster's environment
+    decides for every config.
 
     Args:
-        experiment_name: experiment, made if not there.
+        experiment_name: made if not there.
         tracking_uri: such as ``sqlite:///runs/mlflow.db``. The folder of an SQLite file is made
             and new experiments keep their artifacts beside it, in ``mlflow_artifacts``.
-        run_name: name of a new run; MLflow invents one if left out.
-        run_id: run to go on with. MLflow appends: figures of steps that are trained again stand
-            twice, at their own times.
+        run_name: of a new run; MLflow invents one if left out.
+        run_id: run to continue. MLflow appends: steps that are trained again stand there twice.
 
     Raises:
         ValueError: if no tracking URI is known, the store cannot be used, or the run is not there.
@@ -127,9 +116,6 @@ class MLflowLogger(MetricLoggerInterface):
         run_name: str | None = None,
         run_id: str | None = None,
     ) -> None:
-        self._client = None
-        if get_world_size_and_rank()[1] != 0:
-            return
         uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri
         if not uri:
             raise ValueError(
@@ -145,12 +131,9 @@ class MLflowLogger(MetricLoggerInterface):
         database = _sqlite_file(uri)
         self._resumed = run_id is not None
         try:
-            if database:
-                uri = f"sqlite:///{database}"
-                with _lock_beside(database):
-                    self._client = MlflowClient(tracking_uri=uri)
-            else:
-                self._client = MlflowClient(tracking_uri=uri)
+            uri = f"sqlite:///{database}" if database else uri
+            with _lock_beside(database) if database else nullcontext():
+                self._client: Any = MlflowClient(tracking_uri=uri)
             if run_id is None:
                 artifacts = (database.parent / "mlflow_artifacts").as_uri() if database else None
                 experiment_id = self._experiment_id(experiment_name, artifacts)
@@ -179,36 +162,31 @@ class MLflowLogger(MetricLoggerInterface):
     def _experiment_id(self, name: str, artifact_location: str | None) -> str:
         from mlflow.exceptions import MlflowException
 
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return self._client.create_experiment(name, artifact_location=artifact_location)
-            except MlflowException:
-                experiment = self._client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-                # Another run made it between the two calls.
-        return experiment.experiment_id
+        if (found := self._client.get_experiment_by_name(name)) is not None:
+            return found.experiment_id
+        try:
+            return self._client.create_experiment(name, artifact_location=artifact_location)
+        except MlflowException:
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return found.experiment_id  # another run made it between the two calls
 
     @property
     def location(self) -> str:
-        """Where the run is and the command that shows it; empty on other ranks than 0."""
-        if self._client is None:
-            return ""
+        """Where the run is and the command that shows it."""
         uri = _without_password(self.tracking_uri)  # it is printed, and written to summary.json
         return f"run {self.run_id} in {uri} (mlflow ui --backend-store-uri {uri})"
 
     def log_config(self, config: DictConfig) -> None:
         """Store the resolved config as the artifact ``config.yaml`` and its keys as parameters.
 
-        Parameters of a run never change in MLflow: a resumed run keeps those that it began with,
-        and ``config.yaml`` is the current one. MLflow cuts values beyond 6000 characters.
+        Parameters never change in MLflow: a resumed run keeps those that it began with, and
+        ``config.yaml`` is the current one. MLflow cuts values beyond 6000 characters.
         """
-        if self._client is None:
-            return
         from mlflow.entities import Param
 
-        flat = flatten_dict(OmegaConf.to_container(config, resolve=True))
+        flat = flatten_dict(cast(dict, OmegaConf.to_container(config, resolve=True)))
         known = self._client.get_run(self.run_id).data.params if self._resumed else {}
         params = [Param(key, str(value)) for key, value in flat.items() if key not in known]
         for start in range(0, len(params), 100):  # as many as MLflow takes in one call
@@ -218,18 +196,10 @@ class MLflowLogger(MetricLoggerInterface):
         )
 
     def log(self, name: str, data: Scalar, step: int) -> None:
-        """Log one figure."""
         self.log_dict({name: data}, step)
 
     def log_dict(self, payload: Mapping[str, Scalar], step: int) -> None:
-        """Log figures in one write.
-
-        Args:
-            payload: numbers or one-element tensors by name.
-            step: optimizer steps done.
-        """
-        if self._client is None:
-            return
+        """Log numbers or one-element tensors in one write."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -237,16 +207,10 @@ class MLflowLogger(MetricLoggerInterface):
         self._client.log_batch(self.run_id, metrics=metrics)
 
     def log_artifact(self, path: str | Path) -> None:
-        """Store a copy of a file with the run."""
-        if self._client is not None:
-            self._client.log_artifact(self.run_id, str(path))
+        self._client.log_artifact(self.run_id, str(path))
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run; a second call does nothing.
-
-        Args:
-            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
-        """
+        """End the run as ``FINISHED``, ``FAILED`` or ``KILLED``; a second call does nothing."""
         if self._client is not None:
             self._client.set_terminated(self.run_id, status)
             self._client = None

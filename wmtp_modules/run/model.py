@@ -32,11 +32,6 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
     Masters stay fp32 and compute runs in ``dtype``: at a learning rate of 1e-5 most updates of a
     bf16 parameter round to nothing. Pure bf16 needs stochastic rounding to be of use.
 
-    Args:
-        cfg: config of a training recipe.
-        mesh: data-parallel mesh.
-        device: of this rank.
-
     Raises:
         ValueError: if the checkpoint does not hold this model.
     """
@@ -73,15 +68,7 @@ def make_optimizer(cfg: DictConfig, model: MTPTransformer) -> tuple[Optimizer, L
 
 
 def frozen_model(cfg: DictConfig, device: torch.device) -> MTPTransformer:
-    """The model as its checkpoint has it, whole on each rank and in compute precision.
-
-    Args:
-        cfg: config of a training recipe, with a checkpoint.
-        device: of this rank.
-
-    Raises:
-        ValueError: if the checkpoint does not hold this model.
-    """
+    """The checkpoint's model, whole on each rank and in compute precision."""
     with torch.device("meta"):
         model = config.instantiate(cfg.model)
     cast_parameters_(model, DTYPES[cfg.dtype])

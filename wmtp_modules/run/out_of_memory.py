@@ -31,14 +31,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def helpful_settings(cfg: DictConfig, ranks: int) -> dict[str, tuple[dict, int]]:
     """Settings that need less memory for the same tokens in a step, where they are not set yet.
 
-    Args:
-        cfg: config of a recipe that trains.
-        ranks: size of the process group.
-
     Returns:
         By how it is written, what to merge into the config and the number of ranks.
     """
-    found = {}
+    found: dict[str, tuple[dict, int]] = {}
     if not cfg.enable_activation_checkpointing:
         change = {"enable_activation_checkpointing": True}
         found["enable_activation_checkpointing=true"] = (change, ranks)
@@ -60,17 +56,7 @@ def helpful_settings(cfg: DictConfig, ranks: int) -> dict[str, tuple[dict, int]]
 def out_of_memory_sentence(
     cfg: DictConfig, model_args: dict, *, ranks: int, peak_gib: float
 ) -> str:
-    """What to tell the user of a run that ran out of memory.
-
-    Args:
-        cfg: the run's config, checked.
-        model_args: ``MTPTransformer.args`` of the model.
-        ranks: size of the process group.
-        peak_gib: peak of this rank's memory so far, GiB.
-
-    Returns:
-        The step's shapes, the peak, settings that need less, and the command that estimates them.
-    """
+    """The step's shapes, the peak, settings that need less, and the command that estimates them."""
     settings = "; ".join(helpful_settings(cfg, ranks)) or "a smaller model"
     config_file = Path(cfg.output_dir) / "config.yaml"
     return (
@@ -86,11 +72,7 @@ def out_of_memory_sentence(
 def explain_out_of_memory(
     cfg: DictConfig, model_args: dict, device: torch.device
 ) -> Iterator[None]:
-    """Turn running out of memory into a sentence; see ``out_of_memory_sentence``.
-
-    Raises:
-        TrainingError: where the block ran out of memory.
-    """
+    """Raise TrainingError with ``out_of_memory_sentence`` where the block runs out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

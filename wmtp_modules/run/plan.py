@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -17,22 +17,14 @@ from wmtp_modules.files import new_file
 from wmtp_modules.parallel.process_group import patient_barrier
 from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.run.out_of_memory import explain_out_of_memory
-from wmtp_modules.run.resume import check_not_begun
+from wmtp_modules.run.resume import check_not_begun, resolved
 from wmtp_modules.run.start import exit_with_message
 from wmtp_modules.run.stopping import StopRequests
 from wmtp_modules.run.watchdog import Watchdog
 
 
 def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[DictConfig]:
-    """Configs that ``requires`` names, on this run's device; finished ones are not run again.
-
-    Args:
-        cfg: that names them.
-        check: of the recipe, for each.
-
-    Raises:
-        ConfigError: if one cannot be read or is not sound.
-    """
+    """Configs that ``requires`` names, on this device, checked; ConfigError if one is not valid."""
     runs = []
     for path in cfg.get("requires") or []:
         inherited = {key: cfg[key] for key in ("device", "assets_dir") if key in cfg}
@@ -40,9 +32,11 @@ def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[
             required = load_config(path)
         except ConfigError as error:
             raise ConfigError(f"requires: {error}") from error
-        # Resuming makes a finished one a no-op and goes on with one that was killed.
-        runs.append(OmegaConf.merge(required, inherited, {"resume_from_checkpoint": True}))
-        check(runs[-1])
+        # Resuming makes a finished one a no-op and continues one that was killed.
+        merged = OmegaConf.merge(required, inherited, {"resume_from_checkpoint": True})
+        run = cast(DictConfig, merged)
+        check(run)
+        runs.append(run)
     return runs
 
 
@@ -52,18 +46,15 @@ def control_runs(cfg: DictConfig) -> Iterator[DictConfig]:
         if name == cfg.weighting.name:
             continue  # the run itself
         output_dir = str(Path(cfg.output_dir) / "controls" / name)
-        yield OmegaConf.merge(cfg, {"weighting": {"name": name}, "output_dir": output_dir})
+        run = OmegaConf.merge(cfg, {"weighting": {"name": name}, "output_dir": output_dir})
+        yield cast(DictConfig, run)
 
 
 def prepare(cfg: DictConfig, runs: list[DictConfig]) -> None:
     """What comes before all runs of a config, on all ranks.
 
-    Makes sure that none of the runs would delete one that was interrupted, then makes what
-    ``prepare`` makes, such as the quickstart's data.
-
-    Args:
-        cfg: the config.
-        runs: of it, controls included, that start over unless they resume.
+    Makes sure that none of ``runs``, controls included, would delete one that was interrupted, then
+    makes what the key ``prepare`` names, such as the quickstart's data.
     """
     if not cfg.resume_from_checkpoint:
         with exit_with_message(ValueError):  # now, not when the controls have had their hours
@@ -90,17 +81,10 @@ class Recipe(Protocol):
 def train(
     recipe: Recipe, cfg: DictConfig, stops: StopRequests, beside: dict[str, Path], started: float
 ) -> dict:
-    """Train what a recipe has set up, then write its summary.
+    """Train what a recipe has set up, then write its summary; Stopped when it has saved and ends.
 
-    Args:
-        recipe: of this rank.
-        cfg: of the run.
-        stops: what may end it early.
-        beside: metrics files of the runs before, drawn in the same picture.
-        started: ``time.perf_counter()`` when the run's setup began.
-
-    Raises:
-        Stopped: when it has saved and has to end.
+    ``beside`` are metrics files of the runs before, drawn in the same picture; ``started`` is
+    ``time.perf_counter()`` when the run's setup began.
     """
     with (
         exit_with_message(TrainingError, OSError),
@@ -121,14 +105,12 @@ def train(
 def run_all(runs: list[DictConfig], run: Callable[[DictConfig, dict[str, Path]], dict]) -> dict:
     """Controls first, then the run itself: a claim about weighting is a claim against them.
 
-    Args:
-        runs: in their order.
-        run: makes one, given the metrics files of those before, and returns its summary.
+    ``run`` makes one, given the metrics files of those before, and returns its summary.
 
     Returns:
         The last one's summary with the held-out losses of all and the seconds that all took.
     """
-    heldout, seconds, metrics = {}, 0.0, {}
+    summary, heldout, seconds, metrics = {}, {}, 0.0, {}
     for cfg in runs:
         summary = run(cfg, metrics)
         heldout |= summary["heldout_loss"]
@@ -138,11 +120,7 @@ def run_all(runs: list[DictConfig], run: Callable[[DictConfig, dict[str, Path]],
 
 
 def write_summary(output_dir: Path, summary: dict) -> None:
-    """Write ``summary.json``, whole or not at all: its presence marks a run as complete.
-
-    Raises:
-        ValueError: if a figure is NaN or infinite, which JSON cannot hold.
-    """
+    """Write ``summary.json``, which marks a run as complete; ValueError for a figure not finite."""
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(summary, indent=1, allow_nan=False)
     with new_file(output_dir / "summary.json") as unfinished:
@@ -154,22 +132,16 @@ def finished(cfg: DictConfig) -> dict | None:
     files = [Path(cfg.output_dir) / name for name in ("config.yaml", "summary.json")]
     if not all(file.exists() for file in files):
         return None
-    saved, wanted = load_config(files[0]), OmegaConf.to_container(cfg, resolve=True)
     same = {"resume_from_checkpoint": None}
-    if OmegaConf.to_container(saved) | same != wanted | same:
+    if resolved(load_config(files[0])) | same != resolved(cfg) | same:
         return None
     return json.loads(files[1].read_text())
 
 
 def finished_run(config_file: str, **inherited: str) -> Path | None:
-    """The folder of another run, of which only its config's path is known here; None until it ends.
+    """The folder of another run once it is finished, else None; ConfigError if it cannot be read.
 
-    Args:
-        config_file: config of that run.
-        inherited: what the run that requires it hands on, such as ``assets_dir``.
-
-    Raises:
-        ConfigError: if the file cannot be read.
+    ``inherited`` is what the run that requires it passes on, such as ``assets_dir``.
     """
     asking = OmegaConf.create({"requires": [config_file], **inherited})
     (cfg,) = required_runs(asking, check=lambda cfg: None)
@@ -177,12 +149,7 @@ def finished_run(config_file: str, **inherited: str) -> Path | None:
 
 
 def print_losses(losses: dict[str, list[float]], steps: int) -> None:
-    """Held-out loss per head of every run, as a table.
-
-    Args:
-        losses: K losses of each run by name; ``base`` is before training.
-        steps: optimizer steps of every run.
-    """
+    """Print K held-out losses of every run by name, as a table; ``base`` is before training."""
     K = len(losses["base"])
     print(f"\nHeld-out loss per head after {steps} steps (base: before)")
     print(" " * 14 + "".join(f"head {k}  " for k in range(K)) + "mean")

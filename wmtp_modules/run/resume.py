@@ -1,8 +1,8 @@
-"""Whose state it is and what may change when it goes on; its schedule and random states."""
+"""Checks that a saved state belongs to this run, and restores schedule and random state."""
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torchtune.training.metric_logging import flatten_dict
 
 from wmtp_modules.run.training_state import read_run, saved_states, step_of
 
-# What may change when a run goes on: where it lies, its length, and what does not touch its sums.
+# What may change when a run continues: where it lies, its length, and what does not touch its sums.
 FREE_KEYS = (
     *("output_dir", "resume_from_checkpoint", "max_steps", "run_val_every_n_steps", "replay"),
     *("save_every_n_steps", "keep_last", "log_every_n_steps", "metric_logger", "profiler"),
@@ -29,29 +29,20 @@ FREE_PATHS = ("table_dir", "batch_tokens", "critic.checkpoint_dir")
 
 def resolved(cfg: DictConfig) -> dict:
     """The config as plain values, to keep in a state and to compare with."""
-    return OmegaConf.to_container(cfg, resolve=True)
+    return cast(dict, OmegaConf.to_container(cfg, resolve=True))
 
 
 def packs_per_step(config: dict | DictConfig, world: int) -> int:
-    """Packed rows of one optimizer step, over all ranks and micro-batches."""
     return world * config["batch_size"] * config["gradient_accumulation_steps"]
 
 
 def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
-    """Make sure that a state is of this very run, but for what may change (``FREE_KEYS``).
+    """The run's part of a state, if it is of this run but for what may change (``FREE_KEYS``).
 
-    Another number of ranks is no other run where one step sees as many packs as before.
-
-    Args:
-        folder: a state whose run's part holds ``step``, ``world`` and the ``resolved`` ``config``.
-        cfg: config of the run that goes on.
-        world: ranks that go on.
-
-    Returns:
-        The run's part.
+    Another number of ranks is the same run if a step sees as many packs as before.
 
     Raises:
-        ValueError: if another key differs, more steps are done than the run shall have, or a step
+        ValueError: if another key differs, more steps are done than the run should have, or a step
             would see another number of packs.
     """
     run = read_run(folder)
@@ -88,18 +79,11 @@ def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
 def notes_on_resume(
     run: dict[str, Any], cfg: DictConfig, world: int, epoch_packs: int
 ) -> list[str]:
-    """What a user should know when ranks share the packs otherwise than before.
-
-    Args:
-        run: of ``check_same_run``.
-        cfg: config of the run that goes on.
-        world: ranks that go on.
-        epoch_packs: packs of an epoch, about.
-    """
+    """What a user should know when ranks share the (about) ``epoch_packs`` packs otherwise."""
     notes = []
     if run["world"] != world:
         notes.append(
-            f"It was saved by {run['world']} ranks and goes on with {world}: the packs come in "
+            f"It was saved by {run['world']} ranks and continues with {world}: the packs come in "
             "the same order, random states begin anew"
         )
     before, now = run["world"] * run["config"]["batch_size"], world * cfg.batch_size
@@ -119,41 +103,30 @@ def notes_on_resume(
 
 
 def check_not_begun(output_dir: Path) -> None:
-    """Make sure that a run which starts over does not delete one that was interrupted.
-
-    Raises:
-        ValueError: if ``output_dir`` holds states of a run that did not come to its end.
-    """
+    """ValueError if starting over would delete an interrupted run."""
     parent = output_dir / "training_state"
     if saved_states(parent) and not (output_dir / "summary.json").exists():
         steps = max(map(step_of, saved_states(parent)))
         raise ValueError(
             f"{output_dir} holds a run that was interrupted after step {steps} or later: set "
-            "resume_from_checkpoint=true to go on with it, take another output_dir, or delete "
+            "resume_from_checkpoint=true to continue it, take another output_dir, or delete "
             f"{parent} to start over"
         )
 
 
 def check_not_ended(output_dir: Path) -> None:
-    """Make sure that a run which finds no state to go on from does not delete one that is complete.
-
-    Raises:
-        ValueError: if ``output_dir`` holds the figures of a run that came to its end.
-    """
+    """ValueError if starting without a training state would delete a complete run."""
     summary = output_dir / "summary.json"
     if summary.exists():
         raise ValueError(
             f"{output_dir} holds a run that is complete, under another config or on other data, "
-            "and no training state to go on from: take another output_dir, or delete "
+            "and no training state to continue from: take another output_dir, or delete "
             f"{summary} to start over"
         )
 
 
 def resume_schedule_(scheduler: LRScheduler, state: dict) -> None:
-    """Go on in a schedule at the saved step, with the rates that this schedule has there.
-
-    The saved ones are those of the schedule it was: 0 at its end, which may have moved.
-    """
+    """Continue at the saved step with the new schedule's rate, as its end may have moved."""
     scheduler.load_state_dict(state)
     scheduler.last_epoch -= 1
     scheduler.step()
@@ -161,8 +134,8 @@ def resume_schedule_(scheduler: LRScheduler, state: dict) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """States of the generators of Python, NumPy and torch, on the CPU and on a GPU."""
-    name, keys, *numbers = np.random.get_state()
-    state = {
+    name, keys, *numbers = cast(tuple, np.random.get_state())
+    state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *numbers),
         "cpu": torch.get_rng_state(),
@@ -173,7 +146,6 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators where ``random_state`` found them."""
     random.setstate(state["python"])
     name, keys, *numbers = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))

@@ -13,33 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import config, training, utils
 
 from wmtp_modules.data.loader import epoch_dataloader, to_device
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
+from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.progress import progress_bar
+from wmtp_modules.run import resume
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
-from wmtp_modules.run.figures import (
-    Sums,
-    Throughput,
-    TrainingError,
-    peak_memory_gib,
-    step_metrics,
-)
+from wmtp_modules.run.figures import Sums, Throughput, TrainingError, peak_memory_gib, step_metrics
 from wmtp_modules.run.metric_logging import JSONLLogger
-from wmtp_modules.run.resume import (
-    check_not_ended,
-    check_same_run,
-    notes_on_resume,
-    packs_per_step,
-    random_state,
-    resolved,
-    resume_schedule_,
-    set_random_state,
-)
 from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.run.watchdog import Watchdog
@@ -51,26 +36,14 @@ class Run:
     """One training run, from its state to resume from to its last checkpoint.
 
     Args:
-        cfg: config of the run.
-        device: of this rank.
-        stops: what may end the run early.
-        watchdog: ends the run when a rank hangs.
-        model: sharded model.
-        optimizer: of the model.
-        lr_scheduler: of the optimizer.
-        dataset: packs to train on.
-        alphas_K: weights of the heads.
-        made_from: names data, scores and the like; a state that was made from others is refused.
+        made_from: names data, scores and so on; a state made from others is refused.
         validate: gives the held-out loss of each head, equal on all ranks.
         export: writes the model to a folder.
-        kept: what else a resumed run has to find again: tensors and plain values by name.
+        kept: what else a resumed run must find again: tensors and plain values by name.
 
     Attributes:
-        step: optimizer steps done.
-        micro_step: micro-steps done.
-        world: number of ranks.
+        step, micro_step: optimizer steps and micro-steps done.
         heldout: held-out losses, "base" before training and "last" since.
-        kept: as above.
     """
 
     def __init__(
@@ -80,7 +53,7 @@ class Run:
         device: torch.device,
         stops: StopRequests,
         watchdog: Watchdog,
-        model: nn.Module,
+        model: MTPTransformer,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: LRScheduler,
         dataset: PackedDataset,
@@ -111,7 +84,7 @@ class Run:
         self._bad_steps = BadSteps(self._output_dir, cfg.max_skipped_steps)
         self._states = TrainingStates(self._output_dir / "training_state", cfg.keep_last)
         self._loggers: list = []  # on rank 0; the last one is the configured one
-        self._profiler = training.DummyProfiler()
+        self._profiler: Any = training.DummyProfiler()
         self._bar = progress_bar(desc="", shown=False)
         self._throughput = Throughput()
         self._dataloader = self._epoch_dataloader()
@@ -143,35 +116,31 @@ class Run:
             logger.log_config(self._cfg)
 
     def _resume(self) -> str | None:
-        """Go on where the newest sound training state stands; returns the logger's run."""
+        """Continue from the newest sound training state; returns the logger's run."""
         folder = self._states.newest()
         if folder is None:
-            check_not_ended(self._output_dir)
+            resume.check_not_ended(self._output_dir)
             utils.log_rank_zero(
                 log, f"Nothing to resume in {self._output_dir}: starting from step 0."
             )
             return None
-        run = check_same_run(folder, self._cfg, self.world)
+        run = resume.check_same_run(folder, self._cfg, self.world)
         if run["made_from"] != self._made_from:
             raise ValueError(
                 f"{folder} was trained on other data, rewards or values than the config names now: "
                 "bring those back, or start another run with resume_from_checkpoint: false and "
                 "another output_dir"
             )
-        notes = notes_on_resume(run, self._cfg, self.world, len(self._dataset))
+        notes = resume.notes_on_resume(run, self._cfg, self.world, len(self._dataset))
         run, own = self._states.load(folder, self._model, self._optimizer)
         self.load_state_dict(run)
-        if run["world"] == self.world:
-            set_random_state(own["rng"], self._device)
+        if run["world"] == self.world and own is not None:
+            resume.set_random_state(own["rng"], self._device)
         utils.log_rank_zero(log, " ".join([f"Resumed {folder} after step {self.step}.", *notes]))
         return run["run_id"]
 
     def state_dict(self) -> dict[str, Any]:
-        """What is the same on all ranks where a state is saved: plain values and tensors."""
-        kept = {
-            name: value.cpu().clone() if torch.is_tensor(value) else value
-            for name, value in self.kept.items()
-        }
+        """What is the same on all ranks in a state: plain values and tensors."""
         return {
             **self._position,
             "step": self.step,
@@ -180,13 +149,12 @@ class Run:
             "made_from": self._made_from,
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "bad_steps": self._bad_steps.state_dict(),
-            "config": resolved(self._cfg),
+            "config": resume.resolved(self._cfg),
             "run_id": getattr(self._loggers[-1], "run_id", None) if self._loggers else None,
-            **kept,
+            **{k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in self.kept.items()},
         }
 
     def load_state_dict(self, run: dict[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
         self.step, self.micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
         self._best_loss, self.heldout = run["best_loss"], run["heldout"]
         before = run["config"]
@@ -196,7 +164,7 @@ class Run:
             value = run[name]
             self.kept[name] = value.to(self._device) if torch.is_tensor(value) else value
         self._bad_steps.load_state_dict(run["bad_steps"])
-        resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
+        resume.resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
         self._dataloader = self._epoch_dataloader()
         self._dataloader.load_state_dict(run["dataloader"])
 
@@ -206,7 +174,7 @@ class Run:
             "micro_step": self.micro_step,
             "epoch": self._epoch,
             "dataloader": self._dataloader.state_dict(),
-            "rng": random_state(self._device),
+            "rng": resume.random_state(self._device),
         }
 
     # ------------------------------------------------------------- the steps
@@ -219,19 +187,14 @@ class Run:
         if cfg.profiler.get("enabled"):
             self._profiler, _ = training.setup_torch_profiler(**cfg.profiler)
         self._profiler.start()
-        self._bar = progress_bar(
-            total=cfg.max_steps,
-            initial=self.step,
-            desc=cfg.weighting.name,
-            shown=self.rank == 0,
-        )
+        name, shown = cfg.weighting.name, self.rank == 0
+        self._bar = progress_bar(total=cfg.max_steps, initial=self.step, desc=name, shown=shown)
         self._throughput = Throughput()
 
     def _epoch_dataloader(self):
         self._dataset.set_epoch(self._epoch)
-        packs = packs_per_step(self._cfg, self.world)
-        batch_size = self._cfg.batch_size
-        return epoch_dataloader(self._dataset, batch_size, self.rank, self.world, packs)
+        ranks, packs = (self.rank, self.world), resume.packs_per_step(self._cfg, self.world)
+        return epoch_dataloader(self._dataset, self._cfg.batch_size, *ranks, packs)
 
     def _endless_batches(self) -> Iterator[dict]:
         """Micro-batches on the device, epoch after epoch, each packed in an order of its own."""
@@ -244,10 +207,10 @@ class Run:
     def micro_batches(self) -> Iterator[dict]:
         """This rank's micro-batches of one optimizer step.
 
-        Before each it tells the watchdog that the rank is alive and stops where one is asked to.
+        Before each it tells the watchdog that the rank is alive and stops if asked to.
 
         Raises:
-            Stopped: on all ranks, after what the last whole step left is saved.
+            Stopped: on all ranks, after the last whole step is saved.
         """
         self._position = self._where()  # a stop before the update goes on from here
         self._rows = []
@@ -267,11 +230,9 @@ class Run:
         return Sums(failed_saves=failed)
 
     def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
-        """Whether the step may update, the same on all ranks; else it is skipped and written down.
+        """Whether the step may update, the same on all ranks; else it is skipped and recorded.
 
-        Args:
-            sums: of the step, over all ranks.
-            grad_norm: of the whole model, before clipping.
+        ``sums`` are over all ranks, ``grad_norm`` is of the whole model, before clipping.
 
         Raises:
             TrainingError: after too many skipped steps in a row. ``bad_step/`` then holds the state
@@ -293,11 +254,7 @@ class Run:
     def end_step(self, sums: Sums, stats: dict, grad_norm: torch.Tensor, lr: float) -> None:
         """Log, validate, keep the best model and save, each when it is due.
 
-        Args:
-            sums: of the step, over all ranks.
-            stats: ``weight_stats`` of the step's last joint micro-batch.
-            grad_norm: of the whole model, before clipping.
-            lr: learning rate of the step.
+        ``stats`` are ``weight_stats`` of the last joint micro-batch, the rest as in ``may_update``.
         """
         cfg = self._cfg
         self.step += 1
@@ -312,7 +269,7 @@ class Run:
                 self._evaluate()
             if sums["failed_saves"]:
                 self._states.wait()  # raises
-            # Not in a row of skipped steps: what is kept shall be from before them.
+            # Not in a row of skipped steps: what is kept must be from before them.
             if is_last or (self.step % cfg.save_every_n_steps == 0 and not self._problem):
                 self._position = self._where()
                 self.save_checkpoint(self._states)
@@ -352,8 +309,8 @@ class Run:
     def _evaluate(self) -> None:
         """Validate, and keep ``best/`` when the mean over heads is the lowest since step 0.
 
-        The loss before training does not count, so there is a ``best/`` also where training made
-        the model worse: ``heldout_loss.base`` in summary.json tells.
+        The loss before training does not count, so there is a ``best/`` even if training made the
+        model worse: ``heldout_loss.base`` in summary.json tells.
         """
         self.heldout["last"] = self._heldout_losses()
         loss = sum(self.heldout["last"]) / len(self.heldout["last"])
@@ -374,7 +331,7 @@ class Run:
             states.save(self.step, self._model, self._optimizer, run, own, keep_older=in_a_row)
 
     def _stop(self, reason: str) -> None:
-        """Save what the last whole step left, and end all runs of this process."""
+        """Save the last whole step, and end all runs of this process."""
         if self._states.last_step != self.step:
             self.save_checkpoint(self._states)
         with self._watchdog.paused():
@@ -411,10 +368,7 @@ class Run:
             logger.close()
 
     def replay(self, loss_step: Callable[[dict], tuple]) -> None:
-        """Repeat the step at which a run stopped: where does what is not finite come from?
-
-        Args:
-            loss_step: of the recipe.
+        """Repeat the step at which a run stopped, with the recipe's loss step: what is not finite?
 
         Raises:
             ValueError: if the folder that ``replay`` names holds no state.

@@ -1,4 +1,4 @@
-"""From a recipe's command line to its process group; what a user can mend ends in one sentence."""
+"""From a recipe's command line to its process group; errors of the user end in one sentence."""
 
 import functools
 import os
@@ -35,13 +35,10 @@ FAILED, JOINING = "wmtp/rank_0_failed", "wmtp/rank_0_joins"  # keys of the launc
 
 @contextmanager
 def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
-    """End the process with a sentence on stderr, and exit code 1, at what its user can mend.
+    """End the process with a sentence on stderr, and exit code 1, at what its user can correct.
 
     Of what every rank finds only rank 0 speaks; the others then wait for the launcher to end them.
-    What another rank found alone carries its number.
-
-    Args:
-        errors: exceptions that say everything in their message; others keep their traceback.
+    What another rank found alone carries its number. Errors of other kinds keep their traceback.
     """
     try:
         yield
@@ -77,10 +74,6 @@ def process_group(
 ) -> Iterator[tuple[torch.device, DeviceMesh, StopRequests]]:
     """The process group of a recipe, with signals heard; all ranks leave it together.
 
-    Args:
-        cfg: the recipe's config, checked.
-        stop_requests: further arguments of ``StopRequests``.
-
     Yields:
         This rank's device, the data-parallel mesh, and what may end the runs early.
     """
@@ -98,7 +91,7 @@ def process_group(
 def _rank_zero_speaks() -> bool:
     """Whether rank 0 has failed as well, on another rank that has.
 
-    Before they join a process group rank 0 waits for nobody: it either fails too or goes on to
+    Before they join a process group rank 0 waits for nobody: it either fails too or continues to
     join, and until then no clock decides. Afterwards it may be waiting for this very rank.
     """
     try:
@@ -124,7 +117,6 @@ def _tell_others(key: str) -> None:
 
 @functools.cache
 def _store() -> dist.Store:
-    """The store of the launcher, through which ranks also find each other."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise ValueError("not started by torchrun")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

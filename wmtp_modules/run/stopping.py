@@ -1,12 +1,12 @@
 """Stopping when asked to: a signal or ``max_hours``, on all ranks after the same micro-step.
 
-A run ends early for reasons that are nobody's fault: a scheduler takes the machine back, a job's
-time is up, someone types Ctrl-C. It then saves, says so in ``exit.json`` and on stderr, and every
-rank exits with 75, which schedulers read as "try again". torchrun turns that into 1.
+A run that a scheduler, a time limit or Ctrl-C ends early saves, says so in ``exit.json`` and on
+stderr, and every rank exits with 75, which schedulers read as "try again". torchrun turns that
+into 1.
 
-What a scheduler's grace has to cover: the rest of a micro-step (or of a validation), one save, and
-2 seconds. ``tune run`` waits 300 s for its workers before it kills them, where torchrun waits 30:
-``wmtp_modules/tune_plugin.py``. A run that is killed before it has saved goes on from the state
+A scheduler's grace must cover the rest of a micro-step (or of a validation), one save, and
+2 seconds. ``tune run`` waits 300 s for its workers before it kills them, torchrun 30:
+``wmtp_modules/tune_plugin.py``. A run that is killed before it has saved resumes from the state
 before.
 """
 
@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,11 +45,9 @@ AGREEMENT_TIMEOUT = timedelta(days=2)  # the watchdog speaks much earlier
 
 
 class Stopped(BaseException):
-    """A run ends because it was asked to. No ``Exception``: nothing may take it for a failure.
+    """A run ends for one of ``REASONS`` after a ``step`` that is saved (None outside of training).
 
-    Attributes:
-        reason: one of ``REASONS``.
-        step: last optimizer step, which is saved; None outside of training.
+    Not an ``Exception``: nothing may take it for a failure.
     """
 
     def __init__(self, reason: str, step: int | None = None) -> None:
@@ -69,12 +68,12 @@ class StopRequests:
     runs signal handlers only between two of the main thread's instructions.
 
     Args:
-        max_hours: hours from now after which the run has to have ended; None for no end.
+        max_hours: hours from now after which the run must have ended; None for no limit.
         output_dir: where ``exit.json`` goes; None for nowhere.
-        again: what goes on with the run, for the sentence at its end.
+        again: what continues the run, for the sentence at its end.
 
     Raises:
-        ValueError: if ``max_hours`` is no time.
+        ValueError: if ``max_hours`` is not above 0.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class StopRequests:
         self._phase, self._phase_since = _Phase.RESUMABLE, time.monotonic()
         self._asked_at: float | None = None
         self._longest_step = self._longest_save = 0.0
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
 
     def __enter__(self) -> "StopRequests":
         global _installed
@@ -126,8 +125,8 @@ class StopRequests:
         Raises:
             Stopped: at the end of the block, if a signal came after the last ``agreed``.
         """
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT)
+        if not self._group:
+            self._group = cast(Any, dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT))
         # No rank takes up a signal here while another still leaves at once because of it.
         dist.barrier(group=self._group)
         self._enter_phase(_Phase.STEPS)
@@ -140,13 +139,10 @@ class StopRequests:
             raise Stopped(self._signal)
 
     def agreed(self) -> str | None:
-        """Why to stop now, the same on every rank; None to go on. Call it once a micro-step.
+        """One of ``REASONS`` to stop now, the same on every rank, or None; once a micro-step.
 
         Any rank's signal counts, and rank 0's clock. A collective on the host, over a gloo group:
         on GPUs, whose hosts run ahead of them, it is where hosts wait for each other.
-
-        Returns:
-            "SIGTERM", "SIGINT", "SIGUSR1", "max_hours" or None.
         """
         now = time.monotonic()
         if self._asked_at is not None:
@@ -154,8 +150,9 @@ class StopRequests:
             self._longest_step = max(self._longest_step, now - self._asked_at)
         self._asked_at = now
         reason = self._signal
-        if reason is None and dist.get_rank() == 0 and self._is_last_chance(now):
-            reason = "max_hours"
+        if reason is None and dist.get_rank() == 0 and self._deadline is not None:
+            is_last_chance = now + self._longest_step + self._longest_save > self._deadline
+            reason = "max_hours" if is_last_chance else None
         code = torch.tensor(REASONS.index(reason))
         dist.all_reduce(code, dist.ReduceOp.MAX, group=self._group)
         return REASONS[code]
@@ -164,10 +161,6 @@ class StopRequests:
         """Tell how long a save took: ``max_hours`` leaves time for one more."""
         self._longest_save = max(self._longest_save, seconds)
 
-    def _is_last_chance(self, now: float) -> bool:
-        needed = self._longest_step + self._longest_save
-        return self._deadline is not None and now + needed > self._deadline
-
     def _enter_phase(self, phase: _Phase) -> None:
         self._phase, self._phase_since = phase, time.monotonic()
 
@@ -175,14 +168,13 @@ class StopRequests:
 
     def _handle(self, signum: int, frame: object) -> None:
         """In the main thread."""
-        is_first = self._signal is None
-        if is_first:
+        if self._signal is None:
             self._signal = signal.Signals(signum).name
-        if is_first and self._phase is _Phase.RESUMABLE:
-            raise Stopped(self._signal)
+            if self._phase is _Phase.RESUMABLE:
+                raise Stopped(self._signal)
 
     def _listen(self) -> None:
-        """In a thread: what has to happen whatever the main thread is in."""
+        """In a thread: what must happen whatever the main thread is in."""
         while True:
             numbers = b""
             if select.select([self._read_fd], [], [], 1.0)[0]:
@@ -213,7 +205,7 @@ class StopRequests:
     # ---------------------------------------------------------------- leaving
 
     def leave(self, stopped: Stopped) -> None:
-        """End this process with 75, not before all ranks have saved. Does not return.
+        """End this process with 75, once all ranks have saved. Does not return.
 
         torchrun kills the other workers as soon as one has ended.
         """
@@ -221,7 +213,7 @@ class StopRequests:
         self._tell(stopped)
         if stopped.step is not None:
             with suppress(RuntimeError):  # a rank that is gone or hangs holds up nobody
-                last = dist.barrier(group=self._group, async_op=True)
+                last: Any = dist.barrier(group=self._group, async_op=True)
                 last.wait(timedelta(seconds=LAST_WAIT_S))
         for one in SIGNALS:  # torchrun sends another one as soon as the fastest rank has ended
             signal.signal(one, signal.SIG_IGN)
@@ -241,7 +233,7 @@ class StopRequests:
         when = "outside of training"
         if stopped.step is not None:
             when = f"after step {stopped.step}, which is saved"
-        told = f"Stopped by {stopped.reason} {when}: {self._again} goes on from there"
+        told = f"Stopped by {stopped.reason} {when}: {self._again} continues from there"
         if self._output_dir is not None:
             try:
                 write_exit(self._output_dir, stopped.reason, stopped.step)
@@ -255,9 +247,9 @@ _installed: StopRequests | None = None
 
 
 def _forget_in_child() -> None:
-    """A forked child, such as one of a pool that tokenises, is ended by signals as ever.
+    """A forked child, such as one of a pool that tokenises, is ended by signals as usual.
 
-    It would tell of its own signals in the parent's pipe.
+    It would report its own signals in the parent's pipe.
     """
     if _installed is not None:
         _installed._uninstall()
@@ -268,8 +260,7 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 @contextmanager
 def exit_code(stops: StopRequests) -> Iterator[None]:
-    """End the process with 75 where the block raises ``Stopped``: after one sentence of rank 0,
-    ``exit.json``, and a wait for the ranks that still save."""
+    """End the process as ``StopRequests.leave`` does if the block raises ``Stopped``."""
     try:
         yield
     except Stopped as stopped:
@@ -289,11 +280,7 @@ def write_exit(
 ) -> None:
     """Write ``exit.json``, whole or not at all. Rank 0 calls it.
 
-    Args:
-        output_dir: folder of the run; made if need be.
-        reason: why the run ended before its end.
-        step: last optimizer step that is saved; None if it is not known here.
-        more: further keys.
+    ``step`` is the last optimizer step that is saved; None if it is not known here.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -302,5 +289,5 @@ def write_exit(
 
 
 def clear_exit(output_dir: str | os.PathLike) -> None:
-    """Remove the ``exit.json`` of an earlier start: the run goes on."""
+    """Remove the ``exit.json`` of an earlier start: the run continues."""
     (Path(output_dir) / "exit.json").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a run needs to go on: sharded model and optimizer, the run's position, each rank's own part.
+"""What a run needs to resume: sharded model and optimizer, its position, each rank's own part.
 
 A state is a folder ``step_000123`` on a file system that all ranks share:
 
@@ -6,9 +6,9 @@ A state is a folder ``step_000123`` on a file system that all ranks share:
 - ``run.pt``: what is the same on all ranks; ``rank_<r>.pt``: random state of one;
 - ``manifest.json``: size and sha256 of every other file.
 
-It is copied at once and written while training goes on, under a temporary name, every file
-synced, and renamed when all of it is there. So what has the name is complete, unless something
-damaged it since, which the manifest tells.
+It is copied at once and written while training continues, under a temporary name, every file
+synced, and renamed when complete. So what has the name is complete, unless something damaged it
+since, which the manifest tells.
 """
 
 import json
@@ -28,19 +28,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wmtp_modules.files import disk_errors, file_hash, sync
+from wmtp_modules.parallel.process_group import all_gathered
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +56,7 @@ class TrainingStates:
         self._keep_last = keep_last
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         # Threads that write talk over a group of their own, and may take long.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         pinned = torch.cuda.is_available()  # copies from the GPU at full speed, buffers kept
         self._stager = DefaultStager(StagingOptions(pinned, False, False, False))
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="training_state")
@@ -81,14 +76,9 @@ class TrainingStates:
         own: dict,
         keep_older: bool = False,
     ) -> None:
-        """Copy a state; it is written while the caller goes on.
-
-        Waits for the one before. ``wait`` tells when, and whether, it is on the disk.
+        """Copy a state, which is written while the caller goes on; waits for the one before.
 
         Args:
-            step: optimizer steps done.
-            model: sharded model.
-            optimizer: its optimizer.
             run: plain values and tensors, the same on all ranks.
             own: this rank's.
             keep_older: delete none of the older ones, whatever ``keep_last`` says.
@@ -103,7 +93,7 @@ class TrainingStates:
         with _one_sentence_for(partial):
             self._on_rank_zero(lambda: _make_anew(partial))
         run = {"world": self._world, "optimizer": plain, **run}
-        written = dcp.async_save(
+        written: Any = dcp.async_save(
             tensors,
             storage_writer=_Writer(partial),
             async_stager=self._stager,
@@ -118,11 +108,7 @@ class TrainingStates:
         self.last_step = step
 
     def wait(self) -> None:
-        """Until what was saved last is complete under its name.
-
-        Raises:
-            OSError: if it could not be written, on all ranks; earlier states are untouched.
-        """
+        """Wait until the last state is complete; OSError, on all ranks, if it cannot be."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -184,18 +170,13 @@ class TrainingStates:
         if not keep_older:
             done = [path for path in saved_states(self._parent) if step_of(path) <= step_of(final)]
             for path in sorted(done, key=step_of)[: -self._keep_last]:
-                _delete(path)
+                # First renamed: what a kill leaves must not look like a state.
+                shutil.rmtree(path.rename(path.with_name(f"{path.name}.dropped")))
 
     # --------------------------------------------------------------- reading
 
     def newest(self) -> Path | None:
-        """The sound state with the most steps; None if there is none at all.
-
-        A damaged one is named in a warning, passed over and kept. All ranks share the reading.
-
-        Raises:
-            ValueError: if there are states and all of them are damaged.
-        """
+        """The sound state with the most steps, None without any; ValueError if all are damaged."""
         found = sorted(self._on_rank_zero(lambda: saved_states(self._parent)), key=step_of)
         problems = []
         for folder in reversed(found):
@@ -240,19 +221,12 @@ class TrainingStates:
                     problem = f"the content of {name} has changed"
             except OSError as error:  # a bad block, or no right to read it
                 problem = f"{name} cannot be read: {error.strerror or error}"
-        problems = [None] * self._world
-        dist.all_gather_object(problems, problem, group=self._group)
-        return next(filter(None, problems), None)
+        return next(filter(None, all_gathered(problem, self._group)), None)
 
     def load(
         self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Fill model and optimizer in place, whatever the number of ranks that saved.
-
-        Args:
-            folder: a sound state.
-            model: the model, sharded as it will be trained.
-            optimizer: its optimizer.
 
         Returns:
             The run's part, and this rank's own; None if no rank of this number had saved.
@@ -263,7 +237,9 @@ class TrainingStates:
         """
         run = read_run(folder)
         if run["optimizer"]:
-            get_optimizer_state_dict(model, optimizer)  # makes the tensors that will be filled
+            dcp_state.get_optimizer_state_dict(
+                model, optimizer
+            )  # makes the tensors that will be filled
         tensors, _ = _split(model, optimizer)
         try:
             dcp.load(
@@ -278,7 +254,18 @@ class TrainingStates:
                 f"{folder} does not hold this model and optimizer ({cause}): it was written by "
                 "another run, or by something else"
             ) from cause
-        _put_back(model, optimizer, tensors, run["optimizer"])
+        if plain := run["optimizer"]:
+            # Its tensors are filled already.
+            state: Any = dcp_state.get_optimizer_state_dict(model, optimizer)["state"]
+            for key, value in plain["values"].items():
+                parameter, name = key.rsplit("/", 1)
+                state[parameter][name] = value
+            rest = {"state": state, "param_groups": plain["param_groups"]}
+            dcp_state.set_state_dict(
+                model, optimizer, model_state_dict=tensors["model"], optim_state_dict=rest
+            )
+        else:
+            dcp_state.set_model_state_dict(model, tensors["model"])
         self.last_step = run["step"]
         path = folder / f"rank_{self._rank}.pt"
         return run, (_load_plain(path) if path.exists() else None)
@@ -292,8 +279,7 @@ class TrainingStates:
             outcome = work()
         except Exception as caught:  # whatever it is, the others must not wait for ever
             error, outcome = caught, f"rank {self._rank}: {caught or type(caught).__name__}"
-        outcomes = [None] * self._world
-        dist.all_gather_object(outcomes, outcome, group=self._group)
+        outcomes = all_gathered(outcome, self._group)
         for one in outcomes:
             if isinstance(one, str):
                 raise OSError(one) from error
@@ -348,16 +334,9 @@ def _one_sentence_for(partial: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             f"the training state {partial.with_suffix('')} could not be written ({error}). Earlier "
-            "states are untouched: make room or mend the disk, and go on with "
+            "states are untouched: make room or repair the disk, and continue with "
             "resume_from_checkpoint=true"
         ) from error
-
-
-def _delete(folder: Path) -> None:
-    """Rename first: what a kill leaves must not look like a state."""
-    dropped = folder.with_name(f"{folder.name}.dropped")
-    folder.rename(dropped)
-    shutil.rmtree(dropped)
 
 
 def _save(value: dict, path: Path) -> None:
@@ -367,7 +346,6 @@ def _save(value: dict, path: Path) -> None:
 
 
 def _load_plain(path: Path) -> dict[str, Any]:
-    """A file of plain values and tensors; a pickle that would run code is refused."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -379,7 +357,7 @@ def _load_plain(path: Path) -> dict[str, Any]:
 def _file_name(name: str) -> str:
     """A name from a file, which must not lead out of the folder."""
     if Path(name).name != name:
-        raise ValueError(f"{name!r} is no file name")
+        raise ValueError(f"{name!r} is not a file name")
     return name
 
 
@@ -388,73 +366,43 @@ def _file_name(name: str) -> str:
 
 def _split(
     model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Tensors of model and optimizer, each under a name of its own, and the optimizer's rest.
 
-    An optimizer that has not stepped yet has nothing to save. DCP would step it to see what it
-    will have, and Adam's count of steps would be one ahead.
+    An optimizer that has not stepped has nothing to save: DCP would step it to see what it will
+    have, and Adam's count of steps would be one ahead.
     """
     if not optimizer.state:
-        return {"model": get_model_state_dict(model)}, {}
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    values = {
-        f"{parameter}/{name}": value
-        for parameter, state in optimizer_state["state"].items()
-        for name, value in state.items()
-    }
+        return {"model": dcp_state.get_model_state_dict(model)}, {}
+    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
+    states: Any = optimizer_state["state"]
+    values = {f"{p}/{name}": value for p, one in states.items() for name, value in one.items()}
     tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {"values": {}, "param_groups": optimizer_state["param_groups"]}
     for name, value in values.items():
-        tensors |= _parts(name, value)
-    plain = {
-        "values": {name: value for name, value in values.items() if not torch.is_tensor(value)},
-        "param_groups": optimizer_state["param_groups"],
-    }
+        if not torch.is_tensor(value):
+            plain["values"][name] = value
+        elif isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
+            tensors[name] = value
+        else:  # a quantised one as the plain ones it is made of: DCP takes no others
+            parts, _ = value.__tensor_flatten__()
+            tensors |= {f"{name}.{part}": getattr(value, part) for part in parts}
     return {"model": model_state, "optimizer": tensors}, plain
-
-
-def _parts(name: str, value: Any) -> dict[str, torch.Tensor]:
-    """A tensor under its name; the plain ones that a quantised one is made of.
-
-    DCP copies and writes DTensors and plain tensors only.
-    """
-    if not torch.is_tensor(value):
-        return {}
-    if isinstance(value, DTensor) or not is_traceable_wrapper_subclass(value):
-        return {name: value}
-    return {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
-
-
-def _put_back(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict, plain: dict
-) -> None:
-    if not plain:
-        set_model_state_dict(model, tensors["model"])
-        return
-    state = get_optimizer_state_dict(model, optimizer)["state"]  # its tensors are filled already
-    for key, value in plain["values"].items():
-        parameter, name = key.rsplit("/", 1)
-        state[parameter][name] = value
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict={"state": state, "param_groups": plain["param_groups"]},
-    )
 
 
 class _Writer(dcp.FileSystemWriter):
     """DCP's writer, which syncs its files, with the reason where a disk is full."""
 
-    def write_data(self, *args: Any):
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
         with disk_errors():
-            return super().write_data(*args)
+            return super().write_data(plan, planner)
 
 
 class _TensorsOnly(dcp.DefaultLoadPlanner):
     """DCP unpickles anything that is no tensor without restriction; a state of ours has none."""
 
     def load_bytes(self, read_item, value) -> None:
-        raise ValueError(f"{read_item.dest_index.fqn} is no tensor")
+        raise ValueError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -474,7 +422,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) not in _METADATA_PARTS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is none of a state")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no state holds")
         return super().find_class(module, name)
 
 

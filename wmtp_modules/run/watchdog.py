@@ -1,10 +1,10 @@
 """Ends a run in which a rank hangs, and says which rank, where, and what the others wait in.
 
-A collective that one rank never enters holds up all of them without a word. Here a thread of every
-rank publishes about once a second, in the store through which the ranks found each other, when its
-main thread last came further and where it is now. A rank that has not come further for long reads
-what the others publish. One that publishes nothing any more was stopped as a whole, holds Python's
-lock in C, or lost its machine.
+A collective that one rank never enters holds up all of them silently. Here a thread of every rank
+publishes about once a second, in the store through which the ranks found each other, when its main
+thread last made progress and where it is now. A rank that made no progress for long reads what the
+others publish. One that publishes nothing any more was stopped as a whole, holds Python's lock in
+C, or lost its machine.
 
 This watches hosts. On GPUs the host runs ahead of the device and meets the other hosts once a
 micro-step in ``StopRequests.agreed``: there it waits for one that hangs. A host that waits for its
@@ -12,7 +12,6 @@ device looks as if it hung itself, and both are named. A device that hangs in NC
 NCCL's own watchdog, at the process group's time-out.
 """
 
-import contextlib
 import itertools
 import json
 import os
@@ -21,10 +20,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -76,14 +75,13 @@ class Hang(NamedTuple):
 
 
 class Watchdog:
-    """Watches the main thread of this rank inside of ``with``, which all ranks enter; also again.
+    """Watches the main thread of this rank inside of ``with``, which all ranks enter, repeatedly.
 
     Args:
         timeout_s: seconds without a ``beat`` after which the run ends.
-        output_dir: where ``exit.json`` goes.
 
     Raises:
-        ValueError: if ``timeout_s`` is no time.
+        ValueError: if ``timeout_s`` is not above 0.
     """
 
     def __init__(self, timeout_s: float, output_dir: str | os.PathLike) -> None:
@@ -93,7 +91,8 @@ class Watchdog:
         self._period_s = min(LONGEST_PERIOD_S, timeout_s / 20)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         # A connection of its own, as the main thread may wait in the other one.
-        store = distributed_c10d._get_default_store().clone()
+        store: Any = distributed_c10d._get_default_store()
+        store = store.clone()
         store.set_timeout(STORE_TIMEOUT)
         self._store = dist.PrefixStore(f"watchdog/{next(_numbers)}", store)
         self._process = f"process {os.getpid()} on {socket.gethostname()}"
@@ -115,11 +114,9 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, what: str, step: int | None = None) -> None:
-        """Tell that the main thread has come to something; costs nothing.
+        """Tell that the main thread has come to something, such as "step 12"; costs nothing.
 
-        Args:
-            what: such as "step 12".
-            step: last whole optimizer step, for ``exit.json``.
+        ``step`` is the last whole optimizer step, for ``exit.json``.
         """
         self._beat = (what, step, time.monotonic())
 
@@ -137,10 +134,7 @@ class Watchdog:
             self._paused = outer
 
     def on_rank_zero(self, function: Callable[[], T]) -> T:
-        """What a function returns on rank 0, on all ranks; it may take long, a collective.
-
-        For what reads every byte of a checkpoint: once is enough.
-        """
+        """What a function returns on rank 0, on all ranks; it may take long. A collective."""
         with self.paused():
             return share_from_rank_zero(function() if self._rank == 0 else None)
 
@@ -159,10 +153,12 @@ class Watchdog:
     def _watch(self) -> None:
         for number in self._reports:
             own = self._report(number)
-            try:
-                reports = self._exchange(own)
-            except RuntimeError:  # the store is gone, and with it the launcher
-                reports = {self._rank: own}
+            reports: dict[int, Report | None] = {self._rank: own}
+            with suppress(RuntimeError):  # the store is gone, and with it the launcher
+                self._publish(own)
+                if own.age > self._timeout_s / 2:  # no progress for long: how are the others?
+                    others = set(range(self._world)) - {self._rank}
+                    reports |= {rank: self._read(rank) for rank in others}
             if hang := find_hang(reports, self._silences(reports), self._rank, self._timeout_s):
                 self._end(hang, own.step)
             started = time.monotonic()
@@ -170,7 +166,7 @@ class Watchdog:
                 break
             if time.monotonic() - started > self._period_s + self._timeout_s / 4:
                 self._beat_again()  # this process was stopped, perhaps the whole job
-        with contextlib.suppress(RuntimeError):
+        with suppress(RuntimeError):
             self._publish(own._replace(number=LEFT, paused=True))
 
     def _report(self, number: int) -> Report:
@@ -182,21 +178,11 @@ class Watchdog:
     def _publish(self, report: Report) -> None:
         self._store.set(str(self._rank), json.dumps(report))
 
-    def _exchange(self, own: Report) -> dict[int, Report | None]:
-        """Publish this rank's report; read the others' once it has not come further for long."""
-        self._publish(own)
-        reports = {self._rank: own}
-        if own.age > self._timeout_s / 2:
-            for rank in range(self._world):
-                if rank != self._rank:
-                    reports[rank] = self._read(rank)
-        return reports
-
     def _read(self, rank: int) -> Report | None:
         if not self._store.check([str(rank)]):
             return None
-        *fields, place = json.loads(self._store.get(str(rank)))
-        return Report(*fields, Place(*place))
+        report = Report(*json.loads(self._store.get(str(rank))))
+        return report._replace(place=Place(*report.place))
 
     def _silences(self, reports: dict[int, Report | None]) -> dict[int, float]:
         """Seconds for which each rank's report has been the same one, by this rank's clock."""
@@ -228,18 +214,13 @@ class Watchdog:
 def find_hang(
     reports: dict[int, Report | None], silences: dict[int, float], own_rank: int, timeout_s: float
 ) -> Hang | None:
-    """Whether this rank's patience is over, and who is to blame.
+    """Whether this rank's patience is over, and who is to blame; None as long as there is hope.
 
-    Args:
-        reports: of each rank; None of one that has never published.
-        silences: seconds since each of them was heard of.
-        own_rank: this rank.
-        timeout_s: patience, seconds.
-
-    Returns:
-        What to say; None as long as there is hope.
+    A report is None of a rank that has never published; ``silences`` are the seconds since each of
+    them was heard of.
     """
     own = reports[own_rank]
+    assert own is not None
     if own.age <= timeout_s:
         return None
     hangs: dict[int, str] = {}
@@ -247,7 +228,14 @@ def find_hang(
     moves = False
     for rank, report in sorted(reports.items()):
         if silences[rank] > timeout_s / 4:
-            hangs[rank] = _silent(rank, report, silences[rank])
+            if report is None:
+                hangs[rank] = f"rank {rank} hangs: nothing was ever heard of it"
+            else:
+                hangs[rank] = (
+                    f"rank {rank} ({report.process}) hangs: nothing was heard of it for at least "
+                    f"{silences[rank]:.0f} seconds, after it had come to {report.what} and was in "
+                    f"{report.place.line}"
+                )
         elif report is None or report.paused or report.age < timeout_s / 2:
             moves = True
         elif report.place.collective is not None:
@@ -259,35 +247,17 @@ def find_hang(
             )
     if moves and not hangs:
         return None  # the others will come
-    parts = _first_few(list(hangs.values())) or ["no rank comes further"]
-    parts += _first_few(
-        [
-            f"{_name(ranks)} in {place.collective}, called by {place.line}"
-            for place, ranks in waits.items()
-        ]
-    )
-    parts.append(
-        "the run ends, and the same command with resume_from_checkpoint=true goes on from what "
-        "was saved"
-    )
-    sentence = "; ".join(parts)
+    parts = _first_few(list(hangs.values())) or ["no rank makes progress"]
+    waiting = []
+    for place, ranks in waits.items():
+        who = f"ranks {', '.join(_first_few([*map(str, ranks)]))} wait"
+        who = who if len(ranks) > 1 else f"rank {ranks[0]} waits"
+        waiting.append(f"{who} in {place.collective}, called by {place.line}")
+    parts += _first_few(waiting)
+    end = "the run ends, and the same command with resume_from_checkpoint=true continues from what "
+    sentence = "; ".join([*parts, f"{end}was saved"])
     collective = next((place.collective for place in waits), None)
     return Hang(list(hangs), collective, sentence[0].upper() + sentence[1:])
-
-
-def _silent(rank: int, report: Report | None, seconds: float) -> str:
-    if report is None:
-        return f"rank {rank} hangs: nothing was ever heard of it"
-    return (
-        f"rank {rank} ({report.process}) hangs: nothing was heard of it for at least {seconds:.0f} "
-        f"seconds, after it had come to {report.what} and was in {report.place.line}"
-    )
-
-
-def _name(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} waits"
-    return f"ranks {', '.join(_first_few([str(rank) for rank in ranks]))} wait"
 
 
 def _first_few(told: list[str]) -> list[str]:
