@@ -342,7 +342,8 @@ def serve(path: str) -> dict:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:  # keepers that have ended
                 pass
-        if sys.stdin in ready:  # pytest has ended
+        if sys.stdin in ready:  # pytest has ended, and may have been killed
+            shutil.rmtree(os.path.dirname(path), ignore_errors=True)
             os._exit(0)
         if listener in ready:
             connection, _ = listener.accept()

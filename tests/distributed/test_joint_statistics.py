@@ -7,6 +7,8 @@ import torch.distributed as dist
 from wmtp_modules.weighting.advantage import CriticWeighting
 from wmtp_modules.weighting.token_weighting import TokenWeighting, gather_rows, own_rows
 
+pytestmark = pytest.mark.slow
+
 WORLD, LOCAL, T, K = 2, 3, 24, 4
 VARIANTS = [{"name": name} for name in TokenWeighting.NAMES] + [
     {"name": "rho1", "selection": "soft"},

@@ -1,8 +1,8 @@
 """A disk that is full at any write of a run: one sentence, and with room the run goes on.
 
-Everything that a run leaves in its folder is met once by an error that the process gets in place
-of a write (``fill_disk`` of fork_server.py). What torch and safetensors make of a real full disk
-is in tests/test_files.py.
+Everything that a run leaves in its folder is met once by an error in place of a write
+(``fill_disk`` of fork_server.py). What torch and safetensors make of a real full disk is in
+tests/test_files.py.
 """
 
 import pytest
