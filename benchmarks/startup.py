@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     recipe, config = RECIPES[args.recipe]
     typo = [TUNE, "run", recipe, "--config", config, "learning_rte=3"]
-    print(hardware())
+    print(hardware(), flush=True)
     for command in (HELP, typo):
         processor_seconds(command)  # compiles, and fills the disk's cache
     helps, typos, ratios = [], [], []
@@ -66,6 +66,7 @@ def main() -> None:
         helps.append(taken["help"])
         typos.append(taken["typo"])
         ratios.append(taken["typo"] / taken["help"])
+        print(f"pair {number}: {helps[-1]:.2f} s, {typos[-1]:.2f} s, {ratios[-1]:.3f}", flush=True)
     for name, values in (("tune --help", helps), (f"{args.recipe}, typo", typos)):
         print(
             f"{name:14} min {min(values):6.2f} s  median {median(values):6.2f} s  "
