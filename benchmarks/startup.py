@@ -3,8 +3,9 @@
     uv run python benchmarks/startup.py
 
 Processor seconds, user and system, of one process each, nearly all of them torchtune's and torch's.
-Pairs alternate. A busy machine only adds, hence the ratio of the least of each has to be at most
-1.05. Then what the second imports beyond the first, by package.
+Pairs alternate, and the median of their ratios has to be at most 1.05. On a busy machine single pairs
+differ by a fifth either way, so leave it alone meanwhile. Then what the second imports beyond the
+first, by package.
 """
 
 import argparse
@@ -76,8 +77,8 @@ def main() -> None:
         f"{'ratio of pairs':14} min {min(ratios):6.3f}    median {median(ratios):6.3f}    "
         f"max {max(ratios):6.3f}"
     )
-    ratio = min(typos) / min(helps)
-    print(f"{'PASS' if ratio <= LIMIT else 'FAIL'}: {ratio:.3f} of the least, at most {LIMIT}")
+    ratio = median(ratios)
+    print(f"{'PASS' if ratio <= LIMIT else 'FAIL'}: median ratio {ratio:.3f}, at most {LIMIT}")
     of_help = imported(HELP)
     extra: dict[str, float] = {}
     for module, seconds in imported(typo).items():
