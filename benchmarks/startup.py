@@ -3,9 +3,9 @@
     uv run python benchmarks/startup.py
 
 Processor seconds, user and system, of one process each, nearly all of them torchtune's and torch's.
-Pairs alternate, and the median of their ratios has to be at most 1.05. On a busy machine single pairs
-differ by a fifth either way, so leave it alone meanwhile. Then what the second imports beyond the
-first, by package.
+Pairs alternate, and the median of their ratios has to be at most 1.05. Beside other work single
+pairs differ by a fifth either way: run it on an idle machine. Then what the second imports beyond
+the first, by package.
 """
 
 import argparse
