@@ -3,8 +3,9 @@
     uv run python benchmarks/startup.py
 
 Processor seconds, user and system, of one process each, nearly all of them torchtune's and torch's.
-Pairs alternate. A busy machine only adds, hence the ratio of the least of each has to be at most
-1.05. Then what the second imports beyond the first, by package.
+Pairs alternate, and the median of their ratios has to be at most 1.05. Beside other work single
+pairs differ by a fifth either way: run it on an idle machine. Then what the second imports beyond
+the first, by package.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     recipe, config = RECIPES[args.recipe]
     typo = [TUNE, "run", recipe, "--config", config, "learning_rte=3"]
-    print(hardware())
+    print(hardware(), flush=True)
     for command in (HELP, typo):
         processor_seconds(command)  # compiles, and fills the disk's cache
     helps, typos, ratios = [], [], []
@@ -66,6 +67,7 @@ def main() -> None:
         helps.append(taken["help"])
         typos.append(taken["typo"])
         ratios.append(taken["typo"] / taken["help"])
+        print(f"pair {number}: {helps[-1]:.2f} s, {typos[-1]:.2f} s, {ratios[-1]:.3f}", flush=True)
     for name, values in (("tune --help", helps), (f"{args.recipe}, typo", typos)):
         print(
             f"{name:14} min {min(values):6.2f} s  median {median(values):6.2f} s  "
@@ -75,8 +77,8 @@ def main() -> None:
         f"{'ratio of pairs':14} min {min(ratios):6.3f}    median {median(ratios):6.3f}    "
         f"max {max(ratios):6.3f}"
     )
-    ratio = min(typos) / min(helps)
-    print(f"{'PASS' if ratio <= LIMIT else 'FAIL'}: {ratio:.3f} of the least, at most {LIMIT}")
+    ratio = median(ratios)
+    print(f"{'PASS' if ratio <= LIMIT else 'FAIL'}: median ratio {ratio:.3f}, at most {LIMIT}")
     of_help = imported(HELP)
     extra: dict[str, float] = {}
     for module, seconds in imported(typo).items():
