@@ -1,12 +1,16 @@
 import json
 import re
+import runpy
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-from wmtp_modules.data import contamination, make_eval_prompts, rows_dataset
+from wmtp_modules.data import contamination, rows_dataset
 from wmtp_modules.data.contamination import HASHES, EvaluationGuard
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/make_eval_prompts.py"
+make_eval_prompts = runpy.run_path(str(SCRIPT))["make"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def test_samples_are_found_inside_json_and_without_annotations(samples, tmp_path
     (tmp_path / "mbpp.jsonl").write_text('{"task_id": 12, "text": "Find the depth of a tree."}')
     arguments = ["--mbpp", f"{tmp_path}/mbpp.jsonl"]
     arguments += ["--humaneval", str(samples / "humaneval.jsonl")]
-    (tmp_path / "hashes.json").write_text(make_eval_prompts.make(arguments))
+    (tmp_path / "hashes.json").write_text(make_eval_prompts(arguments))
     own = EvaluationGuard(tmp_path / "hashes.json")
     for task in read(samples / "humaneval.jsonl"):
         prompt = task["prompt"]
@@ -115,7 +119,7 @@ def make_guard(tmp_path):
     ]
     (tmp_path / "humaneval.jsonl").write_text("\n".join(map(json.dumps, humaneval)))
     arguments = ["--mbpp", f"{tmp_path}/mbpp.jsonl", "--humaneval", f"{tmp_path}/humaneval.jsonl"]
-    (tmp_path / "hashes.json").write_text(make_eval_prompts.make(arguments))
+    (tmp_path / "hashes.json").write_text(make_eval_prompts(arguments))
     return EvaluationGuard(tmp_path / "hashes.json")
 
 
@@ -138,7 +142,7 @@ def test_evaluation_tasks_are_excluded_from_any_source(
     prompt = read(samples / "humaneval.jsonl")[0]["prompt"]
     arguments = ["--mbpp", f"{tmp_path}/mbpp.jsonl"]
     arguments += ["--humaneval", str(samples / "humaneval.jsonl")]
-    (tmp_path / "hashes.json").write_text(make_eval_prompts.make(arguments))
+    (tmp_path / "hashes.json").write_text(make_eval_prompts(arguments))
     own = EvaluationGuard(tmp_path / "hashes.json")
     monkeypatch.setattr(contamination, "EvaluationGuard", lambda: own)
     source = make_jsonl(

@@ -1,9 +1,9 @@
 """Finds evaluation tasks (MBPP's test set, HumanEval) in training data, by content.
 
-A task is represented by its description as a list of lower-case alphanumeric words. A text contains
-the task if it has these words in sequence, whatever the template, layout or file around them, even
-in a string inside JSON. Code alone, without the description, is not found.
-``eval_prompts.json`` holds hashes only; ``make_eval_prompts`` makes it.
+A task is its description as a list of lower-case alphanumeric words. A text contains the task if it
+has these words in sequence, whatever the template, layout or file around them, even in a string
+inside JSON. Code alone, without the description, is not found. ``eval_prompts.json`` holds hashes
+only; ``benchmarks/make_eval_prompts.py`` makes it.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def hash_words(words: list[str]) -> str:
 
 
 class EvaluationGuard:
-    """Finds evaluation tasks in texts, by the hashes of ``make_eval_prompts``."""
+    """Finds evaluation tasks in texts, by the hashes in a file."""
 
     def __init__(self, path: Path = HASHES) -> None:
         items = json.loads(path.read_text())["items"]

@@ -23,11 +23,6 @@ class PackSampler(Sampler[int]):
     Together the ranks see the packs in order, so the joint micro-batch does not depend on how many
     share it. The state is the number of packs that all ranks together have read: another number of
     ranks goes on at the same pack.
-
-    Args:
-        n_packs: of the epoch.
-        rank: of this process.
-        world: number of processes.
     """
 
     def __init__(self, n_packs: int, rank: int, world: int) -> None:
@@ -54,10 +49,7 @@ def epoch_dataloader(
     Make a new one each epoch: packing anew changes the number of packs a little.
 
     Args:
-        dataset: packs of the epoch.
         batch_size: packs of a rank's micro-batch.
-        rank: of this process.
-        world: number of processes.
         packs_per_step: packs of an optimizer step. An epoch that has fewer is one of whole joint
             micro-batches.
 

@@ -24,8 +24,7 @@ def mbpp_dataset(
         split: "train" (task ids 601-974) or "validation" (511-600).
         seed: unused by the official split; part of the builders' common signature.
 
-    Returns:
-        Rows ``tokens``, ``keep`` and ``problem_id`` ("MBPP/601"). Errors as in ``rows_dataset``.
+    Returns rows ``tokens``, ``keep`` and ``problem_id`` ("MBPP/601"). Errors: see ``rows_dataset``.
     """
     return build_rows(
         tokenizer,
@@ -42,11 +41,7 @@ def mbpp_dataset(
 
 
 def mbpp_fields(record: dict) -> tuple[int, list[str], str]:
-    """Task id, tests and code of a row, the code with Unix line ends.
-
-    Raises:
-        BadRow: if one of them is missing or of the wrong type, or there is no test.
-    """
+    """Task id, tests and code (with Unix line ends) of a row; ``BadRow`` if one is unusable."""
     task_id, tests = record.get("task_id"), strings_field(record, "test_list")
     if type(task_id) is not int:  # a bool is an int too
         raise BadRow(f"task_id is {task_id!r}, not an integer")

@@ -20,12 +20,8 @@ class PackedDataset(Dataset):
 
     Args:
         rows: tokenised rows with columns ``tokens``, ``keep`` and optionally ``noise``.
-        max_seq_len: T.
-        seed: of the order, at least 0.
-        pad_id: token id of padding.
-        scores: optional, by name; ``scores[name][row]`` is an array of [len] or [len, K_ref] of
-            that row, from a score table.
-        rewards: optional, one number per row.
+        scores: by name; ``scores[name][row]`` is [len] or [len, K_ref], from a score table.
+        rewards: one number per row.
 
     Raises:
         ValueError: if there are no rows, one is empty or longer than ``max_seq_len``, or
@@ -100,7 +96,6 @@ class PackedDataset(Dataset):
             )
             for name, column in zip(table.column_names, table.columns, strict=True)
         }
-        noise = flat.get("noise", np.zeros(n_tokens, bool))
         starts = np.cumsum(lengths) - lengths
         columns: dict[str, tuple[np.ndarray, float]] = {
             "tokens": (flat["tokens"].astype(np.int64), self._pad_id),
@@ -108,7 +103,7 @@ class PackedDataset(Dataset):
             "doc": (np.repeat(np.arange(len(rows)), lengths), -1),
             "input_pos": (np.arange(n_tokens) - np.repeat(starts, lengths), 0),
             "row": (np.repeat(rows, lengths), -1),
-            "noise": (noise.astype(bool), False),
+            "noise": (flat.get("noise", np.zeros(n_tokens)).astype(bool), False),
         }
         for name, table in self._scores.items():
             columns[name] = (_scores_of(table, rows, lengths), np.nan)

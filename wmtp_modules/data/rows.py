@@ -1,7 +1,7 @@
 """Builds tokenised rows: reads a source, drops what must not be trained on, tokenises, caches.
 
-All builders use ``build_rows``. Its result is cached by ``datasets`` under a fingerprint of
-everything that shapes it, so it is built once for all ranks and restarts.
+``datasets`` caches them under a fingerprint of everything that shapes them: built once for all
+ranks and restarts.
 """
 
 import hashlib
@@ -75,8 +75,7 @@ def rows_dataset(
 
     Returns:
         Rows ``tokens`` int32 and ``keep`` bool, and if the source has them ``noise`` bool,
-        ``reward``, ``problem_id`` and the strings ``prompt`` and ``response`` (None for plain
-        text).
+        ``reward``, ``problem_id``, ``prompt`` and ``response`` (None for plain text).
 
     Raises:
         ValueError: if the source is missing or unusable, or no row remains.
@@ -108,19 +107,15 @@ def build_rows(
 ) -> datasets.Dataset:
     """Build the tokenised rows of a source, or load them memory-mapped from the cache.
 
-    Args:
+    Args beyond those of ``rows_dataset``:
         to_samples: turns a record into samples, or raises ``BadRow``.
         columns: fields of a record that ``to_samples`` reads.
         recipe: identifies ``to_samples`` and its arguments in the cache.
-        validation_fraction: see ``rows_dataset``; None if ``to_samples`` does the split.
-        hub_config: configuration of a hub data set.
+        validation_fraction: None if ``to_samples`` does the split.
         unused: what the report calls records without a sample.
 
-    The other arguments are those of ``rows_dataset``.
-
     Raises:
-        ValueError: if an argument or the source is unusable, no row remains, or the cache is
-            damaged.
+        ValueError: also if the cache is damaged.
         OSError: if the source cannot be read, or the disk is full.
     """
     max_seq_len = tokenizer.max_seq_len
@@ -223,12 +218,9 @@ def _to_samples(record: dict) -> list[Sample]:
         if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
             raise BadRow(f"problem_id is {problem_id!r}, not a string or an integer")
         problem_id = str(problem_id)
-    noise = record.get("noise") or []
-    if present == ["text"]:
-        text = text_field(record, "text")
-        return [Sample(text, None, _spans(noise, len(text)), reward, problem_id)]
-    prompt, response = text_field(record, "prompt"), text_field(record, "response")
-    return [Sample(response, prompt, _spans(noise, len(response)), reward, problem_id)]
+    *prompt, response = (text_field(record, field) for field in present)
+    noise = _spans(record.get("noise") or [], len(response))
+    return [Sample(response, prompt[0] if prompt else None, noise, reward, problem_id)]
 
 
 def _spans(noise: object, length: int) -> tuple[tuple[int, int], ...]:
@@ -250,10 +242,8 @@ def _generate(
 ) -> Iterator[dict]:
     """Yield the rows; at the end write the report next to the cache."""
     guard = contamination.EvaluationGuard()
-    count: Counter[str] = Counter()
-    has: Counter[str] = Counter()
+    count, has, excluded = Counter[str](), Counter[str](), Counter[str]()
     bad: list[str] = []
-    excluded: Counter[str] = Counter()
     for part, records in source.parts():
         valid, first_bad = 0, len(bad)
         for where, record in records:

@@ -39,11 +39,7 @@ class BadRow(ValueError):
 
 
 def string_field(record: dict, field: str) -> str:
-    """A field that must be a string; it may be empty.
-
-    Raises:
-        BadRow: if it is missing or not a string.
-    """
+    """A field that must be a string, maybe an empty one; ``BadRow`` if it is not."""
     value = record.get(field)
     if value is None:
         raise BadRow(f"{field} is missing")
@@ -53,11 +49,7 @@ def string_field(record: dict, field: str) -> str:
 
 
 def text_field(record: dict, field: str) -> str:
-    """A field that must be text with something in it.
-
-    Raises:
-        BadRow: if it is missing, not a string, blank, or holds what a tokenizer cannot take.
-    """
+    """A string that a tokenizer takes and that is not blank; ``BadRow`` if it is not."""
     value = string_field(record, field)
     if not value.strip():
         raise BadRow(f"{field} is empty")
@@ -69,11 +61,7 @@ def text_field(record: dict, field: str) -> str:
 
 
 def strings_field(record: dict, field: str) -> list[str]:
-    """A field that must be a list of strings; it may be empty.
-
-    Raises:
-        BadRow: if it is missing or not a list of strings.
-    """
+    """A field that must be a list of strings, maybe an empty one; ``BadRow`` if it is not."""
     value = record.get(field)
     if value is None:
         raise BadRow(f"{field} is missing")
@@ -105,10 +93,9 @@ class Source:
     hub: datasets.Dataset | None = None
 
     def parts(self) -> Iterator[tuple[str, Iterator]]:
-        """(name, records) of each part; at least one record of a part must be valid.
+        """(name, records) of each jsonl or parquet file, hub split, or whole folder of text.
 
-        A part is a jsonl or parquet file, a hub split, or a whole folder of text. Its records are
-        (where, dict) or (where, BadRow).
+        At least one record of a part must be valid. Records are (where, dict) or (where, BadRow).
         """
         if self.hub is not None:
             yield self.name, ((f"{self.name}[{i}]", row) for i, row in enumerate(self.hub))
@@ -133,6 +120,8 @@ def open_source(
 ) -> Source:
     """Determine what ``source`` is and which of its files or splits belong to ``split``.
 
+    Only names and sizes are read so far; a hub data set is downloaded.
+
     Args:
         source: .jsonl or .parquet file, text or code file, folder of either kind, or hub name
             ``owner/name``. In a folder of row files, files or their folders named after a split
@@ -140,10 +129,6 @@ def open_source(
             named ``test`` are never read.
         split: "train" or "validation".
         columns: fields to read; others are skipped if the format allows it.
-        hub_config: configuration of a hub data set.
-
-    Returns:
-        The source, with only names and sizes read so far (a hub data set is downloaded).
 
     Raises:
         ValueError: if there is no such path or hub data set, or it has no supported file.
@@ -196,11 +181,7 @@ def visible_files(path: Path) -> list[Path]:
 
 
 def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
-    """``datasets.load_dataset`` on the hub.
-
-    Raises:
-        ValueError: if ``name`` looks like a path, or the data set cannot be read.
-    """
+    """``datasets.load_dataset``; ValueError if ``name`` looks like a path, or cannot be read."""
     looks_like_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
     if not looks_like_hub or Path(name).suffix in {".json"} | ROW_SUFFIXES | TEXT_SUFFIXES:
         raise ValueError(
@@ -219,11 +200,7 @@ def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
 
 
 def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | None) -> Source:
-    """The wanted split of a hub data set, as a source; without a validation split, the train split.
-
-    Raises:
-        ValueError: if it cannot be read, or has no train split or none of the columns.
-    """
+    """The wanted split of a hub data set; without a validation split, the train split."""
     splits = load_hub(name, config)
     own = {s: next((n for n in SPLIT_NAMES[s] if n in splits), None) for s in SPLIT_NAMES}
     own_split = own["validation"] is not None

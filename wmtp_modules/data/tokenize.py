@@ -67,13 +67,7 @@ def encode_text(
 def _overlaps(
     spans: Sequence[tuple[int, int]], noise: Sequence[Sequence[int]], length: int
 ) -> np.ndarray:
-    """Which tokens of a row contain a corrupted character; BOS and EOS never do.
-
-    Args:
-        spans: [begin, end) of every token between BOS and EOS, in characters of the text.
-        noise: corrupted [start, end) spans, in characters of the text.
-        length: characters of the text.
-    """
+    """Which tokens, BOS and EOS included, contain a character of a corrupted span."""
     corrupted = np.zeros(length, np.int64)
     for start, end in noise:
         corrupted[start:end] = 1

@@ -28,7 +28,6 @@ def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -
 
     Args:
         metrics_by_run: ``metrics.jsonl`` of each run, keyed by the name for the legend.
-        out_png: the picture to write; its folder is created.
 
     Raises:
         ValueError: if there is nothing to draw.
@@ -48,6 +47,16 @@ def new_figure(width: float, height: float) -> "Figure":
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
     return figure
+
+
+def style(index: int) -> dict[str, str]:
+    """Colour and marker of a line."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _finish(axis: "Axes") -> None:
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
@@ -91,7 +100,6 @@ def plot_calibration(
     Args:
         predicted: mean value of each response.
         rewards: its standardised reward.
-        out_png: the picture to write; its folder is created.
         bins: most points to draw.
     """
     _save(_calibration(predicted, rewards, bins), out_png)
@@ -122,8 +130,7 @@ def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figu
         xlabel="predicted value, mean over the response",
         ylabel="reward, standardised",
     )
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    _finish(axis)
     figure.legend(loc="outside lower center", fontsize="small")
     return figure
 
@@ -145,24 +152,21 @@ def _draw(axis: "Axes", runs: Mapping[str, list[dict]], key: str, *, smooth: boo
         if not points:
             continue
         steps, values = zip(*points, strict=True)
-        colour = COLOURS[index % len(COLOURS)]
-        marker = MARKERS[index % len(MARKERS)]
+        look = style(index)
         if smooth:
-            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axis.plot(steps, values, color=look["color"], alpha=0.25, linewidth=0.8)
             values = _smoothed(values)
         every = max(1, len(steps) // 12)
         axis.plot(
             steps,
             values,
-            color=colour,
             label=name,
             linewidth=1.6,
-            marker=marker,
             markersize=4,
             markevery=(index * every // len(runs), every) if smooth else None,
+            **look,
         )
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    _finish(axis)
 
 
 def _smoothed(values: tuple[float, ...]) -> list[float]:

@@ -17,21 +17,8 @@ from wmtp_modules.files import new_file
 from wmtp_modules.reports.evaluation_page import percent, report_page
 
 FILES = ("report.json", "report.md", "report.png")
-PUBLISHED_K = ("1", "10", "100")
-# Gloeckle et al. 2024 (arXiv 2404.19737), table 1: pass@1, pass@10, pass@100 in per cent.
-PUBLISHED = {
-    "mbpp": (
-        ("7B, 1T tokens of code, n=4", (43.1, 65.9, 83.7)),
-        ("7B, 1T tokens of code, n=1", (40.7, 65.4, 83.4)),
-        ("7B, 200B tokens of code, n=4", (33.8, 55.9, 76.9)),
-    ),
-    "humaneval": (
-        ("7B, 1T tokens of code, n=4", (31.6, 57.3, 86.2)),
-        ("7B, 1T tokens of code, n=1", (31.7, 57.6, 83.0)),
-        ("7B, 200B tokens of code, n=4", (24.0, 40.1, 66.1)),
-    ),
-}
-PUBLISHED_PROBLEMS = {"mbpp": 500, "humaneval": 164}  # of the test sets
+# Gloeckle et al. 2024 (arXiv 2404.19737), table 1; "problems" is the size of the test set.
+PUBLISHED = Path(__file__).with_name("published.json")
 HUMANEVAL_ID = re.compile(r"HumanEval/\d+")
 
 
@@ -59,20 +46,14 @@ def build_report(
         results: rows with task_id, temperature (None for samples from a file) and verdict; the
             temperature that comes first provides the headline.
         references: rows with task_id, verdict and detail, of the references that were run.
-        ks: values of k.
         seed: of the bootstrap.
-        tier: of the sandbox.
         self_test: what the sandbox proved before the first program.
         machine_factor: by which time limits were multiplied.
 
     Returns:
-        "task", "tier", "self_test", "machine_factor"; "problems" that are scored; "samples" and
-        "verdicts" of all temperatures; "temperature" of the headline, its "pass_at_k" and
-        "omitted_k"; "reference_failures" [{"task_id", "verdict", "detail"}]; "not_supported"
-        {"problems", "languages"} without a Python 3 reference; "tasks_without_samples", including
-        those with only "infrastructure" results; "infrastructure" samples; "by_temperature"
-        [{"temperature", "problems", "samples", "verdicts", "pass_at_k", "omitted_k"}];
-        "oracle_temperature" if there are several; "published" [{"model", "pass_at_k"}].
+        "samples" and "verdicts" are of all temperatures, "pass_at_k" and "omitted_k" of the
+        headline's "temperature"; "tasks_without_samples" includes those with only
+        "infrastructure" results; "oracle_temperature" is empty without several temperatures.
     """
     failed = [
         {key: row[key] for key in ("task_id", "verdict", "detail")}
@@ -81,16 +62,7 @@ def build_report(
     ]
     unscored = {row["task_id"] for row in failed}
     temperatures = list(dict.fromkeys(row.get("temperature") for row in results))
-    by_temperature = [
-        _at_temperature(
-            [row for row in results if row.get("temperature") == temperature],
-            temperature,
-            unscored,
-            ks,
-            seed,
-        )
-        for temperature in temperatures
-    ]
+    by_temperature = [_at_temperature(results, at, unscored, ks, seed) for at in temperatures]
     figures = [(at["temperature"], at["pass_at_k"]) for at in by_temperature]
     first = by_temperature[0] if by_temperature else pass_at_k({}, ks, seed)
     counted = {row["task_id"] for row in results if row["verdict"] != "infrastructure"}
@@ -125,10 +97,8 @@ def build_report(
 def write_report(report: Mapping, output_dir: str | Path) -> None:
     """Write ``report.json``, ``report.md`` and ``report.png``, each whole or not at all.
 
-    Args:
-        report: from ``build_report``, held-out measures, decoding speed, or all merged.
-            ``settings`` and ``machine``, mappings or strings, are shown too.
-        output_dir: the folder; created if missing.
+    ``report`` is from ``build_report``, held-out measures, decoding speed, or all merged; its
+    ``settings`` and ``machine``, mappings or strings, are shown too.
     """
     # matplotlib takes two seconds to import, so not at start-up.
     from wmtp_modules.reports.evaluation_figure import draw_report
@@ -208,13 +178,14 @@ def print_report(report: Mapping) -> None:
 
 
 def _at_temperature(
-    results: list[Mapping],
+    results: Sequence[Mapping],
     temperature: float | None,
     unscored: set,
     ks: Sequence[int],
     seed: int,
 ) -> dict:
     counts: dict[int | str, tuple[int, int]] = {}
+    results = [row for row in results if row.get("temperature") == temperature]
     for row in results:
         if row["verdict"] == "infrastructure" or row["task_id"] in unscored:
             continue
@@ -233,13 +204,4 @@ def _published(task: str, tasks: Sequence[Task]) -> list[dict]:
     """The paper's rows for this benchmark; none for other tasks in HumanEval's format."""
     if task == "humaneval" and not all(HUMANEVAL_ID.fullmatch(str(made.task_id)) for made in tasks):
         return []
-    return [
-        {
-            "model": model,
-            "problems": PUBLISHED_PROBLEMS[task],
-            "pass_at_k": {
-                k: round(value / 100, 4) for k, value in zip(PUBLISHED_K, values, strict=True)
-            },
-        }
-        for model, values in PUBLISHED.get(task, ())
-    ]
+    return json.loads(PUBLISHED.read_text()).get(task, [])

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from wmtp_modules.reports.curves import COLOURS, MARKERS, new_figure
+from wmtp_modules.reports.curves import COLOURS, new_figure, style
 from wmtp_modules.reports.evaluation_page import VERDICTS
 
 # Of the verdicts in order: pass is green, infrastructure is grey.
@@ -15,11 +15,7 @@ VERDICT_COLOURS = dict(zip(VERDICTS, PALETTE.split(), strict=True))
 
 
 def draw_report(report: Mapping) -> Figure | None:
-    """The picture of a report; None if there is nothing to draw.
-
-    Args:
-        report: see ``write_report``.
-    """
+    """The picture of a report (see ``write_report``); None if there is nothing to draw."""
     panels: list[Callable[[Axes, Mapping], None]] = []
     if report.get("pass_at_k"):
         panels.append(_pass_at_k)
@@ -57,27 +53,15 @@ def _pass_at_k(axis: Axes, report: Mapping) -> None:
         below = [max(0.0, f["value"] - f["low"]) for f in figures.values()]
         above = [max(0.0, f["high"] - f["value"]) for f in figures.values()]
         label = "samples" if at["temperature"] is None else f"T={at['temperature']}"
-        axis.errorbar(
-            x,
-            y,
-            yerr=[below, above],
-            label=label,
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5,
-            capsize=3,
-            linewidth=1.4,
-        )
+        look = style(index) | {"markersize": 5, "capsize": 3, "linewidth": 1.4}
+        axis.errorbar(x, y, yerr=[below, above], label=label, **look)
     axis.set_xticks(range(len(ks)), ks)
     axis.set_xlim(-0.5, len(ks) - 0.5)
     axis.set_ylim(0, 1.03)
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.grid(alpha=0.25)
-    axis.set(
-        title=f"pass@k, {report['problems']} problems, 95 % intervals",
-        xlabel="k",
-        ylabel="problems solved",
-    )
+    title = f"pass@k, {report['problems']} problems, 95 % intervals"
+    axis.set(title=title, xlabel="k", ylabel="problems solved")
     if len(lines) > 1:
         axis.legend(fontsize="small", frameon=False, loc="lower right")
 
@@ -121,9 +105,7 @@ def _accuracy(axis: Axes, report: Mapping) -> None:
     heads = [row["head"] for row in _measured(report)]
     for index, name in enumerate(("top1", "top5")):
         values = [row[name] for row in _measured(report)]
-        axis.plot(
-            heads, values, color=COLOURS[index], marker=MARKERS[index], label=f"top-{name[3:]}"
-        )
+        axis.plot(heads, values, label=f"top-{name[3:]}", **style(index))
     axis.set_ylim(0, 1.03)
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -135,15 +117,8 @@ def _accuracy(axis: Axes, report: Mapping) -> None:
 def _calibration(axis: Axes, report: Mapping) -> None:
     axis.plot([0, 1], [0, 1], color="#000000", alpha=0.4, linewidth=1)
     for index, row in enumerate(report["per_head"]):
-        axis.plot(
-            [bin_["confidence"] for bin_ in row["calibration"]],
-            [bin_["accuracy"] for bin_ in row["calibration"]],
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=4,
-            linewidth=1.2,
-            label=f"head {row['head']}",
-        )
+        x, y = ([bin_[key] for bin_ in row["calibration"]] for key in ("confidence", "accuracy"))
+        axis.plot(x, y, label=f"head {row['head']}", markersize=4, linewidth=1.2, **style(index))
     axis.set(xlim=(0, 1), ylim=(0, 1.03), title="Held-out calibration")
     axis.set(xlabel="probability of the likeliest token", ylabel="how often it is right")
     axis.grid(alpha=0.25)
@@ -158,9 +133,5 @@ def _acceptance(axis: Axes, report: Mapping) -> None:
     axis.set_ylim(0, 1.08)
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    per_forward = report["tokens_per_forward"]
-    axis.set(
-        title=f"Drafts kept, {per_forward:.2f} tokens per forward",
-        xlabel="head",
-        ylabel="share of forwards",
-    )
+    title = f"Drafts kept, {report['tokens_per_forward']:.2f} tokens per forward"
+    axis.set(title=title, xlabel="head", ylabel="share of forwards")

@@ -23,12 +23,7 @@ def percent(figure: Mapping[str, float]) -> str:
 
 
 def report_page(report: Mapping, *, with_figure: bool) -> str:
-    """The report as Markdown.
-
-    Args:
-        report: see ``write_report``.
-        with_figure: whether ``report.png`` is next to it.
-    """
+    """A report (see ``write_report``) as Markdown; ``with_figure``: ``report.png`` is beside it."""
     sections = [f"# Evaluation{': ' + report['task'] if 'task' in report else ''}"]
     if "pass_at_k" in report:
         sections += _pass_at_k(report)
@@ -56,21 +51,18 @@ def _pass_at_k(report: Mapping) -> list[str]:
     def cells(figures: Mapping, show) -> list[str]:
         return [show(figures[k]) if k in figures else "" for k in columns]
 
-    rows = [[_named(at["temperature"]), *cells(at["pass_at_k"], percent)] for at in by_temperature]
+    rows = []
+    for at in by_temperature:
+        where = "samples from a file"
+        if at["temperature"] is not None:
+            where = f"temperature {at['temperature']}"
+        rows.append([f"here, {where}", *cells(at["pass_at_k"], percent)])
     if oracle:
-        rows.append(
-            [
-                "oracle: the best temperature for each k",
-                *cells(oracle, lambda best: f"{percent(best)} (T={best['temperature']})"),
-            ]
-        )
-    rows += [
-        [
-            f"published, not run here: {row['model']}",
-            *cells(row["pass_at_k"], lambda value: f"{100 * value:.1f} %"),
-        ]
-        for row in published
-    ]
+        best = cells(oracle, lambda best: f"{percent(best)} (T={best['temperature']})")
+        rows.append(["oracle: the best temperature for each k", *best])
+    for row in published:
+        figures = cells(row["pass_at_k"], lambda value: f"{100 * value:.1f} %")
+        rows.append([f"published, not run here: {row['model']}", *figures])
     notes = [
         f"{_count(report['problems'], 'problem')} scored. In brackets the 95 % bootstrap interval "
         "over problems; pass@k is the unbiased estimator of Chen et al. 2021."
@@ -96,25 +88,14 @@ def _pass_at_k(report: Mapping) -> list[str]:
     return ["## pass@k", _table(["", *(f"pass@{k}" for k in columns)], rows), *notes]
 
 
-def _named(temperature: float | None) -> str:
-    return (
-        "here, samples from a file" if temperature is None else f"here, temperature {temperature}"
-    )
-
-
 def _verdicts(report: Mapping) -> list[str]:
     by_temperature = report["by_temperature"]
-    names = [name for name in VERDICTS if name in report["verdicts"]]
-    several = len(by_temperature) > 1
-    head = ["verdict", "samples", *(f"T={at['temperature']}" for at in by_temperature if several)]
+    shown = by_temperature if len(by_temperature) > 1 else []
+    head = ["verdict", "samples", *(f"T={at['temperature']}" for at in shown)]
     rows = [
-        [
-            name,
-            report["verdicts"][name],
-            *(at["verdicts"].get(name, 0) for at in by_temperature if several),
-            VERDICTS[name],
-        ]
-        for name in names
+        [name, report["verdicts"][name], *(at["verdicts"].get(name, 0) for at in shown), meaning]
+        for name, meaning in VERDICTS.items()
+        if name in report["verdicts"]
     ]
     return ["## Verdicts", _table([*head, "what it means"], rows)]
 

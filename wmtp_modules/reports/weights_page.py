@@ -3,6 +3,7 @@
 import math
 from html import escape
 from pathlib import Path
+from string import Template
 
 from torchtune.models.llama2 import Llama2Tokenizer
 
@@ -13,29 +14,8 @@ FULL = 4.0
 OPACITY = 0.7  # of the strongest colour, so that text stays readable
 LEGEND = {"≤ 0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "1": 1, "1.5": 1.5, "2": 2, "≥ 4": 4}
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --page: #fff; --grey: #7a828c; --line: #d5d9de;
-  --above: 218 30 40; --below: 25 95 220; --mark: #1b1f24; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6e9ed; --page: #15181c; --grey: #858d97; --line: #363c44;
-    --above: 255 70 75; --below: 70 140 255; --mark: #ffd75e; }
-}
-body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: var(--text);
-  background: var(--page); font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.05rem; margin: 2rem 0 0; }
-.note { margin: 0 0 .5rem; } .note, .caption { color: var(--grey); }
-.code, .legend { font-family: ui-monospace, Menlo, Consolas, monospace; }
-.code { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; font-size: .9rem;
-  padding: .75rem 1rem; border: 1px solid var(--line); border-radius: .4rem; }
-.legend { font-size: .8rem; position: sticky; top: 0; padding: .5rem 0; background: var(--page); }
-.legend span { display: inline-block; padding: .1rem .5rem; margin-right: .15rem; }
-.above { background: rgb(var(--above) / var(--a)); }
-.below { background: rgb(var(--below) / var(--a)); }
-.unsupervised { color: var(--grey); }
-.marked { outline: 2px solid var(--mark); outline-offset: -1px; border-radius: .15rem; }
-.newline::before { content: "\\21B5"; color: var(--grey); }
-.empty::before { content: "\\25A1"; color: var(--grey); }
-"""
+# The page around the texts, for string.Template.
+PAGE = Path(__file__).with_suffix(".html")
 
 
 def write_weights_page(
@@ -47,11 +27,9 @@ def write_weights_page(
     weight. A token without text, such as EOS, is shown as a small square.
 
     Args:
-        path: file to write.
         functions: texts to show, each a dict of ``name``, ``note`` (a line below the name),
             ``tokens`` (their texts, in order), ``weights`` (None where a token is not supervised)
             and ``marked`` (bool, tokens to outline).
-        title: of the page.
         caption: text below the title.
 
     Raises:
@@ -79,14 +57,8 @@ def write_weights_page(
             f"<div class='code'>{spans}</div>\n"
         )
     legend = "".join(f"<span{_colour(weight)}>{name}</span>" for name, weight in LEGEND.items())
-    page = (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n<p class='caption'>{escape(caption)}</p>\n"
-        f"<p class='legend'>weight {legend} <span class='unsupervised'>not supervised</span>"
-        "<span class='marked'>mutated</span></p>\n"
-        f"{''.join(sections)}</body>\n</html>\n"
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+        title=escape(title), caption=escape(caption), legend=legend, sections="".join(sections)
     )
     with new_file(Path(path)) as unfinished:
         unfinished.write_text(page, encoding="utf-8")

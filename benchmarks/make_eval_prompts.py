@@ -1,6 +1,6 @@
 """Makes the hashes that keep evaluation tasks out of training data.
 
-    python -m wmtp_modules.data.make_eval_prompts --mbpp mbpp.jsonl sanitized-mbpp.json \\
+    uv run python benchmarks/make_eval_prompts.py --mbpp mbpp.jsonl sanitized-mbpp.json \\
         --humaneval HumanEval.jsonl > eval_prompts.json
 
 Replace ``wmtp_modules/data/eval_prompts.json`` with the result.
