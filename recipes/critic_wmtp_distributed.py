@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torchtune import config, training, utils
@@ -33,6 +33,7 @@ from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import AtLeast, ConfigError, Optional, check_config
+from wmtp_modules.config.file import merged
 from wmtp_modules.config.keys import OPTIMIZER, TRAINING_KEYS
 from wmtp_modules.config.rules import CRITIC_RULES, TRAINING_RULES
 from wmtp_modules.critic import folder, pairs, values
@@ -44,6 +45,7 @@ from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.loss.value_loss import pairwise_loss, regression_loss, row_means
+from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import (
     all_reduce_sum,
@@ -117,7 +119,7 @@ def check(cfg: DictConfig) -> None:
 def needs_values(cfg: DictConfig) -> bool:
     """Whether this config or one of its controls weighs by values."""
     names = (cfg.weighting.name, *(cfg.get("controls") or []))
-    runs = [OmegaConf.merge(cfg, {"weighting": {"name": name}}) for name in names]
+    runs = [merged(cfg, {"weighting": {"name": name}}) for name in names]
     return any([make_weighting(run).needs_scores for run in runs])  # all of them are checked
 
 
@@ -133,7 +135,7 @@ class CriticWMTPRecipeDistributed:
     """The stages of one config, its controls included. ``recipe_main`` calls them in order."""
 
     def __init__(
-        self, cfg: DictConfig, device: torch.device, mesh: DeviceMesh, stops: StopRequests | None
+        self, cfg: DictConfig, device: torch.device, mesh: DeviceMesh, stops: StopRequests
     ) -> None:
         self._cfg = cfg
         self.device = device
@@ -141,8 +143,8 @@ class CriticWMTPRecipeDistributed:
         self._stops = stops
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._weighting = make_weighting(cfg)
-        self._critic_dir = Path(cfg.critic.checkpoint_dir) if cfg.get("critic") else None
-        self._frozen: torch.nn.Module | None = None  # the critic's trunk, while it is needed
+        self._critic_dir = Path(cfg.critic.checkpoint_dir if cfg.get("critic") else "none")
+        self._frozen: MTPTransformer | None = None  # the critic's trunk, while it is needed
         self._statistics: tuple[float, float] | None = None  # of the advantages
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
@@ -254,7 +256,7 @@ class CriticWMTPRecipeDistributed:
         judge.finish(head, state, self._critic_dir, record, seed)
         self._critic()
 
-    def _trunk(self) -> torch.nn.Module:
+    def _trunk(self) -> MTPTransformer:
         """The frozen model, loaded when it is first needed."""
         if self._frozen is None:
             with self.watchdog.paused():
@@ -389,7 +391,7 @@ class CriticWMTPRecipeDistributed:
 
     def made_from(self, cfg: DictConfig) -> str:
         """Hash of what a policy of this config is trained on: rows, rewards, critic and values."""
-        parts = list(self._rows_made_from)
+        parts: list[object] = list(self._rows_made_from)
         if cfg.get("rewards"):
             parts += [[*map(float, one.rewards)] for one in (self._train, self._heldout)]
         if make_weighting(cfg).needs_scores:
@@ -480,7 +482,7 @@ class CriticWMTPRecipeDistributed:
         cfg, run = self._cfg, self._run
         run.start_steps()
         while run.step < cfg.max_steps:
-            sums = run.new_sums()
+            sums, stats = run.new_sums(), {}
             for batch in run.micro_batches():
                 loss, micro_sums, stats = self._loss_step(batch)
                 loss.backward()
@@ -491,7 +493,7 @@ class CriticWMTPRecipeDistributed:
             n_prime = (self._alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
             training.scale_grads(self._model, run.world / n_prime)
             grad_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), cfg.clip_grad_norm)
-            lr = self._lr_scheduler.get_last_lr()[0]
+            lr = float(self._lr_scheduler.get_last_lr()[0])
             if run.may_update(sums, grad_norm):
                 self._optimizer.step()
             self._lr_scheduler.step()
@@ -518,7 +520,7 @@ class CriticWMTPRecipeDistributed:
         if self._rank == 0:
             own = {self._cfg.weighting.name: curves.with_name("metrics.jsonl")}
             plot_curves(beside | own, curves)
-        names = ("critic.json", "calibration.png", "weights.html") if self._critic_dir else ()
+        names = ("critic.json", "calibration.png", "weights.html")
         self._run.close(curves, *(self._critic_dir / name for name in names))
         return summary
 
@@ -573,7 +575,7 @@ def recipe_main(cfg: DictConfig) -> None:
         required = plan.required_runs(cfg, check)
     with process_group(cfg) as (device, mesh, stops):
         if cfg.get("replay"):
-            cfg = OmegaConf.merge(cfg, {"compile": False})  # compiled blocks have no hooks
+            cfg = merged(cfg, {"compile": False})  # compiled blocks have no hooks
             with exit_with_message(ValueError, OSError):
                 recipe = CriticWMTPRecipeDistributed(cfg, device, mesh, stops)
                 recipe.setup()
@@ -582,7 +584,7 @@ def recipe_main(cfg: DictConfig) -> None:
             return
         # What the stages make stays where it is, also where ${output_dir} is a control's.
         made = {name: resolved(cfg).get(name) for name in ("rewards", "critic", "value_table")}
-        policy_cfg = OmegaConf.merge(cfg, made, {"stages": ["policy"]})
+        policy_cfg = merged(cfg, made, {"stages": ["policy"]})
         runs = [*plan.control_runs(policy_cfg), policy_cfg] if "policy" in cfg.stages else []
         plan.prepare(cfg, runs)
         for one in required:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import AtLeast, ConfigError, Optional, check_config
+from wmtp_modules.config.file import merged
 from wmtp_modules.config.keys import TRAINING_KEYS
 from wmtp_modules.config.rules import TRAINING_RULES
 from wmtp_modules.data.loader import heldout_batches
@@ -64,7 +65,7 @@ def check(cfg: DictConfig) -> None:
     if "name" not in cfg.weighting:
         raise ConfigError("weighting.name: missing")
     for name in (cfg.weighting.name, *(cfg.get("controls") or [])):
-        weighting = make_weighting(OmegaConf.merge(cfg, {"weighting": {"name": name}}))
+        weighting = make_weighting(merged(cfg, {"weighting": {"name": name}}))
         if weighting.needs_scores and not cfg.get("reference"):
             raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
 
@@ -77,7 +78,7 @@ class Rho1WMTPRecipeDistributed:
     """One training run. ``recipe_main`` below makes the runs of a config, controls included."""
 
     def __init__(
-        self, cfg: DictConfig, device: torch.device, mesh: DeviceMesh, stops: StopRequests | None
+        self, cfg: DictConfig, device: torch.device, mesh: DeviceMesh, stops: StopRequests
     ) -> None:
         self._cfg = cfg
         self.device = device
@@ -105,8 +106,8 @@ class Rho1WMTPRecipeDistributed:
         self._dataset_val = PackedDataset(rows_val, **pack)
 
         # Reference losses come first, so that the scorer is gone before training needs memory.
-        tables = {"reference": self._score(rows)} if self._weighting.needs_scores else {}
-        dataset = PackedDataset(rows, scores=tables if any(tables.values()) else None, **pack)
+        table = self._score(rows) if self._weighting.needs_scores else None
+        dataset = PackedDataset(rows, scores={"reference": table} if table else None, **pack)
         made_from = [fingerprint_rows(r) for r in (rows, rows_val)] if self._rank == 0 else None
 
         self.setup_model()
@@ -220,7 +221,7 @@ class Rho1WMTPRecipeDistributed:
         cfg, run = self._cfg, self._run
         run.start_steps()
         while run.step < cfg.max_steps:
-            sums = run.new_sums()
+            sums, stats = run.new_sums(), {}
             for batch in run.micro_batches():
                 loss, micro_sums, stats = self._loss_step(batch)
                 loss.backward()
@@ -231,7 +232,7 @@ class Rho1WMTPRecipeDistributed:
             n_prime = (self._alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
             training.scale_grads(self._model, run.world / n_prime)
             grad_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), cfg.clip_grad_norm)
-            lr = self._lr_scheduler.get_last_lr()[0]
+            lr = float(self._lr_scheduler.get_last_lr()[0])
             if run.may_update(sums, grad_norm):
                 self._optimizer.step()
                 run.kept["noise_sums"] += sums["noise"]
@@ -309,7 +310,7 @@ def recipe_main(cfg: DictConfig) -> None:
         required = plan.required_runs(cfg, check)
     with process_group(cfg) as group:  # device, mesh, and what may end it early
         if cfg.get("replay"):
-            cfg = OmegaConf.merge(cfg, {"compile": False})  # compiled blocks have no hooks
+            cfg = merged(cfg, {"compile": False})  # compiled blocks have no hooks
             with exit_with_message(ValueError, OSError):
                 recipe = Rho1WMTPRecipeDistributed(cfg, *group)
                 recipe.setup()

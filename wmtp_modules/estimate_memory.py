@@ -9,12 +9,11 @@ import argparse
 import json
 import sys
 from types import ModuleType
-from typing import cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from wmtp_modules.config.check import ConfigError
-from wmtp_modules.config.file import read_config
+from wmtp_modules.config.file import merged, read_config
 from wmtp_modules.memory.step import Estimate, estimate_step, estimate_trunk, load_recipe, recipe_of
 from wmtp_modules.run.out_of_memory import helpful_settings
 
@@ -36,7 +35,7 @@ def best_settings(
 ) -> dict[str, Estimate]:
     """The settings that need least, and less than now, each by how it is written."""
     others = {
-        name: estimate_step(cast(DictConfig, OmegaConf.merge(cfg, change)), other_ranks, recipe)
+        name: estimate_step(merged(cfg, change), other_ranks, recipe)
         for name, (change, other_ranks) in helpful_settings(cfg, ranks).items()
     }
     best = sorted(others.items(), key=lambda item: item[1].peak)[:SHOWN]

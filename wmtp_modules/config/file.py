@@ -50,6 +50,11 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
     return merged
 
 
+def merged(cfg: DictConfig, *changes: DictConfig | dict) -> DictConfig:
+    """A copy of a config with changes, later ones over earlier ones."""
+    return cast(DictConfig, OmegaConf.merge(cfg, *changes))
+
+
 def load_config(path: str | Path) -> DictConfig:
     """A config file, interpolations unresolved; ConfigError if it is not YAML of keys."""
     try:

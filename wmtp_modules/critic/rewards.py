@@ -10,7 +10,7 @@ is often the token that ends a text as well, and says nothing about where the te
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -207,14 +207,14 @@ class RewardStatistics:
 
 @dataclass(frozen=True)
 class Responses:
-    """N tokenised rows and their standardised rewards, fp64 [N]; None if a config has none."""
+    """N tokenised rows and their standardised rewards, fp64 [N]; empty if a config has none."""
 
     rows: Dataset
-    rewards: np.ndarray | None = None
+    rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def above(self, threshold: float | None) -> np.ndarray:
         """Indices of the rows with a reward above a threshold; of all rows for None."""
-        if threshold is None or self.rewards is None:
+        if threshold is None or not len(self.rewards):
             return np.arange(len(self.rows))
         return np.flatnonzero(self.rewards > threshold)
 

@@ -4,6 +4,7 @@ Legend: T positions of a pack, B packs of a batch.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -35,7 +36,7 @@ class PackedDataset(Dataset):
         max_seq_len: int,
         seed: int,
         pad_id: int = 0,
-        scores: Mapping[str, Sequence] | None = None,
+        scores: Mapping[str, Any] | None = None,
         rewards: np.ndarray | None = None,
     ) -> None:
         if len(rows) == 0:

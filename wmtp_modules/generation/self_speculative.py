@@ -15,7 +15,7 @@ before it is overwritten; the same holds for rejected guesses.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torchtune.models.llama2 import Llama2Tokenizer
@@ -106,7 +106,7 @@ class Decoder:
         uniforms_BN: torch.Tensor | None,
         *,
         n_drafts: int,
-        **sampling: float,
+        **sampling: Any,
     ) -> None:
         self.model = model
         self.rows = rows

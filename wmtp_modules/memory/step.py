@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -35,6 +35,7 @@ from torchtune import config
 
 import wmtp_modules.loss.linear_cross_entropy as loss_module
 from wmtp_modules.checkpoints.read import model_args_from_folder
+from wmtp_modules.config.file import merged
 from wmtp_modules.critic.judge import BATCH_ROWS
 from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
@@ -156,7 +157,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     on_gpu, B, T = cfg.device == "cuda", cfg.batch_size, cfg.tokenizer.max_seq_len
     chunk = loss_module.CHUNK_LOGITS_CUDA if on_gpu else loss_module.CHUNK_LOGITS_CPU
     two_steps = {"checkpointer": None, "compile": False, "max_steps": 2, "num_warmup_steps": 0}
-    cfg = cast(DictConfig, OmegaConf.merge(cfg, two_steps))
+    cfg = merged(cfg, two_steps)
 
     def make_mask(seq_lens: object) -> torch.Tensor | None:
         # Dense on a CPU. On a GPU flex attention has blocks that take next to nothing.

@@ -1,6 +1,7 @@
 """Draws the report of an evaluation."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ def _pass_at_k(axis: Axes, report: Mapping) -> None:
         below = [max(0.0, f["value"] - f["low"]) for f in figures.values()]
         above = [max(0.0, f["high"] - f["value"]) for f in figures.values()]
         label = "samples" if at["temperature"] is None else f"T={at['temperature']}"
-        look = style(index) | {"markersize": 5, "capsize": 3, "linewidth": 1.4}
+        look: dict[str, Any] = style(index) | {"markersize": 5, "capsize": 3, "linewidth": 1.4}
         axis.errorbar(x, y, yerr=[below, above], label=label, **look)
     axis.set_xticks(range(len(ks)), ks)
     axis.set_xlim(-0.5, len(ks) - 0.5)

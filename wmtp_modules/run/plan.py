@@ -4,15 +4,14 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from wmtp_modules.config.check import ConfigError
-from wmtp_modules.config.file import load_config
+from wmtp_modules.config.file import load_config, merged
 from wmtp_modules.files import new_file
 from wmtp_modules.parallel.process_group import patient_barrier
 from wmtp_modules.run.figures import TrainingError
@@ -20,7 +19,6 @@ from wmtp_modules.run.out_of_memory import explain_out_of_memory
 from wmtp_modules.run.resume import check_not_begun, resolved
 from wmtp_modules.run.start import exit_with_message
 from wmtp_modules.run.stopping import StopRequests
-from wmtp_modules.run.watchdog import Watchdog
 
 
 def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[DictConfig]:
@@ -33,10 +31,8 @@ def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[
         except ConfigError as error:
             raise ConfigError(f"requires: {error}") from error
         # Resuming makes a finished one a no-op and continues one that was killed.
-        merged = OmegaConf.merge(required, inherited, {"resume_from_checkpoint": True})
-        run = cast(DictConfig, merged)
-        check(run)
-        runs.append(run)
+        runs.append(merged(required, inherited, {"resume_from_checkpoint": True}))
+        check(runs[-1])
     return runs
 
 
@@ -46,8 +42,7 @@ def control_runs(cfg: DictConfig) -> Iterator[DictConfig]:
         if name == cfg.weighting.name:
             continue  # the run itself
         output_dir = str(Path(cfg.output_dir) / "controls" / name)
-        run = OmegaConf.merge(cfg, {"weighting": {"name": name}, "output_dir": output_dir})
-        yield cast(DictConfig, run)
+        yield merged(cfg, {"weighting": {"name": name}, "output_dir": output_dir})
 
 
 def prepare(cfg: DictConfig, runs: list[DictConfig]) -> None:
@@ -66,23 +61,12 @@ def prepare(cfg: DictConfig, runs: list[DictConfig]) -> None:
     patient_barrier()
 
 
-class Recipe(Protocol):
-    """What ``train`` needs of a training recipe that is set up."""
-
-    model_args: dict
-    device: torch.device
-    watchdog: Watchdog
-
-    def train(self) -> None: ...
-
-    def finish(self, beside: dict[str, Path]) -> dict: ...
-
-
 def train(
-    recipe: Recipe, cfg: DictConfig, stops: StopRequests, beside: dict[str, Path], started: float
+    recipe: Any, cfg: DictConfig, stops: StopRequests, beside: dict[str, Path], started: float
 ) -> dict:
     """Train what a recipe has set up, then write its summary; Stopped when it has saved and ends.
 
+    The recipe has ``model_args``, ``device``, ``watchdog``, ``train`` and ``finish``.
     ``beside`` are metrics files of the runs before, drawn in the same picture; ``started`` is
     ``time.perf_counter()`` when the run's setup began.
     """
