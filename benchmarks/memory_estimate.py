@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from wmtp_modules.checkpoints.names import parameter_shapes
 from wmtp_modules.checkpoints.write import write_meta
-from wmtp_modules.memory.step import Estimate, estimate_step
+from wmtp_modules.memory.step import Estimate, estimate_step, load_recipe, recipe_of
 from wmtp_modules.quickstarts.stdlib import stdlib_files, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +210,7 @@ def main() -> int:
             cfg = OmegaConf.merge(base, changes, {"output_dir": str(row)})
             config_file = folder / f"row{i}.yaml"
             OmegaConf.save(cfg, config_file)
-            predicted = estimate_step(cfg, ranks)
+            predicted = estimate_step(cfg, ranks, load_recipe(recipe_of(cfg)))
             good &= show(name, predicted, measure(config_file, ranks, folder / f"row{i}_measured"))
             if name == PROFILED and args.rows == len(ROWS):
                 allocated = measure(config_file, ranks, folder / "profiled", profiled=True)
