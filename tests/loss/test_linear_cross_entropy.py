@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wmtp_modules.config.rules import cpp_compiler
 from wmtp_modules.loss import linear_cross_entropy as module
 from wmtp_modules.loss.linear_cross_entropy import IMPLS, linear_cross_entropy
-from wmtp_modules.run.plan import cpp_compiler
 
 
 def plain(hidden, weight, labels, token_weights):
