@@ -72,6 +72,11 @@ def test_no_head_sees_the_future(model, tokens):
     assert ((after - before).abs().amax(dim=(0, 3))[10] > 0).all()
 
 
+def cached(model, tokens, input_pos):
+    mask = model.place_in_caches(input_pos, model.cache_len)
+    return model(tokens, mask=mask, input_pos=input_pos)
+
+
 def test_cached_decoding_with_rows_at_different_positions(model, tokens):
     """Rows advance by 3 and 7, one is rolled back and rewritten, heads included."""
     full = model(tokens)
@@ -80,7 +85,7 @@ def test_cached_decoding_with_rows_at_different_positions(model, tokens):
 
     def step(starts, length):
         pos = torch.stack([position[s : s + length] for s in starts])
-        return model(tokens.gather(1, pos), input_pos=pos), pos
+        return cached(model, tokens.gather(1, pos), pos), pos
 
     for starts, length in [((0, 0), 3), ((3, 3), 4), ((3, 7), 5), ((8, 12), 2), ((6, 14), 6)]:
         logits, pos = step(starts, length)
@@ -95,9 +100,9 @@ def test_rolled_back_keys_are_never_seen(model, tokens):
     model.setup_caches(2, torch.float32, cache_len=32)
     position = torch.arange(20).expand(2, -1)
     wrong = (tokens + 7) % 512
-    model(tokens[:, :5], input_pos=position[:, :5])
-    model(wrong[:, 5:9], input_pos=position[:, 5:9])  # rejected drafts
-    logits = model(tokens[:, 5:7], input_pos=position[:, 5:7])
+    cached(model, tokens[:, :5], position[:, :5])
+    cached(model, wrong[:, 5:9], position[:, 5:9])  # rejected drafts
+    logits = cached(model, tokens[:, 5:7], position[:, 5:7])
     torch.testing.assert_close(logits, full[:, 5:7], rtol=1e-4, atol=1e-5)
 
 
@@ -105,13 +110,13 @@ def test_cache_rows_may_be_dropped_repeated_and_reordered(model, tokens):
     full = model(tokens)
     position = torch.arange(20).expand(3, -1)
     model.setup_caches(2, torch.float32, cache_len=32)
-    model(tokens[:, :8], input_pos=position[:2, :8])
+    cached(model, tokens[:, :8], position[:2, :8])
     rows = torch.tensor([1, 0, 1])
     model.select_cache_rows(rows)
-    logits = model(tokens[rows, 8:12], input_pos=position[:, 8:12])
+    logits = cached(model, tokens[rows, 8:12], position[:, 8:12])
     torch.testing.assert_close(logits, full[rows, 8:12], rtol=1e-4, atol=1e-5)
     model.select_cache_rows(rows[:1])
-    logits = model(tokens[:1, 12:14], input_pos=position[:1, 12:14])
+    logits = cached(model, tokens[:1, 12:14], position[:1, 12:14])
     torch.testing.assert_close(logits, full[:1, 12:14], rtol=1e-4, atol=1e-5)
 
 
@@ -128,12 +133,9 @@ def test_blocks_look_at_the_cache_up_to_its_end_only(model, tokens):
     torch.testing.assert_close(logits, full[:, :9, 2], rtol=1e-4, atol=1e-5)
 
 
-def test_errors(model, tokens, tiny_model_args):
+def test_errors(model, tiny_model_args):
     with pytest.raises(ValueError, match="exceeds the model's max_seq_len 64"):
         model(torch.zeros(1, 65, dtype=torch.long))
-    model.setup_caches(2, torch.float32, cache_len=32)
-    with pytest.raises(ValueError, match="needs input_pos"):
-        model(tokens)
     with pytest.raises(ValueError, match="n_future_tokens 6 must be at least 1 and below"):
         mtp_llama2(**tiny_model_args | {"n_future_tokens": 6})
     with pytest.raises(ValueError, match="embed_dim 30 must be a multiple"):

@@ -50,11 +50,7 @@ class CodeContestsTask(Task):
 
 
 def code_contests_task(record: dict) -> CodeContestsTask:
-    """A row in the shape of ``deepmind/code_contests``. Limits and files may be absent.
-
-    Raises:
-        BadRow: if a field is missing or of the wrong type, or there is no test.
-    """
+    """A row in the shape of ``deepmind/code_contests``, maybe without limits and files."""
     cases = [case for field in TESTS for case in _pairs(record, field, "input", "output", str)]
     if not cases:
         raise BadRow(f"no test in {', '.join(TESTS)}")
@@ -89,9 +85,9 @@ def _pairs(record: dict, field: str, first: str, second: str, kind: type) -> lis
 
 
 def _whole_lines(given: str) -> str:
-    """Restore the final newline, which some copies of the data have stripped.
+    """The input with its final newline, which some copies of the data have stripped.
 
-    Otherwise a solution that drops the last character of ``readline()`` would lose a letter.
+    Without it a solution that drops the last character of ``readline()`` would lose a letter.
     """
     return given if not given or given.endswith("\n") else given + "\n"
 

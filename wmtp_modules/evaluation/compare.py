@@ -12,18 +12,12 @@ DECIMAL = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]
 
 
 def compare_outputs(expected: str, actual: str) -> str | None:
-    """Compare two outputs; the kind and amount of white space do not matter.
+    """None if an output is correct, else one sentence about the first difference.
 
-    Integers must be equal as numbers, however many digits they have. If the expected token has a
-    decimal point or an exponent, a number within ``TOLERANCE`` of it (absolute, or relative to
-    the expected one) is accepted. Anything else must be the same text.
-
-    Args:
-        expected: from the test.
-        actual: from the program, untrusted.
-
-    Returns:
-        None if the output is correct, else one sentence about the first difference.
+    The kind and amount of white space do not matter. Integers must be equal as numbers, however
+    many digits they have. If the expected token has a decimal point or an exponent, a number within
+    ``TOLERANCE`` of it (absolute, or relative to the expected one) is accepted. Anything else must
+    be the same text. ``actual`` is untrusted.
     """
     wanted = expected.split()
     # Split no further than needed: 16 MB of output may be 8 million tokens.

@@ -27,14 +27,11 @@ BLOCK = 1 << 16  # bytes read at once in search of the last line's end
 
 
 class EvidenceStore:
-    """A file of JSON lines that several processes may append to at once.
+    """A file of JSON lines that several processes may append to at once; created if missing.
 
     A line is valid once its newline is written. A process that is killed while writing leaves at
     most one incomplete line at the end, which is removed when the file is next opened or appended
     to. Rows that other processes append after opening are not seen: open the file again.
-
-    Args:
-        path: the file; created, with its folder, if missing.
 
     Attributes:
         dropped_bytes: length of the incomplete last line that was removed on opening.
@@ -70,8 +67,7 @@ class EvidenceStore:
     def append(self, rows: Sequence[Mapping]) -> None:
         """Append rows, each with its ``key``, and wait until they are on the disk.
 
-        Raises:
-            OSError: if the disk is full or fails. Earlier rows are unaffected.
+        If the disk is full or fails, an OSError; earlier rows are unaffected.
         """
         if not rows:
             return
@@ -123,10 +119,10 @@ class EvidenceStore:
 
 
 def sample_key(settings: Mapping, task: Task, temperature: float, seed: int) -> str:
-    """The key of a generated sample.
+    """The key of a generated sample; the seed stands for its number.
 
     ``settings`` is everything that shapes it besides task, temperature and the sample's own seed:
-    checkpoint fingerprint, top_p, top_k and so on. The seed stands for the sample's number.
+    checkpoint fingerprint, top_p, top_k and so on.
     """
     return _hash(
         "sample", dict(settings), task.task_id, task.prompt, task.stop, float(temperature), seed
@@ -140,10 +136,12 @@ def result_key(task: Task, row: Mapping, tier: str) -> str:
     restarted run must find its earlier results. Number and temperature count, so two samples with
     the same text have a result each.
     """
-    temperature = row.get("temperature")
-    temperature = None if temperature is None else float(temperature)
-    sample = (row["sample"], temperature, row["completion"])
+    sample = (row["sample"], _temperature(row), row["completion"])
     return _hash("result", _task_content(task), *sample, tier)
+
+
+def _temperature(row: Mapping) -> float | None:
+    return None if row.get("temperature") is None else float(row["temperature"])
 
 
 def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
@@ -151,10 +149,6 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
 
     A completion may be any string. One that cannot be a program (a NUL, half a surrogate pair)
     fails on execution: it is what the model wrote.
-
-    Args:
-        path: a .jsonl file.
-        tasks: the problems that it may name.
 
     Returns:
         {"task_id", "sample", "temperature", "completion"} in the order of the file. Temperature
@@ -187,8 +181,7 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
             if row["key"] in keys:
                 continue
             keys.add(row["key"])
-        task_id, temperature = row["task_id"], row.get("temperature")
-        temperature = None if temperature is None else float(temperature)
+        task_id, temperature = row["task_id"], _temperature(row)
         sample = row.get("sample", counts[task_id, temperature])
         counts[task_id, temperature] += 1
         checkpoints.add(row.get("checkpoint"))
@@ -198,14 +191,8 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[dict]:
                 "each into its own output_dir"
             )
         names.add((task_id, temperature, sample))
-        samples.append(
-            {
-                "task_id": task_id,
-                "sample": sample,
-                "temperature": temperature,
-                "completion": row["completion"],
-            }
-        )
+        name = {"task_id": task_id, "sample": sample, "temperature": temperature}
+        samples.append(name | {"completion": row["completion"]})
     if not samples:
         raise ValueError(f'{path} is empty: give rows {{"task_id", "completion"}}, one per line')
     return samples

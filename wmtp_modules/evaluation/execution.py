@@ -26,18 +26,13 @@ def run_samples(
         samples: rows ``{"task_id", "sample", "temperature", "completion"}``.
         path: file that holds the results so far and receives the new ones.
 
-    Returns:
-        One row for each sample, in order: its ``task_id``, ``sample`` and ``temperature``, and the
-        fields of ``Outcome``.
+    Returns one row for each sample, in order: its names and the fields of ``Outcome``.
     """
     store = EvidenceStore(path)
     by_id = {task.task_id: task for task in tasks}
     keys = [result_key(by_id[row["task_id"]], row, sandbox.tier) for row in samples]
-    missing = [
-        i
-        for i, key in enumerate(keys)
-        if key not in store or store[key]["verdict"] == "infrastructure"
-    ]
+    done = {k for k in keys if k in store and store[k]["verdict"] != "infrastructure"}
+    missing = [i for i, key in enumerate(keys) if key not in done]
     log.info(f"{path.name}: {len(samples)} programs, {len(samples) - len(missing)} done already")
     jobs = (
         (i, by_id[samples[i]["task_id"]].job(samples[i]["completion"], sandbox.machine_factor))

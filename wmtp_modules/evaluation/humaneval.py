@@ -35,11 +35,7 @@ class HumanEvalTask(Task):
 
 
 def humaneval_task(record: dict) -> HumanEvalTask:
-    """A row with the columns of ``HumanEval.jsonl``.
-
-    Raises:
-        BadRow: if a field is missing or of the wrong type.
-    """
+    """A row with the columns of ``HumanEval.jsonl``; ``BadRow`` if one is unusable."""
     return HumanEvalTask(
         task_id=text_field(record, "task_id"),
         reference=string_field(record, "canonical_solution"),

@@ -29,11 +29,7 @@ class MBPPTask(Task):
 
     @property
     def prompt(self) -> str:
-        """Three solved tasks and this one.
-
-        Raises:
-            ValueError: if the source lacks one of the three.
-        """
+        """Three solved tasks and this one; ValueError if the source lacks one of the three."""
         if self.shots is None:
             raise ValueError(
                 f"the MBPP prompt shows tasks {SHOT_IDS}, which the source lacks: add their rows, "
@@ -50,12 +46,7 @@ class MBPPTask(Task):
 
 
 def mbpp_task(record: dict) -> MBPPTask:
-    """A row of the full file (``text``, ``test_setup_code``) or the sanitized one (``prompt``,
-    ``test_imports``).
-
-    Raises:
-        BadRow: if a field is missing or of the wrong type.
-    """
+    """A row of the full file or, with ``prompt`` and ``test_imports``, the sanitized one."""
     task_id, tests, code = mbpp_fields(record)
     sanitized = record.get("text") is None and record.get("prompt") is not None
     return MBPPTask(

@@ -3,8 +3,8 @@
 Shapes: N targets, K heads, C token classes, S sums, M calibration bins, V vocabulary.
 
 Each text becomes BOS + tokens + EOS, one document; a text longer than the context is split into
-consecutive documents. Head k (0-based) at position t predicts token t + k + 1 of its document, so a
-document of n tokens has max(0, n - 1 - k) targets for it. No text is dropped or truncated.
+consecutive documents. Head k (0-based) at position t predicts token t + k + 1 of its document. No
+text is dropped or truncated.
 """
 
 import io
@@ -64,21 +64,17 @@ class HeldoutSums(NamedTuple):
     kept_K: torch.Tensor  # positions with a target for all heads, and those where heads 1..k agree
 
     def result(self) -> dict:
-        """Means over all targets.
+        """Means over all targets, None over nothing; ValueError if a loss is not finite.
 
         Returns:
             ``tokens``; ``per_head``: for each head ``head``, ``tokens`` (its targets), ``loss``
-            (nats), ``top1``, ``top5`` (share of targets among the 1 and 5 most likely), ``ece``
-            (see ``_calibration``) and ``calibration``, the non-empty bins, each with ``low``,
-            ``high``, ``tokens``, ``confidence`` and ``accuracy``; ``acceptance_length``: 1 + the
-            mean number of consecutive heads 1, 2, ... whose most likely token is the one that
-            head 0 finds most likely once it gets there (what greedy self-speculative decoding
-            would keep if the model had written the text); ``by_token_class``: for each class
-            among head 0's targets ``class``, ``share`` of head 0's targets, and for each head
-            ``tokens``, ``loss`` and ``top1``. A mean over nothing is None.
-
-        Raises:
-            ValueError: if a loss is not finite.
+            (nats), ``top1``, ``top5`` (share of targets among the 1 and 5 most likely), ``ece`` and
+            ``calibration``, the non-empty bins (see ``_calibration``); ``acceptance_length``: 1 +
+            the mean number of consecutive heads 1, 2, ... whose most likely token is the one that
+            head 0 finds most likely once it gets there (what greedy self-speculative decoding would
+            keep if the model had written the text); ``by_token_class``: for each class among head
+            0's targets ``class``, its ``share`` of them, and for each head ``tokens``, ``loss`` and
+            ``top1``.
         """
         heads_KS = self.classes_KCS.sum(1)
         if not heads_KS.isfinite().all():
@@ -95,16 +91,13 @@ class HeldoutSums(NamedTuple):
             if sums_KS[0, 0] == 0:
                 continue
             tokens, loss, top1, _ = map(list, zip(*map(_means, sums_KS), strict=True))
-            share = float(sums_KS[0, 0] / heads_KS[0, 0])
-            by_class.append(
-                {"class": name, "share": share, "tokens": tokens, "loss": loss, "top1": top1}
-            )
+            row = {"class": name, "share": float(sums_KS[0, 0] / heads_KS[0, 0])}
+            by_class.append(row | {"tokens": tokens, "loss": loss, "top1": top1})
+        length = float(self.kept_K.sum() / self.kept_K[0]) if self.kept_K[0] else None
         return {
             "tokens": int(self.tokens),
             "per_head": per_head,
-            "acceptance_length": float(self.kept_K.sum() / self.kept_K[0])
-            if self.kept_K[0]
-            else None,
+            "acceptance_length": length,
             "by_token_class": by_class,
         }
 
@@ -115,13 +108,7 @@ class _Document(NamedTuple):
 
 
 def read_texts(source: str) -> list[str]:
-    """Read the texts of a file of rows ``{"text": ...}``; other fields are ignored.
-
-    Args:
-        source: .jsonl or .parquet file.
-
-    Returns:
-        The texts in the order of the file, including empty ones.
+    """The texts of a .jsonl or .parquet file of rows ``{"text": ...}``, including empty ones.
 
     Raises:
         ValueError: if the file is missing or empty, or a row cannot be used.
@@ -169,12 +156,7 @@ def heldout_sums(
         model: on ``device``, not sharded, without KV caches.
         tokenizer: texts are split at its ``max_seq_len`` or the model's, whichever is smaller.
         texts: of this rank; an empty list gives sums of zero.
-        device: of the model.
         batch_tokens: tokens of a batch, including padding; a longer document is its own batch.
-        show_progress: show a progress bar.
-
-    Returns:
-        The sums, on ``device``.
     """
     K = model.n_future_tokens
     zeros = {"dtype": torch.float64, "device": device}
@@ -267,9 +249,8 @@ def _add_targets(
 def _kept(choices_KBT: list[torch.Tensor]) -> torch.Tensor:
     """How often consecutive heads chose what head 0 chose k positions later.
 
-    ``choices_KBT`` has each head's choice, [B, T - 1 - k], -1 where there is no target. Returned
-    are for k = 0 the number of positions where all heads have a target, and for k > 0 those of
-    them where heads 1..k all agree with head 0.
+    ``choices_KBT`` has each head's choice, [B, T - 1 - k], -1 where there is no target. Of the
+    positions where all heads have one: their number, then of those where heads 1..k agree.
     """
     n = choices_KBT[-1].shape[1]
     kept_BT = choices_KBT[-1] >= 0
@@ -281,18 +262,11 @@ def _kept(choices_KBT: list[torch.Tensor]) -> torch.Tensor:
 
 
 def token_classes(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Class of each token: that of its first non-whitespace character.
+    """Index into ``TOKEN_CLASSES`` of each token: that of its first non-whitespace character.
 
     A token of only whitespace has the class of its first character, which is ``layout`` except in
     strings, comments and text that is not Python. A token without characters (the space that
-    Llama-2's tokenizer puts before a text) is ``layout``.
-
-    Args:
-        text: any text.
-        spans: [begin, end) of each token in characters of ``text``.
-
-    Returns:
-        Index into ``TOKEN_CLASSES`` of each token.
+    Llama-2's tokenizer puts before a text) is ``layout``. ``spans`` are [begin, end) in characters.
     """
     classes = _character_classes(text)
     token_classes = []
@@ -350,13 +324,6 @@ def _calibration(bins_MS: torch.Tensor) -> tuple[float | None, list[dict]]:
     for m, (n, confidence, hits) in enumerate(bins_MS.tolist()):
         if n:
             error += abs(hits - confidence)
-            bins.append(
-                {
-                    "low": m / BINS,
-                    "high": (m + 1) / BINS,
-                    "tokens": int(n),
-                    "confidence": confidence / n,
-                    "accuracy": hits / n,
-                }
-            )
+            row = {"low": m / BINS, "high": (m + 1) / BINS, "tokens": int(n)}
+            bins.append(row | {"confidence": confidence / n, "accuracy": hits / n})
     return (error / n_targets if n_targets else None), bins

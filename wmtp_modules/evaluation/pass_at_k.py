@@ -1,7 +1,4 @@
-"""Estimates pass@k without bias, with bootstrap confidence intervals.
-
-Shapes: P problems, R bootstrap resamples.
-"""
+"""Estimates pass@k without bias, with bootstrap intervals: P problems, R resamples."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,10 +13,7 @@ def estimate_pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k of n samples, drawn without replacement, include a correct one (of c).
 
     Chen et al. 2021 (arXiv 2107.03374), eq. 1: 1 - C(n - c, k) / C(n, k), as a product because
-    the binomials overflow.
-
-    Raises:
-        ValueError: unless 0 <= c <= n and 1 <= k <= n.
+    the binomials overflow. Needs 0 <= c <= n and 1 <= k <= n.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {c} correct in {n} samples: needs 0 <= c <= n, 1 <= k <= n")
@@ -60,12 +54,8 @@ def best_temperatures(
 ) -> dict[str, dict]:
     """For each k, the temperature with the highest pass@k: an oracle, chosen on the same samples.
 
-    Args:
-        by_temperature: (temperature, the "pass_at_k" of ``pass_at_k``).
-
-    Returns:
-        {"1": {"temperature", "value", "low", "high"}}; a tie goes to the first. The interval is
-        that temperature's own and does not account for the choice.
+    Takes pairs of temperature and the "pass_at_k" of ``pass_at_k``, and returns for each k its
+    figure with "temperature"; a tie goes to the first. The interval ignores that it was chosen.
     """
     best: dict[str, dict] = {}
     for temperature, figures in by_temperature:

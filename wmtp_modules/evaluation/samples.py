@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 from wmtp_modules.evaluation.evidence import sample_key
 from wmtp_modules.evaluation.task import Task
@@ -21,31 +22,25 @@ def wanted_samples(
 ) -> list[tuple[dict, Task]]:
     """The samples that a config asks for, temperature by temperature.
 
-    Args:
-        settings: everything that shapes a sample besides its task, temperature and seed; the
-            ``checkpoint`` fingerprint is one of them. Ranks and batches are not.
-        seed: of the run.
-
-    Returns:
-        For each sample a row that names it (``key``, ``task_id``, ``sample``, ``temperature``,
-        ``seed``, ``checkpoint``), and its task.
+    ``settings`` is everything that shapes a sample besides its task, temperature and seed, with
+    the ``checkpoint`` fingerprint; ranks and batches are not. Returns for each sample a row that
+    names it (``key``, ``task_id``, ``sample``, ``temperature``, ``seed``, ``checkpoint``), and its
+    task.
     """
     wanted = []
-    for temperature in temperatures:
-        for task in tasks:
-            for sample in range(samples_per_task):
-                # Its own seed, whichever rank and batch generates it.
-                text = f"{seed} {task.task_id} {float(temperature)} {sample}"
-                own_seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
-                row = {
-                    "key": sample_key(settings, task, temperature, own_seed),
-                    "task_id": task.task_id,
-                    "sample": sample,
-                    "temperature": temperature,
-                    "seed": own_seed,
-                    "checkpoint": settings["checkpoint"],
-                }
-                wanted.append((row, task))
+    for temperature, task, sample in product(temperatures, tasks, range(samples_per_task)):
+        # Its own seed, whichever rank and batch generates it.
+        text = f"{seed} {task.task_id} {float(temperature)} {sample}"
+        own_seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
+        row = {
+            "key": sample_key(settings, task, temperature, own_seed),
+            "task_id": task.task_id,
+            "sample": sample,
+            "temperature": temperature,
+            "seed": own_seed,
+            "checkpoint": settings["checkpoint"],
+        }
+        wanted.append((row, task))
     return wanted
 
 
@@ -61,9 +56,8 @@ def reference_samples(tasks: Sequence[Task]) -> list[dict]:
 def generation_figures(samples: Sequence[Mapping]) -> dict:
     """How samples were generated, over all temperatures.
 
-    Args:
-        samples: rows with ``finish_reason`` and, unless that is ``TOO_LONG``, ``tokens``,
-            ``forwards`` and ``accepted``.
+    Takes rows with ``finish_reason`` and, unless that is ``TOO_LONG``, ``tokens``, ``forwards`` and
+    ``accepted``.
     """
     made = [row for row in samples if row["finish_reason"] != TOO_LONG]
     forwards = sum(row["forwards"] for row in made)

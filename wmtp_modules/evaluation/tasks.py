@@ -23,14 +23,9 @@ from wmtp_modules.files import json_fault
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How the rows of a benchmark are read.
+    """How the rows of a benchmark are read: ``columns`` are all that ``to_task`` reads.
 
-    Attributes:
-        title: the name for messages.
-        mark: a column that only this benchmark has.
-        columns: all columns that ``to_task`` reads.
-        to_task: turns a row into a task, or raises ``BadRow``.
-        hub_config: configuration on the hub.
+    ``mark`` is a column that only this benchmark has, ``hub_config`` its configuration on the hub.
     """
 
     title: str

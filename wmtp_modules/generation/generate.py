@@ -80,9 +80,8 @@ def generate(
         dtype: of the parameters, and therefore of the keys and values.
 
     Raises:
-        ValueError: if a value is out of range, a prompt is empty, too long for the model or has
-            ids outside its vocabulary, the model's parameters have another dtype, or its logits
-            are not finite.
+        ValueError: if a value is out of range, a prompt does not suit the model, its parameters
+            have another dtype, or its logits are not finite.
     """
     _check(model, requests, decoding, max_new_tokens, stop, dtype)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)

@@ -24,12 +24,6 @@ def compare_decodings(
     positions are computed together, so tokens whose logits all but tie may change places: the gap
     says whether that is all.
 
-    Args:
-        model: that made them.
-        requests: what was asked.
-        plain: completions in plain decoding.
-        self_speculative: completions in self-speculative decoding.
-
     Returns:
         ``identical`` and ``differences``, at most one for each request: ``request`` (its index),
         ``position`` (index of the first new token that differs), ``plain`` and
@@ -93,14 +87,8 @@ def measure_decoding(
         ``tokens_per_forward``: new tokens of a row per forward pass in self-speculative decoding,
         without the prefill and its token, None if nothing followed the prefill;
         ``acceptance_per_head``: for heads 1..K - 1 the share of forwards that kept the guesses of
-        all heads up to this one, so tokens_per_forward is 1 + their sum;
-        ``plain_seconds``, ``self_speculative_seconds``: of each repeat;
-        ``plain_tokens_per_s``, ``self_speculative_tokens_per_s``: new tokens per median second;
-        ``speedup``: the second divided by the first.
-
-    Raises:
-        ValueError: if there are no requests, ``batch_size`` or ``repeats`` is below 1, or
-            ``generate`` raises it.
+        all heads up to this one, so tokens_per_forward is 1 + their sum; for each decoding its
+        ``_seconds`` of each repeat and ``_tokens_per_s``, new tokens per median second.
     """
     if not requests:
         raise ValueError("there are no requests to measure decoding with")
@@ -134,9 +122,7 @@ def measure_decoding(
                 spent[decoding] += elapsed
         for decoding in DECODINGS:
             seconds[decoding].append(spent[decoding])
-    per_s = {
-        name: sum(len(g.tokens) for g in done[name]) / median(seconds[name]) for name in DECODINGS
-    }
+    speed = {d: sum(len(g.tokens) for g in done[d]) / median(seconds[d]) for d in DECODINGS}
     fast = done["self_speculative"]
     forwards = sum(g.forwards for g in fast)
     tokens = sum(len(g.tokens) - 1 for g in fast)
@@ -145,9 +131,7 @@ def measure_decoding(
         **compare_decodings(model, requests, done["plain"], fast),
         "tokens_per_forward": tokens / forwards if forwards else None,
         "acceptance_per_head": [n / forwards if forwards else None for n in accepted],
-        "plain_seconds": seconds["plain"],
-        "self_speculative_seconds": seconds["self_speculative"],
-        "plain_tokens_per_s": per_s["plain"],
-        "self_speculative_tokens_per_s": per_s["self_speculative"],
-        "speedup": per_s["self_speculative"] / per_s["plain"],
+        **{f"{decoding}_seconds": seconds[decoding] for decoding in DECODINGS},
+        **{f"{decoding}_tokens_per_s": speed[decoding] for decoding in DECODINGS},
+        "speedup": speed["self_speculative"] / speed["plain"],
     }

@@ -15,11 +15,7 @@ import torch
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Check the sampling settings.
-
-    Raises:
-        ValueError: if a value is out of range.
-    """
+    """ValueError if a sampling setting is out of range."""
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
     if top_k < 0:
@@ -43,20 +39,11 @@ def request_uniforms(seeds: Sequence[int], n_tokens: int) -> torch.Tensor:
 def next_token_probs(
     logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:
-    """The distribution that a token is drawn from.
+    """The distribution that a token is drawn from, fp64 [..., V].
 
-    The temperature is applied first, then top-k, then top-p to what top-k left, as in Hugging Face
-    transformers. Of equal logits the lower ids are kept.
-
-    Args:
-        logits: [..., V].
-        temperature: above 0.
-        top_k: tokens kept; 0 keeps all.
-        top_p: keeps the smallest set of most likely tokens with at least this probability; 1
-            keeps all.
-
-    Returns:
-        fp64 [..., V], sum 1.
+    The temperature, above 0, is applied first, then top-k (0 keeps all), then top-p to what top-k
+    left (the smallest set of most likely tokens with at least this probability; 1 keeps all), as in
+    Hugging Face transformers. Of equal logits the lower ids are kept.
     """
     logits = logits.double()
     # Subtracted first: logits / temperature overflows where the temperature is tiny.
@@ -82,16 +69,13 @@ def draw_tokens(
     top_k: int,
     top_p: float,
 ) -> torch.Tensor:
-    """Draw one token from each distribution.
+    """Draw one token from each distribution, int64 [...].
 
     Args:
         logits: [..., V].
         uniforms: fp64 [...], in [0, 1); not read at temperature 0.
         temperature: 0 takes the most likely token, the lowest id in a tie; see
             ``next_token_probs`` for the others.
-
-    Returns:
-        ids [...], int64.
     """
     if temperature == 0:
         return logits.argmax(-1)

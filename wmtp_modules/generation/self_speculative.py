@@ -6,12 +6,12 @@ Heads 1, 2, ... at the position of the last token guess the tokens after the nex
 forward is fed that next token and the guesses. Head 0 draws at each of these positions as it
 always would, and its draws count as long as the previous draw equals the guess that was fed. A
 guess therefore decides how far a forward gets, never what is generated: the tokens are those of
-decoding one at a time, both for greedy decoding and for sampling with the same uniform numbers.
-Without guesses (S = 1) the same loop is plain decoding.
+decoding one at a time, both greedily and when sampling with the same uniform numbers. Without
+guesses (S = 1) the same loop is plain decoding.
 
 Rows have prompts of different lengths and accept different numbers of tokens, so they are at
-different positions. Padding lies after a row's own positions, where no query of the row looks
-before it is overwritten; the same holds for rejected guesses.
+different positions. Padding and rejected guesses lie after a row's own positions, where no query of
+the row looks before they are overwritten.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,7 @@ FinishReason = Literal["eos", "stop", "length"]
 
 
 def count_kept(fed_BS: torch.Tensor, draws_BS: torch.Tensor) -> torch.Tensor:
-    """How many guesses of each row equal head 0's draws, up to the first that does not.
-
-    Args:
-        fed_BS: the row's last token and S - 1 guesses.
-        draws_BS: head 0's draw after each of them.
-    """
+    """How many guesses of each row (after its last token) head 0 draws, up to the first miss."""
     return (fed_BS[:, 1:] == draws_BS[:, :-1]).cumprod(dim=1).sum(dim=1)
 
 
@@ -84,7 +79,7 @@ class Row:
 
 
 class Decoder:
-    """Decodes a batch of rows until all have ended.
+    """Decodes a batch of rows, not yet started, until all have ended.
 
     Rows that have ended leave the batch together with their keys and values: copying the caches
     costs about as much as one forward reads of them, and a row that stays would cost that in every
@@ -92,7 +87,6 @@ class Decoder:
 
     Args:
         model: with caches for the distinct prompts, in eval mode, not sharded.
-        rows: not yet started.
         uniforms_BN: fp64, on the model's device; None for greedy decoding.
         n_drafts: guesses per forward, less than the model's number of heads; 0 is plain decoding,
             in which only the trunk and head 0 run.
@@ -119,11 +113,7 @@ class Decoder:
         self._position_B = self._prompt_B - 1
 
     def run(self) -> None:
-        """Decode until every row has ended.
-
-        Raises:
-            ValueError: if the model's logits are not finite.
-        """
+        """Decode until every row has ended; ValueError if the model's logits are not finite."""
         fed_BS, hidden_KBSD = self._prefill()
         while True:
             draws_BS, finite_B = self._draw(hidden_KBSD[0])

@@ -96,12 +96,8 @@ def _logit_grads(
 
 
 @lru_cache
-def _compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
 def _pick(function, impl: str):
-    return _compiled(function) if impl == "compiled" else function
+    return torch.compile(function, dynamic=True) if impl == "compiled" else function
 
 
 def _chunks(n: int, vocab: int, device: torch.device):

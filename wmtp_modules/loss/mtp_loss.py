@@ -17,10 +17,9 @@ IGNORE_INDEX = -100
 
 
 def shift_to_heads(x_BT: torch.Tensor, n_future_tokens: int, fill: float | int) -> torch.Tensor:
-    """Move a value per token to the positions that predict it.
+    """A value per token at the positions that predict it: out[b, t, k] = x_BT[b, t + k + 1].
 
-    Returns:
-        x_BTK with x_BTK[b, t, k] = x_BT[b, t + k + 1], ``fill`` beyond the end of the row.
+    Beyond the end of the row it is ``fill``.
     """
     T = x_BT.shape[1]
     out_BTK = x_BT.new_full((*x_BT.shape, n_future_tokens), fill)

@@ -9,14 +9,11 @@ import torch.nn.functional as F
 
 
 def response_mask(keep_BT: torch.Tensor, doc_BT: torch.Tensor) -> torch.Tensor:
-    """Response tokens with a value before them: y[u] = keep[u] and u >= 1 and doc[u] == doc[u - 1].
+    """y_BT: response tokens with a value before them, u >= 1 in the document of u - 1.
 
     Args:
         keep_BT: bool, token is supervised.
         doc_BT: int64, index of the token's document inside its row, -1 for padding.
-
-    Returns:
-        y_BT, bool.
     """
     y_BT = keep_BT.clone()
     y_BT[:, 0] = False
@@ -34,14 +31,12 @@ def regression_loss(
 ) -> torch.Tensor:
     """Sum over response tokens of 1/2 (V[u - 1] - R)^2: a Monte-Carlo target, lambda = 1.
 
+    Divide by the number of response tokens of all ranks. A batch without any gives 0, still
+    connected to the graph.
+
     Args:
         values_BT: fp32, values after each token.
         rewards_BT: standardised reward of each token's response; used where y is True.
-        y_BT: from ``response_mask``.
-
-    Returns:
-        Scalar sum; divide by the number of response tokens of all ranks. A batch without any
-        gives 0, still connected to the graph.
     """
     error_BT = torch.where(y_BT, values_before(values_BT) - rewards_BT, 0.0)
     return 0.5 * error_BT.square().sum()
@@ -56,12 +51,7 @@ def row_means(values_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
 def pairwise_loss(good_P: torch.Tensor, bad_P: torch.Tensor) -> torch.Tensor:
     """Sum over pairs of -log sigmoid(mean V of the better - mean V of the worse response).
 
-    Args:
-        good_P: ``row_means`` of the better responses.
-        bad_P: of the worse ones to the same problems.
-
-    Returns:
-        Scalar sum; divide by the number of pairs of all ranks.
+    Both are ``row_means``, of responses to the same problems. Divide by the pairs of all ranks.
     """
     return -F.logsigmoid(good_P - bad_P).sum()
 
@@ -69,8 +59,7 @@ def pairwise_loss(good_P: torch.Tensor, bad_P: torch.Tensor) -> torch.Tensor:
 def value_sums(values_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
     """Sums per row, from which every figure about a critic is computed.
 
-    Returns:
-        fp64 [B, 3]: number of response tokens, sum of V[u - 1] and of its square over them.
+    Returns fp64 [B, 3]: response tokens, and over them the sum of V[u - 1] and of its square.
     """
     before_BT = torch.where(y_BT, values_before(values_BT), 0.0).double()
     return torch.stack([y_BT.sum(1).double(), before_BT.sum(1), before_BT.square().sum(1)], 1)

@@ -1,8 +1,7 @@
 """A KV cache whose rows are at different positions.
 
-torchtune's ``KVCache`` keeps one position for the whole batch. Self-speculative decoding
-accepts a different number of drafted tokens in each row, so each row writes where its own
-tokens belong.
+torchtune's ``KVCache`` keeps one position for the whole batch. Self-speculative decoding accepts
+a different number of drafted tokens in each row.
 """
 
 import torch

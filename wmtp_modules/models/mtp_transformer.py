@@ -123,11 +123,6 @@ class MTPTransformer(nn.Module):
                 f"a row of {tokens_BT.shape[1]} tokens exceeds the model's max_seq_len "
                 f"{self.max_seq_len}: raise model.max_seq_len or lower tokenizer.max_seq_len"
             )
-        if self.caches_are_setup():
-            if input_pos is None:
-                raise ValueError("with KV caches the model needs input_pos, int64 [B, T]")
-            mask = self.place_in_caches(input_pos, self.cache_len)
-
         hidden_BTD = self.trunk(tokens_BT, mask=mask, input_pos=input_pos)
         hidden_BTKD = torch.stack(
             [head(hidden_BTD, mask=mask, input_pos=input_pos) for head in self.heads], dim=2
@@ -161,14 +156,14 @@ class MTPTransformer(nn.Module):
             attn.cache_enabled = True
 
     def place_in_caches(self, input_pos: torch.Tensor, end: int) -> torch.Tensor:
-        """Tell every cache where the next tokens go; called by ``forward``, not by ``trunk``.
+        """Tell every cache where the next tokens go, before a forward with KV caches.
 
         Args:
             input_pos: position of each token, int64 [B, S], below ``end``.
             end: cache positions that the blocks look at, at most ``cache_len``.
 
         Returns:
-            mask for the blocks, bool [B, S, end]. Keys are cached at their own position, so a
+            that forward's mask, bool [B, S, end]. Keys are cached at their own position, so a
             query sees every position that is not later.
         """
         for cache in self._caches():
@@ -186,9 +181,6 @@ class MTPTransformer(nn.Module):
         for attn in self._attentions():
             attn.kv_cache = None
             attn.cache_enabled = False
-
-    def caches_are_setup(self) -> bool:
-        return self._attentions()[-1].kv_cache is not None
 
     def _attentions(self) -> list[_Attention]:
         return [cast(_Attention, block.attn) for block in (*self.layers, *self.heads)]

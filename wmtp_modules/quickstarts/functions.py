@@ -92,10 +92,10 @@ def _function(step: Step) -> Callable[[int], int]:
 
 
 def deal_members(seed: int) -> dict[str, list[Member]]:
-    """Assign behaviours to disjoint parts by a hash, and draw the members of each part.
+    """Assign behaviours to disjoint parts by a hash, and draw each part's members in random order.
 
-    Returns for each name in ``SHARES`` its members, in random order. Of members with the same
-    behaviour, such as adding 3 then 4 and adding 4 then 3, held-out text and tasks get one.
+    Of members with the same behaviour, such as adding 3 then 4 and adding 4 then 3, held-out text
+    and tasks get one.
     """
     members = family()
     random.Random(seed).shuffle(members)
@@ -124,12 +124,7 @@ def prepare_functions(assets_dir: str, vocab_size: int, seed: int, model_config:
         ValueError: if ``assets_dir`` has other files, ``model_config`` cannot be read, or training
             fails.
     """
-    made_from = {
-        "quickstart": "eval",
-        "version": VERSION,
-        "vocab_size": vocab_size,
-        "seed": seed,
-    }
+    made_from = {"quickstart": "eval", "version": VERSION, "vocab_size": vocab_size, "seed": seed}
     with assets_folder(Path(assets_dir), made_from) as folder:
         if folder is not None:
             _fill(folder, vocab_size, seed)

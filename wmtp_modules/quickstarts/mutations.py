@@ -140,11 +140,8 @@ def prepare_critic_stdlib(assets_dir: str, vocab_size: int, max_tokens: int, see
     mutated with reward 0 and the changed place as ``noise``. No body occurs twice.
 
     Args:
-        max_tokens: longest function, in tokens with BOS and EOS.
+        max_tokens: longest function, in tokens with BOS and EOS; ValueError below ``MIN_TOKENS``.
         seed: assigns the files and draws the mutations.
-
-    Raises:
-        ValueError: if ``assets_dir`` has other files, or ``max_tokens`` is too small.
     """
     if max_tokens < MIN_TOKENS:
         raise ValueError(f"max_tokens must be at least {MIN_TOKENS}, got {max_tokens}")
@@ -187,10 +184,8 @@ def _fill(folder: Path, vocab_size: int, max_tokens: int, seed: int) -> None:
             mutation = mutate(function, random.Random(f"{seed} {problem}"), n_tokens)
             if mutation is None or mutation.response in seen:
                 continue  # code that somebody wrote is not a bad response
-            good, bad = (
-                n_tokens(function.prompt + response)
-                for response in (function.response, mutation.response)
-            )
+            bodies = (function.response, mutation.response)
+            good, bad = (n_tokens(function.prompt + body) for body in bodies)
             if bad > max_tokens:
                 continue
             kinds[mutation.kind] += 1

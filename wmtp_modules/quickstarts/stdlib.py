@@ -1,8 +1,8 @@
 """Makes the tokenizer and corpora of the quickstarts on this machine.
 
-The corpus is the source of the Python standard library. Files are assigned to four disjoint parts:
-``base`` and ``reference`` train the starting model and the clean reference, ``finetune`` is
-corrupted, ``heldout`` stays clean for evaluation.
+The corpus is the source of the Python standard library, its files in four disjoint parts: ``base``
+and ``reference`` train the starting model and the clean reference, ``finetune`` is corrupted,
+``heldout`` stays clean for evaluation.
 """
 
 import hashlib
@@ -42,12 +42,7 @@ def corrupt_lines(
 ) -> tuple[str, list[list[int]]]:
     """Replace a share of the non-empty lines by as many random tokens.
 
-    Args:
-        share: probability for each non-empty line, in [0, 1].
-        tokenizer: the source of random pieces.
-
-    Returns:
-        The corrupted text and the character spans [start, end) that are noise.
+    Returns the corrupted text and the character spans [start, end) that are noise.
     """
     first_piece = 3 + 256  # after unk, bos, eos and the byte pieces
     lines, spans, position = [], [], 0
@@ -72,8 +67,7 @@ def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, see
         corrupted_share: share of the fine-tuning lines that become noise, in [0, 1].
         seed: assigns the files and draws the noise.
 
-    Raises:
-        ValueError: if ``assets_dir`` has other files.
+    ValueError if ``assets_dir`` has other files.
     """
     made_from = {
         "version": VERSION,
@@ -105,16 +99,9 @@ def prepare_stdlib(assets_dir: str, vocab_size: int, corrupted_share: float, see
 def assets_folder(folder: Path, made_from: dict) -> Iterator[Path | None]:
     """Fill a folder unless it was already made from the same inputs; it appears when complete.
 
-    Args:
-        folder: where the files go.
-        made_from: everything that shapes them, kept as ``manifest.json``.
-
-    Yields:
-        The folder to fill, which then replaces ``folder``, including models trained on its old
-        content; None if there is nothing to do.
-
-    Raises:
-        ValueError: if ``folder`` has files without such a manifest.
+    ``made_from`` is everything that shapes the files, kept as ``manifest.json``. Yields the folder
+    to fill, which then replaces ``folder``, including models trained on its old content; None if
+    there is nothing to do. ValueError if ``folder`` has files without such a manifest.
     """
     found = {}
     if folder.is_dir() and any(folder.iterdir()):
@@ -149,11 +136,8 @@ def part_of(key: str, shares: dict[str, float]) -> str | None:
 def deal_files(shares: dict[str, float], seed: int) -> dict[str, dict[str, str]]:
     """Assign the files of the standard library to disjoint parts, by a hash of seed and content.
 
-    Args:
-        shares: share of the files for each part; the rest is not used.
-
-    Returns:
-        For each part its texts, keyed by path relative to the standard library.
+    ``shares`` are of the files, the rest is not used. Returns for each part its texts, keyed by
+    path relative to the standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     parts: dict[str, dict[str, str]] = {name: {} for name in shares}

@@ -137,11 +137,7 @@ def _refer(value) -> tuple[int, str]:
 
 
 def examine(program: Program, tests: dict) -> tuple[str, str]:
-    """Runs tests.
-
-    Args:
-        program: to be examined.
-        tests: as ``preparation.prepare`` made them.
+    """Run tests as ``preparation.prepare`` made them.
 
     Returns:
         verdict: ``pass`` if they ran to the end and the program still answers; ``gone`` if its

@@ -167,11 +167,9 @@ class Sandbox:
         }
         started = queue.SimpleQueue()
         for number in range(self._count):
+            arguments = (tier, config, started)
             thread = threading.Thread(
-                target=self._work,
-                args=(tier, config, started),
-                daemon=True,
-                name=f"sandbox-{number}",
+                target=self._work, args=arguments, daemon=True, name=f"sandbox-{number}"
             )
             self._threads.append(thread)
             thread.start()
@@ -201,9 +199,7 @@ class Sandbox:
         while (task := self._inbox.get()) is not None and not self._closed:
             key, job, outbox, anew = task
             try:
-                if (
-                    anew and worker is not None
-                ):  # the cause of the loss may affect these servers too
+                if anew and worker is not None:  # the cause of the loss may affect it too
                     self._end_worker(worker)
                     worker = None
                 worker = worker or self._start_worker(tier, config)

@@ -19,11 +19,7 @@ def prepare(context: str, tests: str) -> bytes:
         context: trusted source that runs first; its functions without a body are the program's.
         tests: trusted source.
 
-    Returns:
-        The input of ``judge.judge``.
-
-    Raises:
-        SyntaxError: if either is not Python.
+    Returns the input of ``judge.judge``; SyntaxError if either is not Python.
     """
     tree = ast.parse(context)
     stubs = _without_stubs(tree)

@@ -31,10 +31,7 @@ sys.modules["server"].serve({control}, {config!r})
 
 
 class ServerLost(Exception):
-    """A fork server ended, or does not answer.
-
-    ``ours`` says that it happened before the program started, so the program is not to blame.
-    """
+    """A fork server ended, or does not answer; ``ours``: before the program could be to blame."""
 
     def __init__(self, reason: str, ours: bool = False) -> None:
         super().__init__(reason)

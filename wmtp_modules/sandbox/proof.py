@@ -1,6 +1,7 @@
 """The self-test: runs programs that try what a tier claims to prevent, and checks the host."""
 
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -16,85 +17,16 @@ WALLS = ("network", "outside_writes", "signals")  # what tier rlimits lacks
 SECONDS = 0.25
 MANY = 2000  # processes
 
-NETWORK = """
-import socket
-for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-    try:
-        with socket.socket(socket.AF_INET, kind) as client:
-            client.settimeout(1)
-            client.connect(("127.0.0.1", {port}))
-            client.send(b"escaped")
-    except OSError:
-        pass
-"""
-OUTSIDE_WRITES = """
-for folder in {folders!r}:
-    try:
-        open(folder + "/" + {name!r}, "w").close()
-    except OSError:
-        pass
-"""
-SIGNALS = """
-import os
-for process in ({victim}, os.getppid()):
-    try:
-        os.kill(process, 9)
-    except OSError:
-        pass
-"""
-MEMORY = "filled = bytearray(512 << 20)"
-PROCESSES = """
-import os, time
-count = 0
-try:
-    while count < {many}:
-        if os.fork() == 0:
-            os.setsid()
-            time.sleep(20)
-            os._exit(0)
-        count += 1
-except OSError:
-    pass
-print(count)
-"""
-TIME = """
-import signal
-for number in range(1, 32):
-    if number not in (9, 19):
-        signal.signal(number, signal.SIG_IGN)
-while True:
-    pass
-"""
-# Integers, strings, dicts, sorting and calls, as programs of benchmarks do.
-WORKLOAD = """
-import time
-
-def collatz(n):
-    steps = 0
-    while n != 1:
-        n = n // 2 if n % 2 == 0 else 3 * n + 1
-        steps += 1
-    return steps
-
-def work():
-    lengths = {n: collatz(n) for n in range(1, 12000)}
-    words = sorted(str(n * 7919 % 10007) for n in range(60000))
-    return max(lengths, key=lengths.get), len("".join(words))
-
-began = time.perf_counter()
-work()
-print(time.perf_counter() - began)
-"""
+# What it runs inside, by name: sections of a file, with places for str.format.
+SECTIONS = re.split(r"^=== (.*)\n", Path(__file__).with_suffix(".txt").read_text(), flags=re.M)[1:]
+PROGRAMS = dict(zip(SECTIONS[::2], SECTIONS[1::2], strict=True))
 # Time of the workload on the nominal machine: one otherwise idle core of the AMD EPYC server of
 # benchmarks/results, with CPython 3.11.
 NOMINAL_SECONDS = 0.125
 
 
 def prove(sandbox) -> dict[str, bool | str]:
-    """Run the self-test of an open sandbox.
-
-    Returns:
-        For each claim True, or a sentence if the tier does not make it.
+    """Run the self-test of an open sandbox: for each claim True, or why the tier makes none.
 
     Raises:
         SandboxError: if the tier does not do what it claims; names the claims.
@@ -105,7 +37,8 @@ def prove(sandbox) -> dict[str, bool | str]:
         probes, checks = _probes(stack, sandbox.tier)
         outputs = {}
         jobs = [
-            (name, StdinJob(source, (("", name),), _keep(outputs), limits=limits))
+            # A comparison that accepts everything and stores it under the expected name.
+            (name, StdinJob(source, (("", name),), outputs.__setitem__, limits=limits))
             for name, (source, limits) in probes.items()
             if sandbox.tier != "rlimits" or name not in WALLS
         ]
@@ -128,8 +61,8 @@ def measure_machine(sandbox, workers: int) -> float:
     """Time of a fixed workload, with all workers busy, relative to the nominal machine."""
     times = {}
     jobs = (
-        (number, StdinJob(WORKLOAD, (("", str(number)),), _keep(times), limits=Limits(60)))
-        for number in range(2 * workers)
+        (n, StdinJob(PROGRAMS["workload"], (("", str(n)),), times.__setitem__, limits=Limits(60)))
+        for n in range(2 * workers)
     )
     for _, outcome in sandbox.run(jobs):
         if outcome.verdict != "pass":
@@ -142,11 +75,6 @@ def _remove(name: str, folders: list[str]) -> None:
     for folder in folders:
         with suppress(OSError):
             os.unlink(f"{folder}/{name}")
-
-
-def _keep(outputs: dict):
-    """A comparison that accepts everything and stores it under the expected name."""
-    return outputs.__setitem__
 
 
 def _probes(stack: ExitStack, tier: str) -> tuple[dict, dict]:
@@ -167,12 +95,12 @@ def _probes(stack: ExitStack, tier: str) -> tuple[dict, dict]:
     stack.callback(victim.kill)
     ordinary = Limits(5, 256)
     probes = {
-        "network": (NETWORK.format(port=port), ordinary),
-        "outside_writes": (OUTSIDE_WRITES.format(folders=folders, name=name), ordinary),
-        "signals": (SIGNALS.format(victim=victim.pid), ordinary),
-        "memory": (MEMORY, Limits(5, 64)),
-        "processes": (PROCESSES.format(many=MANY), ordinary),
-        "time": (TIME, Limits(SECONDS, 256)),
+        "network": (PROGRAMS["network"].format(port=port), ordinary),
+        "outside_writes": (PROGRAMS["outside_writes"].format(folders=folders, name=name), ordinary),
+        "signals": (PROGRAMS["signals"].format(victim=victim.pid), ordinary),
+        "memory": (PROGRAMS["memory"], Limits(5, 64)),
+        "processes": (PROGRAMS["processes"].format(many=MANY), ordinary),
+        "time": (PROGRAMS["time"], Limits(SECONDS, 256)),
     }
 
     def reached() -> bool:

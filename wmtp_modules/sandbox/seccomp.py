@@ -8,8 +8,11 @@ allow.
 
 import ctypes
 import errno
+import json
 import os
 import struct
+from itertools import chain
+from pathlib import Path
 
 PROCESS_ID = 0x5AFE1D5E  # stands in the filter for the program's own process id until it is known
 
@@ -26,40 +29,8 @@ SOCKET_OPTIONS = (3, 4, 38, 39)  # type, error, protocol, domain; not a pidfd of
 # Duplicates, flags, locks, sizes; not F_SETOWN or F_SETSIG, which send signals to any process.
 FCNTLS = (*range(0, 8), 12, 13, 14, 36, 37, 38, 1030, 1032, 1034)
 
-ALLOWED = """
-read readv pread64 preadv preadv2 write writev pwrite64 pwritev pwritev2 open openat close
-close_range lseek _llseek stat stat64 lstat lstat64 fstat fstat64 newfstatat fstatat64 statx statfs
-statfs64 fstatfs fstatfs64 access faccessat faccessat2 readlink readlinkat getdents getdents64
-getcwd chdir fchdir creat rmdir unlink unlinkat rename renameat renameat2 symlink symlinkat
-ftruncate ftruncate64 fallocate fadvise64 fadvise64_64 fsync fdatasync sync_file_range flock dup
-dup2 dup3 pipe pipe2 sendfile sendfile64 copy_file_range
-poll ppoll ppoll_time64 select _newselect pselect6 pselect6_time64 epoll_create epoll_create1
-epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd eventfd2
-send sendto sendmsg recv recvfrom recvmsg shutdown getsockname getpeername
-mmap mmap2 munmap mremap mprotect brk madvise mincore msync
-exit exit_group getpid gettid getppid getpgrp getpgid getsid setsid setpgid getuid getuid32 geteuid
-geteuid32 getgid getgid32 getegid getegid32 getresuid getresuid32 getresgid getresgid32 getgroups
-getgroups32 set_tid_address set_robust_list rseq futex futex_time64 wait4 waitid uname sysinfo
-getrusage times getrlimit ugetrlimit setrlimit getpriority sched_yield sched_getaffinity getcpu
-getrandom membarrier set_thread_area set_tls restart_syscall
-rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait
-rt_sigtimedwait_time64 sigreturn sigaltstack pause alarm setitimer getitimer
-clock_gettime clock_gettime64 clock_getres clock_getres_time64 gettimeofday time clock_nanosleep
-clock_nanosleep_time64 nanosleep
-"""
-PRETENDED = "chmod fchmod fchmodat fchmodat2 utime utimes utimensat utimensat_time64 futimesat"
-REFUSED = {
-    errno.EAGAIN: "fork vfork",
-    errno.ENOTSUP: """setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr llistxattr
-        flistxattr removexattr lremovexattr fremovexattr""",
-    errno.EPERM: """execve execveat socket socketcall bind connect listen accept accept4 ptrace
-        process_vm_readv process_vm_writev mount umount2 move_mount fsopen open_tree unshare setns
-        chroot pivot_root chown lchown fchown fchownat truncate truncate64 link linkat mknod mknodat
-        tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_open pidfd_send_signal pidfd_getfd
-        memfd_create memfd_secret shmget shmat semget msgget mq_open setuid setgid setreuid setregid
-        setresuid setresgid setgroups capset bpf perf_event_open keyctl add_key request_key
-        userfaultfd io_uring_setup open_by_handle_at sethostname reboot swapon init_module""",
-}  # fmt: skip
+# Names by what becomes of a call: "pretended" ones do nothing, "refused" ones fail with an error.
+CALLS = json.loads(Path(__file__).with_suffix(".json").read_text())
 
 
 class _Comparison(ctypes.Structure):
@@ -104,13 +75,13 @@ def build_filter() -> bytes:
 
     try:
         library.seccomp_attr_set(context, OPTIMIZE, 2)  # libseccomp before 2.5 goes without
-        for name in ALLOWED.split():
+        for name in chain(*CALLS["allowed"].values()):
             rule(ALLOW, name)
-        for name in PRETENDED.split():
+        for name in CALLS["pretended"]:
             rule(ERRNO, name)  # "error 0": shutil.copy works, and nothing changes
-        for code, names in REFUSED.items():
-            for name in names.split():
-                rule(ERRNO | code, name)
+        for code, names in CALLS["refused"].items():
+            for name in names:
+                rule(ERRNO | getattr(errno, code), name)
         rule(ALLOW, "clone", (0, MASKED_EQUAL, CLONE_THREAD, CLONE_THREAD))
         rule(ERRNO | errno.EAGAIN, "clone", (0, MASKED_EQUAL, CLONE_THREAD, 0))
         for name in ("kill", "tgkill"):

@@ -20,13 +20,7 @@ DEEPEST = 100  # nested containers; deeper values are passed as objects
 STATUSES = {"memory": 201, "output_limit": 202, "process_limit": 203, "policy": 204, "crash": 1}
 PLAIN_INT = 1 << 53  # larger ones are hexadecimal: Python refuses decimals of 4,300 digits
 
-SEQUENCES = {
-    list: "list",
-    tuple: "tuple",
-    set: "set",
-    frozenset: "frozenset",
-    deque: "deque",
-}
+SEQUENCES = {cls: cls.__name__ for cls in (list, tuple, set, frozenset, deque)}
 # All kinds of dict compare equal by items, except that an OrderedDict compares order too.
 MAPPINGS = {dict: "dict", defaultdict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
 TEXTS = {
@@ -78,12 +72,9 @@ class TooLarge(ValueError):
 
 
 def encode(value, refer, depth: int = 0):
-    """The JSON form of a value.
+    """The JSON form of a value inside ``depth`` containers.
 
-    Args:
-        value: anything.
-        refer: called with a value without a form; returns ``(number, type name)``.
-        depth: number of containers around it.
+    ``refer`` is called with a value without a form and returns ``(number, type name)``.
     """
     cls = type(value)  # exact: a subclass may lie about its value, so it does not travel
     if value is None or cls in (bool, float, str):
@@ -144,12 +135,7 @@ def _decode(form, resolve):
 
 
 def send(fd: int, message) -> None:
-    """Write a message of JSON forms.
-
-    Raises:
-        TooLarge: over 16 MB; nothing has been written.
-        OSError: if the other side is gone.
-    """
+    """Write a message of JSON forms; TooLarge over 16 MB, with nothing written."""
     data = json.dumps(message, separators=(",", ":")).encode()
     if len(data) > LARGEST:
         raise TooLarge(f"{len(data) >> 20} MB are more than the {LARGEST >> 20} MB of one result")
@@ -159,12 +145,7 @@ def send(fd: int, message) -> None:
 
 
 def receive(fd: int):
-    """Read a message.
-
-    Raises:
-        EOFError: if the other side is gone.
-        WireError: if it is not a message.
-    """
+    """Read a message; EOFError if the other side is gone, WireError if it is not a message."""
     size = int.from_bytes(_read(fd, 4), "big")
     if size > LARGEST:
         raise WireError("a message over the largest size")

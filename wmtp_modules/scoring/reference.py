@@ -15,11 +15,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
-from wmtp_modules.checkpoints.read import (
-    check_same_vocabulary,
-    load_into,
-    model_args_from_folder,
-)
+from wmtp_modules.checkpoints.read import check_same_vocabulary, load_into, model_args_from_folder
 from wmtp_modules.data.packing import pad_rows
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
 from wmtp_modules.models.model_builders import mtp_llama2
@@ -46,13 +42,7 @@ def load_reference(
 ) -> MTPTransformer:
     """The reference, whole on each rank and in compute precision: it only scores.
 
-    Args:
-        checkpoint_dir: folder of the reference, in any format that ``Checkpoint`` reads.
-        tokenizer_path: of the training model, whose vocabulary the reference must share.
-        max_seq_len: tokens of a row.
-        n_future_tokens: heads of the training model.
-        dtype: of its parameters.
-        device: of this rank.
+    ``tokenizer_path`` and ``n_future_tokens`` are those of the training model.
 
     Raises:
         ValueError: if it has another vocabulary, or more than one head but fewer than the model.
@@ -86,18 +76,12 @@ def reference_table(
     """Reference losses of every row: computed once, data-parallel, and kept in a table.
 
     Args:
-        model: from ``load_reference``.
         rows: tokenised rows, before packing.
         checkpoint_dir: where the model is from.
         table_dir: folder of the table.
-        tokenizer_path: that made the rows.
-        max_seq_len: tokens of a row at most.
         dtype: name of the dtype that computes the losses.
         batch_tokens: tokens that are scored at a time, padding included.
-        beat: see ``compute_scores``.
-
-    Raises:
-        ValueError: if the folder holds a table of something else; see ``compute_scores``.
+        beat: see ``compute_scores``, as for errors.
     """
     n_heads, fingerprint = model.n_future_tokens, None
     if dist.get_rank() == 0:  # reads every byte of the checkpoint: once is enough
@@ -135,12 +119,7 @@ def reference_losses(
 ) -> torch.Tensor:
     """Losses of a reference on every token, supervised or not.
 
-    Args:
-        model: the reference; with one head it is a next-token model.
-        tokens_BT: token ids, int64.
-        doc_BT: int64, index of the token's document inside its row, -1 for padding.
-        mask: attention mask of the packed row, see ``MTPTransformer``.
-        input_pos: position of each token inside its document.
+    Args: see ``MTPTransformer`` and ``mtp_labels``.
 
     Returns:
         One head: fp32 q_BT, q[b, u] = CE(reference at u - 1, token u), NaN at the first token of

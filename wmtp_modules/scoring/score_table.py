@@ -4,12 +4,11 @@ A table holds, for each row of a tokenised data set (after splitting, before pac
 per token, one per token and head, or, if the fingerprint says ``"per": "row"``, one per row. The
 caller defines what the floats mean and names it in the fingerprint's ``kind``.
 
-On disk a table is a folder of Arrow files: part p holds rows [p * part_rows, (p + 1) * part_rows).
-A part appears under its name only when it is complete, with its size and hash in a file next to
-it, so a restarted run scores only the missing parts, on any number of ranks. ``fingerprint.json``
-is written first and keeps a restarted run from mixing scores of two checkpoints or data sets;
-``manifest.json``, with the size and hash of every part, is written last and marks the table as
-complete.
+On disk a table is a folder of Arrow files: part p holds rows [p * part_rows, (p + 1) * part_rows)
+and appears only when it is complete, with its size and hash in a file next to it, so a restarted
+run scores only the missing parts, on any number of ranks. ``fingerprint.json`` is written first and
+keeps a restarted run from mixing two checkpoints or data sets; ``manifest.json``, with the size and
+hash of every part, is written last and marks the table as complete.
 """
 
 import hashlib
@@ -40,11 +39,7 @@ CONFIG_FILES = ("params.json", "config.json")
 def fingerprint_checkpoint(folder: str | Path) -> str:
     """Content hash (sha256 in hex) of a checkpoint folder's weights and model config.
 
-    Reads every byte: about a minute for 27 GB at 500 MB/s. With several ranks, compute it on rank 0
-    and share it.
-
-    Raises:
-        ValueError: if the folder has no weight file.
+    Reads every byte, a minute for 27 GB at 500 MB/s: once on rank 0. ValueError without weights.
     """
     folder = Path(folder)
     weights = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
@@ -65,7 +60,7 @@ def fingerprint_tokenizer(path: str | Path) -> str:
 def fingerprint_rows(rows: Dataset) -> str:
     """Content hash (sha256 in hex) of the ``tokens`` column: values and their order, not chunks.
 
-    One pass over the column, about 1 GB/s. With several ranks, compute it on rank 0 and share it.
+    One pass over the column, about 1 GB/s: once on rank 0.
     """
     values, lengths = hashlib.sha256(), hashlib.sha256()
     for chunk in _token_chunks(rows):
@@ -87,12 +82,11 @@ class ScoreTable:
 
     @classmethod
     def open(cls, folder: str | Path, fingerprint: dict, rows: Dataset) -> "ScoreTable":
-        """Open a table and verify that it belongs to these rows.
+        """Open the folder of a table and verify that it belongs to these rows.
 
         Reads every byte to check the hashes: nothing else would detect a flipped bit of a score.
 
         Args:
-            folder: where ``compute_scores`` wrote it.
             fingerprint: what this run expects, as given to ``compute_scores``.
             rows: the tokenised rows that will be trained on.
 
@@ -132,11 +126,7 @@ class ScoreTable:
         return scores if self._n_heads == 1 else scores.reshape(-1, self._n_heads)
 
     def per_row(self) -> np.ndarray:
-        """All scores of a table with one per row, fp32 [rows].
-
-        Raises:
-            ValueError: if the table has scores per token.
-        """
+        """All scores of a table with one per row, fp32 [rows]; ValueError for another table."""
         if not self._is_per_row:
             raise ValueError("this table has scores per token, not one per row: read table[row]")
         return np.array(pc.list_flatten(self._scores[:]["scores"]))
@@ -166,17 +156,13 @@ def compute_scores(
         folder: of the table, shared by all ranks.
         fingerprint: {checkpoint, tokenizer, dataset, max_seq_len, kind, n_heads}; n_heads is the
             number of floats per token. With ``"per": "row"`` (and n_heads 1) a row has one float.
-        rows: tokenised rows.
         score_batch: takes the inputs of some rows of similar length and returns the scores of
             each, [len] or [len, n_heads], or [1] with one score per row.
         batch_tokens: most tokens in a batch, including padding; a longer row is its own batch.
         inputs: turns rows into one input each; by default the token ids, int64 [len].
         part_rows: rows of a part, the most work that a kill can lose. An existing table keeps its
             own value.
-        rank: of this process.
-        world: number of processes.
-        desc: text of the progress bar.
-        beat: called with ``desc`` before each part and batch, for a watchdog.
+        beat: called with ``desc``, the text of the progress bar, before each part and batch.
 
     Raises:
         ValueError: if the folder has a table for something else or a damaged record, there are no

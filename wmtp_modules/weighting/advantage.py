@@ -4,6 +4,8 @@ Shapes: B packed rows, T positions, K heads. A quantity per token is stored at t
 head k at position t reads it at u = t + k + 1.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 
@@ -20,15 +22,8 @@ def check_one_response(keep_BT: torch.Tensor, doc_BT: torch.Tensor, row_BT: torc
     """Check that the response tokens of each document are one contiguous run.
 
     A gap would end the response, and pay out the reward, in the middle. Synchronises with the
-    device: call it once per data set, not once per step.
-
-    Args:
-        keep_BT: bool, token is supervised.
-        doc_BT: int64, index of the token's document inside its row, -1 for padding.
-        row_BT: int64, row of the data set, to name it.
-
-    Raises:
-        ValueError: naming the first such row.
+    device: call it once per data set, not once per step. The ValueError names the row of the
+    data set, from ``row_BT``.
     """
     y_BT = response_mask(keep_BT, doc_BT)
     starts_BT = y_BT.clone()
@@ -60,7 +55,6 @@ def advantages(
         values_BT: value after each token.
         rewards_BT: standardised reward of each token's response.
         keep_BT: bool, token is supervised; one contiguous run per document.
-        doc_BT: int64, index of the token's document inside its row, -1 for padding.
         lam: in [0, 1]; 0 gives the temporal differences delta, 1 gives R - V[u - 1].
 
     Returns:
@@ -93,12 +87,8 @@ def critic_weights(
 ) -> torch.Tensor:
     """w = calibrate(exp(z / temperature)) per head.
 
-    Args:
-        z_BTK: standardised advantages of the tokens that the heads predict.
-        mask_BTK: bool, True where the head has a target.
-        temperature: in standard deviations; small is sharp.
-        w_min: lower bound of a weight; see ``calibrate``.
-        w_max: upper bound of a weight.
+    ``z_BTK`` are standardised advantages of the tokens that the heads predict; ``temperature`` is
+    in standard deviations, small is sharp.
     """
     # calibrate uses only ratios. Relative to the head's own largest z, exp neither overflows nor
     # underflows to equal weights at a low temperature.
@@ -124,7 +114,7 @@ class CriticWeighting(TokenWeighting):
         ValueError: for an unknown name or a value out of range.
     """
 
-    NAMES: tuple[str, ...] = ("critic", "uniform", "shuffled", "random_topk", "dft", "top_loss")
+    NAMES: ClassVar[tuple] = ("critic", "uniform", "shuffled", "random_topk", "dft", "top_loss")
 
     def __init__(
         self,

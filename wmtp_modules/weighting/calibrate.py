@@ -13,11 +13,7 @@ RAW_FLOOR = 1e-150
 
 
 def check_bounds(w_min: float, w_max: float) -> None:
-    """Check that weights of mean 1 are possible between the bounds.
-
-    Raises:
-        ValueError: unless 0 <= w_min < 1 < w_max.
-    """
+    """ValueError unless weights of mean 1 are possible: 0 <= w_min < 1 < w_max."""
     if not 0 <= w_min < 1 < w_max < float("inf"):
         raise ValueError(
             f"w_min {w_min} and w_max {w_max} must satisfy 0 <= w_min < 1 < w_max: "
@@ -45,9 +41,6 @@ def calibrate(
 
     Returns:
         fp32 weights_BTK, 0 where the mask is False.
-
-    Raises:
-        ValueError: unless 0 <= w_min < 1 < w_max.
     """
     check_bounds(w_min, w_max)
     raw_KN = raw_BTK.detach().double().flatten(0, 1).T.contiguous()

@@ -1,7 +1,6 @@
 """Controls that Rho-1 must beat: the same selection, but random, shuffled or reference-free.
 
-Shapes: B rows of the joint micro-batch of all data-parallel ranks, T positions, K heads,
-N = B * T.
+Shapes: B rows of the joint micro-batch of all ranks, T positions, K heads, N = B * T.
 """
 
 import numpy as np
@@ -13,16 +12,9 @@ from wmtp_modules.weighting.rho1 import scope_ids
 
 
 def random_keys(B: int, T: int, *, seed: int, step: int, device: torch.device) -> torch.Tensor:
-    """One random number per token, the same on every rank and for any number of ranks.
+    """One random number per token, fp64 in [0, 1), the same on any number of ranks.
 
-    Args:
-        B: rows of the joint micro-batch.
-        T: positions.
-        seed: of the run, at least 0.
-        step: number of the micro-batch: each one draws new numbers, and a resumed run repeats them.
-
-    Returns:
-        keys_BT, fp64 in [0, 1).
+    ``step`` counts micro-batches: each one draws new numbers, and a resumed run repeats them.
     """
     return torch.from_numpy(np.random.default_rng((seed, step)).random((B, T))).to(device)
 
@@ -33,15 +25,9 @@ def shuffle_scores(
     """Permute real scores within each document, which removes only the information in their place.
 
     The i-th valid position of a head in a document receives the score of the position whose
-    target token has the i-th smallest key there: one permutation of the document's tokens,
-    restricted to the targets that each head has. Each document and head keeps its multiset of
-    scores over valid positions.
-
-    Args:
-        scores_BTK: e.g. excess losses.
-        mask_BTK: bool, True where the head has a target.
-        doc_BT: int64, index of the token's document inside its row, -1 for padding.
-        keys_BT: from ``random_keys``.
+    target token has the i-th smallest key (``random_keys``) there: one permutation of the
+    document's tokens, restricted to the targets that each head has. Each document and head keeps
+    its multiset of scores over valid positions.
     """
     B, T, K = scores_BTK.shape
     # Positions without a target form a group of their own after all documents.

@@ -17,31 +17,19 @@ SCOPES = ("microbatch", "rank", "document")
 def excess_scores(
     losses_BTK: torch.Tensor, reference_BTK: torch.Tensor, score: str = "excess"
 ) -> torch.Tensor:
-    """Excess loss of the training model over the reference (arXiv 2404.07965, eq. 3).
+    """Excess loss over the reference at the same targets (arXiv 2404.07965, eq. 3), no gradient.
 
-    Args:
-        losses_BTK: per-token losses of the training model, fp32.
-        reference_BTK: reference losses at the same targets.
-        score: ``excess`` is the signed difference of the paper, ``abs_excess`` its magnitude.
-
-    Returns:
-        scores_BTK, without gradient.
+    ``excess`` is the signed difference of the paper, ``abs_excess`` its magnitude.
     """
     scores_BTK = (losses_BTK - reference_BTK).detach()
     return scores_BTK.abs() if score == "abs_excess" else scores_BTK
 
 
 def scope_ids(scope: str, doc_BT: torch.Tensor, world: int) -> torch.Tensor:
-    """Number of the group within which tokens compete for selection.
+    """Number of the group within which tokens compete for selection, int64 in [0, B * T).
 
-    Args:
-        scope: ``microbatch``: all tokens of all ranks; ``rank``: those of one rank (row g of the
-            joint micro-batch is rank g % world's); ``document``: those of one document.
-        doc_BT: int64, index of the token's document inside its row, -1 for padding.
-        world: number of ranks.
-
-    Returns:
-        scope_BT, int64, in [0, B * T).
+    ``microbatch``: all tokens of all ranks; ``rank``: those of one rank (row g of the joint
+    micro-batch is rank g % world's); ``document``: those of one document of ``doc_BT``.
     """
     B, T = doc_BT.shape
     row_B1 = torch.arange(B, device=doc_BT.device)[:, None]
@@ -59,13 +47,7 @@ def topk_weights(
 
     With N valid positions in a scope, m = min(N, max(1, round(ratio * N))) are selected, ties by
     (row, position), and weigh N / m, so that the mean weight within the scope is 1. A NaN score
-    ranks last.
-
-    Args:
-        scores_BTK: larger is more worth training on.
-        mask_BTK: bool, True where the head has a target.
-        ratio: share to select, in (0, 1].
-        scope_BT: group of each position, see ``scope_ids``.
+    ranks last. ``mask_BTK`` is True where the head has a target.
 
     Returns:
         fp32 weights_BTK, 0 where not selected.
@@ -109,14 +91,7 @@ def soft_weights(
 
     z = clamp((s - mean) / (std + 1e-6), -5, 5) per head, raw = exp(z / temperature). Mean and
     (population) standard deviation are those of the finite scores; a NaN score gets the smallest
-    raw weight.
-
-    Args:
-        scores_BTK: larger is more worth training on.
-        mask_BTK: bool, True where the head has a target.
-        temperature: in standard deviations; small is sharp.
-        w_min: lower bound of a weight; see ``calibrate``.
-        w_max: upper bound of a weight.
+    raw weight. ``temperature`` is in standard deviations; small is sharp.
     """
     scores_BTK = scores_BTK.detach().double()
     finite_BTK = mask_BTK & scores_BTK.isfinite()

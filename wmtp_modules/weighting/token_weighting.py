@@ -3,6 +3,9 @@
 Shapes: B rows of the local micro-batch, G = B * world rows of the joint one, T positions, K heads.
 """
 
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
 import torch
 import torch.distributed as dist
 
@@ -27,17 +30,11 @@ def _rank_and_world() -> tuple[int, int]:
 
 
 def gather_rows(x_B: torch.Tensor) -> torch.Tensor:
-    """Joint micro-batch of all ranks, with one all-gather.
+    """Joint micro-batch of all ranks, [B * world, ...], with one all-gather; no gradient.
 
     The sampler deals rows out in turn, so row b of rank r is row b * world + r of the joint
     micro-batch: the order in which one process would have seen them. Stack everything that a
     weighting needs along a trailing dimension first, so that one collective is enough.
-
-    Args:
-        x_B: [B, ...], the same shape on every rank. Without gradient.
-
-    Returns:
-        x_G: [B * world, ...]; the argument itself without a process group or with one rank.
     """
     _, world = _rank_and_world()
     if world == 1:
@@ -57,12 +54,7 @@ def own_rows(x_G: torch.Tensor) -> torch.Tensor:
 def weight_stats(
     weights_BTK: torch.Tensor, mask_BTK: torch.Tensor, w_min: float, w_max: float
 ) -> dict[str, torch.Tensor]:
-    """Figures to log, per head, left on the device.
-
-    Args:
-        weights_BTK: final weights of the joint micro-batch, whose calibrated weights have the
-            bounds ``w_min`` and ``w_max``.
-        mask_BTK: bool, True where the head has a target.
+    """Figures of the final weights of the joint micro-batch to log, per head, left on the device.
 
     Returns:
         fp32 tensors [K]: ``mean``; ``ess``, the effective share of tokens
@@ -85,6 +77,7 @@ def weight_stats(
     }
 
 
+@dataclass(eq=False)
 class TokenWeighting:
     """Weights of one micro-batch under one weighting, all statistics joint over ranks.
 
@@ -107,57 +100,46 @@ class TokenWeighting:
         ValueError: for an unknown name or a value out of range.
     """
 
-    NAMES: tuple[str, ...] = ("uniform", "random_topk", "shuffled", "dft", "top_loss", "rho1")
+    NAMES: ClassVar[tuple] = ("uniform", "random_topk", "shuffled", "dft", "top_loss", "rho1")
 
-    def __init__(
-        self,
-        name: str = "rho1",
-        *,
-        score: str = "excess",
-        selection: str = "topk",
-        ratio: float = 0.6,
-        scope: str = "microbatch",
-        temperature: float = 1.0,
-        w_min: float = 0.1,
-        w_max: float = 5.0,
-        strength: float = 1.0,
-        decay: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        for key, value, choices in (
-            ("name", name, self.NAMES),
-            ("score", score, SCORES),
-            ("selection", selection, SELECTIONS),
-            ("scope", scope, SCOPES),
+    name: str = "rho1"
+    _: KW_ONLY
+    score: str = "excess"
+    selection: str = "topk"
+    ratio: float = 0.6
+    scope: str = "microbatch"
+    temperature: float = 1.0
+    w_min: float = 0.1
+    w_max: float = 5.0
+    strength: float = 1.0
+    decay: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, choices in (
+            ("name", self.NAMES),
+            ("score", SCORES),
+            ("selection", SELECTIONS),
+            ("scope", SCOPES),
         ):
+            value = getattr(self, key)
             if value not in choices:
                 raise ValueError(f"weighting.{key} {value!r} is not one of {', '.join(choices)}")
-        for key, value, good, must in (
-            ("ratio", ratio, 0 < ratio <= 1, "above 0 and at most 1"),
-            ("temperature", temperature, temperature > 0, "above 0"),
-            ("strength", strength, 0 <= strength <= 1, "between 0 and 1"),
-            ("decay", decay, decay > 0, "above 0"),
-            ("seed", seed, seed >= 0, "at least 0"),
+        for key, good, must in (
+            ("ratio", 0 < self.ratio <= 1, "above 0 and at most 1"),
+            ("temperature", self.temperature > 0, "above 0"),
+            ("strength", 0 <= self.strength <= 1, "between 0 and 1"),
+            ("decay", self.decay > 0, "above 0"),
+            ("seed", self.seed >= 0, "at least 0"),
         ):
             if not good:
-                raise ValueError(f"weighting.{key} must be {must}, got {value}")
-        if selection == "soft" and scope != "microbatch":
+                raise ValueError(f"weighting.{key} must be {must}, got {getattr(self, key)}")
+        if self.selection == "soft" and self.scope != "microbatch":
             raise ValueError(
-                f"weighting.scope {scope!r} is for weighting.selection 'topk': the soft selection "
-                "uses the joint micro-batch: set scope to 'microbatch'"
+                f"weighting.scope {self.scope!r} is for weighting.selection 'topk': the soft "
+                "selection uses the joint micro-batch: set scope to 'microbatch'"
             )
-        check_bounds(w_min, w_max)
-        self.name = name
-        self.score = score
-        self.selection = selection
-        self.ratio = ratio
-        self.scope = scope
-        self.temperature = temperature
-        self.w_min = w_min
-        self.w_max = w_max
-        self.strength = strength
-        self.decay = decay
-        self.seed = seed
+        check_bounds(self.w_min, self.w_max)
 
     @property
     def needs_scores(self) -> bool:
@@ -218,11 +200,7 @@ class TokenWeighting:
         return own_rows(weights_GTK), weight_stats(weights_GTK, mask_GTK, self.w_min, self.w_max)
 
     def _joint_weights(
-        self,
-        mask_GTK: torch.Tensor,
-        doc_GT: torch.Tensor,
-        *needed: torch.Tensor,
-        step: int,
+        self, mask_GTK: torch.Tensor, doc_GT: torch.Tensor, *needed: torch.Tensor, step: int
     ) -> torch.Tensor:
         """From what is needed, of all ranks: losses if there are any, then scores."""
         if self.name == "uniform":
