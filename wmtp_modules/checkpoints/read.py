@@ -8,14 +8,12 @@ the same error by itself, before any memory is spent.
 import json
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sentencepiece as spm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtune.modules import RotaryPositionalEmbeddings
@@ -322,7 +320,7 @@ def load_into(model: MTPTransformer, folder: str | Path, *, device: torch.device
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
     with torch.no_grad():
-        for key, parameter in llama_parameters(model):
+        for key, parameter in model.state_dict().items():
             local, start = parameter, 0
             if isinstance(parameter, DTensor):
                 local = parameter.to_local()
@@ -338,13 +336,6 @@ def load_into(model: MTPTransformer, folder: str | Path, *, device: torch.device
                     module.rope_init()
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     model.context = max(model.context, checkpoint.args["max_seq_len"])
-
-
-def llama_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a checkpoint folder holds: all but a value head, which is a critic's."""
-    for key, parameter in model.state_dict().items():
-        if not key.startswith("value_head."):
-            yield key, parameter
 
 
 def _check_args(checkpoint: Checkpoint, model_args: dict) -> None:

@@ -20,7 +20,6 @@ from wmtp_modules.checkpoints.names import meta_key
 from wmtp_modules.checkpoints.read import (
     META_CONTEXT,
     check_vocab,
-    llama_parameters,
     meta_hidden_dim,
 )
 from wmtp_modules.files import disk_errors, new_folder
@@ -110,7 +109,7 @@ def writing_bar(n_bytes: int | None) -> tqdm:
 
 @torch.no_grad()
 def _whole_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, parameter in llama_parameters(model):
+    for key, parameter in model.state_dict().items():
         tensor = parameter.to(dtype)
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
