@@ -15,9 +15,11 @@ from omegaconf import OmegaConf
 from wmtp_modules.config import rules
 from wmtp_modules.critic import rewards
 from wmtp_modules.parallel.process_group import init_process_group
+from wmtp_modules.run import model as run_model
 from wmtp_modules.run import plan, start
 from wmtp_modules.run.run import Run
 from wmtp_modules.run.stopping import StopRequests
+from wmtp_modules.scoring import score_table
 
 ROOT = Path(__file__).parents[2]
 TABLES = ("rewards", "critic", "values")
@@ -412,6 +414,25 @@ def test_stages_alone_do_not_mark_a_policy_as_complete(staged, main, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 3
     assert "critic" in summary
+
+
+@pytest.mark.slow
+def test_all_runs_of_a_config_read_and_hash_the_trunk_once(base, main, monkeypatch, tmp_path):
+    """All stages and two controls. A 7B trunk and its reward model have 43 GB."""
+    score_table._hash_once.cache_clear()
+    hashed, loaded = [], []
+    file_hash, load_into = score_table.file_hash, run_model.load_into
+
+    def noting(model, *args, **kwargs):
+        loaded.append(type(model).__name__)
+        load_into(model, *args, **kwargs)
+
+    monkeypatch.setattr(score_table, "file_hash", lambda p: hashed.append(p) or file_hash(p))
+    monkeypatch.setattr(run_model, "load_into", noting)
+    more = {"controls": ["uniform", "shuffled"], "output_dir": str(tmp_path / "out")}
+    main(with_critic(base, tmp_path) | more)
+    assert hashed.count(base[0] / "last" / "consolidated.pth") == 1
+    assert len(loaded) == 1 + 3  # the frozen trunk, and a model to train for each policy
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ import pytest
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 
 from wmtp_modules.data.packing import row_lengths
+from wmtp_modules.files import file_hash
+from wmtp_modules.scoring import score_table
 from wmtp_modules.scoring.score_table import (
     ScoreTable,
     compute_scores,
@@ -527,3 +529,18 @@ def test_a_full_disk_keeps_the_parts_before(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
     build(tmp_path, rows)
     assert_complete(tmp_path, rows)
+
+
+def test_a_checkpoint_is_read_once_in_a_process_unless_it_changes(tmp_path, monkeypatch):
+    """Every run of a config asks for it, and a 7B model with its reward model has 40 GB."""
+    weights, read = tmp_path / "model.safetensors", []
+    monkeypatch.setattr(score_table, "file_hash", lambda path: read.append(path) or file_hash(path))
+    weights.write_bytes(b"one")
+    first = fingerprint_checkpoint(tmp_path)
+    assert fingerprint_checkpoint(tmp_path) == first
+    assert read == [weights]
+    weights.write_bytes(b"two, longer")
+    assert fingerprint_checkpoint(tmp_path) != first
+    os.utime(weights, ns=(1, 1))  # the same content at another time is read, and found the same
+    assert fingerprint_checkpoint(tmp_path) != first
+    assert read == [weights] * 3

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ CONFIG_FILES = ("params.json", "config.json")
 def fingerprint_checkpoint(folder: str | Path) -> str:
     """Content hash (sha256 in hex) of a checkpoint folder's weights and model config.
 
-    Reads every byte, a minute for 27 GB at 500 MB/s: once on rank 0. ValueError without weights.
+    Reads every byte, a minute for 27 GB at 500 MB/s: on rank 0, and each file once in a process
+    unless it changes. ValueError without weights.
     """
     folder = Path(folder)
     weights = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
@@ -48,8 +50,16 @@ def fingerprint_checkpoint(folder: str | Path) -> str:
     configs = [folder / name for name in CONFIG_FILES if (folder / name).exists()]
     digest = hashlib.sha256()
     for path in weights + configs:
-        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+        state = path.stat()
+        known = _hash_once(path.absolute(), state.st_ino, state.st_size, state.st_mtime_ns)
+        digest.update(f"{path.name} {known}\n".encode())
     return digest.hexdigest()
+
+
+@cache
+def _hash_once(path: Path, *state: int) -> str:
+    """``state`` is what changes with the file."""
+    return file_hash(path)
 
 
 def fingerprint_tokenizer(path: str | Path) -> str:
