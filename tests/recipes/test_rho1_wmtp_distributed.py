@@ -579,7 +579,7 @@ def test_a_stopped_step_is_replayed(diverged, main, capsys):
     last = json.loads((folder / "skipped_steps.jsonl").read_text().splitlines()[-1])
     first_rows = ", ".join(map(str, last["rows"][0][0][:8]))
     assert f"rank 0, micro-batch 1: rows {first_rows}" in printed
-    assert re.search(r"losses that are no numbers in rows \d", printed)
+    assert re.search(r"losses that are not finite in rows \d", printed)
     assert re.search(r"first output that is not finite: \w", printed)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 

@@ -57,6 +57,19 @@ def test_a_changed_config_is_named_with_both_values(state):
         check_same_run(state, other, 1)
 
 
+def test_keys_that_are_gone_are_of_no_matter_where_they_were_off(state):
+    """Of the critic's recipe, which in version 0.1.0 could train its value head on."""
+
+    def written_with(**keys):
+        torch.save({"step": 5, "world": 1, "config": resolved(CFG) | keys}, state / "run.pt")
+
+    written_with(auxiliary_value_coef=0.0, auxiliary_value_lr=None)
+    check_same_run(state, CFG, 1)
+    written_with(auxiliary_value_coef=0.5)
+    with pytest.raises(ValueError, match=r"auxiliary_value_coef was 0.5 and is None"):
+        check_same_run(state, CFG, 1)
+
+
 def test_fewer_steps_than_done(state):
     with pytest.raises(ValueError, match="has 5 steps done, more than max_steps 4: raise it"):
         check_same_run(state, OmegaConf.merge(CFG, {"max_steps": 4}), 1)
