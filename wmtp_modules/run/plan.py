@@ -129,7 +129,7 @@ def finished_run(config_file: str, **inherited: str) -> Path | None:
     """
     asking = OmegaConf.create({"requires": [config_file], **inherited})
     (cfg,) = required_runs(asking, check=lambda cfg: None)
-    return Path(cfg.output_dir) if finished(cfg) else None
+    return None if finished(cfg) is None else Path(cfg.output_dir)
 
 
 def print_losses(losses: dict[str, list[float]], steps: int) -> None:
