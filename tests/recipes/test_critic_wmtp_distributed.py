@@ -355,7 +355,7 @@ def test_the_watchdog_hears_of_every_batch_of_a_stage(base, go, recipe, monkeypa
         assert heard.count(what) >= 2, what
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_disk_that_is_full_at_any_write_of_a_stage(base, go, small_disk, tmp_path):
     """Reward tables, the critic's state, head, record and pictures, values; the policy writes what
     the Rho-1 recipe does. With room, the same command goes on to the same critic and values."""

@@ -839,44 +839,6 @@ def test_ranks_with_nothing_to_learn_from_or_a_nan(base_config, tmp_path, name):
     assert all(value.isfinite().all() for value in weights_of(folder).values())
 
 
-@pytest.mark.slow
-def test_a_disk_that_is_full_at_any_write(run, rho1, small_disk, tmp_path):
-    """From a disk for nothing to one for all of it, in steps finer than any file but the shards.
-
-    Scores, config, metrics, best/, training states, last/, picture and summary all meet the end of
-    some disk. What was complete stays so, nothing else looks it, and with room the run ends as if
-    nothing had been.
-    """
-    overrides = OmegaConf.merge(rho1, {"max_steps": 4, "save_every_n_steps": 2, "keep_last": 2})
-    whole, summary = run(overrides, tmp_path / "whole")
-    needed = sum(file.stat().st_size for file in whole.rglob("*") if file.is_file()) // 1024
-    ended, kib = set(), 4
-    while True:
-        disk = small_disk(kib)
-        shutil.rmtree(disk / "run", ignore_errors=True)
-        table = {"reference": {"table_dir": str(disk / "run" / "scores")}}
-        try:
-            run(OmegaConf.merge(overrides, table), disk / "run")
-            break
-        except SystemExit as end:
-            sentence = str(end.code)
-        assert "No space left on device" in sentence
-        named = re.search(rf"{disk}/run/(\w+)", sentence)
-        assert named, sentence
-        ended.add(named[1])
-        assert not (disk / "run" / "summary.json").exists()
-        small_disk(2 * needed + 4096)
-        resume = OmegaConf.merge(overrides, table, {"resume_from_checkpoint": True})
-        _, again = run(resume, disk / "run")
-        assert again["heldout_loss"] == summary["heldout_loss"]
-        assert_same_weights(disk / "run", whole)
-        shutil.rmtree(disk / "run")
-        kib += max(8, needed // 14)
-    assert "training_state" in ended
-    assert len(ended) >= 2
-    assert kib < 3 * needed
-
-
 def test_noise_is_reported(rho1_run):
     _, summary = rho1_run
     assert 0 < summary["corrupted_share"]["data"] < 0.3
