@@ -1,6 +1,7 @@
 import pytest
 
 from wmtp_modules.parallel.process_group import check_environment
+from wmtp_modules.run import start
 from wmtp_modules.run.start import exit_with_message
 
 GOOD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
@@ -41,7 +42,8 @@ def test_what_torchrun_sets_passes(environment):
         ),
     ],
 )
-def test_what_is_mistyped_is_named(environment, changes, message):
+def test_what_is_mistyped_is_named(environment, monkeypatch, changes, message):
+    monkeypatch.setattr(start, "PATIENCE", 0)
     environment(**changes)
     with pytest.raises(ValueError, match=message):
         check_environment()

@@ -3,17 +3,14 @@
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2_tokenizer
 
@@ -688,22 +685,13 @@ def test_what_fails_before_the_run_is_one_sentence(main, tmp_path):
         main({"prepare": prepare})
 
 
-def rank_main(rank, world, port, scenario, cfg, folder):
-    """One of some ranks."""
+def rank_main(rank, scenario, cfg, folder):
+    """One of some ranks, which tests start with ``forks.call``; the scenario by its name."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    recipe = import_recipe()
-    scenario(recipe, (*init_process_group("cpu"), StopRequests(), {}), cfg, Path(folder))
+    recipe, place = import_recipe(), (*init_process_group("cpu"), StopRequests(), {})
+    globals()[scenario](recipe, place, cfg, Path(folder))
     patient_barrier()
     dist.destroy_process_group()
-
-
-def spawn(world, scenario, cfg, folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(rank_main, args=(world, port, scenario, cfg, str(folder)), nprocs=world)
 
 
 def killed_and_resumed(recipe, place, cfg, folder):
@@ -755,15 +743,14 @@ def hung_scorer(recipe, place, cfg, folder):
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_while_scoring_ends_the_run(rho1, base_config, tmp_path, capfd):
+def test_a_rank_that_hangs_while_scoring_ends_the_run(forks, rho1, base_config, tmp_path):
     """The others would wait for it for days."""
     table = {"table_dir": str(tmp_path / "scores")}
     cfg = OmegaConf.merge(base_config, rho1, {"reference": table, "collective_timeout_s": 5})
-    with pytest.raises(mp.ProcessExitedException, match="exit code 1"):
-        spawn(2, hung_scorer, cfg, tmp_path)
+    with pytest.raises(AssertionError, match="hangs: it came to scoring"):
+        forks.call(rank_main, "hung_scorer", cfg, tmp_path)
     ended = json.loads((tmp_path / "hung" / "exit.json").read_text())
     assert (ended["reason"], ended["ranks"], ended["collective"]) == ("hung", [0], "barrier")
-    assert "hangs: it came to scoring" in capfd.readouterr().err
 
 
 def trained(folder):
@@ -772,23 +759,25 @@ def trained(folder):
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_to_the_bit(rho1, base_config, tmp_path):
+def test_two_ranks_resume_to_the_bit(forks, rho1, base_config, tmp_path):
     table = {"table_dir": str(tmp_path / "scores")}
     more = rho1 | {"max_steps": 6, "save_every_n_steps": 4, "batch_size": 8}
     cfg = OmegaConf.merge(base_config, more, {"reference": table})
-    spawn(2, killed_and_resumed, cfg, tmp_path)
+    forks.call(rank_main, "killed_and_resumed", cfg, tmp_path)
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
     assert trained(tmp_path / "killed") == trained(tmp_path / "whole")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation"), [pytest.param(8, 1, marks=pytest.mark.nightly), (2, 4)]
+)
 def test_another_number_of_ranks_goes_on_with_the_same_data(
-    run, base_config, tmp_path, batch_size, accumulation
+    forks, run, base_config, tmp_path, batch_size, accumulation
 ):
     """Saved at step 4 by two ranks x 4, gone on with by one, through the end of an epoch."""
     more = {"max_steps": 14, "save_every_n_steps": 4, "batch_size": 4, "keep_last": 9}
-    spawn(2, killed_and_resumed, OmegaConf.merge(base_config, more), tmp_path)
+    forks.call(rank_main, "killed_and_resumed", OmegaConf.merge(base_config, more), tmp_path)
     alone = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     run(more | alone | {"resume_from_checkpoint": True}, tmp_path / "other")
     whole = trained(tmp_path / "whole")
@@ -822,10 +811,10 @@ def test_a_run_that_needs_more_memory_than_there_is(run, recipe, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["uniform", "dft"])
-def test_ranks_with_nothing_to_learn_from_or_a_nan(base_config, tmp_path, name):
+def test_ranks_with_nothing_to_learn_from_or_a_nan(forks, base_config, tmp_path, name):
     """None hangs; what is no step is skipped on both, and their parameters stay equal."""
     more = {"weighting": {"name": name}, "max_skipped_steps": 4, "collective_timeout_s": 120}
-    spawn(2, odd_batches, OmegaConf.merge(base_config, more), tmp_path)
+    forks.call(rank_main, "odd_batches", OmegaConf.merge(base_config, more), tmp_path)
     folder = tmp_path / "odd"
     steps = map(json.loads, (folder / "skipped_steps.jsonl").read_text().splitlines())
     assert [(step["step"], step["reason"]) for step in steps] == [
@@ -852,7 +841,7 @@ def rho1_bf16(rho1):
     return rho1 | {"dtype": "bf16", "reference": rho1["reference"] | table}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_compiler  # torchao compiles the optimizer's step
 def test_bf16_with_8_bit_adamw_and_stochastic_rounding(run, rho1_bf16):
     """As configs/rho1/7b_single_gpu.yaml; its quantised optimizer state survives a resume."""
