@@ -49,6 +49,19 @@ def check_environment() -> None:
         )
 
 
+def local_device(device_type: str) -> torch.device:
+    """This rank's "cuda" or "cpu" device; ValueError if it is not there."""
+    if device_type not in ("cuda", "cpu"):
+        raise ValueError(f"device {device_type!r} is not cuda or cpu")
+    if device_type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device is cuda but torch sees no GPU: set device=cpu or check the driver")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
 def init_process_group(
     device_type: str, timeout_s: float | None = None
 ) -> tuple[torch.device, DeviceMesh]:
@@ -67,15 +80,8 @@ def init_process_group(
     Raises:
         ValueError: if the device is not there.
     """
-    if device_type not in ("cuda", "cpu"):
-        raise ValueError(f"device {device_type!r} is not cuda or cpu")
-    if device_type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda but torch sees no GPU: set device=cpu or check the driver")
+    device = local_device(device_type)
     backend = "nccl" if device_type == "cuda" else "gloo"
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s + WATCHDOG_FIRST_S)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # before joining, which fails where the launcher has ended already

@@ -19,6 +19,7 @@ from wmtp_modules.config.file import read_config
 from wmtp_modules.parallel.process_group import (
     check_environment,
     init_process_group,
+    local_device,
     patient_barrier,
 )
 from wmtp_modules.run.stopping import StopRequests, exit_code
@@ -80,6 +81,7 @@ def process_group(
     hours = cfg.get("max_hours")
     with StopRequests(hours, cfg.output_dir, **stop_requests) as stops, exit_code(stops):
         with exit_with_message(ValueError, OSError):
+            local_device(cfg.device)  # what every rank finds comes before rank 0 says it joins
             if os.environ.get("RANK") == "0":
                 _tell_others(JOINING)
             device, mesh = init_process_group(cfg.device, cfg.get("collective_timeout_s"))
