@@ -1,6 +1,8 @@
 """One sentence at what a user can mend, said by one rank."""
 
 import socket
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -14,7 +16,8 @@ from wmtp_modules.run.start import exit_with_message
 def waited(monkeypatch):
     """Seconds that were waited, for nothing here waits."""
     waited = []
-    monkeypatch.setattr(start.time, "sleep", waited.append)
+    clock = SimpleNamespace(sleep=waited.append, monotonic=time.monotonic)
+    monkeypatch.setattr(start, "time", clock)  # not of other threads
     start._store.cache_clear()
     yield waited
     start._store.cache_clear()
