@@ -370,7 +370,7 @@ def test_the_sentence_when_memory_ran_out(cfg):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_prediction_is_within_15_percent_of_what_a_run_takes():
     command = [sys.executable, "benchmarks/memory_estimate.py", "--rows", "1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)

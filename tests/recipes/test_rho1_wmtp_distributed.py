@@ -872,7 +872,7 @@ def test_bf16_compute_keeps_fp32_masters(run, rho1_bf16):
     assert losses[-1] != losses[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_compiler
 def test_compile_equals_eager(run, uniform):
     folder, _ = run({"compile": True})

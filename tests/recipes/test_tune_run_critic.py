@@ -41,6 +41,7 @@ def test_the_quickstart_tells_everything_and_where_it_is(quickstart):
         assert what.exists()
 
 
+@pytest.mark.nightly
 def test_two_ranks_equal_one_process(quickstart, forks, tiny_quickstarts, tmp_path):
     """Same joint batches, shared by two ranks or not: critic, values, advantages and weights."""
     config = tiny_quickstarts.config(

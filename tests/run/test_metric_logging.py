@@ -232,7 +232,7 @@ def test_code_version_of_a_git_folder(tmp_path, monkeypatch):
     assert code_version()["git.dirty"] == "true"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_crashing_runs_make_one_store_at_once(tmp_path):
     """Neither trips over the other's half-made tables, and both end as FAILED."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
