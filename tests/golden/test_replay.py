@@ -19,6 +19,8 @@ import torch
 
 from wmtp_modules.weighting.controls import random_keys
 
+pytestmark = pytest.mark.slow  # starts processes
+
 TOLERANCE = 1e-5
 # Not of the mathematics: the machine's, and what went wrong.
 UNCHECKED = {"step", "tokens_per_s", "memory_gib", "skipped_steps"}
