@@ -100,9 +100,8 @@ def _rank_zero_speaks() -> bool:
         store = _store()
         started = time.monotonic()
         while not store.check([FAILED]):
-            is_joining = dist.is_initialized() or store.check([JOINING])
             late = time.monotonic() - started > PATIENCE
-            if (is_joining and not dist.is_initialized()) or (dist.is_initialized() and late):
+            if late if dist.is_initialized() else store.check([JOINING]):
                 return store.check([FAILED])
             time.sleep(0.1)
         return True
