@@ -336,10 +336,9 @@ class Run:
         grad_norm = self._optimize(step, n_prime)
         self.noise_sums += noise_4
 
-        losses = (loss_K / n_K).tolist()
         figures = {
             "loss": ((self._alphas_K * loss_K).sum() / n_prime).item(),
-            **{f"loss_head_{k}": loss for k, loss in enumerate(losses)},
+            **{f"loss_head_{k}": (loss_K[k] / n_K[k]).item() for k in range(K) if n_K[k]},
             "weighted_loss": objective / n_prime.item(),
             "lr": self.cfg["optimizer"]["lr"] * self.schedule(step),
             "grad_norm": grad_norm,
@@ -351,23 +350,25 @@ class Run:
         return figures
 
     def _statistics(self, weights_NK: torch.Tensor, mask_NK: torch.Tensor) -> dict[str, float]:
-        """Figures of the weights of one joint micro-batch; NaN for a head without targets."""
+        """Figures of the weights of one joint micro-batch; none for a head without targets."""
         w_min, w_max, near = self.weighting["w_min"], self.weighting["w_max"], 1e-6
-        found = {name: [] for name in ("mean", "ess", "selected", "at_min", "at_max")}
+        named, ess, selected = {}, 0.0, 0.0
         for k in range(self.model.n_heads):
             w = weights_NK[mask_NK[:, k], k]
-            found["mean"].append(w.mean().item())
-            found["ess"].append((w.sum() ** 2 / (len(w) * w.square().sum())).item())
-            found["selected"].append((w >= 1 - near).double().mean().item())
-            found["at_min"].append((w <= w_min + near).double().mean().item())
-            found["at_max"].append((w >= w_max - near).double().mean().item())
-        K = self.model.n_heads
-        named = {
-            f"weight_{n}_head_{k}": v
-            for n, per_head in found.items()
-            for k, v in enumerate(per_head)
-        }
-        return named | {"ess": sum(found["ess"]) / K, "selected_share": sum(found["selected"]) / K}
+            if not len(w):
+                continue
+            figures = {
+                "mean": w.mean().item(),
+                "ess": (w.sum() ** 2 / (len(w) * w.square().sum())).item(),
+                "selected": (w >= 1 - near).double().mean().item(),
+                "at_min": (w <= w_min + near).double().mean().item(),
+                "at_max": (w >= w_max - near).double().mean().item(),
+            }
+            named |= {f"weight_{name}_head_{k}": value for name, value in figures.items()}
+            ess += len(w) * figures["ess"]
+            selected += len(w) * figures["selected"]
+        n = mask_NK.sum().item()
+        return named | {"ess": ess / n, "selected_share": selected / n}
 
     def _optimize(self, step: int, n_prime: torch.Tensor) -> float:
         """One update of every parameter; the gradient's norm before it is clipped."""

@@ -1,11 +1,13 @@
-"""Held-out losses that cannot be had are an error that says why."""
+"""Held-out losses that cannot be had are an error; a head without targets has no figures."""
 
 import pytest
 import torch
 
+from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.sharding import init_weights_
-from wmtp_modules.run.figures import TrainingError, heldout_losses
+from wmtp_modules.run.figures import TrainingError, heldout_losses, mean_of_heads, step_metrics
+from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 
 @pytest.fixture
@@ -41,3 +43,46 @@ def test_heldout_losses_that_are_no_numbers(model):
         model.heads[1].mlp.w1.weight[0, 0] = torch.nan
     with pytest.raises(TrainingError, match=r"the held-out losses of the heads are \[\d.*nan"):
         heldout_losses(model, [batch_of(8)])
+
+
+def figures_of(lengths, losses_K):
+    """What a step logs under uniform weights: documents of some lengths, each head's own loss."""
+    T = max(lengths)
+    doc_BT = torch.stack([torch.where(torch.arange(T) < n, 0, -1) for n in lengths])
+    labels_BTK = mtp_labels(doc_BT.clamp(min=0), doc_BT >= 0, doc_BT, len(losses_K))
+    mask_BTK = labels_BTK != IGNORE_INDEX
+    _, stats = TokenWeighting("uniform")(None, mask_BTK, doc_BT, None, step=0)
+    loss_K = torch.tensor(losses_K).double() * mask_BTK.sum((0, 1))
+    alphas_K = head_alphas(len(losses_K), 1.0).double()
+    sums = {
+        "n_K": mask_BTK.sum((0, 1)).double(),
+        "loss_K": loss_K,
+        "objective": (alphas_K * loss_K).sum(),
+        "noise": torch.zeros(4).double(),
+    }
+    return step_metrics(sums, stats, alphas_K)
+
+
+def test_a_head_without_targets_has_no_figures():
+    found = figures_of([2, 3], [4.0, 6.0, 100.0, 100.0])
+    assert {name for name in found if "_head_" in name} == {
+        *(f"loss_head_{k}" for k in (0, 1)),
+        *(
+            f"weight_{n}_head_{k}"
+            for n in ("mean", "ess", "selected", "at_min", "at_max")
+            for k in (0, 1)
+        ),
+    }
+    # 3 targets of head 0 and 1 of head 1: means over heads are means over targets.
+    assert found["loss"] == pytest.approx((3 * 4 + 6) / 4)
+    assert found["ess"] == found["selected_share"] == 1
+    assert figures_of([9, 9], [4.0, 6.0, 7.0, 8.0])["loss_head_3"] == 8
+
+
+def test_a_step_without_targets_has_no_figures():
+    assert figures_of([1, 1], [4.0, 6.0]) == {}
+
+
+def test_mean_of_heads_counts_targets():
+    assert mean_of_heads(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([3, 1, 0])) == 1.25
+    assert mean_of_heads(torch.tensor([torch.nan]), torch.tensor([0])) is None

@@ -69,3 +69,12 @@ def test_dft_is_the_calibrated_probability_also_where_fp32_underflows(packed_cas
         rtol=1e-3,
         atol=1e-4,
     )
+
+
+def test_dft_weights_where_no_probability_fits_a_float():
+    losses_BTK = torch.tensor([800.0, 801.0, 802.0, 900.0]).view(1, 4, 1)
+    mask_BTK = torch.ones(1, 4, 1, dtype=torch.bool)
+    weights_BTK = dft_weights(losses_BTK, mask_BTK, 0.0, 100.0)
+    expected_BTK = dft_weights(losses_BTK - 800, mask_BTK, 0.0, 100.0)
+    torch.testing.assert_close(weights_BTK, expected_BTK)
+    assert weights_BTK[0, 0] > 2 * weights_BTK[0, 1] > weights_BTK[0, 2]

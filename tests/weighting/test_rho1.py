@@ -164,3 +164,24 @@ def test_excess_is_signed_and_without_gradient():
     assert excess_scores(losses_BTK, reference_BTK).tolist() == [[[-1.0, 2.5]]]
     assert excess_scores(losses_BTK, reference_BTK, "abs_excess").tolist() == [[[1.0, 2.5]]]
     assert not excess_scores(losses_BTK, reference_BTK).requires_grad
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.003, 1e-6])
+def test_soft_at_a_low_temperature_goes_to_the_largest_scores(temperature):
+    """The second largest gets what is left of the sum, not a tenth of it, nor everyone 1."""
+    scores_BTK = torch.stack([torch.arange(10.0), -1000 * torch.arange(10.0)], -1)[None]
+    mask_BTK = torch.ones(1, 10, 2, dtype=torch.bool)
+    weights_BTK = soft_weights(scores_BTK, mask_BTK, temperature, 0.1, 5.0)
+    expected_T = torch.tensor([0.1] * 8 + [4.2, 5.0])
+    torch.testing.assert_close(weights_BTK[0, :, 0], expected_T)
+    torch.testing.assert_close(weights_BTK[0, :, 1], expected_T.flip(0))
+
+
+def test_soft_at_a_low_temperature_keeps_order_far_below_the_largest():
+    """Ten standard deviations at temperature 0.001 are 10,000 nats, more than fp64 can hold."""
+    scores_BTK = torch.randn(1, 1000, 1, generator=torch.Generator().manual_seed(0))
+    mask_BTK = torch.ones(1, 1000, 1, dtype=torch.bool)
+    weights_N = soft_weights(scores_BTK, mask_BTK, 0.001, 0.0, 5.0).flatten()
+    largest_N = scores_BTK.flatten().argsort(descending=True)
+    torch.testing.assert_close(weights_N[largest_N[:199]], torch.full((199,), 5.0))
+    torch.testing.assert_close(weights_N[largest_N[199:210]].sum(), torch.tensor(5.0))

@@ -56,13 +56,14 @@ def test_strength_zero_is_bitwise_uniform_and_strength_mixes(name, inputs):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_empty_mask_gives_zeros(variant, inputs):
+def test_empty_mask_gives_zeros_and_no_figures(variant, inputs):
     losses_BTK, mask_BTK, doc_BT, reference_BTK = inputs
     weights_BTK, stats = TokenWeighting(**variant)(
         losses_BTK * 0, torch.zeros_like(mask_BTK), doc_BT, reference_BTK, step=0
     )
     assert (weights_BTK == 0).all()
-    assert all((v == 0).all() for v in stats.values())
+    assert (stats.pop("count") == 0).all()
+    assert all(v.isnan().all() for v in stats.values())
 
 
 @pytest.mark.parametrize("name", ["uniform", "random_topk"])
@@ -115,6 +116,7 @@ def test_stats_by_hand():
         "selected": 0.5,
         "at_min": 0.5,
         "at_max": 0.5,
+        "count": 4.0,
     }
 
 

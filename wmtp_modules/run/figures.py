@@ -71,30 +71,50 @@ def heldout_losses(model: MTPTransformer, batches: Iterable[dict]) -> list[float
     return losses
 
 
-def step_metrics(
-    sums: dict[str, torch.Tensor], stats: dict[str, torch.Tensor], alphas_K: torch.Tensor
-) -> dict[str, float]:
-    """Figures of one optimizer step, to log.
+def mean_of_heads(value_K: torch.Tensor, n_K: torch.Tensor) -> float | None:
+    """Mean weighted by the heads' numbers of targets; None if no head has one.
 
-    ``sums`` are over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
-    ``objective`` weighted loss, ``noise`` of ``noise_sums``.
+    The value of a head without targets does not matter, it may be NaN.
     """
-    n_prime = (alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
-    losses_K = (sums["loss_K"] / sums["n_K"].clamp(min=1)).tolist()
+    has_K = n_K > 0
+    if not has_K.any():
+        return None
+    return ((value_K * n_K)[has_K].sum() / n_K.sum()).item()
+
+
+def step_metrics(
+    sums: Mapping[str, torch.Tensor], stats: Mapping[str, torch.Tensor], alphas_K: torch.Tensor
+) -> dict[str, float]:
+    """Figures of one optimizer step, to log; what has no targets has no figure.
+
+    Args:
+        sums: over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
+            ``objective`` weighted loss, ``noise`` of ``noise_sums``.
+        stats: ``weight_stats`` of a joint micro-batch.
+    """
+    n_K, count_K = sums["n_K"], stats["count"]
+    losses_K = sums["loss_K"] / n_K
     metrics = {
         # Unweighted, so that runs under different weightings compare.
-        "loss": ((alphas_K * sums["loss_K"]).sum() / n_prime).item(),
-        **{f"loss_head_{k}": loss for k, loss in enumerate(losses_K)},
-        "weighted_loss": (sums["objective"] / n_prime).item(),
-        "ess": stats["ess"].mean().item(),
-        "selected_share": stats["selected"].mean().item(),
+        "loss": mean_of_heads(losses_K, alphas_K * n_K),
+        **_by_head("loss", losses_K, n_K),
+        "ess": mean_of_heads(stats["ess"], count_K),
+        "selected_share": mean_of_heads(stats["selected"], count_K),
     }
     for name, value_K in stats.items():
-        metrics |= {f"weight_{name}_head_{k}": v for k, v in enumerate(value_K.tolist())}
+        if name != "count":
+            metrics |= _by_head(f"weight_{name}", value_K, count_K)
+    if n_K.any():
+        metrics["weighted_loss"] = (sums["objective"] / (alphas_K * n_K).sum()).item()
     in_data, targets, on_noise, weight = sums["noise"].tolist()
-    if in_data:
+    if in_data and weight:
         metrics |= {"noise_in_data": in_data / targets, "noise_in_weight": on_noise / weight}
-    return metrics
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _by_head(name: str, value_K: torch.Tensor, n_K: torch.Tensor) -> dict[str, float]:
+    pairs = zip(value_K.tolist(), n_K.tolist(), strict=True)
+    return {f"{name}_head_{k}": value for k, (value, n) in enumerate(pairs) if n}
 
 
 class Sums(dict[str, torch.Tensor]):

@@ -23,7 +23,14 @@ from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.run import resume
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
-from wmtp_modules.run.figures import Sums, Throughput, TrainingError, peak_memory_gib, step_metrics
+from wmtp_modules.run.figures import (
+    Sums,
+    Throughput,
+    TrainingError,
+    mean_of_heads,
+    peak_memory_gib,
+    step_metrics,
+)
 from wmtp_modules.run.metric_logging import JSONLLogger
 from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit
 from wmtp_modules.run.training_state import TrainingStates
@@ -241,8 +248,9 @@ class Run:
         figures = {"reference loss": sums.get("reference"), "loss": sums["objective"]}
         self._problem = what_is_wrong(figures | {"gradient norm": grad_norm}, sums["n_K"])
         if not self._problem:
-            loss = (sums["loss_K"] / sums["n_K"].clamp(min=1)).mean().item()
-            self._bad_steps.look_for_spike(self.step + 1, loss, self._rows)
+            loss = mean_of_heads(sums["loss_K"] / sums["n_K"], self._alphas_K * sums["n_K"])
+            if loss is not None:  # else the step is one of those that are skipped
+                self._bad_steps.look_for_spike(self.step + 1, loss, self._rows)
             return True
         self._optimizer.zero_grad(set_to_none=True)
         self._bad_steps.skip(self.step + 1, self._problem, self._rows)
@@ -284,10 +292,14 @@ class Run:
             "skipped_steps": len(self._bad_steps.skipped),
         }
         self._log(metrics)
-        heads = "/".join(f"{metrics[f'loss_head_{k}']:.2f}" for k in range(len(self._alphas_K)))
+
+        def told(name: str, digits: int) -> str:
+            return f"{metrics[name]:.{digits}f}" if name in metrics else "-"
+
+        heads = "/".join(told(f"loss_head_{k}", 2) for k in range(len(self._alphas_K)))
         self._bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f} heads {heads} ess {metrics['ess']:.2f} "
-            f"sel {metrics['selected_share']:.2f} {tokens_per_s:.0f} tok/s "
+            f"loss {told('loss', 3)} heads {heads} ess {told('ess', 2)} "
+            f"sel {told('selected_share', 2)} {tokens_per_s:.0f} tok/s "
             f"{metrics['memory_gib']:.1f} GiB",
             refresh=False,
         )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from wmtp_modules.loss.mtp_loss import shift_to_heads
 from wmtp_modules.loss.value_loss import response_mask, values_before
 from wmtp_modules.weighting import controls
-from wmtp_modules.weighting.calibrate import calibrate
+from wmtp_modules.weighting.calibrate import calibrate_log
 from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 ADVANTAGES = ("td", "gae")
@@ -90,11 +90,7 @@ def critic_weights(
     ``z_BTK`` are standardised advantages of the tokens that the heads predict; ``temperature`` is
     in standard deviations, small is sharp.
     """
-    # calibrate uses only ratios. Relative to the head's own largest z, exp neither overflows nor
-    # underflows to equal weights at a low temperature.
-    largest_K = torch.where(mask_BTK, z_BTK, -torch.inf).amax((0, 1)).clamp(min=-5)
-    raw_BTK = ((z_BTK.double() - largest_K) / temperature).exp()
-    return calibrate(raw_BTK, mask_BTK, w_min, w_max)
+    return calibrate_log(z_BTK.double() / temperature, mask_BTK, w_min, w_max)
 
 
 class CriticWeighting(TokenWeighting):

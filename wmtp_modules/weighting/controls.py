@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from wmtp_modules.loss.mtp_loss import shift_to_heads
-from wmtp_modules.weighting.calibrate import calibrate
+from wmtp_modules.weighting.calibrate import calibrate_log
 from wmtp_modules.weighting.rho1 import scope_ids
 
 
@@ -51,4 +51,4 @@ def dft_weights(
     raw = exp(-loss). The paper uses raw itself, which lowers the learning rate; here each head is
     calibrated to mean 1 so that a comparison is about the weighting.
     """
-    return calibrate((-losses_BTK.detach().double()).exp(), mask_BTK, w_min, w_max)
+    return calibrate_log(-losses_BTK, mask_BTK, w_min, w_max)

@@ -7,7 +7,7 @@ reference, larger excess, so a ranking across heads would mostly choose heads.
 
 import torch
 
-from wmtp_modules.weighting.calibrate import calibrate
+from wmtp_modules.weighting.calibrate import calibrate_log
 
 SCORES = ("excess", "abs_excess")
 SELECTIONS = ("topk", "soft")
@@ -100,5 +100,4 @@ def soft_weights(
     centred_BTK = scores_BTK - mean_K
     std_K = (torch.where(finite_BTK, centred_BTK, 0.0).square().sum(dim=(0, 1)) / count_K).sqrt()
     z_BTK = (centred_BTK / (std_K + 1e-6)).clamp(-5, 5)
-    # calibrate uses only ratios; subtracting the largest z keeps exp from overflowing.
-    return calibrate(((z_BTK - 5) / temperature).exp(), mask_BTK, w_min, w_max)
+    return calibrate_log(z_BTK / temperature, mask_BTK, w_min, w_max)
