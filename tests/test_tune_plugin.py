@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import config_from_args, get_args_parser
 
 from wmtp_modules import tune_plugin
@@ -38,9 +41,12 @@ def user_folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "toy.yaml").write_text("x: 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["elsewhere"])
-    for name in tune_plugin.LAUNCHER_DEFAULTS:
+    for name in (*tune_plugin.LAUNCHER_DEFAULTS, tune_plugin.SPOKEN_FILE):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "excepthook", lambda *_: print("a traceback"))
+    for name in tune_plugin.LAUNCHER_LOGS:
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
     return tmp_path
 
 
@@ -98,9 +104,12 @@ def test_torchrun_reads_the_launchers_settings(user_folder, monkeypatch):
 )
 def test_other_processes_are_left_alone(user_folder, monkeypatch, argv):
     monkeypatch.setattr(sys, "argv", argv)
+    hook = sys.excepthook
     tune_plugin.activate()
     assert sys.path == ["elsewhere"]
     assert launcher_settings() == {}
+    assert sys.excepthook is hook
+    assert tune_plugin.SPOKEN_FILE not in os.environ
 
 
 def test_embedded_interpreter_without_argv(user_folder, monkeypatch):
@@ -124,6 +133,33 @@ def test_deleted_current_folder(tmp_path, monkeypatch):
     gone.rmdir()
     monkeypatch.setattr(sys, "argv", ["tune", "run", "recipes/toy.py"])
     tune_plugin.activate()
+
+
+@pytest.mark.parametrize("argv", [["/bin/tune", "run", "recipes/toy.py"], ["/bin/torchrun"]])
+def test_a_launcher_is_silent_about_workers_that_spoke(user_folder, monkeypatch, capsys, argv):
+    monkeypatch.setattr(sys, "argv", argv)
+    tune_plugin.activate()
+    file = Path(os.environ[tune_plugin.SPOKEN_FILE])
+    about_workers = ChildFailedError.__new__(ChildFailedError)
+    log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+
+    def said() -> str:
+        for error in (about_workers, SignalException("signal", signal.SIGINT), OSError("own")):
+            sys.excepthook(type(error), error, None)
+        is_logged = log.filter(logging.makeLogRecord({"msg": "failed (exitcode: 1)"}))
+        return capsys.readouterr().out + ("a line" if is_logged else "")
+
+    assert said() == "a traceback\n" * 3 + "a line"  # a crash, of which no worker said anything
+    tune_plugin.note_spoken()
+    assert said() == "a traceback\n"  # of the launcher's own error
+    file.unlink()
+
+
+def test_a_worker_whose_word_cannot_be_noted(user_folder, monkeypatch):
+    tune_plugin.note_spoken()  # no launcher
+    monkeypatch.setenv(tune_plugin.SPOKEN_FILE, str(user_folder / "none" / "file"))
+    tune_plugin.note_spoken()
+    assert not (user_folder / "none").exists()
 
 
 def test_torch_calls_it():

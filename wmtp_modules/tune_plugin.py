@@ -1,4 +1,4 @@
-"""What a ``tune run`` of our recipes needs: to find them, a launcher that lets them save, quiet.
+"""What a ``tune run`` of our recipes needs: to find them, a launcher that lets them save and speak.
 
 torchtune installs a top-level package ``recipes`` that refuses to be imported. ``tune run`` turns
 ``recipes/x.py`` into the module name ``recipes.x``; with torchrun options it starts
@@ -9,6 +9,11 @@ the others.
 torchrun dies of SIGUSR1, with which Slurm announces the end of a job, and leaves its workers
 behind; and it kills workers that take longer than 30 seconds to save after a signal. Both are
 defaults of options, which are other ones here.
+
+A launcher whose workers ended by an error of the user, or were stopped, knows no more than their
+exit codes, and buries the sentence that says why under a traceback of its own. A worker that has
+spoken tells it so (``note_spoken``), and it keeps quiet: the last line on the screen is ours. Its
+exit code stays what it is.
 
 torchao 0.15 warns in every process that its C++ extensions, which nothing here calls, are not made
 for torch 2.13. No user can mend that, as torchtune 0.6.1 needs the one and we the other: the line
@@ -29,6 +34,12 @@ LAUNCHER_DEFAULTS = {
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
 }
 
+SPOKEN_FILE = "WMTP_SPOKEN_FILE"  # a worker that has told its user why it ends writes there
+# Those of torchrun that tell of workers which end.
+LAUNCHER_LOGS = tuple(
+    f"torch.distributed.elastic.{name}" for name in ("multiprocessing.api", "agent.server.api")
+)
+
 # Of pyproject.toml. With any other version torchao's line is news, and shown.
 EXPECTED = "torch version 2.13.0", "torchao version 0.15.0"
 
@@ -40,8 +51,49 @@ def is_news(record) -> bool:
     return not (is_it and all(version in text for version in EXPECTED))
 
 
+def note_spoken() -> None:
+    """Tell the launcher, if there is one, that the reason why this worker ends is on the screen."""
+    path = os.environ.get(SPOKEN_FILE)
+    if path:
+        try:
+            with open(path, "a") as file:
+                file.write("spoken\n")
+        except OSError:  # the launcher then speaks as well
+            return
+
+
+def speak_last() -> None:
+    """Have this launcher be silent about workers that have spoken."""
+    import atexit
+    import logging
+    import tempfile
+
+    file, path = tempfile.mkstemp(prefix="wmtp_spoken_")
+    os.close(file)
+    os.environ[SPOKEN_FILE] = path
+
+    def spoken() -> bool:
+        return os.path.exists(path) and os.path.getsize(path) > 0
+
+    def remove() -> None:
+        if os.path.exists(path):
+            os.remove(path)
+
+    before = sys.excepthook
+
+    def hook(kind, error, trace) -> None:
+        # ChildFailedError and SignalException: which worker ended how, or which signal came.
+        if not (kind.__module__.startswith("torch.distributed.elastic") and spoken()):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+    for name in LAUNCHER_LOGS:
+        logging.getLogger(name).addFilter(lambda record: not spoken())
+    atexit.register(remove)
+
+
 def activate() -> None:
-    """Hold back torchao's line, and prepare a ``tune run`` beside our own ``recipes``.
+    """Hold back torchao's line, and prepare a launcher of our own ``recipes``.
 
     For ``tune run`` puts the current folder first on ``sys.path``, and sets the launcher's defaults
     unless the user has. ``python -m torchtune._cli.tune`` puts the folder first by itself.
@@ -50,13 +102,16 @@ def activate() -> None:
 
     logging.getLogger("torchao").addFilter(is_news)
     argv = getattr(sys, "argv", [])  # an interpreter inside another program may have none
-    if argv[1:2] != ["run"] or not os.path.isfile(os.path.join("recipes", "__init__.py")):
+    if not argv or not os.path.isfile(os.path.join("recipes", "__init__.py")):
         return
-    is_script = os.path.basename(argv[0]) == "tune"
+    script = os.path.basename(argv[0])
     # While Python looks for the module of -m, which imports torch, that is all argv tells.
-    is_module = argv[0] == "-m" and "torchtune._cli.tune" in sys.orig_argv
-    if is_script:
-        sys.path.insert(0, os.getcwd())
-    if is_script or is_module:
+    modules = set(sys.orig_argv) if argv[0] == "-m" else set()
+    is_tune = argv[1:2] == ["run"] and (script == "tune" or "torchtune._cli.tune" in modules)
+    if is_tune or script == "torchrun" or "torch.distributed.run" in modules:
+        speak_last()
+    if is_tune:
+        if script == "tune":
+            sys.path.insert(0, os.getcwd())
         for name, value in LAUNCHER_DEFAULTS.items():
             os.environ.setdefault(name, value)

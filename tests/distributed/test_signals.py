@@ -92,6 +92,9 @@ def test_signal_to_tune_run(job, signum):
     assert job.wait_for_end() == [1]
     assert job.exit == {"reason": signum.name, "step": job.saved[0]}
     assert job.saved[0] == job.saved[1]
+    said = (job.folder / "said").read_text()
+    assert said.splitlines()[-1].startswith(f"Stopped by {signum.name} after step {job.saved[0]}")
+    assert "Traceback" not in said
 
 
 def test_tune_run_that_is_killed(job):

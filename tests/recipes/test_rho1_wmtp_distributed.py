@@ -375,8 +375,9 @@ def test_the_rate_follows_the_schedule(uniform):
     assert rates == pytest.approx([0.0, 0.0015, *cosine])
 
 
-def test_a_longer_run_goes_on_with_its_own_schedule(run, uniform, tmp_path):
-    """The shorter one had ended at a rate of 0."""
+def test_a_longer_run_goes_on_with_its_own_schedule(run, uniform, tmp_path, caplog):
+    """The shorter one had ended at a rate of 0; the new one says so."""
+    caplog.set_level("INFO")
     folder = shutil.copytree(uniform[0], tmp_path / "run")
     longer = {"max_steps": 8, "resume_from_checkpoint": True, "compile": False}
     _, summary = run(longer, folder)
@@ -384,6 +385,8 @@ def test_a_longer_run_goes_on_with_its_own_schedule(run, uniform, tmp_path):
     rates = [line["lr"] for line in metrics_of(folder) if "lr" in line]
     cosine = [0.003 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in (4, 5)]
     assert rates[6:] == pytest.approx(cosine)
+    assert "max_steps was 6 and is 8: the run gets longer, its schedule ends at" in caplog.text
+    assert f"the learning rate goes on at {cosine[0]:.3g} instead of 0." in caplog.text
 
 
 def test_a_stop_between_two_micro_steps_loses_and_repeats_nothing(
@@ -449,8 +452,9 @@ def test_a_save_that_fails_ends_the_run_soon(run, recipe, monkeypatch, tmp_path)
     assert 30 <= metrics_of(folder)[-1]["step"] < 60
 
 
-def test_a_run_cut_short_to_the_step_of_its_state(run, uniform, tmp_path):
-    """Its last held-out loss would be that of an earlier step, or of none."""
+def test_a_run_cut_short_to_the_step_of_its_state(run, uniform, tmp_path, caplog):
+    """It says so. Its last held-out loss would be that of an earlier step, or of none."""
+    caplog.set_level("INFO")
     folder = tmp_path / "run"
     seldom = {"save_every_n_steps": 2, "run_val_every_n_steps": 5, "keep_last": 9}
     whole, _ = run(seldom | {"max_steps": 6}, folder)
@@ -458,6 +462,7 @@ def test_a_run_cut_short_to_the_step_of_its_state(run, uniform, tmp_path):
         if path.name > "step_000002":
             shutil.rmtree(path)
     _, summary = run(seldom | {"max_steps": 2, "resume_from_checkpoint": True}, folder)
+    assert "after step 2. max_steps was 6 and is 2: the run gets shorter, its" in caplog.text
     last = [line for line in metrics_of(folder) if "val_loss" in line][-1]
     assert last["step"] == summary["steps"] == 2
     assert summary["heldout_loss"]["uniform"] == [last[f"val_loss_head_{k}"] for k in range(4)]

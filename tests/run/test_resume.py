@@ -10,6 +10,7 @@ from wmtp_modules.run.resume import (
     check_not_begun,
     check_not_ended,
     check_same_run,
+    note_on_length,
     notes_on_resume,
     random_state,
     resolved,
@@ -99,6 +100,17 @@ def test_notes_say_what_another_number_of_ranks_changes(state):
     assert "now ends at another pack" in notes_on_resume(run, three, 3, 8)[1]
     uniform = OmegaConf.merge(three, {"weighting": {"name": "uniform"}})
     assert notes_on_resume(run, uniform, 3, 99)[1].endswith("uniform weights do not depend on that")
+
+
+def test_a_note_on_another_length():
+    assert note_on_length({"max_steps": 8}, CFG, 1e-5, 1e-5) == []
+    (shorter,) = note_on_length({"max_steps": 4000}, CFG, 1e-5, 2.5e-6)
+    assert shorter == (
+        "max_steps was 4000 and is 8: the run gets shorter, its schedule ends at the new last "
+        "step, and the learning rate goes on at 2.5e-06 instead of 1e-05"
+    )
+    (longer,) = note_on_length({"max_steps": 4}, CFG, 0.0, 1e-5)
+    assert "the run gets longer" in longer
 
 
 def test_an_interrupted_run_is_not_started_over(state, tmp_path):

@@ -102,6 +102,18 @@ def notes_on_resume(
     return notes
 
 
+def note_on_length(before: dict, cfg: DictConfig, old_lr: float, new_lr: float) -> list[str]:
+    """What becomes of the schedule of a run that continues with another ``max_steps``."""
+    if before["max_steps"] == cfg.max_steps:
+        return []
+    is_shorter = cfg.max_steps < before["max_steps"]
+    return [
+        f"max_steps was {before['max_steps']} and is {cfg.max_steps}: the run gets "
+        f"{'shorter' if is_shorter else 'longer'}, its schedule ends at the new last step, and the "
+        f"learning rate goes on at {new_lr:.3g} instead of {old_lr:.3g}"
+    ]
+
+
 def check_not_begun(output_dir: Path) -> None:
     """ValueError if starting over would delete an interrupted run."""
     parent = output_dir / "training_state"

@@ -141,9 +141,13 @@ class Run:
         notes = resume.notes_on_resume(run, self._cfg, self.world, len(self._dataset))
         run, own = self._states.load(folder, self._model, self._optimizer)
         self.load_state_dict(run)
+        rates = run["lr_scheduler"]["_last_lr"][0], self._lr_scheduler.get_last_lr()[0]
+        notes += resume.note_on_length(run["config"], self._cfg, *rates)
         if run["world"] == self.world and own is not None:
             resume.set_random_state(own["rng"], self._device)
-        utils.log_rank_zero(log, " ".join([f"Resumed {folder} after step {self.step}.", *notes]))
+        utils.log_rank_zero(
+            log, ". ".join([f"Resumed {folder} after step {self.step}", *notes]) + "."
+        )
         return run["run_id"]
 
     def state_dict(self) -> dict[str, Any]:

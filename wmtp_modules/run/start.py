@@ -23,6 +23,7 @@ from wmtp_modules.parallel.process_group import (
     patient_barrier,
 )
 from wmtp_modules.run.stopping import StopRequests, exit_code
+from wmtp_modules.tune_plugin import note_spoken
 
 # Seconds that a rank which failed alone waits before it says so: rank 0 may fail in the same way a
 # little later, and then speaks for all.
@@ -49,10 +50,12 @@ def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
         sentence, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK", "0")
         if not rank.isdecimal() or int(rank) == 0:
             _tell_others(FAILED)
+            note_spoken()
             sys.exit(sentence)
         if _rank_zero_speaks():
             time.sleep(PATIENCE)  # an earlier end would have the launcher kill rank 0
             sys.exit(1)
+        note_spoken()
         sys.exit(f"rank {rank}: {sentence}")
 
 

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from wmtp_modules.files import new_file
+from wmtp_modules.tune_plugin import note_spoken
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -241,6 +242,7 @@ class StopRequests:
                 told += f"; exit.json could not be written ({error})"
         sys.stderr.write(f"\n{told}\n")
         sys.stderr.flush()
+        note_spoken()
 
 
 _installed: StopRequests | None = None

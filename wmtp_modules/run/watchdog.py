@@ -30,6 +30,7 @@ from torch.distributed import distributed_c10d
 
 from wmtp_modules.parallel.process_group import share_from_rank_zero
 from wmtp_modules.run.stopping import write_exit
+from wmtp_modules.tune_plugin import note_spoken
 
 T = TypeVar("T")
 
@@ -204,6 +205,7 @@ class Watchdog:
             if is_first:
                 sys.stderr.write(f"\n{hang.sentence}\n")
                 sys.stderr.flush()
+                note_spoken()
                 write_exit(self._output_dir, "hung", step, **more)
             else:
                 time.sleep(SPEAK_S)
