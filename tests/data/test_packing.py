@@ -3,6 +3,7 @@ import sysconfig
 import time
 from bisect import bisect_left, insort
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -109,10 +110,7 @@ def best_fit_decreasing(lengths, room):
 def lengths_of(packed):
     """Row lengths of each pack, in its order, from positions alone."""
     bounds, rows = packed._bounds, packed._order
-    return [
-        packed._lengths[rows[start:end]].tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    return [packed._lengths[rows[start:end]].tolist() for start, end in pairwise(bounds)]
 
 
 def check_best_fit(lengths, room, seed=0):

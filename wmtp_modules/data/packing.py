@@ -158,8 +158,8 @@ def best_fit_decreasing(lengths: np.ndarray, room: int) -> np.ndarray:
     n_packs = 0
     packs = np.empty(len(lengths), np.int64)
     # Views give plain integers, one at a time: a list of millions would take as many objects.
-    rows = memoryview(packs)
-    for i, length in enumerate(memoryview(lengths)):
+    rows = packs.data
+    for i, length in enumerate(lengths.data):
         enough = rooms >> length
         if enough:
             found = length + (enough & -enough).bit_length() - 1  # the lowest bit that is 1
