@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wmtp_modules.data.loader import epoch_dataloader
+from wmtp_modules.data.loader import epoch_dataloader, packs_of_epoch
 
 
 class Packs:
@@ -53,6 +53,17 @@ def test_another_number_of_ranks_goes_on_at_the_same_pack(batch_size, world):
     for state in states:  # that of any rank will do
         resumed = joint_batches(loaders(23, batch_size, world, 6, state))
         assert [pack for batch in resumed for pack in batch] == [12, 13, 14, 15, 16, 17]
+
+
+@pytest.mark.parametrize(
+    ("n_packs", "world", "batch_size", "packs_per_step"),
+    [(20, 2, 3, 6), (18, 2, 3, 6), (6, 2, 3, 6), (5, 2, 1, 8), (7, 1, 2, 8), (9, 3, 1, 6)],
+)
+def test_as_many_packs_as_an_epoch_takes(n_packs, world, batch_size, packs_per_step):
+    batches = joint_batches(loaders(n_packs, batch_size, world, packs_per_step))
+    taken = [pack for batch in batches for pack in batch]
+    assert len(taken) == packs_of_epoch(n_packs, world * batch_size, packs_per_step)
+    assert n_packs - len(taken) < (packs_per_step if n_packs >= packs_per_step else 6)
 
 
 def test_an_epoch_of_less_than_a_step_has_whole_joint_micro_batches():

@@ -342,6 +342,7 @@ class Run:
             "weighted_loss": objective / n_prime.item(),
             "lr": self.cfg["optimizer"]["lr"] * self.schedule(step),
             "grad_norm": grad_norm,
+            "clipped_share": float(self.clipped[-1]),  # of the one step since the last line
             **self._statistics(weights_NK, mask_NK),
         }
         if noise_4[0]:

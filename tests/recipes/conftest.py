@@ -16,7 +16,7 @@ from torchtune.config import instantiate
 from wmtp_modules.quickstarts import functions, stdlib
 from wmtp_modules.run.run import Run
 
-REMEMBERED = ("step", "micro_step", "_epoch", "_best_loss", "heldout", "kept")
+REMEMBERED = ("step", "micro_step", "_epoch", "_logged_epoch", "_best_loss", "heldout", "kept")
 
 
 @pytest.fixture
@@ -31,6 +31,8 @@ def check_resumed(monkeypatch):
         state = {name: copy.deepcopy(vars(run)[name]) for name in REMEMBERED}
         return state | {
             "bad steps": copy.deepcopy(run._bad_steps.state_dict()),
+            "clipped": run._clipped.state_dict(),
+            "packing": run._dataset.packing,
             "rate": run._lr_scheduler.get_last_lr(),
             "draws": (random.random(), float(np.random.rand()), float(torch.rand(()))),
         }

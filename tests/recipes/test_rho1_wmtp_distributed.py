@@ -16,12 +16,13 @@ from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.rules import cpp_compiler
-from wmtp_modules.data import rows_dataset
+from wmtp_modules.data import packing, rows_dataset
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import init_process_group, patient_barrier
 from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.run import start
+from wmtp_modules.run.figures import Throughput
 from wmtp_modules.run.run import Run
 from wmtp_modules.run.stopping import Stopped, StopRequests
 from wmtp_modules.run.training_state import TrainingStates
@@ -197,7 +198,8 @@ def test_what_a_run_leaves(uniform):
     steps = [line for line in metrics_of(folder) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     expected = {"loss", "lr", "tokens_per_s", "ess", "selected_share", "memory_gib", "grad_norm"}
-    assert expected | {f"loss_head_{k}" for k in range(4)} <= steps[0].keys()
+    expected |= {"padding_share", "clipped_share"} | {f"loss_head_{k}" for k in range(4)}
+    assert all(expected <= line.keys() for line in steps)
     assert all(line["ess"] == 1.0 and line["selected_share"] == 1.0 for line in steps)
     assert summary["steps"] == 6
     assert (folder / "curves.png").stat().st_size > 5000
@@ -367,6 +369,53 @@ def test_clipping_schedule_and_decay_reach_the_update(run, uniform):
     moved = {key: (value - before[key]).norm() for key, value in weights_of(folder).items()}
     assert torch.stack([*moved.values()]).norm().item() == pytest.approx(0.1, rel=1e-3)
     assert all((norm < 1e-6) == key.startswith("extra_heads.") for key, norm in moved.items())
+
+
+def test_epochs_padding_and_clipped_steps_are_told(run, uniform, monkeypatch, caplog, capsys):
+    """Ten steps of 40 packs, an epoch has three; every fourth step is logged."""
+    norms = [line["grad_norm"] for line in metrics_of(uniform[0]) if "loss" in line]
+    bound, end_step, add = sorted(norms)[2], Run.end_step, Throughput.add
+    runs, rows, tokens, clipped = [], [], [], []
+
+    def noting(self, sums, stats, grad_norm, lr):
+        runs.append(self)
+        rows.append((sum((row_BT >= 0).sum() for row_BT in self._rows), self._epoch))
+        clipped.append(float(grad_norm) > bound)
+        end_step(self, sums, stats, grad_norm, lr)
+
+    monkeypatch.setattr(Run, "end_step", noting)
+    monkeypatch.setattr(Throughput, "add", lambda self, n: (tokens.append(n), add(self, n)))
+    more = {"max_steps": 10, "batch_size": 40, "log_every_n_steps": 4, "clip_grad_norm": bound}
+    with caplog.at_level("INFO"):
+        folder, summary = run(more)
+    data = runs[0]._dataset
+    assert [int(n) for n in tokens] == [int(n) for n, _ in rows]
+    said = f"The data are {data.n_tokens:,} tokens in {len(data)} packs of 64, "
+    assert re.search(rf"{said}.* a step 40: 10 steps are 3\.3 epochs", caplog.text)
+    assert "more than 4 epochs" not in caplog.text
+    assert f"tok/s pad {data.padding_share:.1%} " in capsys.readouterr().err
+
+    assert 0 < sum(clipped) < 10
+    lines = {line["step"]: line for line in metrics_of(folder)}
+    shares = {step: line["clipped_share"] for step, line in lines.items() if "loss" in line}
+    assert shares == {4: sum(clipped[:4]) / 4, 8: sum(clipped[4:8]) / 4}
+    assert summary["clipped_share"] == sum(clipped) / 10
+    epochs = [epoch for _, epoch in rows]
+    begins = [step for step, epoch in enumerate(epochs, 1) if epochs.index(epoch) + 1 == step]
+    assert [step for step, line in lines.items() if "epoch" in line] == begins
+    assert [lines[step]["epoch"] for step in begins] == [0, 1, 2, 3]
+    for step in {*begins, *shares}:
+        assert lines[step]["padding_share"] == data.padding_share < 0.1
+
+
+def test_a_state_of_another_packing_is_refused(run, uniform, monkeypatch, tmp_path):
+    """Its place in the data would be another one, silently."""
+    folder = shutil.copytree(uniform[0], tmp_path / "run")
+    monkeypatch.setattr(
+        packing, "best_fit_decreasing", lambda lengths, room: lengths.cumsum() // room
+    )
+    with pytest.raises(SystemExit, match=r"step_000006 was saved by a version that packs rows"):
+        run({"max_steps": 8, "resume_from_checkpoint": True}, folder)
 
 
 def test_the_rate_follows_the_schedule(uniform):

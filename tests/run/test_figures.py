@@ -1,4 +1,4 @@
-"""Held-out losses that cannot be had are an error; a head without targets has no figures."""
+"""Held-out losses that cannot be had are an error, a head without targets has no figures; epochs."""
 
 import pytest
 import torch
@@ -6,7 +6,14 @@ import torch
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.sharding import init_weights_
-from wmtp_modules.run.figures import TrainingError, heldout_losses, mean_of_heads, step_metrics
+from wmtp_modules.run.figures import (
+    Share,
+    TrainingError,
+    epoch_lines,
+    heldout_losses,
+    mean_of_heads,
+    step_metrics,
+)
 from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 
@@ -86,3 +93,60 @@ def test_a_step_without_targets_has_no_figures():
 def test_mean_of_heads_counts_targets():
     assert mean_of_heads(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([3, 1, 0])) == 1.25
     assert mean_of_heads(torch.tensor([torch.nan]), torch.tensor([0])) is None
+
+
+class Data:
+    """59,213 packs, 2.3 % padding: CodeContests as large as it can be."""
+
+    max_seq_len, n_tokens, padding_share = 4096, 236_918_528, 0.0231
+
+    def __len__(self):
+        return 59_213
+
+
+class SmallData(Data):
+    def __len__(self):
+        return 3
+
+
+def test_a_run_says_how_many_epochs_it_makes():
+    said, many = epoch_lines(Data(), 59_200, 64, 2_000, 0)
+    assert said == (
+        "The data are 236,918,528 tokens in 59,213 packs of 4,096, 2.31% of them padding. An epoch "
+        "takes 59,200 packs, a step 64: 2,000 steps are 2.2 epochs."
+    )
+    assert not many
+    said, _ = epoch_lines(Data(), 59_200, 64, 2_000, 925)
+    assert said.endswith("2,000 steps are 2.2 epochs, of which 1.0 are done.")
+
+
+def test_more_than_four_epochs_are_warned_of():
+    assert epoch_lines(Data(), 59_200, 64, 3_700, 0)[1] == ""
+    said, many = epoch_lines(Data(), 59_200, 64, 3_701, 0)
+    assert many == (
+        "That is more than 4 epochs, beyond which repeated data teach little: set max_steps to at "
+        "most 3,700, or add data."
+    )
+    assert "3,701 steps are 4.0 epochs" in said
+    assert epoch_lines(Data(), 59_200, 64, 13_000, 0)[0].endswith("13,000 steps are 14.1 epochs.")
+    small = epoch_lines(SmallData(), 2, 16, 1, 0)  # not one whole step
+    assert small[0].endswith("An epoch takes 2 packs, a step 16: 1 steps are 8.0 epochs.")
+    assert small[1].endswith("teach little: add data.")
+
+
+def test_a_share_is_of_what_was_counted_since():
+    share = Share()
+    assert share.since_last() is None
+    assert share.in_all() is None
+    for so in (True, False, False, True):
+        share.add(so)
+    assert share.since_last() == 0.5
+    assert share.since_last() is None
+    share.add(False)
+    again = Share()
+    again.load_state_dict(share.state_dict())
+    for one in (share, again):
+        one.add(True)
+        one.add(True)
+        assert one.since_last() == pytest.approx(2 / 3)
+        assert one.in_all() == pytest.approx(4 / 7)

@@ -9,6 +9,7 @@ from torchtune.training import get_cosine_schedule_with_warmup
 from wmtp_modules.run.resume import (
     check_not_begun,
     check_not_ended,
+    check_packing,
     check_same_run,
     note_on_length,
     notes_on_resume,
@@ -86,6 +87,15 @@ def test_another_number_of_ranks_needs_as_many_packs_in_a_step(state):
         "gradient_accumulation_steps 3 are 12: choose them so that it stays 6",
     ):
         check_same_run(state, CFG, 2)
+
+
+def test_rows_that_are_packed_otherwise(tmp_path):
+    check_packing(tmp_path, {"packing": "a"}, "a")
+    for before in ({"packing": "b"}, {}):  # those of 0.1.0 have none
+        with pytest.raises(
+            ValueError, match=r"in another way, so its place .*: continue it with that version, or"
+        ):
+            check_packing(tmp_path, before, "a")
 
 
 def test_notes_say_what_another_number_of_ranks_changes(state):

@@ -41,17 +41,23 @@ class PackSampler(Sampler[int]):
         self._read = state["packs"]
 
 
+def packs_of_epoch(n_packs: int, joint: int, packs_per_step: int) -> int:
+    """How many of the packs an epoch takes: whole optimizer steps, the rest is left out.
+
+    Packs fewer than a step has are taken in whole joint micro-batches of ``joint``.
+    """
+    whole = packs_per_step if n_packs >= packs_per_step else joint
+    return n_packs // whole * whole
+
+
 def epoch_dataloader(
     dataset: PackedDataset, batch_size: int, rank: int, world: int, packs_per_step: int
 ) -> StatefulDataLoader:
-    """One epoch of a rank, of whole optimizer steps; its state goes on with any number of ranks.
-
-    Make a new one each epoch: packing anew changes the number of packs a little.
+    """One epoch of a rank, ``packs_of_epoch``; its state goes on with any number of ranks.
 
     Args:
         batch_size: packs of a rank's micro-batch.
-        packs_per_step: packs of an optimizer step. An epoch that has fewer is one of whole joint
-            micro-batches.
+        packs_per_step: packs of an optimizer step.
 
     Raises:
         ValueError: if the data set has fewer packs than one joint micro-batch.
@@ -63,8 +69,7 @@ def epoch_dataloader(
             f"than one joint micro-batch of {world} ranks x {batch_size}: lower batch_size or add "
             "data"
         )
-    whole = packs_per_step if n_packs >= packs_per_step else joint
-    sampler = PackSampler(n_packs // whole * whole, rank, world)
+    sampler = PackSampler(packs_of_epoch(n_packs, joint, packs_per_step), rank, world)
     # A generator of its own: from torch's, each iterator would draw a number that it does not
     # need, and a resumed run makes one more of them.
     return StatefulDataLoader(

@@ -3,6 +3,8 @@
 Legend: T positions of a pack, B packs of a batch.
 """
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +18,10 @@ from torch.utils.data import Dataset
 class PackedDataset(Dataset):
     """Packs of whole rows, padded to ``max_seq_len`` tokens.
 
-    Every row is in exactly one pack of an epoch. Which one depends only on (seed, epoch): rows are
-    taken in the order of a permutation, and a new pack is started when a row no longer fits.
+    Every row is in exactly one pack of an epoch. Which one depends only on (seed, epoch): the rows
+    are dealt by ``best_fit_decreasing``, equal lengths in random order, and then the packs, and the
+    rows inside each, are put in random order, so that a row's length does not say when it comes.
+    Every epoch has as many packs.
 
     Args:
         rows: tokenised rows with columns ``tokens``, ``keep`` and optionally ``noise``.
@@ -27,6 +31,11 @@ class PackedDataset(Dataset):
     Raises:
         ValueError: if there are no rows, one is empty or longer than ``max_seq_len``, or
             ``rewards`` has a different length.
+
+    Attributes:
+        max_seq_len: T.
+        n_tokens: of all rows, without padding.
+        packing: hash of which rows are where in this epoch.
     """
 
     def __init__(
@@ -57,21 +66,32 @@ class PackedDataset(Dataset):
         self._pad_id = pad_id
         self._scores = scores or {}
         self._rewards = rewards
+        self.n_tokens = int(self._lengths.sum())
+        self._epoch: int | None = None
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Repack in the order of ``epoch``. The number of packs may change slightly."""
-        self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths))
-        starts, room = [], 0
-        for i, length in enumerate(self._lengths[self._order].tolist()):
-            if length > room:
-                starts.append(i)
-                room = self.max_seq_len
-            room -= length
-        self._bounds = np.array([*starts, len(self._order)])
+        """Pack anew for ``epoch``."""
+        if epoch == self._epoch:
+            return
+        rng = np.random.default_rng([self._seed, epoch])
+        shuffled = rng.permutation(len(self._lengths))
+        by_length = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
+        packs = best_fit_decreasing(self._lengths[by_length], self.max_seq_len)
+        places = rng.permutation(packs.max() + 1)[packs]
+        self._order = by_length[np.lexsort((rng.permutation(len(places)), places))]
+        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(places))])
+        self._epoch = epoch
+        parts = (self._order.tobytes(), self._bounds.tobytes())
+        self.packing = hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all packs' positions that no row fills."""
+        return 1 - self.n_tokens / (len(self) * self.max_seq_len)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One pack.
@@ -121,6 +141,38 @@ class PackedDataset(Dataset):
             lengths = np.append(lengths, tail)
         pack["seq_lens"] = torch.from_numpy(lengths)
         return pack
+
+
+def best_fit_decreasing(lengths: np.ndarray, room: int) -> np.ndarray:
+    """Deal rows out to packs: each to the fullest one that has room for it, else to a new one.
+
+    Args:
+        lengths: int64, from the longest to the shortest, each in [1, ``room``].
+        room: of an empty pack.
+
+    Returns:
+        The pack of each row, int64, counted from 0. With N rows it takes about N log(``room``).
+    """
+    packs_by_room = defaultdict[int, list[int]](list)
+    rooms = 0  # bit r is 1 where a pack has room r
+    n_packs = 0
+    packs = np.empty(len(lengths), np.int64)
+    # Views give plain integers, one at a time: a list of millions would take as many objects.
+    rows = packs.data
+    for i, length in enumerate(lengths.data):
+        enough = rooms >> length
+        if enough:
+            found = length + (enough & -enough).bit_length() - 1  # the lowest bit that is 1
+            pack = packs_by_room[found].pop()
+            if not packs_by_room[found]:
+                rooms ^= 1 << found
+        else:
+            pack, found, n_packs = n_packs, room, n_packs + 1
+        rows[i] = pack
+        if left := found - length:
+            packs_by_room[left].append(pack)
+            rooms |= 1 << left
+    return packs
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | list[torch.Tensor]]:

@@ -7,8 +7,10 @@ One optimizer step minimises, with weights detached,
     L = (1 / n') * sum_{b,t,k} alpha_k * w[b,t,k] * M[b,t,k] * losses[b,t,k]
     n' = sum_k alpha_k * n_k,   n_k = sum_{b,t} M[b,t,k] over ranks and micro-batches,
 
-so that weights of 1 give exactly plain MTP (the mean over heads of arXiv 2404.19737, eq. 2),
-whatever the packing, the number of ranks or the gradient accumulation. Sum first, divide once.
+so that weights of 1 give exactly plain MTP, whatever the packing, the number of ranks or the
+gradient accumulation. Sum first, divide once. Plain MTP is here the mean over heads, with alpha_k
+1 / K; eq. 2 of arXiv 2404.19737 is their sum. Adam's step is the same for both, but a gradient of
+the mean, on which ``clip_grad_norm`` acts, is K times smaller.
 """
 
 import torch
@@ -50,6 +52,9 @@ def mtp_labels(
 
 
 def head_alphas(n_future_tokens: int, decay: float = 1.0) -> torch.Tensor:
-    """Weight of each head: decay^k, normalised to sum 1. ``decay`` 1 is the mean over heads."""
+    """Weight of each head: decay^k, normalised to sum 1.
+
+    ``decay`` 1 is the mean over heads; the paper's eq. 2 is the sum, each head with weight 1.
+    """
     alphas_K = torch.tensor([decay**k for k in range(n_future_tokens)], dtype=torch.float64)
     return (alphas_K / alphas_K.sum()).float()

@@ -12,9 +12,14 @@ from contextlib import contextmanager
 import torch
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
+from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import all_reduce_sum
+
+# Up to here repeated data are worth nearly what new data are (Muennighoff et al. 2023, arXiv
+# 2305.16264).
+MOST_EPOCHS = 4
 
 
 class TrainingError(ValueError):
@@ -154,6 +159,59 @@ class Throughput:
         speed = tokens / (time.perf_counter() - self._started)
         self._tokens, self._started = 0, time.perf_counter()
         return speed
+
+
+def epoch_lines(
+    data: PackedDataset, taken: int, packs_per_step: int, max_steps: int, step: int
+) -> tuple[str, str]:
+    """What an epoch has and how many a run makes, and a warning, empty unless these are many.
+
+    Args:
+        taken: packs that an epoch takes, ``packs_of_epoch``.
+        step: steps that are done.
+    """
+    said = (
+        f"The data are {data.n_tokens:,} tokens in {len(data):,} packs of {data.max_seq_len:,}, "
+        f"{data.padding_share:.2%} of them padding. An epoch takes {taken:,} packs, a step "
+        f"{packs_per_step:,}: {max_steps:,} steps are {max_steps * packs_per_step / taken:.1f} "
+        "epochs"
+    )
+    if step:
+        said += f", of which {step * packs_per_step / taken:.1f} are done"
+    if max_steps * packs_per_step <= MOST_EPOCHS * taken:
+        return f"{said}.", ""
+    most = MOST_EPOCHS * taken // packs_per_step
+    way_out = f"set max_steps to at most {most:,}, or add data" if most else "add data"
+    return f"{said}.", (
+        f"That is more than {MOST_EPOCHS} epochs, beyond which repeated data teach little: "
+        f"{way_out}."
+    )
+
+
+class Share:
+    """Of the times that were counted, the share at which something was so; None of no times."""
+
+    def __init__(self) -> None:
+        self._so = self._times = 0
+        self._last = (0, 0)  # what these were at the last reading
+
+    def add(self, is_so: bool) -> None:
+        self._so, self._times = self._so + is_so, self._times + 1
+
+    def since_last(self) -> float | None:
+        """Read it and begin anew."""
+        so, times = self._so - self._last[0], self._times - self._last[1]
+        self._last = (self._so, self._times)
+        return so / times if times else None
+
+    def in_all(self) -> float | None:
+        return self._so / self._times if self._times else None
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
 
 
 def noise_sums(

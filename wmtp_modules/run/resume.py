@@ -76,6 +76,19 @@ def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
     return run
 
 
+def check_packing(folder: Path, run: dict[str, Any], packing: str) -> None:
+    """ValueError if the rows of the state's epoch are packed otherwise now, see ``PackedDataset``.
+
+    Its position in the data would be another one: some rows would come again, others not at all.
+    """
+    if run.get("packing") != packing:
+        raise ValueError(
+            f"{folder} was saved by a version that packs rows in another way, so its place in the "
+            "data is not known here: continue it with that version, or start another run with "
+            "resume_from_checkpoint: false and another output_dir"
+        )
+
+
 def notes_on_resume(
     run: dict[str, Any], cfg: DictConfig, world: int, epoch_packs: int
 ) -> list[str]:

@@ -6,6 +6,7 @@ same methods in the same order.
 Shapes: K heads.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import config, training, utils
 
-from wmtp_modules.data.loader import epoch_dataloader, to_device
+from wmtp_modules.data.loader import epoch_dataloader, packs_of_epoch, to_device
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
 from wmtp_modules.models.mtp_transformer import MTPTransformer
@@ -24,9 +25,11 @@ from wmtp_modules.progress import progress_bar
 from wmtp_modules.run import resume
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
 from wmtp_modules.run.figures import (
+    Share,
     Sums,
     Throughput,
     TrainingError,
+    epoch_lines,
     mean_of_heads,
     peak_memory_gib,
     step_metrics,
@@ -85,6 +88,7 @@ class Run:
         self.kept = kept or {}
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.step = self.micro_step = self._epoch = 0
+        self._logged_epoch = -1
         self.heldout: dict[str, list[float]] = {}
         self._best_loss = float("inf")
         self._output_dir = Path(cfg.output_dir)
@@ -94,6 +98,7 @@ class Run:
         self._profiler: Any = training.DummyProfiler()
         self._bar = progress_bar(desc="", shown=False)
         self._throughput = Throughput()
+        self._clipped = Share()  # of the updates
         self._dataloader = self._epoch_dataloader()
         self._batches = self._endless_batches()
         self._position: dict[str, Any] = {}  # where a state that is saved goes on
@@ -107,6 +112,7 @@ class Run:
         run_id = self._resume() if self._cfg.resume_from_checkpoint else None
         if self._states.last_step is None:  # what lies there is another run's
             self._states.drop_all()
+        self._say_epochs()
         if self.rank != 0:
             return
         self._output_dir.mkdir(parents=True, exist_ok=True)
@@ -138,6 +144,8 @@ class Run:
                 "bring those back, or start another run with resume_from_checkpoint: false and "
                 "another output_dir"
             )
+        self._dataset.set_epoch(run["epoch"])
+        resume.check_packing(folder, run, self._dataset.packing)
         notes = resume.notes_on_resume(run, self._cfg, self.world, len(self._dataset))
         run, own = self._states.load(folder, self._model, self._optimizer)
         self.load_state_dict(run)
@@ -155,11 +163,13 @@ class Run:
         return {
             **self._position,
             "step": self.step,
+            "logged_epoch": self._logged_epoch,
             "best_loss": self._best_loss,
             "heldout": dict(self.heldout),
             "made_from": self._made_from,
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "bad_steps": self._bad_steps.state_dict(),
+            "clipped": self._clipped.state_dict(),
             "config": resume.resolved(self._cfg),
             "run_id": getattr(self._loggers[-1], "run_id", None) if self._loggers else None,
             **{k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in self.kept.items()},
@@ -167,6 +177,7 @@ class Run:
 
     def load_state_dict(self, run: dict[str, Any]) -> None:
         self.step, self.micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
+        self._logged_epoch = run["logged_epoch"]
         self._best_loss, self.heldout = run["best_loss"], run["heldout"]
         before = run["config"]
         if self.step % before["run_val_every_n_steps"] and self.step != before["max_steps"]:
@@ -175,6 +186,7 @@ class Run:
             value = run[name]
             self.kept[name] = value.to(self._device) if torch.is_tensor(value) else value
         self._bad_steps.load_state_dict(run["bad_steps"])
+        self._clipped.load_state_dict(run["clipped"])
         resume.resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
         self._dataloader = self._epoch_dataloader()
         self._dataloader.load_state_dict(run["dataloader"])
@@ -184,9 +196,19 @@ class Run:
         return {
             "micro_step": self.micro_step,
             "epoch": self._epoch,
+            "packing": self._dataset.packing,
             "dataloader": self._dataloader.state_dict(),
             "rng": resume.random_state(self._device),
         }
+
+    def _say_epochs(self) -> None:
+        """Print what an epoch has and how many the run makes; warn where that is many."""
+        cfg, each = self._cfg, resume.packs_per_step(self._cfg, self.world)
+        taken = packs_of_epoch(len(self._dataset), self.world * cfg.batch_size, each)
+        data, many = epoch_lines(self._dataset, taken, each, cfg.max_steps, self.step)
+        utils.log_rank_zero(log, data)
+        if many:
+            utils.log_rank_zero(log, many, level=logging.WARNING)
 
     # ------------------------------------------------------------- the steps
 
@@ -271,8 +293,14 @@ class Run:
         cfg = self._cfg
         self.step += 1
         self._throughput.add(sums["tokens"])
+        norm = float(grad_norm)
+        if not self._problem:
+            self._clipped.add(norm > cfg.clip_grad_norm)
         if self.step % cfg.log_every_n_steps == 0:
-            self._log_step(sums, stats, grad_norm, lr)
+            self._log_step(sums, stats, norm, lr)
+        if self._epoch != self._logged_epoch:
+            self._log({"epoch": self._epoch, "padding_share": self._dataset.padding_share})
+            self._logged_epoch = self._epoch
         self._bar.update()
         self._profiler.step()
         is_last = self.step == cfg.max_steps
@@ -286,15 +314,18 @@ class Run:
                 self._position = self._where()
                 self.save_checkpoint(self._states)
 
-    def _log_step(self, sums: Sums, stats: dict, grad_norm: torch.Tensor, lr: float) -> None:
-        tokens_per_s = self._throughput.per_second()
+    def _log_step(self, sums: Sums, stats: dict, grad_norm: float, lr: float) -> None:
+        tokens_per_s, padding = self._throughput.per_second(), self._dataset.padding_share
         metrics = step_metrics(sums, stats, self._alphas_K) | {
             "lr": lr,
-            "grad_norm": float(grad_norm),
-            "tokens_per_s": tokens_per_s,
+            "grad_norm": grad_norm,
+            "tokens_per_s": tokens_per_s,  # without padding
+            "padding_share": padding,
             "memory_gib": peak_memory_gib(self._device),
             "skipped_steps": len(self._bad_steps.skipped),
         }
+        if (clipped := self._clipped.since_last()) is not None:
+            metrics["clipped_share"] = clipped
         self._log(metrics)
 
         def told(name: str, digits: int) -> str:
@@ -304,7 +335,7 @@ class Run:
         self._bar.set_postfix_str(
             f"loss {told('loss', 3)} heads {heads} ess {told('ess', 2)} "
             f"sel {told('selected_share', 2)} {tokens_per_s:.0f} tok/s "
-            f"{metrics['memory_gib']:.1f} GiB",
+            f"pad {padding:.1%} {metrics['memory_gib']:.1f} GiB",
             refresh=False,
         )
 
@@ -369,7 +400,9 @@ class Run:
     def summary(self) -> dict:
         """Held-out loss per head before and after, and where the logger has the run."""
         losses = {"base": self.heldout["base"], self._cfg.weighting.name: self.heldout["last"]}
-        summary = {"steps": self.step, "heldout_loss": losses}
+        summary: dict = {"steps": self.step, "heldout_loss": losses}
+        if (clipped := self._clipped.in_all()) is not None:
+            summary["clipped_share"] = clipped
         if self._loggers and hasattr(self._loggers[-1], "location"):
             summary["tracking"] = self._loggers[-1].location
         return summary
