@@ -172,7 +172,7 @@ def stand_in(path: Path) -> str | None:
             f"run `{way_out} {path.name}` in its folder" if way_out else "copy the file itself"
         )
     if path.is_dir():
-        return "a folder, not a file"
+        return "a folder: give the file that belongs there"
     with path.open("rb") as file:
         head = file.read(1024)
     if _PAGE.match(head):

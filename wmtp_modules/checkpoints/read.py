@@ -19,13 +19,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchtune.modules import RotaryPositionalEmbeddings
 
 from wmtp_modules.checkpoints.names import (
+    HUGGING_FACE,
+    LAYOUTS,
+    META,
     hf_key,
     meta_key,
     parameter_shapes,
     rotary_heads,
     rows_from_hf,
 )
-from wmtp_modules.files import read_json, recover_folder
+from wmtp_modules.files import read_json, recover_folder, stand_in
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
@@ -34,6 +37,18 @@ MAX_PROBLEMS = 10  # named in one error message; the others are counted
 META_CONTEXT = 4096
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST = 2**31 - 1  # in a config: a size beyond it is a slip, and would be tried
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".distcp"}
+FEW_TOKENS = 256  # as many rows are added or padded; a larger difference is another tokenizer
+# What wraps a module puts its name into the keys below.
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_fsdp_wrapped_module": "FSDP",
+    "module": "DistributedDataParallel or DeepSpeed",
+    "base_model": "PEFT",
+}
+_ADAPTER = re.compile(r".*\b(lora_\w+|ia3_\w+|base_layer|modules_to_save|prompt_embeddings)\b")
+_QUANTISED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_scale\w*|SCB|absmax|quant_\w+).*")
 # Tables that some exporters store beside the weights; the model computes them.
 _KNOWN_BUFFERS = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -63,29 +78,31 @@ class Checkpoint:
         if (folder / "params.json").exists():
             self.is_hf = False
             self.config_file = folder / "params.json"
-            files = [_consolidated_file(folder)]
+            self._files, self._index = _consolidated_files(folder), {}
         elif (folder / "config.json").exists():
             self.is_hf = True
             self.config_file = folder / "config.json"
-            files = _hf_weight_files(folder)
+            self._files, self._index = _hf_weight_files(folder)
         else:
-            raise ValueError(
-                f"{folder} is not a checkpoint: it has neither params.json (Meta's format) nor "
-                "config.json (Hugging Face)"
-            )
+            raise ValueError(f"{folder} is not a checkpoint: {_what_is_there(folder)}")
         self.tokenizer_path = folder / "tokenizer.model"
         if not self.tokenizer_path.exists():
-            raise ValueError(f"{self.tokenizer_path} is missing: copy the tokenizer beside it")
+            raise ValueError(f"{self.tokenizer_path} {_no_tokenizer(self.tokenizer_path)}")
 
         self._tensors: dict[str, torch.Tensor] = {}
         self._file_of: dict[str, Path] = {}
-        for file in files:
-            tensors = _map_safetensors(file) if file.suffix == ".safetensors" else _map_torch(file)
-            self._tensors |= tensors
-            self._file_of |= dict.fromkeys(tensors, file)
-        self._files = files
+        self._copies: dict[str, Path] = {}  # keys in a file from which the index does not take them
+        for file in self._files:
+            for key, tensor in _map(file).items():
+                if self._index.get(key, file.name) != file.name:
+                    self._copies[key] = file
+                    continue
+                if key in self._file_of:
+                    raise ValueError(_twice(key, self._file_of[key], file))
+                self._tensors[key], self._file_of[key] = tensor, file
 
         config = read_json(self.config_file)
+        self._check_layout(config)
         read_args = self._args_from_hf if self.is_hf else self._args_from_meta
         self.args = read_args(config, n_future_tokens)
         self._check_widths()
@@ -204,10 +221,57 @@ class Checkpoint:
             names["output.proj.weight"] = names["tok_embeddings.weight"]
         return names
 
+    def _check_layout(self, config: dict) -> None:
+        """Whose keys these are: what a wrapper or another format wrote is told as such."""
+        own_name = HUGGING_FACE if self.is_hf else META
+        own = LAYOUTS[own_name]
+        files, keys = _names(self._files), list(self._tensors)
+        strange = [k for k in keys if not own.fullmatch(k) and not _KNOWN_BUFFERS.fullmatch(k)]
+        for key in strange:
+            if _ADAPTER.match(key):
+                raise ValueError(
+                    f"{files} holds an adapter and not, or not yet, a whole model (key {key}): "
+                    "merge it into its base model, as PEFT's merge_and_unload() does, and save that"
+                )
+        quantised = next((key for key in strange if _QUANTISED.match(key)), None)
+        fields = [f for f in ("quantization_config", "quantization_args") if config.get(f)]
+        if quantised or fields:
+            why = f"key {quantised}" if quantised else f"{fields[0]} in {self.config_file.name}"
+            raise ValueError(
+                f"{files} holds quantised weights ({why}), which cannot be trained: take the "
+                "checkpoint that they were made from"
+            )
+        for layout, pattern in LAYOUTS.items():
+            theirs = [key for key in strange if pattern.fullmatch(key)]
+            if len(theirs) > len(keys) / 2:
+                config_file = {META: "params.json", HUGGING_FACE: "config.json"}.get(layout)
+                raise ValueError(
+                    f"{files} holds keys of {layout} format ({theirs[0]}), but "
+                    f"{self.config_file.name} is there for {own_name} format: "
+                    + (f"copy {config_file} in its place" if config_file else "export it in that")
+                )
+        inner = {key: _inner_key(key, own) for key in strange}
+        wrapped = {key: name for key, name in inner.items() if name and name not in self._tensors}
+        if wrapped and len(wrapped) >= len(strange) / 2:
+            key, name = next(iter(wrapped.items()))
+            maker = next((WRAPPERS[part] for part in key.split(".") if part in WRAPPERS), None)
+            if key.endswith(name):
+                how = f"begin with {key.removesuffix(name)!r}"
+            elif name.endswith(key):
+                how = f"lack the prefix {name.removesuffix(key)!r}"
+            else:
+                how = "hold the name of a wrapper"
+            raise ValueError(
+                f"{files}: {len(wrapped)} of {len(keys)} keys {how}"
+                + (f", which {maker} puts there" if maker else "")
+                + f": rename them ({key} must be {name}), or save the unwrapped model again"
+            )
+
     def _check_keys(self) -> None:
         """Compare what the files hold with what the config asks for."""
         expected = {self._their_keys[k]: shape for k, shape in parameter_shapes(self.args).items()}
-        problems = [f"missing key {key}" for key in expected if key not in self._tensors]
+        missing = [self._missing(key) for key in expected if key not in self._tensors]
+        problems = []
         for key, tensor in self._tensors.items():
             where, shape = f"key {key} in {self._file_of[key].name}", expected.get(key)
             if shape is None:
@@ -222,11 +286,21 @@ class Checkpoint:
                 )
             elif tensor.is_meta:
                 problems.append(f"{where} was saved without its values")
+        half = MAX_PROBLEMS // 2  # of many, what is there must be seen beside what is not
+        problems = missing[:half] + problems[:half] + missing[half:] + problems[half:]
         _raise_all(problems, f"{_names(self._files)} does not hold what {self.config_file} says")
+
+    def _missing(self, key: str) -> str:
+        """A missing key; if the index names a file for it, that too."""
+        if key not in self._index:
+            return f"missing key {key}"
+        where = f", but it is in {self._copies[key].name}" if key in self._copies else ""
+        return f"missing key {key}, which the index places in {self._index[key]}{where}"
 
     def _shape(self, key: str) -> torch.Size:
         if key not in self._tensors:
-            raise ValueError(f"{_names(self._files)}: missing key {key}")
+            held = ", ".join([*self._tensors][:3]) or "nothing"
+            raise ValueError(f"{_names(self._files)}: missing key {key}, it holds {held}, ...")
         return self._tensors[key].shape
 
 
@@ -284,24 +358,67 @@ def check_vocab(folder: str | Path, vocab_size: int) -> None:
     """ValueError unless a tokenizer, or a folder's, has as many pieces as an embedding rows."""
     path = Path(folder)
     path = path / "tokenizer.model" if path.is_dir() else path
-    pieces = len(_pieces(path))
-    if pieces != vocab_size:
+    pieces = _pieces(path)
+    more = vocab_size - len(pieces)
+    if more:
+        way_out = (
+            "use the tokenizer that the model was trained with, or give a new one as many rows"
+        )
+        if 0 < more <= FEW_TOKENS:
+            added = ", ".join(map(repr, _added_tokens(path.parent, len(pieces))[:MAX_PROBLEMS]))
+            way_out = (
+                f"if the tokenizer is the model's own, tokens were added beside it, or rows as "
+                f"padding{f' (added: {added})' if added else ''}: cut the embedding and output to "
+                f"{len(pieces)} rows (transformers: model.resize_token_embeddings({len(pieces)})) "
+                "and save again"
+            )
+        elif -FEW_TOKENS <= more < 0:
+            way_out = (
+                f"if the model is the tokenizer's own, pieces were added ({_shown(pieces[more:])} "
+                f"come last): take the tokenizer from before, or give the model {len(pieces)} rows "
+                f"(transformers: model.resize_token_embeddings({len(pieces)})) and save again"
+            )
         raise ValueError(
-            f"{path} has {pieces} pieces but tok_embeddings has {vocab_size} rows: use the "
-            "tokenizer that the model was trained with, or give a new one as many rows"
+            f"{path} has {len(pieces)} pieces but tok_embeddings has {vocab_size} rows: {way_out}"
         )
 
 
 def check_same_vocabulary(path_a: str | Path, path_b: str | Path) -> None:
     """ValueError unless two SentencePiece models give every id the same meaning."""
     pieces_a, pieces_b = _pieces(Path(path_a)), _pieces(Path(path_b))
-    differing = abs(len(pieces_a) - len(pieces_b))
-    differing += sum(a != b for a, b in zip(pieces_a, pieces_b, strict=False))
-    if differing:
+    common = min(len(pieces_a), len(pieces_b))
+    extra = pieces_a[common:] or pieces_b[common:]
+    changed = sum(a != b for a, b in zip(pieces_a, pieces_b, strict=False))
+    if extra and not changed:
+        longer, other = (path_a, path_b) if pieces_a[common:] else (path_b, path_a)
         raise ValueError(
-            f"the vocabularies of {path_a} and {path_b} differ in {differing} pieces: their token "
-            "ids mean different things"
+            f"the vocabularies of {path_a} and {path_b} differ in {len(extra)} pieces: {longer} "
+            f"has {_shown(extra)} after the {common} that both have: use {other} for both"
         )
+    if changed:
+        raise ValueError(
+            f"the vocabularies of {path_a} and {path_b} differ in {changed + len(extra)} pieces: "
+            "their token ids mean different things: use the tokenizer that the model was trained "
+            "with"
+        )
+
+
+def _shown(pieces: list[str]) -> str:
+    return ", ".join(map(repr, pieces[:3])) + (", ..." if len(pieces) > 3 else "")
+
+
+def _added_tokens(folder: Path, n_pieces: int) -> list[str]:
+    """Tokens that Hugging Face's files add to a SentencePiece model; as far as they can be read."""
+    by_id: dict[int, str] = {}
+    if (folder / "added_tokens.json").exists():
+        tokens = read_json(folder / "added_tokens.json")
+        by_id |= {i: token for token, i in tokens.items() if isinstance(i, int)}
+    if (folder / "tokenizer_config.json").exists():
+        tokens = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+        for i, token in tokens.items() if isinstance(tokens, dict) else ():
+            if i.isdecimal() and isinstance(token, dict):
+                by_id[int(i)] = str(token.get("content"))
+    return [token for i, token in sorted(by_id.items()) if i >= n_pieces]
 
 
 def load_into(model: MTPTransformer, folder: str | Path, *, device: torch.device | str) -> None:
@@ -359,6 +476,10 @@ def _names(files: list[Path]) -> str:
 
 
 def _pieces(path: Path) -> list[str]:
+    """Pieces of a SentencePiece model by id; ValueError if the file is none, and what it is."""
+    fault = tokenizer_fault(path)
+    if fault:
+        raise ValueError(f"{path} {fault}")
     try:
         tokenizer = spm.SentencePieceProcessor(model_file=str(path))
         return tokenizer.id_to_piece(list(range(tokenizer.get_piece_size())))
@@ -368,6 +489,49 @@ def _pieces(path: Path) -> list[str]:
         raise ValueError(
             f"{path} is not a SentencePiece model, or is damaged ({error}): copy it again"
         ) from error
+
+
+def tokenizer_fault(path: Path) -> str | None:
+    """What a file is that cannot be a SentencePiece model, with the way out; None if it may be."""
+    if not path.exists() and not path.is_symlink():
+        return _no_tokenizer(path)
+    found = stand_in(path)
+    if found:
+        return f"is not a SentencePiece model but {found}"
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if not head:
+        return "is not a SentencePiece model: it is empty, copy it again"
+    ours = "take tokenizer.model, a SentencePiece model as Llama 1 and 2 have it"
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", head):
+        return (
+            "is not a SentencePiece model but a tiktoken vocabulary, as Llama 3 has it, which is "
+            f"not supported: {ours}, with a checkpoint that was trained with it"
+        )
+    if re.match(rb"(\xef\xbb\xbf)?\s*[{\[]", head):
+        return (
+            "is not a SentencePiece model but JSON, such as Hugging Face's tokenizer.json: "
+            f"{ours}, of the same checkpoint"
+        )
+    if re.match(rb"[^\x00-\x08\n]+\t-?[\d.e-]+\r?\n", head):
+        return (
+            "is not a SentencePiece model but a listing of its pieces: take the .model file that "
+            "was written beside it"
+        )
+    return None
+
+
+def _no_tokenizer(path: Path) -> str:
+    """What to say of a tokenizer that is not there."""
+    if path.is_symlink():
+        return f"is {stand_in(path)}"
+    has_json = (path.parent / "tokenizer.json").exists()
+    beside = ", tokenizer.json beside it is another format" if has_json else ""
+    there = "" if path.parent.is_dir() else f", and neither is its folder {path.parent}"
+    return (
+        f"is missing: that file does not exist{beside}{there}. Copy the checkpoint's SentencePiece "
+        "model (tokenizer.model) there, or correct the path"
+    )
 
 
 def _number(
@@ -395,31 +559,38 @@ def _number(
     return value
 
 
-def _consolidated_file(folder: Path) -> Path:
+def _consolidated_files(folder: Path) -> list[Path]:
     whole = folder / "consolidated.pth"
-    parts = [whole] if whole.exists() else sorted(folder.glob("consolidated.*.pth"))
+    parts = sorted(folder.glob("consolidated.*.pth"))
+    if whole.exists() or whole.is_symlink():
+        return [whole, *parts]  # no key may be in two of them
     if not parts:
-        raise ValueError(f"{whole} is missing beside params.json")
+        hint = _found(_weight_files(folder))
+        if (folder / "config.json").exists():
+            hint += "; to read it as a Hugging Face folder, take params.json out"
+        raise ValueError(f"{whole} is missing beside params.json{hint}")
     if len(parts) > 1:
         raise ValueError(
             f"{folder} holds {len(parts)} model-parallel parts ({parts[0].name}, ...): take the "
             "Hugging Face version of this checkpoint, which is not cut through tensors"
         )
-    return parts[0]
+    return parts
 
 
-def _hf_weight_files(folder: Path) -> list[Path]:
-    """Weight files of a Hugging Face folder; torch files are read where safetensors are absent."""
+def _hf_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Weight files of a Hugging Face folder, and the file of each key if an index says so.
+
+    Torch files are read where safetensors are absent. An index decides; one whose shards are gone
+    is left over from an earlier state if the weights are there in one file.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
+        whole, index = folder / name, folder / f"{name}.index.json"
+        is_whole = whole.exists() or whole.is_symlink()
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no 'weight_map' from keys to files")
-            names = list(weight_map.values())
-            for shard in names:
+            for shard in weight_map.values():
                 # A plain name: "../other/x" or "/x" would read a file that is no part of this.
                 is_name = isinstance(shard, str) and shard == Path(shard).name
                 if not is_name or shard in ("", "..") or "\0" in shard:
@@ -427,33 +598,141 @@ def _hf_weight_files(folder: Path) -> list[Path]:
                         f"{index} names the shard {str(shard)[:99]!r}, which is not a file "
                         "in its folder: download the index again, or correct it"
                     )
-            shards = [folder / shard for shard in sorted(set(names))]
-            missing = [shard.name for shard in shards if not shard.exists()]
-            if missing:
-                raise ValueError(f"{index} names shards that are missing: {', '.join(missing)}")
-            return shards
-    raise ValueError(f"{folder / 'model.safetensors'} is missing beside config.json")
+            shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+            missing = [shard for shard in shards if not shard.exists()]
+            if not missing:
+                return shards, weight_map
+            if not is_whole:
+                named = ", ".join(shard.name for shard in missing)
+                dead = next((shard for shard in missing if shard.is_symlink()), None)
+                hint = f" ({dead.name} is {stand_in(dead)})" if dead else ": download them"
+                raise ValueError(f"{index} names shards that are missing: {named}{hint}")
+        if is_whole:
+            return [whole], {}
+    raise ValueError(_no_hf_weights(folder))
+
+
+def _no_hf_weights(folder: Path) -> str:
+    """Why a folder with config.json has no weights that can be read."""
+    there = _weight_files(folder)
+    for suffix, index in {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}.items():
+        shards = [f for f in there if f.suffix == suffix and not f.name.startswith("adapter_model")]
+        if len(shards) > 1 or any("-of-" in shard.name for shard in shards):
+            file_of: dict[str, Path] = {}
+            twice = ""
+            for shard in shards:
+                for key in _map(shard):
+                    if key in file_of and not twice:
+                        twice = f"; {_twice(key, file_of[key], shard)}"
+                    file_of[key] = shard
+            return (
+                f"{folder / index}.index.json is missing, which says what is in {len(shards)} "
+                f"shards ({', '.join(shard.name for shard in shards[:MAX_PROBLEMS])}): download "
+                f"it from where they come from{twice}"
+            )
+    adapters = [file.name for file in there if file.name.startswith("adapter_model")]
+    if adapters:
+        return f"{folder}: {_ADAPTER_ONLY.format(adapters[0])}"
+    return f"{folder / 'model.safetensors'} is missing beside config.json{_found(there)}" + (
+        ": a single file of weights must have that name" if len(there) == 1 else ""
+    )
+
+
+_ADAPTER_ONLY = (
+    "{} is an adapter without its base model: merge it into that, as PEFT's merge_and_unload() "
+    "does, and save the result"
+)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Files of a folder that may be weights, without what a trainer keeps beside them."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in WEIGHT_SUFFIXES
+        and not re.match("optimizer|scheduler|scaler|rng_state|training_args", path.name)
+    )
+
+
+def _found(files: list[Path]) -> str:
+    names = ", ".join(file.name for file in files[:MAX_PROBLEMS])
+    return f", where there is {names}" if names else ", and there are no other weights"
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder holds that is no checkpoint, and what to give in its place."""
+    if not folder.is_dir():
+        what = "it is a file, give its folder" if folder.exists() else "there is no such folder"
+        return what if not folder.is_symlink() else f"it is {stand_in(folder)}"
+    neither = "it has neither params.json (Meta's format) nor config.json (Hugging Face)"
+    for path in (folder / "params.json", folder / "config.json"):
+        if path.is_symlink():
+            return f"{path} is {stand_in(path)}"
+    inner = [path.parent for n in ("params.json", "config.json") for path in folder.glob(f"*/{n}")]
+    inner += [path.parent for path in folder.glob("snapshots/*/config.json")]
+    there = _weight_files(folder)
+    adapter = next((file.name for file in there if file.name.startswith("adapter_model")), None)
+    if adapter or (folder / "adapter_config.json").exists():
+        return f"{neither}, and {_ADAPTER_ONLY.format(adapter or 'adapter_config.json')}"
+    if any(file.suffix == ".distcp" for file in there):
+        return (
+            f"{neither}, but the parts of torch.distributed.checkpoint: convert them with "
+            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch, and add the config"
+        )
+    if any(file.suffix == ".gguf" for file in there):
+        return f"{neither}, but {there[0].name}: take the version in safetensors"
+    if inner:
+        return f"{neither}, but {inner[0]} has: give that folder"
+    return neither + (f"{_found(there)}: copy its config beside it" if there else "")
+
+
+def _twice(key: str, one: Path, other: Path) -> str:
+    return (
+        f"key {key} is in {one.name} and in {other.name} of {one.parent}, and no index says which "
+        "counts: move the file that is not part of this checkpoint away"
+    )
+
+
+def _inner_key(key: str, own: re.Pattern[str]) -> str | None:
+    """The key of a format that another one stands for: without wrappers, prefix, or a lost one."""
+    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    names = [".".join(parts[start:]) for start in range(len(parts))] + [".".join(["model", *parts])]
+    return next((name for name in names if own.fullmatch(name)), None)
+
+
+def _map(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a weight file; their bytes stay in the file until they are read."""
+    found = stand_in(file)
+    if found:
+        raise ValueError(f"{file} is {found}")
+    return _map_safetensors(file) if file.suffix == ".safetensors" else _map_torch(file)
 
 
 def _map_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file; their bytes stay in the file until they are read."""
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        if _head(file).startswith(b"PK\3\4"):
+            raise ValueError(
+                f"{file} is a torch file under another name: rename it to pytorch_model.bin"
+            ) from error
         raise ValueError(
             f"{file} is truncated or damaged, download or copy it again: {error}"
         ) from error
 
 
 def _map_torch(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a torch file; their bytes stay in the file until they are read."""
-    with file.open("rb") as opened:
-        magic = opened.read(2)
-    if magic == b"\x80\x02":
+    head = _head(file)
+    if head[:2] == b"\x80\x02":
         raise ValueError(
             f"{file} is in torch's format from before 1.6, which cannot be memory-mapped: load it "
             "and torch.save it again"
+        )
+    if head[8:10] == b'{"':
+        raise ValueError(
+            f"{file} is a safetensors file under another name: rename it to model.safetensors, "
+            "beside a config.json"
         )
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -468,8 +747,18 @@ def _map_torch(file: Path) -> dict[str, torch.Tensor]:
         isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()
     )
     if not is_state:
-        raise ValueError(f"{file} does not hold a dictionary of tensors")
+        held = ", ".join(map(repr, list(state)[:MAX_PROBLEMS])) if isinstance(state, dict) else ""
+        raise ValueError(
+            f"{file} does not hold a dictionary of tensors but "
+            + (f"one of {held}" if held else f"a {type(state).__name__}")
+            + ": save the model's state_dict alone"
+        )
     return state
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(16)
 
 
 def meta_hidden_dim(dim: int, multiple_of: int, multiplier: float) -> int:
