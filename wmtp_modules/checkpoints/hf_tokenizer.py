@@ -11,7 +11,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from wmtp_modules.checkpoints.read import tokenizer_fault
+from wmtp_modules.checkpoints.refusals import tokenizer_fault
 
 # ModelProto.SentencePiece.Type and TrainerSpec.ModelType of sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4

@@ -7,7 +7,6 @@ the same error by itself, before any memory is spent.
 
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,23 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchtune.modules import RotaryPositionalEmbeddings
 
 from wmtp_modules.checkpoints.names import (
-    HUGGING_FACE,
-    LAYOUTS,
-    META,
     hf_key,
     meta_key,
     parameter_shapes,
     rotary_heads,
     rows_from_hf,
+)
+from wmtp_modules.checkpoints.refusals import (
+    ADAPTER_ONLY,
+    KNOWN_BUFFERS,
+    added_tokens,
+    foreign_keys,
+    in_two_files,
+    no_tokenizer,
+    tokenizer_fault,
+    weight_files,
+    what_is_there,
+    which_weights,
 )
 from wmtp_modules.files import read_json, recover_folder, stand_in
 from wmtp_modules.models.mtp_transformer import MTPTransformer
@@ -36,21 +44,8 @@ MAX_PROBLEMS = 10  # named in one error message; the others are counted
 # 4096. Another one is written as max_seq_len, which Meta's own loader would not take.
 META_CONTEXT = 4096
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST = 2**31 - 1  # in a config: a size beyond it is a slip, and would be tried
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".distcp"}
 FEW_TOKENS = 256  # as many rows are added or padded; a larger difference is another tokenizer
-# What wraps a module puts its name into the keys below.
-WRAPPERS = {
-    "_orig_mod": "torch.compile",
-    "_checkpoint_wrapped_module": "activation checkpointing",
-    "_fsdp_wrapped_module": "FSDP",
-    "module": "DistributedDataParallel or DeepSpeed",
-    "base_model": "PEFT",
-}
-_ADAPTER = re.compile(r".*\b(lora_\w+|ia3_\w+|base_layer|modules_to_save|prompt_embeddings)\b")
-_QUANTISED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_scale\w*|SCB|absmax|quant_\w+).*")
-# Tables that some exporters store beside the weights; the model computes them.
-_KNOWN_BUFFERS = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+MOST = 2**31 - 1  # in a config: a size beyond it is a slip, and would be tried
 
 
 class Checkpoint:
@@ -84,10 +79,10 @@ class Checkpoint:
             self.config_file = folder / "config.json"
             self._files, self._index = _hf_weight_files(folder)
         else:
-            raise ValueError(f"{folder} is not a checkpoint: {_what_is_there(folder)}")
+            raise ValueError(f"{folder} is not a checkpoint: {what_is_there(folder)}")
         self.tokenizer_path = folder / "tokenizer.model"
         if not self.tokenizer_path.exists():
-            raise ValueError(f"{self.tokenizer_path} {_no_tokenizer(self.tokenizer_path)}")
+            raise ValueError(f"{self.tokenizer_path} {no_tokenizer(self.tokenizer_path)}")
 
         self._tensors: dict[str, torch.Tensor] = {}
         self._file_of: dict[str, Path] = {}
@@ -98,11 +93,13 @@ class Checkpoint:
                     self._copies[key] = file
                     continue
                 if key in self._file_of:
-                    raise ValueError(_twice(key, self._file_of[key], file))
+                    raise ValueError(in_two_files(key, self._file_of[key], file))
                 self._tensors[key], self._file_of[key] = tensor, file
 
         config = read_json(self.config_file)
-        self._check_layout(config)
+        foreign = foreign_keys(_names(self._files), [*self._tensors], config, self.config_file)
+        if foreign:
+            raise ValueError(foreign)
         read_args = self._args_from_hf if self.is_hf else self._args_from_meta
         self.args = read_args(config, n_future_tokens)
         self._check_widths()
@@ -221,52 +218,6 @@ class Checkpoint:
             names["output.proj.weight"] = names["tok_embeddings.weight"]
         return names
 
-    def _check_layout(self, config: dict) -> None:
-        """Whose keys these are: what a wrapper or another format wrote is told as such."""
-        own_name = HUGGING_FACE if self.is_hf else META
-        own = LAYOUTS[own_name]
-        files, keys = _names(self._files), list(self._tensors)
-        strange = [k for k in keys if not own.fullmatch(k) and not _KNOWN_BUFFERS.fullmatch(k)]
-        for key in strange:
-            if _ADAPTER.match(key):
-                raise ValueError(
-                    f"{files} holds an adapter and not, or not yet, a whole model (key {key}): "
-                    "merge it into its base model, as PEFT's merge_and_unload() does, and save that"
-                )
-        quantised = next((key for key in strange if _QUANTISED.match(key)), None)
-        fields = [f for f in ("quantization_config", "quantization_args") if config.get(f)]
-        if quantised or fields:
-            why = f"key {quantised}" if quantised else f"{fields[0]} in {self.config_file.name}"
-            raise ValueError(
-                f"{files} holds quantised weights ({why}), which cannot be trained: take the "
-                "checkpoint that they were made from"
-            )
-        for layout, pattern in LAYOUTS.items():
-            theirs = [key for key in strange if pattern.fullmatch(key)]
-            if len(theirs) > len(keys) / 2:
-                config_file = {META: "params.json", HUGGING_FACE: "config.json"}.get(layout)
-                raise ValueError(
-                    f"{files} holds keys of {layout} format ({theirs[0]}), but "
-                    f"{self.config_file.name} is there for {own_name} format: "
-                    + (f"copy {config_file} in its place" if config_file else "export it in that")
-                )
-        inner = {key: _inner_key(key, own) for key in strange}
-        wrapped = {key: name for key, name in inner.items() if name and name not in self._tensors}
-        if wrapped and len(wrapped) >= len(strange) / 2:
-            key, name = next(iter(wrapped.items()))
-            maker = next((WRAPPERS[part] for part in key.split(".") if part in WRAPPERS), None)
-            if key.endswith(name):
-                how = f"begin with {key.removesuffix(name)!r}"
-            elif name.endswith(key):
-                how = f"lack the prefix {name.removesuffix(key)!r}"
-            else:
-                how = "hold the name of a wrapper"
-            raise ValueError(
-                f"{files}: {len(wrapped)} of {len(keys)} keys {how}"
-                + (f", which {maker} puts there" if maker else "")
-                + f": rename them ({key} must be {name}), or save the unwrapped model again"
-            )
-
     def _check_keys(self) -> None:
         """Compare what the files hold with what the config asks for."""
         expected = {self._their_keys[k]: shape for k, shape in parameter_shapes(self.args).items()}
@@ -275,7 +226,7 @@ class Checkpoint:
         for key, tensor in self._tensors.items():
             where, shape = f"key {key} in {self._file_of[key].name}", expected.get(key)
             if shape is None:
-                if not _KNOWN_BUFFERS.fullmatch(key):
+                if not KNOWN_BUFFERS.fullmatch(key):
                     problems.append(f"extra {where}")
             elif tensor.shape != shape:
                 problems.append(f"{where} has shape {list(tensor.shape)}, not {list(shape)}")
@@ -365,7 +316,7 @@ def check_vocab(folder: str | Path, vocab_size: int) -> None:
             "use the tokenizer that the model was trained with, or give a new one as many rows"
         )
         if 0 < more <= FEW_TOKENS:
-            added = ", ".join(map(repr, _added_tokens(path.parent, len(pieces))[:MAX_PROBLEMS]))
+            added = ", ".join(map(repr, added_tokens(path.parent, len(pieces))[:MAX_PROBLEMS]))
             way_out = (
                 f"if the tokenizer is the model's own, tokens were added beside it, or rows as "
                 f"padding{f' (added: {added})' if added else ''}: cut the embedding and output to "
@@ -405,20 +356,6 @@ def check_same_vocabulary(path_a: str | Path, path_b: str | Path) -> None:
 
 def _shown(pieces: list[str]) -> str:
     return ", ".join(map(repr, pieces[:3])) + (", ..." if len(pieces) > 3 else "")
-
-
-def _added_tokens(folder: Path, n_pieces: int) -> list[str]:
-    """Tokens that Hugging Face's files add to a SentencePiece model; as far as they can be read."""
-    by_id: dict[int, str] = {}
-    if (folder / "added_tokens.json").exists():
-        tokens = read_json(folder / "added_tokens.json")
-        by_id |= {i: token for token, i in tokens.items() if isinstance(i, int)}
-    if (folder / "tokenizer_config.json").exists():
-        tokens = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-        for i, token in tokens.items() if isinstance(tokens, dict) else ():
-            if i.isdecimal() and isinstance(token, dict):
-                by_id[int(i)] = str(token.get("content"))
-    return [token for i, token in sorted(by_id.items()) if i >= n_pieces]
 
 
 def load_into(model: MTPTransformer, folder: str | Path, *, device: torch.device | str) -> None:
@@ -491,49 +428,6 @@ def _pieces(path: Path) -> list[str]:
         ) from error
 
 
-def tokenizer_fault(path: Path) -> str | None:
-    """What a file is that cannot be a SentencePiece model, with the way out; None if it may be."""
-    if not path.exists() and not path.is_symlink():
-        return _no_tokenizer(path)
-    found = stand_in(path)
-    if found:
-        return f"is not a SentencePiece model but {found}"
-    with path.open("rb") as file:
-        head = file.read(4096)
-    if not head:
-        return "is not a SentencePiece model: it is empty, copy it again"
-    ours = "take tokenizer.model, a SentencePiece model as Llama 1 and 2 have it"
-    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", head):
-        return (
-            "is not a SentencePiece model but a tiktoken vocabulary, as Llama 3 has it, which is "
-            f"not supported: {ours}, with a checkpoint that was trained with it"
-        )
-    if re.match(rb"(\xef\xbb\xbf)?\s*[{\[]", head):
-        return (
-            "is not a SentencePiece model but JSON, such as Hugging Face's tokenizer.json: "
-            f"{ours}, of the same checkpoint"
-        )
-    if re.match(rb"[^\x00-\x08\n]+\t-?[\d.e-]+\r?\n", head):
-        return (
-            "is not a SentencePiece model but a listing of its pieces: take the .model file that "
-            "was written beside it"
-        )
-    return None
-
-
-def _no_tokenizer(path: Path) -> str:
-    """What to say of a tokenizer that is not there."""
-    if path.is_symlink():
-        return f"is {stand_in(path)}"
-    has_json = (path.parent / "tokenizer.json").exists()
-    beside = ", tokenizer.json beside it is another format" if has_json else ""
-    there = "" if path.parent.is_dir() else f", and neither is its folder {path.parent}"
-    return (
-        f"is missing: that file does not exist{beside}{there}. Copy the checkpoint's SentencePiece "
-        "model (tokenizer.model) there, or correct the path"
-    )
-
-
 def _number(
     config: dict,
     name: str,
@@ -565,7 +459,7 @@ def _consolidated_files(folder: Path) -> list[Path]:
     if whole.exists() or whole.is_symlink():
         return [whole, *parts]  # no key may be in two of them
     if not parts:
-        hint = _found(_weight_files(folder))
+        hint = which_weights(weight_files(folder))
         if (folder / "config.json").exists():
             hint += "; to read it as a Hugging Face folder, take params.json out"
         raise ValueError(f"{whole} is missing beside params.json{hint}")
@@ -614,7 +508,7 @@ def _hf_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _no_hf_weights(folder: Path) -> str:
     """Why a folder with config.json has no weights that can be read."""
-    there = _weight_files(folder)
+    there = weight_files(folder)
     for suffix, index in {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}.items():
         shards = [f for f in there if f.suffix == suffix and not f.name.startswith("adapter_model")]
         if len(shards) > 1 or any("-of-" in shard.name for shard in shards):
@@ -623,7 +517,7 @@ def _no_hf_weights(folder: Path) -> str:
             for shard in shards:
                 for key in _map(shard):
                     if key in file_of and not twice:
-                        twice = f"; {_twice(key, file_of[key], shard)}"
+                        twice = f"; {in_two_files(key, file_of[key], shard)}"
                     file_of[key] = shard
             return (
                 f"{folder / index}.index.json is missing, which says what is in {len(shards)} "
@@ -632,72 +526,10 @@ def _no_hf_weights(folder: Path) -> str:
             )
     adapters = [file.name for file in there if file.name.startswith("adapter_model")]
     if adapters:
-        return f"{folder}: {_ADAPTER_ONLY.format(adapters[0])}"
-    return f"{folder / 'model.safetensors'} is missing beside config.json{_found(there)}" + (
+        return f"{folder}: {ADAPTER_ONLY.format(adapters[0])}"
+    return f"{folder / 'model.safetensors'} is missing beside config.json{which_weights(there)}" + (
         ": a single file of weights must have that name" if len(there) == 1 else ""
     )
-
-
-_ADAPTER_ONLY = (
-    "{} is an adapter without its base model: merge it into that, as PEFT's merge_and_unload() "
-    "does, and save the result"
-)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Files of a folder that may be weights, without what a trainer keeps beside them."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in WEIGHT_SUFFIXES
-        and not re.match("optimizer|scheduler|scaler|rng_state|training_args", path.name)
-    )
-
-
-def _found(files: list[Path]) -> str:
-    names = ", ".join(file.name for file in files[:MAX_PROBLEMS])
-    return f", where there is {names}" if names else ", and there are no other weights"
-
-
-def _what_is_there(folder: Path) -> str:
-    """What a folder holds that is no checkpoint, and what to give in its place."""
-    if not folder.is_dir():
-        what = "it is a file, give its folder" if folder.exists() else "there is no such folder"
-        return what if not folder.is_symlink() else f"it is {stand_in(folder)}"
-    neither = "it has neither params.json (Meta's format) nor config.json (Hugging Face)"
-    for path in (folder / "params.json", folder / "config.json"):
-        if path.is_symlink():
-            return f"{path} is {stand_in(path)}"
-    inner = [path.parent for n in ("params.json", "config.json") for path in folder.glob(f"*/{n}")]
-    inner += [path.parent for path in folder.glob("snapshots/*/config.json")]
-    there = _weight_files(folder)
-    adapter = next((file.name for file in there if file.name.startswith("adapter_model")), None)
-    if adapter or (folder / "adapter_config.json").exists():
-        return f"{neither}, and {_ADAPTER_ONLY.format(adapter or 'adapter_config.json')}"
-    if any(file.suffix == ".distcp" for file in there):
-        return (
-            f"{neither}, but the parts of torch.distributed.checkpoint: convert them with "
-            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch, and add the config"
-        )
-    if any(file.suffix == ".gguf" for file in there):
-        return f"{neither}, but {there[0].name}: take the version in safetensors"
-    if inner:
-        return f"{neither}, but {inner[0]} has: give that folder"
-    return neither + (f"{_found(there)}: copy its config beside it" if there else "")
-
-
-def _twice(key: str, one: Path, other: Path) -> str:
-    return (
-        f"key {key} is in {one.name} and in {other.name} of {one.parent}, and no index says which "
-        "counts: move the file that is not part of this checkpoint away"
-    )
-
-
-def _inner_key(key: str, own: re.Pattern[str]) -> str | None:
-    """The key of a format that another one stands for: without wrappers, prefix, or a lost one."""
-    parts = [part for part in key.split(".") if part not in WRAPPERS]
-    names = [".".join(parts[start:]) for start in range(len(parts))] + [".".join(["model", *parts])]
-    return next((name for name in names if own.fullmatch(name)), None)
 
 
 def _map(file: Path) -> dict[str, torch.Tensor]:
