@@ -125,13 +125,28 @@ def file_hash(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError if the file holds anything else, or is damaged."""
+    """The object in a JSON file, which may begin with a byte order mark.
+
+    Raises:
+        ValueError: if the file holds anything else, gives a key two values, or is damaged.
+    """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_without_contradiction)
     except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        found = stand_in(path)
+        if found:
+            raise ValueError(f"{path} is {found}") from error
         raise ValueError(f"{path} is not valid JSON, copy it again: {json_fault(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _without_contradiction(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    for key, value in pairs:
+        if value is not content[key] and value != content[key]:  # NaN is unequal to itself
+            raise ValueError(f"the key {key!r} stands there twice, with different values")
     return content
 
 
@@ -142,3 +157,41 @@ def json_fault(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return str(error)
+
+
+def stand_in(path: Path) -> str | None:
+    """What lies at a path in place of the file that belongs there, with the way out, or None.
+
+    Completes "{path} is ...": a folder, a link to nothing, a pointer (``pointer_in``), or the page
+    that a server sends in place of a file.
+    """
+    if path.is_symlink() and not path.exists():
+        target = os.readlink(path)
+        way_out = "git annex get" if ".git/annex/" in target else None
+        return f"a link to {target}, which is not there: " + (
+            f"run `{way_out} {path.name}` in its folder" if way_out else "copy the file itself"
+        )
+    if path.is_dir():
+        return "a folder: give the file that belongs there"
+    with path.open("rb") as file:
+        head = file.read(1024)
+    if _PAGE.match(head):
+        return "a web page or a server's answer, not the file itself: download it again"
+    return pointer_in(head)
+
+
+def pointer_in(head: bytes) -> str | None:
+    """What a file is, by its first bytes, if it only names content that git keeps elsewhere."""
+    if re.match(rb"version https://(git-lfs|hawser)\.github\.com/spec/|# xet version", head):
+        return "a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+    if re.match(rb"(\.\./)*(\.git)?/annex/objects/", head):
+        return "a git-annex pointer, not the file itself: run `git annex get` in its folder"
+    return None
+
+
+# The second line: what huggingface.co answers, in plain text, where there is no file or no access.
+_PAGE = re.compile(
+    rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b"
+    rb"|(Entry|Repository) not found|Invalid username or password|Access to \w+ \S+ is restricted",
+    re.IGNORECASE,
+)

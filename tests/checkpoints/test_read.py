@@ -10,6 +10,7 @@ import pytest
 import sentencepiece as spm
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 
 from wmtp_modules.checkpoints import write_hf as export
 from wmtp_modules.checkpoints.names import parameter_shapes
@@ -140,7 +141,7 @@ def test_a_context_too_short_for_the_rows(meta_folder, args, tiny_tokenizer_path
 def test_a_model_from_nothing_fits_its_tokenizer(meta_folder, args, tiny_tokenizer_path, tmp_path):
     with pytest.raises(ValueError, match="has 512 pieces but tok_embeddings has 500 rows"):
         check_model(args | {"vocab_size": 500}, tiny_tokenizer_path, 64)
-    with pytest.raises(ValueError, match=r"none.model is not a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"none.model is missing: that file does not exist"):
         check_model(args, tmp_path / "none.model", 64)
     with pytest.raises(ValueError, match=r"params.json describes another model"):
         check_model(args | {"norm_eps": 1e-3}, tiny_tokenizer_path, 64, meta_folder)
@@ -644,3 +645,369 @@ def test_a_tokenizer_with_a_piece_that_is_no_text(meta_folder):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"tokenizer\.model is (damaged|not a SentencePie)"):
         Checkpoint(meta_folder)
+
+
+# ------------------------------------------------- a key in two files, and what an index says
+
+
+def write_shards(folder: Path, suffix: str = ".safetensors", index: bool = True) -> dict[str, str]:
+    """Cut a folder's weights into a and b, each also with a copy of the other's norm, of zeros."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    keys = sorted(state)
+    file_of = {key: f"{'ab'[i % 2]}{suffix}" for i, key in enumerate(keys)}
+    for name in sorted(set(file_of.values())):
+        part = {key: state[key] for key in keys if file_of[key] == name}
+        part.setdefault(NORM, torch.zeros(32))
+        save_file(part, folder / name) if suffix == ".safetensors" else torch.save(
+            part, folder / name
+        )
+    if index:
+        name = "model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin"
+        (folder / f"{name}.index.json").write_text(json.dumps({"weight_map": file_of}))
+    return file_of
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_index_decides_from_which_file_a_key_comes(hf_folder, suffix, swapped):
+    expected = Checkpoint(hf_folder).read("output.norm.scale").clone()
+    file_of = write_shards(hf_folder, suffix)
+    index = next(hf_folder.glob("*.index.json"))
+    if swapped:
+        file_of[NORM] = ({f"a{suffix}", f"b{suffix}"} - {file_of[NORM]}).pop()
+        expected = torch.zeros(32)
+        index.write_text(json.dumps({"weight_map": file_of}))
+    assert torch.equal(Checkpoint(hf_folder).read("output.norm.scale"), expected)
+    del file_of[NORM]
+    index.write_text(json.dumps({"weight_map": file_of}))
+    message = (
+        rf"key {NORM} is in a\{suffix} and in b\{suffix} of .*, and no index says which counts"
+    )
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(hf_folder)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_without_their_index(hf_folder, suffix):
+    write_shards(hf_folder, suffix, index=False)
+    with pytest.raises(ValueError, match=r"index\.json is missing, .* 2 shards \(a\.") as error:
+        Checkpoint(hf_folder)
+    assert f"key {NORM} is in a{suffix} and in b{suffix}" in str(error.value)
+
+
+def test_one_shard_of_many_without_the_index(hf_folder):
+    (hf_folder / "model.safetensors").rename(hf_folder / "model-00001-of-00003.safetensors")
+    with pytest.raises(ValueError, match=r"safetensors\.index\.json is missing, .*00001-of-00003"):
+        Checkpoint(hf_folder)
+
+
+def test_the_index_decides_over_a_file_of_all_weights(hf_folder):
+    whole = hf_folder / "model.safetensors"
+    state = load_file(whole)
+    save_file(state | {NORM: torch.zeros(32)}, hf_folder / "new.safetensors")
+    index = hf_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "new.safetensors")}))
+    assert not Checkpoint(hf_folder).read("output.norm.scale").any()
+    (hf_folder / "new.safetensors").unlink()  # an index that is left over from shards
+    assert torch.equal(Checkpoint(hf_folder).read("output.norm.scale"), state[NORM])
+
+
+def test_an_index_that_names_a_file_without_the_key(hf_folder):
+    file_of = write_shards(hf_folder)
+    key = next(key for key, name in file_of.items() if name == "a.safetensors" and key != NORM)
+    index = hf_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": file_of | {key: "b.safetensors"}}))
+    message = f"missing key {key}, which the index places in b.safetensors, but it is in a.safe"
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(hf_folder)
+    pairs = ", ".join(f'"{k}": "{v}"' for k, v in [*file_of.items(), (key, "b.safetensors")])
+    index.write_text(f'{{"weight_map": {{{pairs}}}}}')
+    with pytest.raises(ValueError, match=f"the key '{key}' stands there twice, with different val"):
+        Checkpoint(hf_folder)
+
+
+def test_a_key_in_two_files_of_metas_format(meta_folder):
+    shutil.copy(meta_folder / "consolidated.pth", meta_folder / "consolidated.00.pth")
+    message = r"key tok_embeddings\.weight is in consolidated\.pth and in consolidated\.00\.pth"
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+# ------------------------------------------------------ refusals that say what was found
+
+
+def renamed(folder: Path, rename) -> None:
+    file = next(f for f in folder.iterdir() if f.suffix in (".pth", ".safetensors"))
+    with edited_weights(file) as state:
+        new = {rename(key): value for key, value in state.items()}
+        state.clear()
+        state.update(new)
+
+
+@pytest.mark.parametrize("layout", ["meta_folder", "hf_folder"])
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        ("_orig_mod.{}", "begin with '_orig_mod.', which torch.compile puts there"),
+        ("module.{}", "begin with 'module.', which DistributedDataParallel"),
+        ("_orig_mod.module.{}", "begin with '_orig_mod.module.'"),
+        ("_fsdp_wrapped_module.{}", "begin with '_fsdp_wrapped_module.', which FSDP"),
+        ("base_model.model.{}", "begin with 'base_model.model.', which PEFT"),
+        ("transformer.{}", "begin with 'transformer.': rename them (transformer."),
+        ("state_dict.policy.{}", "begin with 'state_dict.policy.'"),
+        (("layers.", "layers._orig_mod."), None),
+        ((".0.", ".0._checkpoint_wrapped_module."), "hold the name of a wrapper, which activation"),
+        ((".1.", ".1._orig_mod."), "hold the name of a wrapper, which torch.compile"),
+    ],
+)
+def test_keys_that_a_wrapper_wrote(layout, rename, told, request):
+    folder = request.getfixturevalue(layout)
+    change = rename.format if isinstance(rename, str) else lambda key: key.replace(*rename)
+    renamed(folder, change)
+    with pytest.raises(ValueError, match=r"keys (begin|hold) .* must be ") as error:
+        Checkpoint(folder)
+    assert (told or "wrapper") in str(error.value)
+    assert "missing key" not in str(error.value)
+
+
+def test_keys_of_another_format(meta_folder, hf_folder):
+    renamed(hf_folder, lambda key: key.removeprefix("model."))
+    with pytest.raises(ValueError, match=r"keys lack the prefix 'model\.': rename them"):
+        Checkpoint(hf_folder)
+    shutil.copy(hf_folder / "config.json", meta_folder)
+    (meta_folder / "params.json").unlink()
+    (meta_folder / "consolidated.pth").rename(meta_folder / "pytorch_model.bin")
+    message = r"holds keys of Meta's format .* config\.json .*: copy params\.json in its place"
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+def test_keys_of_torchtunes_format(meta_folder, model):
+    torch.save(model.state_dict(), meta_folder / "consolidated.pth")
+    with pytest.raises(ValueError, match=r"holds keys of torchtune's format \(layers\.0\.attn"):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "match"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "holds an adapter"),
+        ("model.layers.0.self_attn.q_proj.base_layer.weight", r"adapter .*merge_and_unload"),
+        ("model.layers.0.self_attn.q_proj.qweight", r"holds quantised weights \(key model"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "holds quantised weights"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "holds quantised weights"),
+    ],
+)
+def test_keys_of_adapters_and_quantised_weights(hf_folder, key, match):
+    with edited_weights(hf_folder / "model.safetensors") as state:
+        state[key] = state.pop("model.layers.0.self_attn.q_proj.weight")
+    with pytest.raises(ValueError, match=match):
+        Checkpoint(hf_folder)
+
+
+def test_a_config_of_quantised_weights(hf_folder):
+    edit_json(hf_folder / "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(
+        ValueError, match=r"quantised weights \(quantization_config in config\.json"
+    ):
+        Checkpoint(hf_folder)
+
+
+def test_of_many_problems_those_that_are_there_are_shown(hf_folder):
+    renamed(hf_folder, lambda key: f"{key}.v2")
+    with pytest.raises(ValueError, match="does not hold what") as error:
+        Checkpoint(hf_folder)
+    lines = str(error.value).splitlines()[1:]
+    kinds = [line.split()[0] for line in lines]
+    assert kinds == ["missing"] * 5 + ["extra"] * 5 + ["and"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["weights.safetensors"], "where there is weights.safetensors: a single file of weights"),
+        (["optimizer.bin", "training_args.bin"], "config.json, and there are no other weights"),
+        (["adapter_model.safetensors"], "adapter_model.safetensors is an adapter without its base"),
+        (["model.gguf"], r"where there is model.gguf"),
+    ],
+)
+def test_a_hugging_face_folder_without_weights(hf_folder, files, message):
+    (hf_folder / "model.safetensors").unlink()
+    for name in files:
+        (hf_folder / name).touch()
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(hf_folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            [],
+            r"x is not a checkpoint: it has neither params.json .* nor config.json .Hugging Face.$",
+        ),
+        (["adapter_config.json", "adapter_model.safetensors"], r"merge_and_unload\(\)"),
+        (["__0_0.distcp", ".metadata"], "parts of torch.distributed.checkpoint: convert them"),
+        (["llama.Q4_K_M.gguf"], "but llama.Q4_K_M.gguf: take the version in safetensors"),
+        (["a/config.json"], "x/a has: give that folder"),
+        (["snapshots/abc/config.json"], "x/snapshots/abc has: give that folder"),
+        (["consolidated.00.pth"], "where there is consolidated.00.pth: copy its config beside it"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint(tmp_path, files, message):
+    folder = tmp_path / "x"
+    with pytest.raises(ValueError, match="is not a checkpoint: there is no such folder"):
+        Checkpoint(folder)
+    folder.mkdir()
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(folder)
+
+
+def test_a_file_in_place_of_a_folder(meta_folder):
+    with pytest.raises(ValueError, match="is not a checkpoint: it is a file, give its folder"):
+        Checkpoint(meta_folder / "consolidated.pth")
+
+
+def test_metas_folder_with_other_weights(meta_folder, hf_folder):
+    (meta_folder / "consolidated.pth").unlink()
+    shutil.copy(hf_folder / "model.safetensors", meta_folder)
+    shutil.copy(hf_folder / "config.json", meta_folder)
+    message = r"params\.json, where there is model\.safetensors; .*, take params\.json out"
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+STAND_INS = [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n", "run `git lfs pull`"),
+    (b"/annex/objects/MD5E-s123--0123.pth\n", "run `git annex get`"),
+    (b"<!doctype html>\n<html></html>", "is a web page .*: download it again"),
+    (b"Access to model meta-llama/Llama-2-7b is restricted", "a server's answer"),
+]
+IN_META = ["consolidated.pth", "params.json", "tokenizer.model"]
+IN_HF = ["model.safetensors", "config.json", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize(("content", "told"), STAND_INS)
+def test_pointers_and_pages_in_place_of_files(meta_folder, hf_folder, content, told):
+    for folder, names in ((meta_folder, IN_META), (hf_folder, IN_HF)):
+        for name in names:
+            sound = (folder / name).read_bytes() if (folder / name).exists() else None
+            (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=told.replace("is a", "a")) as error:
+                Checkpoint(folder)
+            assert str(folder / name) in str(error.value)
+            assert "damaged" not in str(error.value)
+            (folder / name).unlink() if sound is None else (folder / name).write_bytes(sound)
+
+
+@pytest.mark.parametrize("name", [*IN_META, "model.safetensors", "config.json"])
+def test_a_link_to_what_git_annex_has_not_fetched(meta_folder, hf_folder, name):
+    folder = meta_folder if name in IN_META else hf_folder
+    (folder / name).unlink()
+    (folder / name).symlink_to(f"../.git/annex/objects/Xx/0q/MD5E-s1--0/{name}")
+    with pytest.raises(ValueError, match=rf"{name} is .*a link to .*: run `git annex get {name}`"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"IQ== 0\nIg== 1\nIw== 2\n", "but a tiktoken vocabulary, as Llama 3 has it"),
+        (b'{\n  "version": "1.0", "model": {}}', "but JSON, such as Hugging Face's tokenizer.json"),
+        (b"<unk>\t0\n<s>\t0\n\xe2\x96\x81t\t-0\n", "a listing of its pieces: take the .model file"),
+        (b"", "it is empty, copy it again"),
+        (b"\x0a\x0f\x00\xff", "is not a SentencePiece model, or is damaged"),
+        (STAND_INS[0][0], "but a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    ],
+)
+def test_what_is_no_sentencepiece_model(meta_folder, content, told, tmp_path):
+    path = meta_folder / "tokenizer.model"
+    path.write_bytes(content)
+    for read in (
+        lambda: Checkpoint(meta_folder),
+        lambda: check_vocab(path, 512),
+        lambda: check_same_vocabulary(path, path),
+    ):
+        with pytest.raises(ValueError, match=r"tokenizer\.model is not a SentencePiece") as error:
+            read()
+        assert told in str(error.value)
+
+
+def test_a_tokenizer_that_is_not_there(meta_folder, tmp_path, tiny_tokenizer_path):
+    (meta_folder / "tokenizer.model").rename(meta_folder / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"does not exist, tokenizer\.json beside it is another"):
+        Checkpoint(meta_folder)
+    with pytest.raises(ValueError, match=r"none/t\.model is missing: .* neither is its folder"):
+        check_vocab(tmp_path / "none" / "t.model", 512)
+    with pytest.raises(ValueError, match="but a folder: give the file"):
+        check_same_vocabulary(tmp_path, tiny_tokenizer_path)
+
+
+@pytest.fixture
+def longer_tokenizer(tiny_tokenizer_path, tmp_path) -> Path:
+    """The tokenizer with one more piece."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(Path(tiny_tokenizer_path).read_bytes())
+    proto.pieces.add(piece="<pad>", score=0.0, type=4)
+    (tmp_path / "longer.model").write_bytes(proto.SerializeToString())
+    return tmp_path / "longer.model"
+
+
+def test_a_vocabulary_with_one_added_token(hf_folder, longer_tokenizer, tiny_tokenizer_path):
+    check_vocab(longer_tokenizer, 513)
+    with pytest.raises(ValueError, match=r"513 pieces but .* 512 rows: .* \('<pad>' come last\)"):
+        check_vocab(longer_tokenizer, 512)
+    message = "longer.model has '<pad>' after the 512 that both have: use "
+    for pair in ((longer_tokenizer, tiny_tokenizer_path), (tiny_tokenizer_path, longer_tokenizer)):
+        with pytest.raises(ValueError, match=message):
+            check_same_vocabulary(*pair)
+    edit_json(hf_folder / "config.json", vocab_size=513)
+    with edited_weights(hf_folder / "model.safetensors") as state:
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            state[key] = torch.cat([state[key], state[key][:1]])
+    told = r"has 512 pieces but tok_embeddings has 513 rows: .*padding{}: cut .* to 512 rows"
+    with pytest.raises(ValueError, match=told.format("")):
+        Checkpoint(hf_folder)
+    (hf_folder / "added_tokens.json").write_text('{"<s>": 1, "<pad>": 512}')
+    with pytest.raises(ValueError, match=told.format(r" \(added: '<pad>'\)")):
+        Checkpoint(hf_folder)
+    (hf_folder / "added_tokens.json").unlink()
+    decoder = {"1": {"content": "<s>"}, "512": {"content": "<pad>"}}
+    edit_json(hf_folder / "tokenizer_config.json", added_tokens_decoder=decoder)
+    with pytest.raises(ValueError, match=told.format(r" \(added: '<pad>'\)")):
+        Checkpoint(hf_folder)
+
+
+def test_weights_under_the_name_of_another_format(meta_folder, hf_folder):
+    weights, other = meta_folder / "consolidated.pth", hf_folder / "model.safetensors"
+    both = weights.read_bytes(), other.read_bytes()
+    weights.write_bytes(both[1])
+    other.write_bytes(both[0])
+    with pytest.raises(ValueError, match="is a safetensors file under another name"):
+        Checkpoint(meta_folder)
+    with pytest.raises(ValueError, match="is a torch file under another name"):
+        Checkpoint(hf_folder)
+
+
+def test_a_training_state_in_place_of_weights(meta_folder):
+    torch.save({"model": {}, "optimizer": {}, "step": 3}, meta_folder / "consolidated.pth")
+    message = "but one of 'model', 'optimizer', 'step': save the model's state_dict alone"
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(meta_folder)
+
+
+@pytest.mark.parametrize("name", ["params.json", "config.json", "model.safetensors.index.json"])
+def test_json_with_a_byte_order_mark(meta_folder, hf_folder, name):
+    folder = meta_folder if name == "params.json" else hf_folder
+    if name.endswith("index.json"):
+        write_shards(hf_folder)
+    args = Checkpoint(folder).args
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    assert Checkpoint(folder).args == args

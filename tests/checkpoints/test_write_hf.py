@@ -1,6 +1,7 @@
 """The Hugging Face export is trunk and head 0, and transformers reads it, tokenizer included."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,34 @@ def test_export_equals_trunk_and_head_0(model, args, tmp_path, tiny_tokenizer_pa
     assert_equal_states(kept, llama.state_dict())
     tokens = torch.arange(12)[None]
     assert torch.equal(llama(tokens)[:, :, 0], model(tokens)[:, :, 0])
+
+
+def test_of_several_dtypes_the_config_names_that_of_most_parameters(
+    model, tmp_path, tiny_tokenizer_path, caplog
+):
+    caplog.set_level(logging.INFO, logger=export.log.name)
+
+    def dtype_written(state):
+        caplog.clear()
+        write_hf(state.items(), model.args, tmp_path / "h", tiny_tokenizer_path)
+        config = json.loads((tmp_path / "h" / "config.json").read_text())
+        assert config["dtype"] == config["torch_dtype"]
+        return config["dtype"]
+
+    half = {key: tensor.to(torch.bfloat16) for key, tensor in model.state_dict().items()}
+    assert dtype_written(half) == "bfloat16"
+    assert not caplog.messages
+    norms = {key: tensor.float() for key, tensor in half.items() if tensor.ndim == 1}
+    assert dtype_written(half | norms | {"output.proj.weight": half["output.proj.weight"]}) == (
+        "bfloat16"
+    )
+    assert "h: parameters of several dtypes (" in caplog.text
+    assert "224 in float32): config.json says bfloat16" in caplog.text
+    last = {"output.proj.weight": half["output.proj.weight"].float()}
+    assert dtype_written(half | last) == "bfloat16"  # not the last tensor's, however large
+    # Many small tensors are fewer parameters than a few large ones.
+    large = {k: t.float() for k, t in half.items() if t.ndim == 2 and t.numel() > 2000}
+    assert dtype_written(half | large) == "float32"
 
 
 def test_hf_round_trip_is_bit_identical(hf_folder, tmp_path, monkeypatch):

@@ -71,6 +71,13 @@ def test_what_is_no_config(file, content, match):
         assert "\n" not in str(caught.value)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_config(file):
+    config = load_config(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_config(file) == config
+    assert read_config(["--config", str(file), "seed=2"]).seed == 2
+
+
 def test_what_is_no_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read as a config: Is a directory"):
         load_config(tmp_path)

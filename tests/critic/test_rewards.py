@@ -395,6 +395,9 @@ def test_a_reward_model_without_weights_is_refused(fingerprint_of, tmp_path):
         fingerprint_of(make_rows(), checkpoint_dir=tmp_path)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
@@ -403,6 +406,8 @@ def test_a_reward_model_without_weights_is_refused(fingerprint_of, tmp_path):
         ("chat_template.jinja", b"\xff\xfe", r"holds no tokenizer that can be read \(not UTF-8"),
         ("tokenizer.json", b"{}", "holds no tokenizer that can be read"),
         ("tokenizer.json", b"[" * 100_000, "holds no tokenizer that can be read"),
+        ("tokenizer.json", LFS_POINTER, "tokenizer.json is a Git LFS pointer, .*`git lfs pull`"),
+        ("model.safetensors", LFS_POINTER, "safetensors is a Git LFS pointer, .*`git lfs pull`"),
         ("config.json", b'{"model_type": "llama", "num_labels": "x"}', "that can be read"),
         ("config.json", b'{"model_type": "llama", "hidden_act": [1]}', "that can be read"),
     ],

@@ -4,9 +4,12 @@ import shutil
 import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from torchtune.models.llama2 import llama2_tokenizer
 
@@ -111,10 +114,87 @@ def test_bad_row_is_named_by_file_and_line(tokenizer, make_jsonl, report, line, 
     assert why in str(info.value)
 
 
-def test_only_five_bad_rows_are_shown(tokenizer, make_jsonl, report):
-    rows_dataset(tokenizer, source=make_jsonl(*[{"text": 1}] * 7, {"text": "good"}))
-    assert "7 bad rows" in report()
+def test_a_kind_of_bad_row_is_told_once_with_its_number_and_fields(tokenizer, make_jsonl, report):
+    rewards = [PAIR | {"reward": str(i)} for i in range(4)]
+    unlike = [{"instruction": "a", f"output{i}": "b"} for i in range(3)]
+    source = make_jsonl(*[{"text": 1, "id": 2}] * 7, *rewards, *unlike, b"[1", b"[12]", PAIR)
+    rows_dataset(tokenizer, source=source)
+    for told in (
+        "16 bad rows (",
+        "rows.jsonl:1: text is int, not a string, the row has the fields text, id (7 such rows); ",
+        "rows.jsonl:8: reward is '0', not a number, the row has the fields prompt, response, reward"
+        " (4 such rows); ",
+        "rows.jsonl:12: fields missing: expected text, or prompt and response, the row has the "
+        "fields instruction, output0 (3 such rows); ",
+        "rows.jsonl:15: not JSON (Expecting ',' delimiter: line 2 column 1 (char 3)); ",
+        "rows.jsonl:16: not a JSON object)",
+    ):
+        assert told in report()
     assert report().count("rows.jsonl:") == 5
+    with pytest.raises(ValueError, match="valid row") as error:
+        rows_dataset(tokenizer, source=make_jsonl(*unlike, {}))
+    assert str(error.value).endswith(
+        "rows.jsonl has no valid row: rows.jsonl:1: fields missing: expected text, or prompt and "
+        "response, the row has the fields instruction, output0 (4 such rows)"
+    )
+    with pytest.raises(ValueError, match=r"response, the row has no fields$"):
+        rows_dataset(tokenizer, source=make_jsonl({}))
+
+
+def test_five_kinds_of_bad_rows_are_shown(tokenizer, make_jsonl, report):
+    values = [1, 1.5, [], {}, True, " ", "\0"]
+    rows_dataset(tokenizer, source=make_jsonl(*({"text": value} for value in values), PAIR))
+    assert report().count("rows.jsonl:") == 5
+    assert "; and 2 other kinds)" in report()
+
+
+def test_fields_of_columns_that_are_not_read(tokenizer, tmp_path):
+    records = [{"prompt": "p", "completion": "c", "id": 1}] * 3
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(records).to_parquet(str(path))
+    with pytest.raises(ValueError, match=r"has the fields prompt, completion, id \(3 such rows"):
+        rows_dataset(tokenizer, source=str(path))
+    datasets.Dataset.from_list([{"body": "c", "id": 1}]).to_parquet(str(path))
+    with pytest.raises(ValueError, match=r"rows\.parquet has columns body, id, none of text"):
+        rows_dataset(tokenizer, source=str(path))
+
+
+def test_exact_duplicates_are_counted(tokenizer, make_jsonl, report):
+    other = PAIR | {"reward": 1.0}
+    rows = [PAIR, {"text": "a"}, PAIR, other, {"text": "a", "id": 1}, {"text": "a "}, PAIR]
+    assert len(rows_dataset(tokenizer, source=make_jsonl(*rows))) == 7
+    assert "tokens, 3 exact duplicates of another among them, from 7 records" in report()
+    rows_dataset(tokenizer, source=make_jsonl(PAIR, other))
+    assert "duplicates of another" not in report()
+    for name in "ab":  # also from file to file
+        source = make_jsonl(PAIR, name=f"many/{name}.jsonl")
+    rows_dataset(tokenizer, source=str(Path(source).parent))
+    assert "1 exact duplicates" in report()
+
+
+def strings_with_bad_utf8(values: list[bytes]) -> pa.Array:
+    return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+
+@pytest.fixture
+def bad_utf8(tmp_path):
+    """A parquet file of 140 rows, of which row 71 (from 1) is no UTF-8."""
+    texts = [b"row %d" % i for i in range(140)]
+    texts[70] = b"caf\xe9"
+    table = pa.table({"text": strings_with_bad_utf8(texts), "id": range(140)})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    return tmp_path / "rows.parquet"
+
+
+def test_a_value_that_is_no_utf8_costs_its_row(tokenizer, bad_utf8, report, monkeypatch):
+    told = "text is not UTF-8 (unexpected end of data at byte 3)"
+    rows = rows_dataset(tokenizer, source=str(bad_utf8))
+    assert decoded(tokenizer, rows) == sorted(f"row {i}" for i in range(140) if i != 70)
+    assert f"1 bad rows (rows.parquet:71: {told})" in report()
+    hub = datasets.DatasetDict(train=datasets.Dataset(pq.read_table(bad_utf8)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: hub)
+    assert rows_dataset(tokenizer, source="owner/name")[:] == rows[:]
+    assert f"1 bad rows (owner/name:train[70]: {told})" in report()
 
 
 def test_one_file_of_a_folder_without_a_valid_row_is_an_error(tokenizer, make_jsonl, tmp_path):
@@ -151,7 +231,8 @@ def test_text_folder_reads_every_text_file_exactly(tokenizer, tmp_path, report):
     rows = rows_dataset(tokenizer, source=str(folder))
     assert decoded(tokenizer, rows) == ["# title\n", "if x:\r\n\ty = 1\n"]
     assert "1 bad rows (latin.txt: not UTF-8 (unexpected end of data at byte 3))" in report()
-    assert "3 files (1 others not read)" in report()
+    assert "3 files (b.MD, latin.txt, sub/test_a.py), not read: 1 neither" in report()
+    assert "neither rows nor text (image.png); left out" in report()
 
 
 def test_missing_and_unusable_sources(tokenizer, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from wmtp_modules.checkpoints.refusals import tokenizer_fault
+
 # ModelProto.SentencePiece.Type and TrainerSpec.ModelType of sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _BPE = 2
@@ -26,6 +28,9 @@ def write_hf_tokenizer(tokenizer_path: str | Path, folder: Path, *, max_seq_len:
         ValueError: if the file is damaged, the model is not BPE or lacks bos, eos or unk, or it
             rewrites text before it is encoded.
     """
+    fault = tokenizer_fault(Path(tokenizer_path))
+    if fault:
+        raise ValueError(f"{tokenizer_path} {fault}")
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(Path(tokenizer_path).read_bytes())

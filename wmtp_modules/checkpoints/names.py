@@ -10,6 +10,8 @@ Everything here works on one key or one tensor at a time, so that callers can st
   turns row i together with row i + head_dim / 2, so the rows of q and k are in another order.
 """
 
+import re
+
 import torch
 
 # ours, Meta, Hugging Face, shape: D width, K width of keys and values, H hidden, V vocabulary
@@ -31,6 +33,26 @@ _SHARED_KEYS = (
 )
 _TO_META = {ours: meta for ours, meta, _, _ in (*_BLOCK_KEYS, *_SHARED_KEYS)}
 _TO_HF = {ours: hf for ours, _, hf, _ in (*_BLOCK_KEYS, *_SHARED_KEYS)}
+
+
+def _pattern(layers: str, blocks: list[str], shared: list[str]) -> re.Pattern[str]:
+    block, alone = ("|".join(map(re.escape, keys)) for keys in (blocks, shared))
+    return re.compile(rf"(?:{layers})\.\d+\.(?:{block})|{alone}")
+
+
+META, HUGGING_FACE = "Meta's", "Hugging Face's"
+# Which format a key belongs to; ``fullmatch``.
+LAYOUTS = {
+    META: _pattern(
+        "layers|extra_heads", *([row[1] for row in t] for t in (_BLOCK_KEYS, _SHARED_KEYS))
+    ),
+    HUGGING_FACE: _pattern(
+        "model.layers", *([row[2] for row in t] for t in (_BLOCK_KEYS, _SHARED_KEYS))
+    ),
+    "torchtune's": _pattern(
+        "layers|heads", [row[0] for row in _BLOCK_KEYS], ["norm.scale", "output.norm.scale"]
+    ),
+}
 
 
 def parameter_shapes(args: dict) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,6 @@ the same error by itself, before any memory is spent.
 
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,19 @@ from wmtp_modules.checkpoints.names import (
     rotary_heads,
     rows_from_hf,
 )
-from wmtp_modules.files import read_json, recover_folder
+from wmtp_modules.checkpoints.refusals import (
+    ADAPTER_ONLY,
+    KNOWN_BUFFERS,
+    added_tokens,
+    foreign_keys,
+    in_two_files,
+    no_tokenizer,
+    tokenizer_fault,
+    weight_files,
+    what_is_there,
+    which_weights,
+)
+from wmtp_modules.files import read_json, recover_folder, stand_in
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
@@ -33,9 +44,8 @@ MAX_PROBLEMS = 10  # named in one error message; the others are counted
 # 4096. Another one is written as max_seq_len, which Meta's own loader would not take.
 META_CONTEXT = 4096
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FEW_TOKENS = 256  # as many rows are added or padded; a larger difference is another tokenizer
 MOST = 2**31 - 1  # in a config: a size beyond it is a slip, and would be tried
-# Tables that some exporters store beside the weights; the model computes them.
-_KNOWN_BUFFERS = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class Checkpoint:
@@ -63,29 +73,33 @@ class Checkpoint:
         if (folder / "params.json").exists():
             self.is_hf = False
             self.config_file = folder / "params.json"
-            files = [_consolidated_file(folder)]
+            self._files, self._index = _consolidated_files(folder), {}
         elif (folder / "config.json").exists():
             self.is_hf = True
             self.config_file = folder / "config.json"
-            files = _hf_weight_files(folder)
+            self._files, self._index = _hf_weight_files(folder)
         else:
-            raise ValueError(
-                f"{folder} is not a checkpoint: it has neither params.json (Meta's format) nor "
-                "config.json (Hugging Face)"
-            )
+            raise ValueError(f"{folder} is not a checkpoint: {what_is_there(folder)}")
         self.tokenizer_path = folder / "tokenizer.model"
         if not self.tokenizer_path.exists():
-            raise ValueError(f"{self.tokenizer_path} is missing: copy the tokenizer beside it")
+            raise ValueError(f"{self.tokenizer_path} {no_tokenizer(self.tokenizer_path)}")
 
         self._tensors: dict[str, torch.Tensor] = {}
         self._file_of: dict[str, Path] = {}
-        for file in files:
-            tensors = _map_safetensors(file) if file.suffix == ".safetensors" else _map_torch(file)
-            self._tensors |= tensors
-            self._file_of |= dict.fromkeys(tensors, file)
-        self._files = files
+        self._copies: dict[str, Path] = {}  # keys in a file from which the index does not take them
+        for file in self._files:
+            for key, tensor in _map(file).items():
+                if self._index.get(key, file.name) != file.name:
+                    self._copies[key] = file
+                    continue
+                if key in self._file_of:
+                    raise ValueError(in_two_files(key, self._file_of[key], file))
+                self._tensors[key], self._file_of[key] = tensor, file
 
         config = read_json(self.config_file)
+        foreign = foreign_keys(_names(self._files), [*self._tensors], config, self.config_file)
+        if foreign:
+            raise ValueError(foreign)
         read_args = self._args_from_hf if self.is_hf else self._args_from_meta
         self.args = read_args(config, n_future_tokens)
         self._check_widths()
@@ -207,11 +221,12 @@ class Checkpoint:
     def _check_keys(self) -> None:
         """Compare what the files hold with what the config asks for."""
         expected = {self._their_keys[k]: shape for k, shape in parameter_shapes(self.args).items()}
-        problems = [f"missing key {key}" for key in expected if key not in self._tensors]
+        missing = [self._missing(key) for key in expected if key not in self._tensors]
+        problems = []
         for key, tensor in self._tensors.items():
             where, shape = f"key {key} in {self._file_of[key].name}", expected.get(key)
             if shape is None:
-                if not _KNOWN_BUFFERS.fullmatch(key):
+                if not KNOWN_BUFFERS.fullmatch(key):
                     problems.append(f"extra {where}")
             elif tensor.shape != shape:
                 problems.append(f"{where} has shape {list(tensor.shape)}, not {list(shape)}")
@@ -222,11 +237,21 @@ class Checkpoint:
                 )
             elif tensor.is_meta:
                 problems.append(f"{where} was saved without its values")
+        half = MAX_PROBLEMS // 2  # of many, what is there must be seen beside what is not
+        problems = missing[:half] + problems[:half] + missing[half:] + problems[half:]
         _raise_all(problems, f"{_names(self._files)} does not hold what {self.config_file} says")
+
+    def _missing(self, key: str) -> str:
+        """A missing key; if the index names a file for it, that too."""
+        if key not in self._index:
+            return f"missing key {key}"
+        where = f", but it is in {self._copies[key].name}" if key in self._copies else ""
+        return f"missing key {key}, which the index places in {self._index[key]}{where}"
 
     def _shape(self, key: str) -> torch.Size:
         if key not in self._tensors:
-            raise ValueError(f"{_names(self._files)}: missing key {key}")
+            held = ", ".join([*self._tensors][:3]) or "nothing"
+            raise ValueError(f"{_names(self._files)}: missing key {key}, it holds {held}, ...")
         return self._tensors[key].shape
 
 
@@ -284,24 +309,53 @@ def check_vocab(folder: str | Path, vocab_size: int) -> None:
     """ValueError unless a tokenizer, or a folder's, has as many pieces as an embedding rows."""
     path = Path(folder)
     path = path / "tokenizer.model" if path.is_dir() else path
-    pieces = len(_pieces(path))
-    if pieces != vocab_size:
+    pieces = _pieces(path)
+    more = vocab_size - len(pieces)
+    if more:
+        way_out = (
+            "use the tokenizer that the model was trained with, or give a new one as many rows"
+        )
+        if 0 < more <= FEW_TOKENS:
+            added = ", ".join(map(repr, added_tokens(path.parent, len(pieces))[:MAX_PROBLEMS]))
+            way_out = (
+                f"if the tokenizer is the model's own, tokens were added beside it, or rows as "
+                f"padding{f' (added: {added})' if added else ''}: cut the embedding and output to "
+                f"{len(pieces)} rows (transformers: model.resize_token_embeddings({len(pieces)})) "
+                "and save again"
+            )
+        elif -FEW_TOKENS <= more < 0:
+            way_out = (
+                f"if the model is the tokenizer's own, pieces were added ({_shown(pieces[more:])} "
+                f"come last): take the tokenizer from before, or give the model {len(pieces)} rows "
+                f"(transformers: model.resize_token_embeddings({len(pieces)})) and save again"
+            )
         raise ValueError(
-            f"{path} has {pieces} pieces but tok_embeddings has {vocab_size} rows: use the "
-            "tokenizer that the model was trained with, or give a new one as many rows"
+            f"{path} has {len(pieces)} pieces but tok_embeddings has {vocab_size} rows: {way_out}"
         )
 
 
 def check_same_vocabulary(path_a: str | Path, path_b: str | Path) -> None:
     """ValueError unless two SentencePiece models give every id the same meaning."""
     pieces_a, pieces_b = _pieces(Path(path_a)), _pieces(Path(path_b))
-    differing = abs(len(pieces_a) - len(pieces_b))
-    differing += sum(a != b for a, b in zip(pieces_a, pieces_b, strict=False))
-    if differing:
+    common = min(len(pieces_a), len(pieces_b))
+    extra = pieces_a[common:] or pieces_b[common:]
+    changed = sum(a != b for a, b in zip(pieces_a, pieces_b, strict=False))
+    if extra and not changed:
+        longer, other = (path_a, path_b) if pieces_a[common:] else (path_b, path_a)
         raise ValueError(
-            f"the vocabularies of {path_a} and {path_b} differ in {differing} pieces: their token "
-            "ids mean different things"
+            f"the vocabularies of {path_a} and {path_b} differ in {len(extra)} pieces: {longer} "
+            f"has {_shown(extra)} after the {common} that both have: use {other} for both"
         )
+    if changed:
+        raise ValueError(
+            f"the vocabularies of {path_a} and {path_b} differ in {changed + len(extra)} pieces: "
+            "their token ids mean different things: use the tokenizer that the model was trained "
+            "with"
+        )
+
+
+def _shown(pieces: list[str]) -> str:
+    return ", ".join(map(repr, pieces[:3])) + (", ..." if len(pieces) > 3 else "")
 
 
 def load_into(model: MTPTransformer, folder: str | Path, *, device: torch.device | str) -> None:
@@ -359,6 +413,10 @@ def _names(files: list[Path]) -> str:
 
 
 def _pieces(path: Path) -> list[str]:
+    """Pieces of a SentencePiece model by id; ValueError if the file is none, and what it is."""
+    fault = tokenizer_fault(path)
+    if fault:
+        raise ValueError(f"{path} {fault}")
     try:
         tokenizer = spm.SentencePieceProcessor(model_file=str(path))
         return tokenizer.id_to_piece(list(range(tokenizer.get_piece_size())))
@@ -395,31 +453,38 @@ def _number(
     return value
 
 
-def _consolidated_file(folder: Path) -> Path:
+def _consolidated_files(folder: Path) -> list[Path]:
     whole = folder / "consolidated.pth"
-    parts = [whole] if whole.exists() else sorted(folder.glob("consolidated.*.pth"))
+    parts = sorted(folder.glob("consolidated.*.pth"))
+    if whole.exists() or whole.is_symlink():
+        return [whole, *parts]  # no key may be in two of them
     if not parts:
-        raise ValueError(f"{whole} is missing beside params.json")
+        hint = which_weights(weight_files(folder))
+        if (folder / "config.json").exists():
+            hint += "; to read it as a Hugging Face folder, take params.json out"
+        raise ValueError(f"{whole} is missing beside params.json{hint}")
     if len(parts) > 1:
         raise ValueError(
             f"{folder} holds {len(parts)} model-parallel parts ({parts[0].name}, ...): take the "
             "Hugging Face version of this checkpoint, which is not cut through tensors"
         )
-    return parts[0]
+    return parts
 
 
-def _hf_weight_files(folder: Path) -> list[Path]:
-    """Weight files of a Hugging Face folder; torch files are read where safetensors are absent."""
+def _hf_weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Weight files of a Hugging Face folder, and the file of each key if an index says so.
+
+    Torch files are read where safetensors are absent. An index decides; one whose shards are gone
+    is left over from an earlier state if the weights are there in one file.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
+        whole, index = folder / name, folder / f"{name}.index.json"
+        is_whole = whole.exists() or whole.is_symlink()
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no 'weight_map' from keys to files")
-            names = list(weight_map.values())
-            for shard in names:
+            for shard in weight_map.values():
                 # A plain name: "../other/x" or "/x" would read a file that is no part of this.
                 is_name = isinstance(shard, str) and shard == Path(shard).name
                 if not is_name or shard in ("", "..") or "\0" in shard:
@@ -427,33 +492,79 @@ def _hf_weight_files(folder: Path) -> list[Path]:
                         f"{index} names the shard {str(shard)[:99]!r}, which is not a file "
                         "in its folder: download the index again, or correct it"
                     )
-            shards = [folder / shard for shard in sorted(set(names))]
-            missing = [shard.name for shard in shards if not shard.exists()]
-            if missing:
-                raise ValueError(f"{index} names shards that are missing: {', '.join(missing)}")
-            return shards
-    raise ValueError(f"{folder / 'model.safetensors'} is missing beside config.json")
+            shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+            missing = [shard for shard in shards if not shard.exists()]
+            if not missing:
+                return shards, weight_map
+            if not is_whole:
+                named = ", ".join(shard.name for shard in missing)
+                dead = next((shard for shard in missing if shard.is_symlink()), None)
+                hint = f" ({dead.name} is {stand_in(dead)})" if dead else ": download them"
+                raise ValueError(f"{index} names shards that are missing: {named}{hint}")
+        if is_whole:
+            return [whole], {}
+    raise ValueError(_no_hf_weights(folder))
+
+
+def _no_hf_weights(folder: Path) -> str:
+    """Why a folder with config.json has no weights that can be read."""
+    there = weight_files(folder)
+    for suffix, index in {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}.items():
+        shards = [f for f in there if f.suffix == suffix and not f.name.startswith("adapter_model")]
+        if len(shards) > 1 or any("-of-" in shard.name for shard in shards):
+            file_of: dict[str, Path] = {}
+            twice = ""
+            for shard in shards:
+                for key in _map(shard):
+                    if key in file_of and not twice:
+                        twice = f"; {in_two_files(key, file_of[key], shard)}"
+                    file_of[key] = shard
+            return (
+                f"{folder / index}.index.json is missing, which says what is in {len(shards)} "
+                f"shards ({', '.join(shard.name for shard in shards[:MAX_PROBLEMS])}): download "
+                f"it from where they come from{twice}"
+            )
+    adapters = [file.name for file in there if file.name.startswith("adapter_model")]
+    if adapters:
+        return f"{folder}: {ADAPTER_ONLY.format(adapters[0])}"
+    return f"{folder / 'model.safetensors'} is missing beside config.json{which_weights(there)}" + (
+        ": a single file of weights must have that name" if len(there) == 1 else ""
+    )
+
+
+def _map(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a weight file; their bytes stay in the file until they are read."""
+    found = stand_in(file)
+    if found:
+        raise ValueError(f"{file} is {found}")
+    return _map_safetensors(file) if file.suffix == ".safetensors" else _map_torch(file)
 
 
 def _map_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file; their bytes stay in the file until they are read."""
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        if _head(file).startswith(b"PK\3\4"):
+            raise ValueError(
+                f"{file} is a torch file under another name: rename it to pytorch_model.bin"
+            ) from error
         raise ValueError(
             f"{file} is truncated or damaged, download or copy it again: {error}"
         ) from error
 
 
 def _map_torch(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a torch file; their bytes stay in the file until they are read."""
-    with file.open("rb") as opened:
-        magic = opened.read(2)
-    if magic == b"\x80\x02":
+    head = _head(file)
+    if head[:2] == b"\x80\x02":
         raise ValueError(
             f"{file} is in torch's format from before 1.6, which cannot be memory-mapped: load it "
             "and torch.save it again"
+        )
+    if head[8:10] == b'{"':
+        raise ValueError(
+            f"{file} is a safetensors file under another name: rename it to model.safetensors, "
+            "beside a config.json"
         )
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -468,8 +579,18 @@ def _map_torch(file: Path) -> dict[str, torch.Tensor]:
         isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()
     )
     if not is_state:
-        raise ValueError(f"{file} does not hold a dictionary of tensors")
+        held = ", ".join(map(repr, list(state)[:MAX_PROBLEMS])) if isinstance(state, dict) else ""
+        raise ValueError(
+            f"{file} does not hold a dictionary of tensors but "
+            + (f"one of {held}" if held else f"a {type(state).__name__}")
+            + ": save the model's state_dict alone"
+        )
     return state
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(16)
 
 
 def meta_hidden_dim(dim: int, multiple_of: int, multiplier: float) -> int:

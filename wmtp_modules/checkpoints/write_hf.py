@@ -1,18 +1,22 @@
 """Writes an ordinary Hugging Face Llama, made of trunk and head 0: weights, configs, tokenizer."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece as spm
 import torch
 from safetensors.torch import save_file
+from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from wmtp_modules.checkpoints.hf_tokenizer import write_hf_tokenizer
 from wmtp_modules.checkpoints.names import hf_key, is_extra_head, rotary_heads, rows_to_hf
 from wmtp_modules.checkpoints.write import checkpoint_folder, writing_bar
 from wmtp_modules.files import disk_errors
+
+log = get_logger("INFO")
 
 HF_SHARD_BYTES = 5_000_000_000  # the usual size of Hugging Face's shards
 
@@ -28,7 +32,8 @@ def write_hf(
     """Write safetensors, configs and tokenizer of an ordinary Llama: trunk and head 0.
 
     Shards of about 5 GB are written as the tensors come, so no more than one is held. See
-    ``write_meta`` for the arguments; extra heads are passed over.
+    ``write_meta`` for the arguments; extra heads are passed over. Tensors keep their dtypes;
+    ``config.json`` names the one that most parameters have.
     """
     with checkpoint_folder(folder, tokenizer_path) as partial:
         write_hf_tokenizer(tokenizer_path, partial, max_seq_len=args["max_seq_len"])
@@ -36,8 +41,8 @@ def write_hf(
         head_dim = args["embed_dim"] // args["num_heads"]
         shards: list[list[str]] = []
         shard: dict[str, torch.Tensor] = {}
-        total = parameters = 0
-        dtype = ""
+        total = 0
+        by_dtype = Counter[str]()
 
         def flush(bar: tqdm) -> None:
             with disk_errors():
@@ -58,9 +63,13 @@ def write_hf(
                 # Tied embeddings come as one tensor twice, which safetensors refuses to write.
                 twice = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
                 shard[hf_key(key, n_trunk)] = tensor.clone() if twice else tensor.contiguous()
-                total, parameters = total + tensor.nbytes, parameters + tensor.numel()
-                dtype = str(tensor.dtype).removeprefix("torch.")
+                total += tensor.nbytes
+                by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
             flush(bar)
+        dtype = by_dtype.most_common(1)[0][0]
+        if len(by_dtype) > 1:
+            told = ", ".join(f"{count:,} in {name}" for name, count in by_dtype.most_common())
+            log.info(f"{folder}: parameters of several dtypes ({told}): config.json says {dtype}")
 
         weight_map = {}
         for i, keys in enumerate(shards):
@@ -71,7 +80,7 @@ def write_hf(
             weight_map |= dict.fromkeys(keys, name)
         if len(shards) > 1:
             index = {
-                "metadata": {"total_size": total, "total_parameters": parameters},
+                "metadata": {"total_size": total, "total_parameters": by_dtype.total()},
                 "weight_map": weight_map,
             }
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

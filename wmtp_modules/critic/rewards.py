@@ -21,7 +21,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
-from wmtp_modules.files import json_fault
+from wmtp_modules.files import json_fault, stand_in
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.run.watchdog import Watchdog
 from wmtp_modules.scoring.score_table import (
@@ -77,6 +77,10 @@ class RewardModel:
                 f"{folder} holds no config.json: name the folder of a reward model in Hugging Face "
                 "format"
             )
+        for path in sorted(Path(folder).iterdir()):
+            found = stand_in(path) if path.suffix in (".json", ".safetensors", ".bin") else None
+            if found:
+                raise ValueError(f"{path} is {found}")
         local = dict(local_files_only=True, trust_remote_code=False)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **local)

@@ -44,7 +44,7 @@ def mbpp_fields(record: dict) -> tuple[int, list[str], str]:
     """Task id, tests and code (with Unix line ends) of a row; ``BadRow`` if one is unusable."""
     task_id, tests = record.get("task_id"), strings_field(record, "test_list")
     if type(task_id) is not int:  # a bool is an int too
-        raise BadRow(f"task_id is {task_id!r}, not an integer")
+        raise BadRow(f"task_id is {task_id!r}, not an integer", "task_id")
     if not tests:
         raise BadRow("test_list is empty")
     return task_id, tests, text_field(record, "code").replace("\r", "")

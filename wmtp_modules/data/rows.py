@@ -7,19 +7,21 @@ ranks and restarts.
 import hashlib
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import sentencepiece
 from datasets.exceptions import DatasetGenerationError
 from torchtune.models.llama2 import Llama2Tokenizer
 from torchtune.utils import get_logger, log_rank_zero
 
 from wmtp_modules.data import contamination, sources, tokenize
-from wmtp_modules.data.sources import BadRow, Source, text_field
+from wmtp_modules.data.sources import SHOWN, BadRow, BadRows, Source, fields_of, text_field
 from wmtp_modules.progress import quiet_datasets
 
 FEATURES = datasets.Features(
@@ -35,7 +37,6 @@ FEATURES = datasets.Features(
     }
 )
 OPTIONAL = ("noise", "reward", "problem_id", "prompt", "response")
-SHOWN = 5  # bad rows named in a report
 
 log = get_logger("INFO")
 
@@ -177,7 +178,8 @@ def build_rows(
             ),
         )
         report = json.loads(report_path.read_text())
-        text, unset = report["text"], [name for name in OPTIONAL if not report["has"].get(name)]
+        text = f"{report['read']} in {opened.note}; {report['left out']}"
+        unset = [name for name in OPTIONAL if not report["has"].get(name)]
     except DatasetGenerationError as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):
@@ -204,19 +206,20 @@ def build_rows(
 def _to_samples(record: dict) -> list[Sample]:
     present = [f for f in ("text", "prompt", "response") if record.get(f) is not None]
     if present not in (["text"], ["prompt", "response"]):
-        raise BadRow(f"fields {present or 'missing'}: expected text, or prompt and response")
+        expected = "expected text, or prompt and response"
+        raise BadRow(f"fields {', '.join(present) or 'missing'}: {expected}", expected)
     reward, problem_id = record.get("reward"), record.get("problem_id")
     if reward is not None:
         if isinstance(reward, bool) or not isinstance(reward, int | float):
-            raise BadRow(f"reward is {reward!r}, not a number")
+            raise BadRow(f"reward is {reward!r}, not a number", "reward")
         try:
             # NaN stays: a critic rejects it, and dropping the row would hide it.
             reward = float(reward)
         except OverflowError as error:
-            raise BadRow(f"reward is {reward}") from error
+            raise BadRow(f"reward is {reward}", "large reward") from error
     if problem_id is not None:
         if isinstance(problem_id, bool) or not isinstance(problem_id, int | str):
-            raise BadRow(f"problem_id is {problem_id!r}, not a string or an integer")
+            raise BadRow(f"problem_id is {problem_id!r}, not a string or an integer", "problem_id")
         problem_id = str(problem_id)
     *prompt, response = (text_field(record, field) for field in present)
     noise = _spans(record.get("noise") or [], len(response))
@@ -228,7 +231,8 @@ def _spans(noise: object, length: int) -> tuple[tuple[int, int], ...]:
     for span in spans:
         is_pair = isinstance(span, list) and [type(x) for x in span] == [int, int]
         if not is_pair or not 0 <= span[0] < span[1] <= length:
-            raise BadRow(f"noise span {span!r} is not [start, end) within {length} characters")
+            why = f"noise span {span!r} is not [start, end) within {length} characters"
+            raise BadRow(why, "noise span")
     return tuple((start, end) for start, end in spans)
 
 
@@ -243,9 +247,9 @@ def _generate(
     """Yield the rows; at the end write the report next to the cache."""
     guard = contamination.EvaluationGuard()
     count, has, excluded = Counter[str](), Counter[str](), Counter[str]()
-    bad: list[str] = []
+    bad, hashes = BadRows(), array("Q")
     for part, records in source.parts():
-        valid, first_bad = 0, len(bad)
+        valid, bad_of_part = 0, BadRows()
         for where, record in records:
             count["read"] += 1
             try:
@@ -253,7 +257,9 @@ def _generate(
                     raise record
                 samples = to_samples(record)
             except BadRow as error:
-                bad.append(f"{where}: {error}")
+                fields = fields_of(record) if source.kind != "text" else ""
+                bad.add(where, error, fields)
+                bad_of_part.add(where, error, fields)
                 continue
             valid += 1
             count["unused"] += not samples
@@ -268,6 +274,9 @@ def _generate(
                     continue
                 rows = list(_tokenise(tokenizer, sample))
                 count["over-long"] += not rows
+                if rows:
+                    digest = hashlib.blake2b(repr(sample).encode(), digest_size=8).digest()
+                    hashes.append(int.from_bytes(digest))
                 for row in rows:
                     count["rows"] += 1
                     count["tokens"] += len(row.tokens)
@@ -286,25 +295,29 @@ def _generate(
                         "response": sample.response if is_pair else None,
                     }
         if not valid:
-            named = "; ".join(bad[first_bad:][:SHOWN]) or "it is empty"
-            raise ValueError(f"{part} has no valid row: {named}")
+            raise ValueError(
+                f"{part} has no valid row: {bad_of_part if bad_of_part else 'it is empty'}"
+            )
     left_out = {
-        "bad rows" + (f" ({'; '.join(bad[:SHOWN])})" if bad else ""): len(bad),
+        f"bad rows ({bad})": len(bad),
         unused: count["unused"],
         "rows of the other split": count["other split"],
         f"rows longer than max_seq_len {tokenizer.max_seq_len}": count["over-long"],
     }
     tasks = f" ({', '.join(sorted(excluded)[:SHOWN])})" if excluded else ""
-    text = (
-        f"{count['rows']} rows, {count['tokens']} tokens from {count['read']} records in "
-        f"{source.note}; left out: {excluded.total()} rows that contain an evaluation task{tasks}"
-        + "".join(f", {n} {what}" for what, n in left_out.items() if n)
+    count["duplicates"] = len(hashes) - len(np.unique(np.array(hashes)))
+    kept = f", {count['duplicates']} exact duplicates of another among them" * bool(
+        count["duplicates"]
+    )
+    read = f"{count['rows']} rows, {count['tokens']} tokens{kept}, from {count['read']} records"
+    left = f"left out: {excluded.total()} rows that contain an evaluation task{tasks}" + "".join(
+        f", {n} {what}" for what, n in left_out.items() if n
     )
     if not count["rows"]:
-        raise ValueError(f"no row remains. {text}")
+        raise ValueError(f"no row remains. {read} in {source.note}; {left}")
     report_path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = report_path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps({"text": text, "has": has, "count": count}))
+    unfinished.write_text(json.dumps({"read": read, "left out": left, "has": has, "count": count}))
     os.replace(unfinished, report_path)
 
 

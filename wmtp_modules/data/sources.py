@@ -6,7 +6,8 @@ data only: no code of a data set is ever executed.
 
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wmtp_modules.files import json_fault
+from wmtp_modules.files import json_fault, pointer_in, stand_in
 from wmtp_modules.progress import quiet_datasets
 
 ROW_SUFFIXES = {".jsonl", ".parquet"}
@@ -25,17 +26,94 @@ TEXT_SUFFIXES = {
     ".rb", ".rs", ".rst", ".scala", ".sh", ".sql", ".swift", ".tex", ".toml", ".ts", ".txt",
     ".yaml", ".yml",
 }
+# Formats of data that are not read: those that hold rows and nothing else, those that a folder of
+# code may hold as well, and what packs a file or many.
+ROW_FORMATS = {
+    ".arrow", ".avro", ".feather", ".jsonlines", ".lance", ".mds", ".ndjson", ".orc", ".tfrecord",
+    ".tfrecords",
+}
+TABLES = {".csv", ".tsv"}
+MAYBE_ROWS = {
+    ".db", ".h5", ".hdf5", ".json", ".npy", ".npz", ".pickle", ".pkl", ".sqlite", ".xls", ".xlsx",
+}
+PACKED = {".7z", ".bz2", ".gz", ".lz4", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"}
 # fmt: on
-# How data sets spell their splits; `deepmind/code_contests` has `valid`, MBPP has `validation`.
+# About a data set, never the data set itself.
+DOCUMENTS = {
+    "authors",
+    "changelog",
+    "citation",
+    "contributing",
+    "copying",
+    "datacard",
+    "dataset_card",
+    "dataset_info",
+    "dataset_infos",
+    "dataset_dict",
+    "license",
+    "notice",
+    "readme",
+    "state",
+}  # fmt: skip
+# How data sets spell their splits, as the Hub reads them from the names of files
+# (datasets.data_files.SPLIT_KEYWORDS).
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "eval"),
+    "test": ("test", "testing", "eval", "evaluation"),
 }
+SHOWN = 5  # names, or kinds of bad rows, in a message
 
 
 class BadRow(ValueError):
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and why.
+
+    ``kind`` is the reason without the row's own values, by which a report groups rows.
+    """
+
+    def __init__(self, why: str, kind: str | None = None) -> None:
+        super().__init__(why)
+        self.kind = kind or why
+
+
+class BadRows:
+    """Bad rows by kind: the first of each kind, and how many there are."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+        self._count = Counter[str]()
+
+    def add(self, where: str, error: BadRow, fields: str) -> None:
+        """Count a bad row; ``fields`` is what ``fields_of`` says of it, or empty."""
+        self._first.setdefault(error.kind, f"{where}: {error}{fields}")
+        self._count[error.kind] += 1
+
+    def __len__(self) -> int:
+        return self._count.total()
+
+    def __str__(self) -> str:
+        kinds = self._count.most_common()
+        told = [
+            self._first[kind] + (f" ({count} such rows)" if count > 1 else "")
+            for kind, count in kinds[:SHOWN]
+        ]
+        if len(kinds) > SHOWN:
+            told.append(f"and {len(kinds) - SHOWN} other kinds")
+        return "; ".join(told)
+
+
+def fields_of(record: object) -> str:
+    """The fields of a row, to follow what is wrong with it; empty for what is not a row."""
+    if not isinstance(record, dict):
+        return ""
+    return f", the row has the fields {listed(record, 12)}" if record else ", the row has no fields"
+
+
+def listed(names: Iterable, most: int = SHOWN) -> str:
+    """The first names of many, and how many others there are."""
+    shown = [str(name)[:99] for name in names]
+    others = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {others} more" if others > 0 else "")
 
 
 def string_field(record: dict, field: str) -> str:
@@ -79,7 +157,7 @@ class Source:
         kind: "rows", "text" or "hub".
         own_split: whether the source has its own validation split and this is the requested one.
         fingerprint: changes with the content (files: relative name, size and mtime).
-        note: what was read and skipped, for the report.
+        note: files by split that are read, and what is not read and why, for the report.
     """
 
     name: str
@@ -91,6 +169,7 @@ class Source:
     root: Path = Path()
     columns: tuple[str, ...] = ()
     hub: datasets.Dataset | None = None
+    hub_columns: tuple[str, ...] = ()  # all it has; those that are not read are None in a record
 
     def parts(self) -> Iterator[tuple[str, Iterator]]:
         """(name, records) of each jsonl or parquet file, hub split, or whole folder of text.
@@ -98,7 +177,9 @@ class Source:
         At least one record of a part must be valid. Records are (where, dict) or (where, BadRow).
         """
         if self.hub is not None:
-            yield self.name, ((f"{self.name}[{i}]", row) for i, row in enumerate(self.hub))
+            tables = self.hub.with_format("arrow").iter(batch_size=64)
+            rows = _arrow_records(tables, self.hub_columns)
+            yield self.name, ((f"{self.name}[{i}]", row) for i, row in enumerate(rows))
         elif self.kind == "text":
             yield self.name, map(self._text_record, self.files)
         else:
@@ -109,10 +190,14 @@ class Source:
 
     def _text_record(self, path: Path) -> tuple[str, "dict | BadRow"]:
         where = str(path.relative_to(self.root))
+        content = path.read_bytes()
+        pointer = pointer_in(content[:1024])
+        if pointer:
+            return where, BadRow(pointer)
         try:
-            return where, {"text": path.read_bytes().decode("utf-8-sig")}
+            return where, {"text": content.decode("utf-8-sig")}
         except UnicodeDecodeError as error:
-            return where, BadRow(json_fault(error))
+            return where, BadRow(json_fault(error), "not UTF-8")
 
 
 def open_source(
@@ -124,45 +209,84 @@ def open_source(
 
     Args:
         source: .jsonl or .parquet file, text or code file, folder of either kind, or hub name
-            ``owner/name``. In a folder of row files, files or their folders named after a split
-            (``train-00000-of-00002.parquet``, ``valid/a.jsonl``) belong to it; files
-            named ``test`` are never read.
+            ``owner/name``. In a folder, files of rows belong to the split that ``split_of`` finds
+            in their names, without one to training; those of a test split are never read. The
+            same holds for a folder of .txt files; names of code say what it does, not what it is
+            for.
         split: "train" or "validation".
         columns: fields to read; others are skipped if the format allows it.
 
     Raises:
-        ValueError: if there is no such path or hub data set, or it has no supported file.
+        ValueError: if there is no such path or hub data set, it has no supported file, or data of
+            the split is in files that cannot be read.
     """
     if not str(source).strip():
         raise ValueError("source is empty: give a file, a folder, or a hub name (owner/name)")
     path = Path(source).expanduser()
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return hub_source(str(source), split, columns, hub_config)
     root = path if path.is_dir() else path.parent
     found = visible_files(path)
     rows = [p for p in found if p.suffix.lower() in ROW_SUFFIXES]
     texts = [p for p in found if p.suffix.lower() in TEXT_SUFFIXES]
-    if not rows and not texts:
+    # A repository may have a dead link; where all are dead, its content was never fetched.
+    texts = [p for p in texts if p.exists()] or texts
+    data, unread = rows or texts, _unread_data(found, rows, texts)
+    prose = {p.suffix.lower() for p in texts if not _is_document(p)} == {".txt"}
+    splits: dict[Path, str | None] = dict.fromkeys(found)
+    if path.is_dir() and (rows or prose):
+        splits = dict(zip(found, _splits([p.relative_to(root) for p in found]), strict=True))
+    own_split = "validation" in {splits[p] for p in (*data, *unread)}
+    wanted = ("validation",) if own_split and split == "validation" else ("train", None)
+
+    def names(files: Iterable[Path]) -> str:
+        return listed(p.relative_to(root) for p in files)
+
+    lost = [p for p in unread if splits[p] in wanted]
+    if lost:
+        ways_out = {p: _way_out(p) for p in lost}
+        told = "; ".join(
+            f"{names(p for p in lost if ways_out[p] == way_out)}: {way_out}"
+            for way_out in dict.fromkeys(ways_out.values())
+        )
+        raise ValueError(
+            f"{source} has data in files that cannot be read, which are .jsonl, .parquet and text. "
+            f"{told}{'; or move what is no data out of the folder' if path.is_dir() else ''}"
+        )
+    if not data:
         raise ValueError(
             f"{source} has no supported file: expected .jsonl, .parquet or text "
-            f"({' '.join(sorted(TEXT_SUFFIXES))})"
+            f"({' '.join(sorted(TEXT_SUFFIXES))})" + (f", found {names(found)}" if found else "")
         )
-    own_split, files = False, rows or texts
-    if rows and path.is_dir():
-        splits = {p: _split_of_path(p.relative_to(path)) for p in rows}
-        own_split = "validation" in splits.values()
-        wanted = ("validation",) if own_split and split == "validation" else ("train", None)
-        files = [p for p in rows if splits[p] in wanted]
-        if not files:
-            raise ValueError(f"{source}: no file for {split}, only {[p.name for p in rows[:5]]}")
+    files = [p for p in data if splits[p] in wanted]
+    by_split = {s: [p for p in data if splits[p] == s] for s in dict.fromkeys(splits.values())}
+    if not files:
+        there = "; ".join(f"{s}: {names(own)}" for s, own in by_split.items() if own)
+        raise ValueError(
+            f"{source}: no file for {split}, only {there}. Files belong to the split in their "
+            "names: rename one, or give the path of a single file"
+        )
+    for p in files:
+        if not p.exists():
+            raise ValueError(f"{p} is {stand_in(p)}")
     content = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
-    aside = len(found) - len(files)
+    aside = {
+        **{f"{s} split": own for s, own in by_split.items() if s and s not in wanted},
+        "text beside rows": texts if rows else [],
+        "neither rows nor text": [p for p in found if p not in {*rows, *texts}],
+    }
+    read = "; ".join(
+        (f"{s or 'no split in the name'}: " if any(by_split) else "") + names(own)
+        for s, own in by_split.items()
+        if own and s in wanted
+    )
+    skipped = ", ".join(f"{len(own)} {why} ({names(own)})" for why, own in aside.items() if own)
     return Source(
         name=str(source),
         kind="rows" if rows else "text",
         own_split=own_split,
         fingerprint=json.dumps(content),
-        note=f"{len(files)} files" + (f" ({aside} others not read)" if aside else ""),
+        note=f"{len(files)} files ({read})" + (f", not read: {skipped}" if skipped else ""),
         files=tuple(files),
         root=root,
         columns=columns,
@@ -170,14 +294,83 @@ def open_source(
 
 
 def visible_files(path: Path) -> list[Path]:
-    """The file itself, or the files below a folder, sorted, without hidden ones."""
-    if path.is_file():
+    """The file itself, or the files below a folder, sorted, without hidden ones.
+
+    A link whose target is gone is one of them, so that it is missed.
+    """
+    if not path.is_dir():
         return [path]
     return sorted(
         p
         for p in path.rglob("*")
-        if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
+        if (p.is_file() or (p.is_symlink() and not p.exists()))
+        and not any(part[0] == "." for part in p.relative_to(path).parts)
     )
+
+
+def split_of(path: Path) -> str | None:
+    """The split that names a file in a folder, by the Hub's rule; ``path`` is relative to it.
+
+    A keyword of ``SPLIT_NAMES`` counts where no letter is next to it: ``code_test.jsonl`` is a test
+    file, ``contest.jsonl`` and ``latest.jsonl`` are not. Folders decide before the file's own name,
+    and of several splits in one name the one that must not be trained on: test, then validation.
+    """
+    for parts in (path.parts[:-1], path.parts[-1:]):
+        words = {word for part in parts for word in re.findall(r"[^\W\d_]+", part.lower())}
+        for split in ("test", "validation", "train"):
+            if words.intersection(SPLIT_NAMES[split]):
+                return split
+    return None
+
+
+def _splits(paths: list[Path]) -> list[str | None]:
+    """``split_of`` of each file; shards beside those of train may be of a split of another name."""
+    splits = [split_of(path) for path in paths]
+    shards = [re.match(r"(.+)-\d{5}-of-\d{5}", path.name) for path in paths]
+    if any(shard and split == "train" for shard, split in zip(shards, splits, strict=True)):
+        # MBPP has prompt-00000-of-00001.parquet beside train-00000-of-00001.parquet.
+        pairs = zip(shards, splits, strict=True)
+        splits = [split or (shard[1] if shard else None) for shard, split in pairs]
+    return splits
+
+
+def _is_document(path: Path) -> bool:
+    return re.split(r"[.\s]", path.name.lower())[0] in DOCUMENTS
+
+
+def _unread_data(found: list[Path], rows: list[Path], texts: list[Path]) -> list[Path]:
+    """Files that seem to hold rows in a format that is not read: passing them over would be wrong.
+
+    A folder of code also has tables, JSON and archives that are no data set: there, as long as they
+    are not named after a split and the code is more than they are.
+    """
+    sure, maybe = [], []
+    for path in found:
+        *inner, suffix = ["", *(suffix.lower() for suffix in path.suffixes)]
+        packed = suffix in PACKED
+        kind = inner[-1] if packed and inner else suffix
+        known = ROW_FORMATS | TABLES | MAYBE_ROWS | (ROW_SUFFIXES if packed else set())
+        if _is_document(path) or not (packed or kind in known):
+            continue
+        is_sure = kind in ROW_FORMATS or kind in ROW_SUFFIXES or (rows and kind in TABLES)
+        is_sure = is_sure or split_of(Path(path.name)) is not None
+        (sure if is_sure or (packed and kind in known) else maybe).append(path)
+    if not rows:
+        text_bytes = sum(p.stat().st_size for p in texts if p.exists() and not _is_document(p))
+        if sum(p.stat().st_size for p in maybe if p.exists()) > text_bytes:
+            return sorted(sure + maybe)
+    return sure
+
+
+def _way_out(path: Path) -> str:
+    if not path.exists():
+        return f"{stand_in(path)}"
+    suffix = path.suffix.lower()
+    if suffix in PACKED:
+        return "unpack it"
+    if suffix in (".arrow", ".feather"):
+        return "load it with datasets.load_from_disk or Dataset.from_file, save it with .to_parquet"
+    return "convert it to .jsonl or .parquet"
 
 
 def load_hub(name: str, config: str | None) -> datasets.DatasetDict:
@@ -210,9 +403,7 @@ def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | No
     data = splits[chosen]
     present = [column for column in columns if column in data.column_names]
     if not present:
-        raise ValueError(
-            f"{name} has columns {', '.join(data.column_names)}, none of {', '.join(columns)}"
-        )
+        raise ValueError(_no_column(name, data.column_names, columns))
     return Source(
         name=f"{name}:{chosen}",
         kind="hub",
@@ -220,20 +411,14 @@ def hub_source(name: str, split: str, columns: tuple[str, ...], config: str | No
         fingerprint=data._fingerprint,
         note=f"{len(data)} rows of the hub",
         hub=data.select_columns(present),
+        hub_columns=tuple(data.column_names),
     )
 
 
-def _split_of_path(path: Path) -> str | None:
-    """The split that the name of a row file, or of its folder, starts with."""
-    for part in (path.stem, *path.parent.parts):
-        word = re.match(r"[a-z]+(?![a-z])", part.lower())
-        for split, names in SPLIT_NAMES.items():
-            if word and word[0] in names:
-                return split
-    return None
-
-
 def _jsonl_records(path: Path, name: str, columns: tuple[str, ...]) -> Iterator:
+    found = stand_in(path)
+    if found:
+        raise ValueError(f"{path} is {found}")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -242,9 +427,9 @@ def _jsonl_records(path: Path, name: str, columns: tuple[str, ...]) -> Iterator:
             try:
                 record = json.loads(line.decode("utf-8-sig"))
             except UnicodeDecodeError as error:
-                yield where, BadRow(json_fault(error))
+                yield where, BadRow(json_fault(error), "not UTF-8")
             except (ValueError, RecursionError) as error:
-                yield where, BadRow(f"not JSON ({json_fault(error)})")
+                yield where, BadRow(f"not JSON ({json_fault(error)})", "not JSON")
             else:
                 yield where, (record if isinstance(record, dict) else BadRow("not a JSON object"))
 
@@ -252,11 +437,38 @@ def _jsonl_records(path: Path, name: str, columns: tuple[str, ...]) -> Iterator:
 def _parquet_records(path: Path, name: str, columns: tuple[str, ...]) -> Iterator:
     try:
         file = pq.ParquetFile(path)
-        present = [column for column in columns if column in file.schema_arrow.names]
-        number = 0
-        for batch in file.iter_batches(batch_size=64, columns=present):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{name}:{number}", record
+        names = tuple(file.schema_arrow.names)
+        present = [column for column in columns if column in names]
+        if not present:
+            raise ValueError(_no_column(path, names, columns))
+        batches = file.iter_batches(batch_size=64, columns=present)
+        for number, record in enumerate(_arrow_records(batches, names), start=1):
+            yield f"{name}:{number}", record
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({json_fault(error)})") from error
+        found = stand_in(path) or f"not a readable parquet file ({json_fault(error)})"
+        raise ValueError(f"{path} is {found}") from error
+
+
+def _arrow_records(tables: Iterable, names: Iterable[str]) -> Iterator[dict | BadRow]:
+    """Rows of Arrow tables; columns in ``names`` that were not read are None."""
+    unread = dict.fromkeys(names)
+    for table in tables:
+        try:
+            yield from (unread | row for row in table.to_pylist())
+        except UnicodeDecodeError:  # Arrow does not check strings as it reads them
+            for i in range(table.num_rows):
+                yield _arrow_record(table.slice(i, 1), unread)
+
+
+def _arrow_record(table: pa.Table | pa.RecordBatch, unread: dict) -> dict | BadRow:
+    record = dict(unread)
+    for name in table.schema.names:
+        try:
+            record[name] = table.column(name).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            return BadRow(f"{name} is {json_fault(error)}", "not UTF-8")
+    return record
+
+
+def _no_column(name: object, present: Iterable[str], wanted: Iterable[str]) -> str:
+    return f"{name} has columns {listed(present, 12)}, none of {', '.join(wanted)}"

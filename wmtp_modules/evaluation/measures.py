@@ -21,7 +21,7 @@ import torch
 from torchtune.models.llama2 import Llama2Tokenizer
 
 from wmtp_modules.data.packing import pad_rows
-from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, open_source, text_field
+from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, fields_of, open_source, text_field
 from wmtp_modules.data.tokenize import encode_with_offsets
 from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
 from wmtp_modules.models.mtp_transformer import MTPTransformer
@@ -128,8 +128,8 @@ def read_texts(source: str) -> list[str]:
                 texts.append(text if is_blank else text_field(record, "text"))
             except BadRow as error:
                 raise ValueError(
-                    f"{path.parent / where}: {error}. Held-out rows are never skipped: fix or "
-                    "delete it"
+                    f"{path.parent / where}: {error}{fields_of(record)}. Held-out rows are "
+                    "never skipped: fix or delete it"
                 ) from error
     if not texts:
         raise ValueError(f"{source} has no rows")

@@ -1,7 +1,6 @@
 """Reads benchmarks from local files or the Hugging Face hub."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,16 @@ from wmtp_modules.data.sources import (
     SPLIT_NAMES,
     BadRow,
     Source,
+    fields_of,
     load_hub,
+    split_of,
     visible_files,
 )
 from wmtp_modules.evaluation.code_contests import code_contests_task
 from wmtp_modules.evaluation.humaneval import humaneval_task
 from wmtp_modules.evaluation.mbpp import TEST_IDS, MBPPTask, mbpp_task, with_shots
 from wmtp_modules.evaluation.task import Task
-from wmtp_modules.files import json_fault
+from wmtp_modules.files import json_fault, stand_in
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def load_tasks(task: str, source: str | Path, split: str) -> list[Task]:
             hint = (
                 _other_file(record, benchmark) or f"fix that row of {source}, or download it again"
             )
-            raise ValueError(f"{where}: {error}: {hint}") from error
+            raise ValueError(f"{where}: {error}{fields_of(record)}: {hint}") from error
         if made.task_id in by_id:
             raise ValueError(
                 f"{where}: task {made.task_id!r} is a duplicate of {by_id[made.task_id][1]}: "
@@ -132,9 +133,7 @@ def _files(path: Path, split: str, benchmark: Benchmark) -> list[Path]:
     if not files:
         raise ValueError(f"{path} has no .jsonl or .parquet file: give the path of a file")
     if split == "test" and benchmark.title != "MBPP":
-        pattern = re.compile(rf"({'|'.join(SPLIT_NAMES['test'])})(?![a-z])", re.IGNORECASE)
-        named = [p for p in files if any(map(pattern.match, p.relative_to(path).parts))]
-        files = named or files
+        files = [p for p in files if split_of(p.relative_to(path)) == "test"] or files
     return files
 
 
@@ -143,9 +142,9 @@ def _json_list(path: Path) -> Iterator[tuple[str, dict | BadRow]]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not JSON, or is truncated ({json_fault(error)}): download it again"
-        ) from error
+        found = stand_in(path)
+        found = found or f"not JSON, or is truncated ({json_fault(error)}): download it again"
+        raise ValueError(f"{path} is {found}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} is not a JSON list of rows: give JSON lines the suffix .jsonl")
     for number, row in enumerate(rows, start=1):
