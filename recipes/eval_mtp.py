@@ -42,6 +42,7 @@ from wmtp_modules.evaluation.samples import (
 )
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.evaluation.tasks import TASKS, load_tasks
+from wmtp_modules.files import new_file
 from wmtp_modules.generation.generate import Request, generate
 from wmtp_modules.generation.measure import measure_decoding, requests_from_texts
 from wmtp_modules.models import mtp_llama2
@@ -219,7 +220,8 @@ class EvalMTPRecipe:
             for name in REPORTS:
                 (self._output_dir / name).unlink(missing_ok=True)
             clear_exit(self._output_dir)
-            OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
+            with new_file(self._output_dir / "config.yaml") as unfinished:
+                OmegaConf.save(cfg, unfinished, resolve=True)
 
     def _setup_model(self) -> None:
         """Load the model, whole on every rank and in compute precision: ranks split the work."""
@@ -418,7 +420,7 @@ class EvalMTPRecipe:
             logger.log_config(self._cfg)
             logger.log_dict(report_metrics(report), step=0)
             if hasattr(logger, "log_artifact"):
-                for path in sorted(self._output_dir.glob("*.*")):
+                for path in sorted(self._output_dir.glob("[!.]*.*")):
                     logger.log_artifact(path)
             logger.close()
         print_report(report)

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -235,26 +233,6 @@ def test_real_writes_that_fail_give_their_number(tmp_path):
 # ------------------------------------------------------------------------------ two writers
 
 
-def begin(function, *args) -> int:
-    """A forked child that calls a function and ends with 1 if it raises; its process id."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        logging.getLogger().handlers.clear()  # pytest's: warnings go to stderr
-        try:
-            function(*args)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return pid
-
-
-def ends(*pids: int) -> list[int]:
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-
 def wait_for(condition) -> None:
     end = time.monotonic() + 30
     while not condition():
@@ -277,21 +255,25 @@ def write_slowly(path: Path, content: str) -> None:
             time.sleep(0.001)
 
 
-def test_two_writers_of_a_folder_never_mix_it(tmp_path):
+def test_two_writers_of_a_folder_never_mix_it(tmp_path, children):
     for trial in range(10):
         folder = tmp_path / str(trial) / "best"
         folder.parent.mkdir()
-        assert ends(*(begin(write_four, folder, content) for content in ("one", "two"))) == [0, 0]
+        assert children.ends(
+            *(children.begin(write_four, folder, content) for content in ("one", "two"))
+        ) == [0, 0]
         assert sorted(path.name for path in folder.iterdir()) == list("abcd")
         assert len({path.read_text() for path in folder.iterdir()}) == 1, trial
         assert os.listdir(folder.parent) == ["best"]
 
 
-def test_two_writers_of_a_file_never_mix_it(tmp_path):
+def test_two_writers_of_a_file_never_mix_it(tmp_path, children):
     for trial in range(10):
         path = tmp_path / str(trial) / "state.json"
         path.parent.mkdir()
-        assert ends(*(begin(write_slowly, path, content) for content in "12")) == [0, 0]
+        assert children.ends(
+            *(children.begin(write_slowly, path, content) for content in "12")
+        ) == [0, 0]
         assert path.read_text() in ("1111", "2222"), trial
         assert os.listdir(path.parent) == ["state.json"]
 
@@ -304,20 +286,20 @@ def test_threads_of_one_process_are_two_writers(tmp_path):
     assert os.listdir(tmp_path) == ["best"]
 
 
-def write_and_hang(folder: Path) -> None:
+def write_and_hang(children, folder: Path) -> None:
     with new_folder(folder) as partial:
         (partial / "half").touch()
-        worker = begin(time.sleep, 60)  # of its own, which outlives it
+        worker = children.begin(time.sleep, 60)  # of its own, which outlives it
         (folder.parent / "ready").symlink_to(str(worker))
         time.sleep(60)
 
 
-def test_a_living_writer_is_waited_for_and_a_killed_ones_half_is_removed(tmp_path, capfd):
+def test_a_living_writer_is_waited_for_and_a_killed_ones_half_is_removed(tmp_path, capfd, children):
     folder = tmp_path / "best"
     fill(folder, "one")
-    first = begin(write_and_hang, folder)
+    first = children.begin(write_and_hang, children, folder)
     wait_for((tmp_path / "ready").is_symlink)
-    second = begin(fill, folder, "two")
+    second = children.begin(fill, folder, "two")
     told = ""
     while f"Waiting for pid {first} on {socket.gethostname()}" not in told:
         told += capfd.readouterr().err
@@ -325,7 +307,7 @@ def test_a_living_writer_is_waited_for_and_a_killed_ones_half_is_removed(tmp_pat
     assert list(tmp_path.glob("best.partial*/half"))
     assert contents(folder) == {"one"}
     os.kill(first, signal.SIGKILL)
-    assert ends(first, second) == [-signal.SIGKILL, 0]
+    assert children.ends(first, second) == [-signal.SIGKILL, 0]
     assert contents(folder) == {"two"}
     assert sorted(os.listdir(tmp_path)) == ["best", "ready"]
     os.kill(int(os.readlink(tmp_path / "ready")), signal.SIGKILL)
@@ -342,7 +324,7 @@ def test_leftovers_of_earlier_versions_go_and_other_names_stay(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["best", "best.partial_mine", "s.json", "s.json.bak"]
 
 
-def test_who_is_alone_in_a_folder_is_named(tmp_path):
+def test_who_is_alone_in_a_folder_is_named(tmp_path, children):
     """By another process, and by itself it may be asked for again."""
     with alone_in(tmp_path / "run", wait=False), alone_in(tmp_path / "run", wait=False):
         pass
@@ -350,16 +332,16 @@ def test_who_is_alone_in_a_folder_is_named(tmp_path):
 
     def hold() -> None:
         with alone_in(tmp_path / "run", wait=False):
-            (tmp_path / "run" / "worker").symlink_to(str(begin(time.sleep, 60)))
+            (tmp_path / "run" / "worker").symlink_to(str(children.begin(time.sleep, 60)))
             time.sleep(60)
 
-    holder = begin(hold)
+    holder = children.begin(hold)
     wait_for((tmp_path / "run" / "worker").is_symlink)
     told = rf"run is in use by pid {holder} on {re.escape(socket.gethostname())} since 2.*pytest"
     with pytest.raises(InUseError, match=told), alone_in(tmp_path / "run", wait=False):
         pass
     os.kill(holder, signal.SIGKILL)
-    assert ends(holder) == [-signal.SIGKILL]
+    assert children.ends(holder) == [-signal.SIGKILL]
     with alone_in(tmp_path / "run", wait=False):  # though its worker lives
         pass
     assert os.listdir(tmp_path / "run") == ["worker"]

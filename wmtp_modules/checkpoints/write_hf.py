@@ -24,13 +24,14 @@ def write_hf(
     tokenizer_path: Path,
     *,
     bar_bytes: int | None = None,
+    replace: bool = True,
 ) -> None:
     """Write safetensors, configs and tokenizer of an ordinary Llama: trunk and head 0.
 
     Shards of about 5 GB are written as the tensors come, so no more than one is held. See
     ``write_meta`` for the arguments; extra heads are passed over.
     """
-    with checkpoint_folder(folder, tokenizer_path) as partial:
+    with checkpoint_folder(folder, tokenizer_path, replace) as partial:
         write_hf_tokenizer(tokenizer_path, partial, max_seq_len=args["max_seq_len"])
         n_trunk = args["num_layers"] - args["n_future_tokens"]
         head_dim = args["embed_dim"] // args["num_heads"]

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 HIDDEN = "***"
-WORDS = "pass(?:word|wd|phrase)?|pwd|token|secret|credentials?|(?:api|access|account|private|secret)_?key"
+WORDS = "pass(?:word|wd|phrase)?|pwd|token|secret|credentials?|(?:api|access|account|secret)_?key"
 # The last word of a name: neither tokenizer nor max_new_tokens. Or with AWS's ending.
 SECRET_NAME = re.compile(rf"(?:.*[_.-])?(?:{WORDS})(?:_id)?", re.IGNORECASE)
 IN_URL = re.compile(r"(?<=://)[^/\s]+@")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from torchtune.utils import get_logger
 
+from wmtp_modules.files import only_writer
 from wmtp_modules.parallel.process_group import die_with_parent
 from wmtp_modules.quickstarts.stdlib import assets_folder, part_of, train_tokenizer, write_rows
 from wmtp_modules.run.plan import finished_run
@@ -128,7 +129,8 @@ def prepare_functions(assets_dir: str, vocab_size: int, seed: int, model_config:
     with assets_folder(Path(assets_dir), made_from) as folder:
         if folder is not None:
             _fill(folder, vocab_size, seed)
-    _train_model(model_config, assets_dir)
+    with only_writer(Path(assets_dir, "model")):  # a second one waits, and finds it
+        _train_model(model_config, assets_dir)
 
 
 def _fill(folder: Path, vocab_size: int, seed: int) -> None:

@@ -4,21 +4,22 @@ torchtune's own MLflow logger reads an attribute that it never sets and cannot r
 """
 
 import atexit
-import fcntl
 import json
 import math
 import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune.training.metric_logging import MetricLoggerInterface, Scalar, flatten_dict
+
+from wmtp_modules.files import new_file, only_writer
 
 
 def _number(value: Any) -> int | float:
@@ -40,10 +41,8 @@ class JSONLLogger(MetricLoggerInterface):
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._kept_lines(resume_step) if resume_step and self._path.exists() else []
-        # Written beside and moved: a crash here must not cost the earlier steps.
-        beside = self._path.with_name(self._path.name + ".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        beside.replace(self._path)
+        with new_file(self._path) as beside:  # a crash here must not cost the earlier steps
+            beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._file = open(self._path, "r+", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._line: dict[str, Any] = lines[-1] if lines else {}
         end = self._file.seek(0, os.SEEK_END)
@@ -131,8 +130,11 @@ class MLflowLogger(MetricLoggerInterface):
         database = _sqlite_file(uri)
         self._resumed = run_id is not None
         try:
-            uri = f"sqlite:///{database}" if database else uri
-            with _lock_beside(database) if database else nullcontext():
+            if database:
+                database.parent.mkdir(parents=True, exist_ok=True)
+                uri = f"sqlite:///{database}"
+            # Opening an SQLite store makes its tables; two processes that do so at once both fail.
+            with only_writer(database) if database else nullcontext():
                 self._client: Any = MlflowClient(tracking_uri=uri)
             if run_id is None:
                 artifacts = (database.parent / "mlflow_artifacts").as_uri() if database else None
@@ -234,15 +236,6 @@ def _sqlite_file(uri: str) -> Path | None:
 def _without_password(text: str) -> str:
     """A URI, or an error that quotes one, to be shown."""
     return re.sub(r"//[^/@\s]*@", "//***@", text)
-
-
-@contextmanager
-def _lock_beside(database: Path) -> Iterator[None]:
-    """Opening an SQLite store makes its tables, and two processes that do so at once both fail."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(database.with_name(database.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def code_version() -> dict[str, str]:
