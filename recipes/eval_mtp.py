@@ -63,7 +63,7 @@ from wmtp_modules.reports.evaluation import (
     write_report,
 )
 from wmtp_modules.run.metric_logging import code_version
-from wmtp_modules.run.resume import resolved
+from wmtp_modules.run.resume import kept
 from wmtp_modules.run.start import exit_with_message, parse, process_group
 from wmtp_modules.run.stopping import clear_exit
 from wmtp_modules.sandbox.pool import Sandbox
@@ -221,7 +221,7 @@ class EvalMTPRecipe:
                 (self._output_dir / name).unlink(missing_ok=True)
             clear_exit(self._output_dir)
             with new_file(self._output_dir / "config.yaml") as unfinished:
-                OmegaConf.save(cfg, unfinished, resolve=True)
+                OmegaConf.save(OmegaConf.create(kept(cfg)), unfinished)
 
     def _setup_model(self) -> None:
         """Load the model, whole on every rank and in compute precision: ranks split the work."""
@@ -396,7 +396,7 @@ class EvalMTPRecipe:
     def run(self) -> None:
         """Run the stages of the config, and write the report after each of them."""
         machine = describe_machine(self._device, self._world) | code_version()
-        self._report = {"settings": resolved(self._cfg), "machine": machine}
+        self._report = {"settings": kept(self._cfg), "machine": machine}
         for stage in self._stages:
             if stage == "generate":
                 self._samples = self.generate()

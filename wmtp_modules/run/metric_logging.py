@@ -7,18 +7,18 @@ import atexit
 import json
 import math
 import os
-import re
 import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune.training.metric_logging import MetricLoggerInterface, Scalar, flatten_dict
 
+from wmtp_modules.config.secrets import hidden, without_secrets
 from wmtp_modules.files import new_file, only_writer
 
 
@@ -145,8 +145,8 @@ class MLflowLogger(MetricLoggerInterface):
         except Exception as error:  # of MLflow, SQLAlchemy, a driver, or what the server answers
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(
-                f"the MLflow store {_without_password(uri)} cannot be used "
-                f"({_without_password(reason)}): check metric_logger.tracking_uri, or the "
+                f"the MLflow store {hidden(uri)} cannot be used "
+                f"({hidden(reason)}): check metric_logger.tracking_uri, or the "
                 "environment variable MLFLOW_TRACKING_URI, which goes before it"
             ) from error
         self.tracking_uri = uri
@@ -154,7 +154,7 @@ class MLflowLogger(MetricLoggerInterface):
             try:
                 self._client.update_run(run_id, status="RUNNING")
             except MlflowException as error:
-                raise ValueError(f"MLflow run {run_id} is not in {uri}: {error}") from error
+                raise ValueError(hidden(f"MLflow run {run_id} is not in {uri}: {error}")) from error
             self.run_id = run_id
             for key, value in code_version().items():
                 self._client.set_tag(run_id, key, value)
@@ -177,7 +177,7 @@ class MLflowLogger(MetricLoggerInterface):
     @property
     def location(self) -> str:
         """Where the run is and the command that shows it."""
-        uri = _without_password(self.tracking_uri)  # it is printed, and written to summary.json
+        uri = hidden(self.tracking_uri)  # it is printed, and written to summary.json
         return f"run {self.run_id} in {uri} (mlflow ui --backend-store-uri {uri})"
 
     def log_config(self, config: DictConfig) -> None:
@@ -188,14 +188,13 @@ class MLflowLogger(MetricLoggerInterface):
         """
         from mlflow.entities import Param
 
-        flat = flatten_dict(cast(dict, OmegaConf.to_container(config, resolve=True)))
+        plain = without_secrets(OmegaConf.to_container(config, resolve=True))
+        flat = flatten_dict(plain)
         known = self._client.get_run(self.run_id).data.params if self._resumed else {}
         params = [Param(key, str(value)) for key, value in flat.items() if key not in known]
         for start in range(0, len(params), 100):  # as many as MLflow takes in one call
             self._client.log_batch(self.run_id, params=params[start : start + 100])
-        self._client.log_text(
-            self.run_id, OmegaConf.to_yaml(config, resolve=True), artifact_file="config.yaml"
-        )
+        self._client.log_text(self.run_id, OmegaConf.to_yaml(plain), artifact_file="config.yaml")
 
     def log(self, name: str, data: Scalar, step: int) -> None:
         self.log_dict({name: data}, step)
@@ -231,11 +230,6 @@ def _sqlite_file(uri: str) -> Path | None:
             "sqlite:///runs/mlflow.db"
         )
     return file
-
-
-def _without_password(text: str) -> str:
-    """A URI, or an error that quotes one, to be shown."""
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 def code_version() -> dict[str, str]:

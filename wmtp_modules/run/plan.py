@@ -17,7 +17,7 @@ from wmtp_modules.files import alone_in, new_file
 from wmtp_modules.parallel.process_group import patient_barrier
 from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.run.out_of_memory import explain_out_of_memory
-from wmtp_modules.run.resume import check_not_begun, resolved
+from wmtp_modules.run.resume import check_not_begun, kept
 from wmtp_modules.run.start import exit_with_message
 from wmtp_modules.run.stopping import StopRequests
 
@@ -130,7 +130,7 @@ def finished(cfg: DictConfig) -> dict | None:
     if not all(file.exists() for file in files):
         return None
     same = {"resume_from_checkpoint": None}
-    if resolved(load_config(files[0])) | same != resolved(cfg) | same:
+    if kept(load_config(files[0])) | same != kept(cfg) | same:
         return None
     return json.loads(files[1].read_text())
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from wmtp_modules.config.file import read_config
+from wmtp_modules.config.secrets import hidden
 from wmtp_modules.files import alone_in
 from wmtp_modules.parallel.process_group import (
     check_environment,
@@ -47,7 +48,7 @@ def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # the sentence gets a line of its own
-        sentence, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK", "0")
+        sentence, rank = hidden(f"{type(error).__name__}: {error}"), os.environ.get("RANK", "0")
         if not rank.isdecimal() or int(rank) == 0:
             _tell_others(FAILED)
             sys.exit(sentence)
