@@ -537,7 +537,7 @@ def make_stages(recipe: CriticWMTPRecipeDistributed, stages: list[str]) -> dict:
     with exit_with_message(ValueError, OSError, TrainingError):
         recipe.setup()
         if "critic" in stages:
-            with recipe.watchdog:
+            with plan.in_turn(recipe._critic_dir), recipe.watchdog:
                 recipe.train_critic()
         if "values" in stages:
             recipe.compute_values()
@@ -588,9 +588,10 @@ def recipe_main(cfg: DictConfig) -> None:
         runs = [*plan.control_runs(policy_cfg), policy_cfg] if "policy" in cfg.stages else []
         plan.prepare(cfg, runs)
         for one in required:
-            recipe = CriticWMTPRecipeDistributed(one, device, mesh, stops)
-            make_stages(recipe, [])
-            train_one(recipe, one, stops, {})
+            with plan.in_turn(one.output_dir):
+                recipe = CriticWMTPRecipeDistributed(one, device, mesh, stops)
+                make_stages(recipe, [])
+                train_one(recipe, one, stops, {})
         make_runs(cfg, runs, CriticWMTPRecipeDistributed(cfg, device, mesh, stops), stops)
 
 

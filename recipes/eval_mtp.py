@@ -42,6 +42,7 @@ from wmtp_modules.evaluation.samples import (
 )
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.evaluation.tasks import TASKS, load_tasks
+from wmtp_modules.files import new_file
 from wmtp_modules.generation.generate import Request, generate
 from wmtp_modules.generation.measure import measure_decoding, requests_from_texts
 from wmtp_modules.models import mtp_llama2
@@ -62,7 +63,7 @@ from wmtp_modules.reports.evaluation import (
     write_report,
 )
 from wmtp_modules.run.metric_logging import code_version
-from wmtp_modules.run.resume import resolved
+from wmtp_modules.run.resume import kept
 from wmtp_modules.run.start import exit_with_message, parse, process_group
 from wmtp_modules.run.stopping import clear_exit
 from wmtp_modules.sandbox.pool import Sandbox
@@ -219,7 +220,8 @@ class EvalMTPRecipe:
             for name in REPORTS:
                 (self._output_dir / name).unlink(missing_ok=True)
             clear_exit(self._output_dir)
-            OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
+            with new_file(self._output_dir / "config.yaml") as unfinished:
+                OmegaConf.save(OmegaConf.create(kept(cfg)), unfinished)
 
     def _setup_model(self) -> None:
         """Load the model, whole on every rank and in compute precision: ranks split the work."""
@@ -394,7 +396,7 @@ class EvalMTPRecipe:
     def run(self) -> None:
         """Run the stages of the config, and write the report after each of them."""
         machine = describe_machine(self._device, self._world) | code_version()
-        self._report = {"settings": resolved(self._cfg), "machine": machine}
+        self._report = {"settings": kept(self._cfg), "machine": machine}
         for stage in self._stages:
             if stage == "generate":
                 self._samples = self.generate()
@@ -418,7 +420,7 @@ class EvalMTPRecipe:
             logger.log_config(self._cfg)
             logger.log_dict(report_metrics(report), step=0)
             if hasattr(logger, "log_artifact"):
-                for path in sorted(self._output_dir.glob("*.*")):
+                for path in sorted(self._output_dir.glob("[!.]*.*")):
                     logger.log_artifact(path)
             logger.close()
         print_report(report)

@@ -319,7 +319,8 @@ def recipe_main(cfg: DictConfig) -> None:
         runs = [*plan.control_runs(cfg), cfg]
         plan.prepare(cfg, runs)
         for one in required:
-            train_one(one, *group, {})
+            with plan.in_turn(one.output_dir):
+                train_one(one, *group, {})
         summary = plan.run_all(runs, lambda one, beside: train_one(one, *group, beside))
         if dist.get_rank() == 0:
             plan.write_summary(Path(cfg.output_dir), summary)

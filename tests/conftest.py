@@ -7,8 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import faulthandler
 import importlib.util
+import logging
+import signal
 import sys
 import sysconfig
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,6 +97,50 @@ def forks(fork_server):
     """The same; what a test has left running is killed."""
     yield fork_server
     fork_server.close_started()
+
+
+class Children:
+    """Forked children of this process, which see what a test has patched."""
+
+    def __init__(self) -> None:
+        self._pids: list[int] = []
+
+    def begin(self, function: Callable, *args) -> int:
+        """The process id of one that calls a function, and exits with 1 if that raises."""
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            logging.getLogger().handlers.clear()  # pytest's: warnings go to stderr
+            try:
+                function(*args)
+                code = 0
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else 1
+                print(error.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        self._pids.append(pid)
+        return pid
+
+    def ends(self, *pids: int) -> list[int]:
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+    def close(self) -> None:
+        for pid in self._pids:
+            with suppress(ChildProcessError):  # it has been waited for
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def children():
+    """``Children``; what a test has left running is killed."""
+    started = Children()
+    yield started
+    started.close()
 
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

@@ -1,6 +1,7 @@
 """The command line of ``python -m wmtp_modules.convert``, in this process."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,28 @@ def test_wrong_arguments_exit_with_2(capsys):
     with pytest.raises(SystemExit, match="2"):
         convert.main(["a", "b", "--to", "onnx"])
     assert "invalid choice: 'onnx'" in capsys.readouterr().err
+
+
+def test_two_conversions_into_one_folder(meta, tmp_path, children, capfd):
+    """The same one twice: both succeed. Another one: it says so, and what was there stays."""
+
+    def both(*ways):
+        out = tmp_path / "-".join(ways)
+        started = [
+            children.begin(lambda to: sys.exit(convert.main([meta, str(out), "--to", to])), to)
+            for to in ways
+        ]
+        return out, children.ends(*started)
+
+    for to in ("hf", "meta"):
+        out, codes = both(to, to)
+        assert codes == [0, 0], capfd.readouterr().err
+        Checkpoint(out)
+    out, codes = both("hf", "meta")
+    assert sorted(codes) == [0, 1]
+    kinds = ["config.json", "params.json"]
+    assert [(out / name).exists() for name in kinds] == [code == 0 for code in codes]
+    assert len(list(out.iterdir())) == (6 if codes[0] == 0 else 3)
+    told = capfd.readouterr().err
+    assert "made something else in" in told or "is not an empty folder" in told
+    assert not list(tmp_path.glob("*.partial*"))

@@ -2,18 +2,30 @@
 
 import errno
 import json
+import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from wmtp_modules import files as disk
-from wmtp_modules.files import disk_errors, new_file, new_folder, recover_folder
+from wmtp_modules.files import (
+    InUseError,
+    alone_in,
+    disk_errors,
+    new_file,
+    new_folder,
+    recover_folder,
+)
 
 
 def fill(folder: Path, content: str) -> None:
@@ -57,8 +69,9 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
     fill(tmp_path / "best", "one")
     before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
-    inside = ["best.partial/a", "best.partial/sub", "best.partial/sub/b"]
-    assert sorted(before) == ["best.partial", *inside]
+    partial = before[-1]
+    assert partial.startswith("best.partial-")
+    assert sorted(before) == [partial, f"{partial}/a", f"{partial}/sub", f"{partial}/sub/b"]
     assert after == ["."]
 
 
@@ -120,7 +133,7 @@ def test_a_reader_that_puts_the_old_one_back_does_not_stop_the_writer(tmp_path, 
 
     def slow_rename(source, target):
         result = rename(source, target)
-        if target.name == "best.old" and not interrupted:
+        if target.name.startswith("best.old-") and not interrupted:
             interrupted.append(True)
             recover_folder(tmp_path / "best")
             assert contents(tmp_path / "best") == {"one"}
@@ -215,3 +228,164 @@ def test_real_writes_that_fail_give_their_number(tmp_path):
         timeout=300,
     )
     assert done.stdout.split() == [str(errno.EFBIG)] * 2, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------ two writers
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def write_four(folder: Path, content: str) -> None:
+    with new_folder(folder) as partial:
+        for name in "abcd":
+            (partial / name).write_text(content)
+            time.sleep(0.001)
+
+
+def write_slowly(path: Path, content: str) -> None:
+    with new_file(path) as unfinished, unfinished.open("w") as file:
+        for _ in range(4):
+            file.write(content)
+            file.flush()
+            time.sleep(0.001)
+
+
+def test_two_writers_of_a_folder_never_mix_it(tmp_path, children):
+    for trial in range(10):
+        folder = tmp_path / str(trial) / "best"
+        folder.parent.mkdir()
+        assert children.ends(
+            *(children.begin(write_four, folder, content) for content in ("one", "two"))
+        ) == [0, 0]
+        assert sorted(path.name for path in folder.iterdir()) == list("abcd")
+        assert len({path.read_text() for path in folder.iterdir()}) == 1, trial
+        assert os.listdir(folder.parent) == ["best"]
+
+
+def test_two_writers_of_a_file_never_mix_it(tmp_path, children):
+    for trial in range(10):
+        path = tmp_path / str(trial) / "state.json"
+        path.parent.mkdir()
+        assert children.ends(
+            *(children.begin(write_slowly, path, content) for content in "12")
+        ) == [0, 0]
+        assert path.read_text() in ("1111", "2222"), trial
+        assert os.listdir(path.parent) == ["state.json"]
+
+
+def test_threads_of_one_process_are_two_writers(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(write_four, tmp_path / "best", str(i)) for i in range(12)]
+        assert [job.result() for job in jobs] == [None] * 12
+    assert len({path.read_text() for path in (tmp_path / "best").iterdir()}) == 1
+    assert os.listdir(tmp_path) == ["best"]
+
+
+def write_and_hang(children, folder: Path) -> None:
+    with new_folder(folder) as partial:
+        (partial / "half").touch()
+        worker = children.begin(time.sleep, 60)  # of its own, which outlives it
+        (folder.parent / "ready").symlink_to(str(worker))
+        time.sleep(60)
+
+
+def test_a_living_writer_is_waited_for_and_a_killed_ones_half_is_removed(tmp_path, capfd, children):
+    folder = tmp_path / "best"
+    fill(folder, "one")
+    first = children.begin(write_and_hang, children, folder)
+    wait_for((tmp_path / "ready").is_symlink)
+    second = children.begin(fill, folder, "two")
+    told = ""
+    while f"Waiting for pid {first} on {socket.gethostname()}" not in told:
+        told += capfd.readouterr().err
+        assert os.waitpid(second, os.WNOHANG) == (0, 0)
+    assert list(tmp_path.glob("best.partial*/half"))
+    assert contents(folder) == {"one"}
+    os.kill(first, signal.SIGKILL)
+    assert children.ends(first, second) == [-signal.SIGKILL, 0]
+    assert contents(folder) == {"two"}
+    assert sorted(os.listdir(tmp_path)) == ["best", "ready"]
+    os.kill(int(os.readlink(tmp_path / "ready")), signal.SIGKILL)
+
+
+def test_leftovers_of_earlier_versions_go_and_other_names_stay(tmp_path):
+    for name in ("best.partial", "best.old", "best.partial-7-0123abcd", "best.partial_mine"):
+        (tmp_path / name).mkdir()
+    for name in ("s.json.tmp", "s.json.tmp-7-0123abcd", "s.json.bak"):
+        (tmp_path / name).touch()
+    fill(tmp_path / "best", "one")
+    with new_file(tmp_path / "s.json") as unfinished:
+        unfinished.touch()
+    assert sorted(os.listdir(tmp_path)) == ["best", "best.partial_mine", "s.json", "s.json.bak"]
+
+
+def test_who_is_alone_in_a_folder_is_named(tmp_path, children):
+    """By another process, and by itself it may be asked for again."""
+    with alone_in(tmp_path / "run", wait=False), alone_in(tmp_path / "run", wait=False):
+        pass
+    assert not (tmp_path / "run").exists()
+
+    def hold() -> None:
+        with alone_in(tmp_path / "run", wait=False):
+            (tmp_path / "run" / "worker").symlink_to(str(children.begin(time.sleep, 60)))
+            time.sleep(60)
+
+    holder = children.begin(hold)
+    wait_for((tmp_path / "run" / "worker").is_symlink)
+    told = rf"run is in use by pid {holder} on {re.escape(socket.gethostname())} since 2.*pytest"
+    with pytest.raises(InUseError, match=told), alone_in(tmp_path / "run", wait=False):
+        pass
+    os.kill(holder, signal.SIGKILL)
+    assert children.ends(holder) == [-signal.SIGKILL]
+    with alone_in(tmp_path / "run", wait=False):  # though its worker lives
+        pass
+    assert os.listdir(tmp_path / "run") == ["worker"]
+    os.kill(int(os.readlink(tmp_path / "run" / "worker")), signal.SIGKILL)
+
+
+def test_the_lock_file_keeps_no_password(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tune", "uri=https://me:open-sesame@host/db"])
+    with alone_in(tmp_path, wait=False):
+        told = (tmp_path / ".lock").read_text()
+    assert "uri=https://***@host/db" in told
+    assert "sesame" not in told
+
+
+def test_where_nothing_can_be_locked_it_is_said(tmp_path, monkeypatch, caplog):
+    def no_locks(fd, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(disk.fcntl, "flock", no_locks)
+    (tmp_path / "best.partial-7-0123abcd").mkdir()  # it may be of a living process
+    fill(tmp_path / "best", "one")
+    assert contents(tmp_path / "best") == {"one"}
+    assert "files cannot be locked" in caplog.text
+    assert (tmp_path / "best.partial-7-0123abcd").exists()
+
+
+def test_what_another_process_made_of_the_same_is_left(tmp_path):
+    for _ in range(2):
+        with new_folder(tmp_path / "hf", replace=False) as partial:
+            (partial / "a").write_text("one")
+    told = "made something else in .*hf, which stays: give another folder"
+    with pytest.raises(ValueError, match=told), new_folder(tmp_path / "hf", replace=False) as half:
+        (half / "a").write_text("two")
+    assert (tmp_path / "hf" / "a").read_text() == "one"
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_the_umask_decides_who_may_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        fill(tmp_path / "best", "one")
+        with new_file(tmp_path / "state.json") as unfinished:
+            unfinished.write_text("{}")
+    finally:
+        os.umask(before)
+    modes = [tmp_path / "best", tmp_path / "best" / "a", tmp_path / "state.json"]
+    assert [oct(path.stat().st_mode)[-3:] for path in modes] == ["750", "640", "640"]

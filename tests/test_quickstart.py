@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+import time
 
 import pytest
 import sentencepiece as spm
@@ -146,3 +147,19 @@ def test_an_empty_folder_is_welcome(tmp_path):
     with assets_folder(tmp_path, {"seed": 0}) as folder:
         assert folder is not None
     assert manifest(tmp_path) == {"seed": 0}
+
+
+def test_two_quickstarts_started_together_share_their_assets(tmp_path, children):
+    def prepare(name):
+        with assets_folder(tmp_path / "assets", {"seed": 0}) as folder:
+            if folder is not None:
+                (tmp_path / name).touch()
+                for part in "abcd":
+                    (folder / part).write_text(name)
+                    time.sleep(0.01)
+
+    assert children.ends(*(children.begin(prepare, name) for name in ("one", "two"))) == [0, 0]
+    made = {path.read_text() for path in (tmp_path / "assets").glob("[a-d]")}
+    assert len(made) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"assets", *made}  # made once
+    assert manifest(tmp_path / "assets") == {"seed": 0}

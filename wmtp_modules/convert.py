@@ -19,7 +19,8 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
 
     Raises:
         ValueError: if ``dst`` is not empty, ``src`` is not a valid checkpoint or already has extra
-            heads, or ``n_future_tokens`` does not fit.
+            heads, ``n_future_tokens`` does not fit, or another process has meanwhile made something
+            else in ``dst``.
     """
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(f"{dst} is not an empty folder: give a new one")
@@ -49,6 +50,7 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
         dst,
         checkpoint.tokenizer_path,
         bar_bytes=size if size > LARGE else None,
+        replace=False,  # another process may have written it by now
     )
     heads = 1 if to == "hf" else checkpoint.args["n_future_tokens"]
     trunk = checkpoint.args["num_layers"] - checkpoint.args["n_future_tokens"]

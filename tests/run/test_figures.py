@@ -1,4 +1,4 @@
-"""Held-out losses that cannot be had are an error, a head without targets has no figures; epochs."""
+"""Figures that cannot be had are an error or left out; epochs and shares are counted."""
 
 import pytest
 import torch

@@ -1,11 +1,22 @@
 import json
 import math
+import time
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from wmtp_modules.config.check import ConfigError
-from wmtp_modules.run.plan import control_runs, finished, required_runs, write_summary
+from wmtp_modules.files import alone_in
+from wmtp_modules.run.plan import (
+    control_runs,
+    finished,
+    in_turn,
+    required_runs,
+    run_all,
+    write_summary,
+)
 
 # ------------------------------------------------------------------- required runs
 
@@ -78,3 +89,35 @@ def test_controls_are_the_config_under_other_weightings():
     assert [run.weighting.name for run in runs] == ["random_topk", "dft"]
     assert [run.output_dir for run in runs] == ["out/controls/random_topk", "out/controls/dft"]
     assert all(run.weighting.ratio == 0.5 for run in runs)
+
+
+def test_a_required_run_is_made_by_one_and_waited_for_by_the_other(tmp_path, children, capfd):
+    def make(name):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        with in_turn(tmp_path / "base"):
+            if not (tmp_path / "base" / "model").exists():
+                time.sleep(0.3)
+                (tmp_path / "base" / "model").write_text(name)
+                (tmp_path / name).touch()
+
+    pids = [children.begin(make, name) for name in ("one", "two")]
+    assert children.ends(*pids) == [0, 0]
+    told = capfd.readouterr().err
+    assert any(f"Waiting for pid {pid} on" in told for pid in pids)
+    made = (tmp_path / "base" / "model").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"base", made}
+
+
+def test_runs_of_one_config_do_not_wait_for_themselves(tmp_path, gloo_group):
+    """The controls lie in the folder of the run, which holds its lock."""
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "weighting": {"name": "rho1"}})
+    runs = [*control_runs(OmegaConf.merge(cfg, {"controls": ["uniform"]})), cfg]
+
+    def run(one, beside):
+        Path(one.output_dir, "ran").touch()
+        return {"heldout_loss": {}, "seconds": 1.0}
+
+    with alone_in(tmp_path, wait=False):
+        assert run_all(runs, run)["seconds"] == 2.0
+    assert len(list(tmp_path.rglob("ran"))) == 2
+    assert not list(tmp_path.rglob(".lock"))

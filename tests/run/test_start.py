@@ -1,13 +1,18 @@
 """One sentence at what a user can mend, said by one rank."""
 
+import os
+import re
+import signal
 import socket
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from omegaconf import OmegaConf
 
 from wmtp_modules.config.check import ConfigError
+from wmtp_modules.files import alone_in
 from wmtp_modules.run import start
 from wmtp_modules.run.start import exit_with_message
 
@@ -85,3 +90,45 @@ def test_without_torchrun_a_rank_speaks_unless_it_is_ended(waited, monkeypatch):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(KeyError), exit_with_message(ValueError, OSError):
         raise KeyError("a bug")
+
+
+# ------------------------------------------------------------------ two runs of one folder
+
+
+def test_a_second_run_of_one_folder_names_the_first(tmp_path, children, capfd):
+    """At once and before it touches anything; after kill -9 the same command just starts."""
+    cfg = OmegaConf.create({"output_dir": str(tmp_path / "run"), "device": "cpu"})
+
+    def train(seconds=0.0):
+        with start.process_group(cfg):
+            (tmp_path / "ready").touch()
+            time.sleep(seconds)
+
+    first = children.begin(train, 60)
+    end = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    told = rf"run is in use by pid {first} on {re.escape(socket.gethostname())} since .*: wait"
+    with pytest.raises(SystemExit, match=told):
+        train()
+    assert not dist.is_initialized()
+    replay = OmegaConf.merge(cfg, {"replay": "bad_step"})  # writes nothing
+    with start.process_group(replay):
+        pass
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    os.kill(first, signal.SIGKILL)
+    assert children.ends(first) == [-signal.SIGKILL]
+    assert children.ends(children.begin(train)) == [0], capfd.readouterr().err
+
+
+def test_only_rank_0_takes_the_folder(tmp_path, monkeypatch, children, capfd):
+    cfg = OmegaConf.create({"output_dir": str(tmp_path / "run"), "device": "nowhere"})
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(start, "_rank_zero_speaks", lambda: False)
+    with alone_in(tmp_path / "run", wait=False):  # by rank 0 of the same run
+        rank_1 = children.begin(lambda: start.process_group(cfg).__enter__())
+        assert children.ends(rank_1) == [1]
+    told = "rank 1: ValueError: device 'nowhere' is not cuda or cpu"  # what comes next
+    assert told in capfd.readouterr().err

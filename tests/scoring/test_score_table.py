@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -544,3 +545,31 @@ def test_a_checkpoint_is_read_once_in_a_process_unless_it_changes(tmp_path, monk
     os.utime(weights, ns=(1, 1))  # the same content at another time is read, and found the same
     assert fingerprint_checkpoint(tmp_path) != first
     assert read == [weights] * 3
+
+
+# ------------------------------------------------------------------------------ two runs
+
+
+def test_two_runs_make_one_table_once(tmp_path, children, capfd):
+    """The second waits for the first, keeps its watchdog quiet, and uses what there is then."""
+    rows, scored = make_rows(), tmp_path / "scored"
+
+    def slowly(batch):
+        with scored.open("a") as file:
+            file.write("x" * len(batch))
+        time.sleep(0.05)
+        return score(batch)
+
+    def run(name):
+        beats = []
+        options = dict(batch_tokens=100, part_rows=PART_ROWS, beat=beats.append)
+        compute_scores(tmp_path / "table", FINGERPRINT, rows, slowly, **options)
+        (tmp_path / name).write_text(str(len(beats)))
+
+    pids = [children.begin(run, name) for name in ("one", "two")]
+    assert children.ends(*pids) == [0, 0]
+    told = capfd.readouterr().err
+    assert any(f"Waiting for pid {pid} on" in told for pid in pids)
+    assert all(int((tmp_path / name).read_text()) > N_ROWS / PART_ROWS for name in ("one", "two"))
+    assert_complete(tmp_path / "table", rows)
+    assert len(scored.read_text()) == N_ROWS

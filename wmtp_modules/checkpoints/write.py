@@ -69,11 +69,13 @@ def write_meta(
     tokenizer_path: Path,
     *,
     bar_bytes: int | None = None,
+    replace: bool = True,
 ) -> None:
     """Write ``consolidated.pth``, ``params.json`` and ``tokenizer.model``.
 
     ``tensors`` are our key and whole CPU tensor of each parameter, mapped from a file or not;
-    ``bar_bytes`` will be written, to show a progress bar (None shows none).
+    ``bar_bytes`` will be written, to show a progress bar (None shows none). ``replace`` is that of
+    ``new_folder``.
     """
     n_trunk = args["num_layers"] - args["n_future_tokens"]
     state = {meta_key(key, n_trunk): _with_own_storage(tensor) for key, tensor in tensors}
@@ -90,7 +92,7 @@ def write_meta(
     }
     if args["max_seq_len"] != META_CONTEXT:
         params["max_seq_len"] = args["max_seq_len"]
-    with checkpoint_folder(folder, tokenizer_path) as partial:
+    with checkpoint_folder(folder, tokenizer_path, replace) as partial:
         with (
             disk_errors(),
             (partial / "consolidated.pth").open("wb") as file,
@@ -129,10 +131,10 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def checkpoint_folder(folder: Path, tokenizer_path: Path) -> Iterator[Path]:
+def checkpoint_folder(folder: Path, tokenizer_path: Path, replace: bool) -> Iterator[Path]:
     """``new_folder`` in place of an earlier checkpoint only, holding the tokenizer."""
     _check_replaceable(folder)
-    with new_folder(folder) as partial:
+    with new_folder(folder, replace=replace) as partial:
         shutil.copyfile(tokenizer_path, partial / "tokenizer.model")
         yield partial
 

@@ -28,6 +28,7 @@ def write_hf(
     tokenizer_path: Path,
     *,
     bar_bytes: int | None = None,
+    replace: bool = True,
 ) -> None:
     """Write safetensors, configs and tokenizer of an ordinary Llama: trunk and head 0.
 
@@ -35,7 +36,7 @@ def write_hf(
     ``write_meta`` for the arguments; extra heads are passed over. Tensors keep their dtypes;
     ``config.json`` names the one that most parameters have.
     """
-    with checkpoint_folder(folder, tokenizer_path) as partial:
+    with checkpoint_folder(folder, tokenizer_path, replace) as partial:
         write_hf_tokenizer(tokenizer_path, partial, max_seq_len=args["max_seq_len"])
         n_trunk = args["num_layers"] - args["n_future_tokens"]
         head_dim = args["embed_dim"] // args["num_heads"]

@@ -29,6 +29,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from wmtp_modules.config.components import NotAllowedError, closest, locate
 
+# Of omegaconf's resolvers (``${oc.env:X}``) the one that imports whatever module a config names.
+OmegaConf.clear_resolver("oc.coerce")
+
 COMPONENT = "_component_"
 KEY_ERROR = "KeyError raised while resolving interpolation: "  # by omegaconf, of a variable
 SHOWN = 100  # characters of a value in an error

@@ -2,7 +2,8 @@
 
 A config is data, and others' configs are run like one's own. Calling any dotted path would let one
 call ``os.system``, so a component has to lie in a namespace of the list and, since modules hold
-what they import, be defined there as well: ``wmtp_modules.quickstarts.stdlib.Path`` is not.
+what they import, be defined there as well: ``wmtp_modules.quickstarts.stdlib.Path`` is not. What
+begins with an underscore is private there, and nobody has looked at what a config could do with it.
 
 The list is extended by an environment variable and not by a key: a config must not allow itself.
 """
@@ -48,8 +49,8 @@ def locate(dotted_path: str) -> Any:
     """The object at a dotted path such as ``torch.optim.AdamW``, its modules imported as needed.
 
     Raises:
-        NotAllowedError: if the path is not allowed, which is found before anything is imported, or
-            the object is defined outside the allowed namespaces.
+        NotAllowedError: if the path is not allowed or private, which is found before anything is
+            imported, or the object is defined outside the allowed namespaces.
         ImportError: if a module is not there or fails, or has no such attribute.
     """
     first, *rest = dotted_path.split(".")
@@ -57,7 +58,14 @@ def locate(dotted_path: str) -> Any:
         raise ImportError("it is not a dotted path")
     added = (name.strip() for name in os.environ.get(VARIABLE, "").split(","))
     allowed = (*NAMESPACES, *filter(None, added))
-    if not _is_inside(dotted_path, allowed):
+    named = max((one for one in allowed if _is_inside(dotted_path, [one])), key=len, default="")
+    # The list may itself name what is private: whoever extends it trusts that.
+    if private := [part for part in dotted_path[len(named) :].split(".") if part.startswith("_")]:
+        raise NotAllowedError(
+            f"'{private[0]}' is private: a config may not name it. "
+            + _way_out(dotted_path, allowed)
+        )
+    if not named:
         module, _, name = dotted_path.rpartition(".")
         near = difflib.get_close_matches(module, allowed, n=1, cutoff=0.8)
         hint = f"did you mean '{near[0]}.{name}'? " if near else ""

@@ -6,7 +6,6 @@ ranks and restarts.
 
 import hashlib
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from torchtune.utils import get_logger, log_rank_zero
 
 from wmtp_modules.data import contamination, sources, tokenize
 from wmtp_modules.data.sources import SHOWN, BadRow, BadRows, Source, fields_of, text_field
+from wmtp_modules.files import new_file
 from wmtp_modules.progress import quiet_datasets
 
 FEATURES = datasets.Features(
@@ -316,9 +316,10 @@ def _generate(
     if not count["rows"]:
         raise ValueError(f"no row remains. {read} in {source.note}; {left}")
     report_path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = report_path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps({"read": read, "left out": left, "has": has, "count": count}))
-    os.replace(unfinished, report_path)
+    with new_file(report_path) as unfinished:
+        unfinished.write_text(
+            json.dumps({"read": read, "left out": left, "has": has, "count": count})
+        )
 
 
 def _tokenise(tokenizer: Llama2Tokenizer, sample: Sample) -> Iterator[tokenize.TokenRow]:

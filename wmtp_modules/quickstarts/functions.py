@@ -5,6 +5,7 @@ body does them. Functions are assigned to training, held-out text and tasks by w
 No training function computes what a task asks for, so copying a training solution solves no task.
 """
 
+import functools
 import itertools
 import os
 import random
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 from torchtune.utils import get_logger
 
+from wmtp_modules.files import only_writer
 from wmtp_modules.parallel.process_group import die_with_parent
 from wmtp_modules.quickstarts.stdlib import assets_folder, part_of, train_tokenizer, write_rows
 from wmtp_modules.run.plan import finished_run
@@ -42,17 +44,18 @@ class Step(NamedTuple):
     name: str  # part of the function's name
     doc: str  # {x} stands for the operand
     code: str
+    function: Callable[..., int]  # what the code makes of x and its constant
 
 
 STEPS = (
-    Step("add_{n}", "add {n} to {x}", "x += {n}"),
-    Step("subtract_{n}", "subtract {n} from {x}", "x -= {n}"),
-    Step("multiply_by_{n}", "multiply {x} by {n}", "x *= {n}"),
-    Step("divide_by_{n}", "divide {x} by {n}, rounding down", "x //= {n}"),
-    Step("take_modulo_{n}", "take {x} modulo {n}", "x %= {n}"),
-    Step("double", "double {x}", "x *= 2"),
-    Step("negate", "negate {x}", "x = -x"),
-    Step("square", "square {x}", "x *= x"),
+    Step("add_{n}", "add {n} to {x}", "x += {n}", lambda x, n: x + n),
+    Step("subtract_{n}", "subtract {n} from {x}", "x -= {n}", lambda x, n: x - n),
+    Step("multiply_by_{n}", "multiply {x} by {n}", "x *= {n}", lambda x, n: x * n),
+    Step("divide_by_{n}", "divide {x} by {n}, rounding down", "x //= {n}", lambda x, n: x // n),
+    Step("take_modulo_{n}", "take {x} modulo {n}", "x %= {n}", lambda x, n: x % n),
+    Step("double", "double {x}", "x *= 2", lambda x, n: x * 2),
+    Step("negate", "negate {x}", "x = -x", lambda x, n: -x),
+    Step("square", "square {x}", "x *= x", lambda x, n: x * x),
 )
 
 
@@ -68,27 +71,25 @@ class Member(NamedTuple):
 def family() -> list[Member]:
     """All members, except those with the same result for every x, which cannot be wrong."""
     steps = [
-        Step(step.name.format(n=n), step.doc.format(n=n, x="{x}"), step.code.format(n=n))
+        Step(
+            step.name.format(n=n),
+            step.doc.format(n=n, x="{x}"),
+            step.code.format(n=n),
+            functools.partial(step.function, n=n),
+        )
         for step in STEPS
         for n in (CONSTANTS if "{n}" in step.name else (0,))
     ]
-    with_function = [(step, _function(step)) for step in steps]
     members = []
-    for (first, do_first), (second, do_second) in itertools.product(with_function, repeat=2):
+    for first, second in itertools.product(steps, repeat=2):
         name = f"{first.name}_then_{second.name}"
         doc = f"{first.doc.format(x='x')}, then {second.doc.format(x='it')}."
         prompt = f'def {name}(x):\n    """{doc[0].upper()}{doc[1:]}"""\n'
         solution = f"    {first.code}\n    {second.code}\n    return x\n"
-        results = tuple(do_second(do_first(x)) for x in PROBES)
+        results = tuple(second.function(first.function(x)) for x in PROBES)
         if len(set(results)) > 1:
             members.append(Member(name, prompt, solution, results))
     return members
-
-
-def _function(step: Step) -> Callable[[int], int]:
-    scope: dict = {}
-    exec(f"def function(x):\n    {step.code}\n    return x\n", scope)
-    return scope["function"]
 
 
 def deal_members(seed: int) -> dict[str, list[Member]]:
@@ -128,7 +129,8 @@ def prepare_functions(assets_dir: str, vocab_size: int, seed: int, model_config:
     with assets_folder(Path(assets_dir), made_from) as folder:
         if folder is not None:
             _fill(folder, vocab_size, seed)
-    _train_model(model_config, assets_dir)
+    with only_writer(Path(assets_dir, "model")):  # a second one waits, and finds it
+        _train_model(model_config, assets_dir)
 
 
 def _fill(folder: Path, vocab_size: int, seed: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece as spm
 from torchtune.utils import get_logger
 
-from wmtp_modules.files import new_folder
+from wmtp_modules.files import new_folder, only_writer
 
 log = get_logger("INFO")
 
@@ -101,26 +101,36 @@ def assets_folder(folder: Path, made_from: dict) -> Iterator[Path | None]:
 
     ``made_from`` is everything that shapes the files, kept as ``manifest.json``. Yields the folder
     to fill, which then replaces ``folder``, including models trained on its old content; None if
-    there is nothing to do. ValueError if ``folder`` has files without such a manifest.
+    there is nothing to do, also after another process has made the same meanwhile. ValueError if
+    ``folder`` has files without such a manifest.
     """
-    found = {}
-    if folder.is_dir() and any(folder.iterdir()):
-        try:
-            found = json.loads((folder / "manifest.json").read_text())
-        except (OSError, ValueError):
-            found = None
-        same_kind = isinstance(found, dict) and found.keys() == made_from.keys()
-        if not same_kind or found.get("quickstart") != made_from.get("quickstart"):
-            raise ValueError(
-                f"{folder} holds files that the quickstart did not make: use another folder"
-            )
-    if found == made_from:
+    if _found_in(folder, made_from) == made_from:  # it may lie where nobody can lock anything
         yield None
         return
-    log.info(f"Making a tokenizer and corpora in {folder} ...")
-    with new_folder(folder) as partial:
-        yield partial
-        (partial / "manifest.json").write_text(json.dumps(made_from, indent=1))
+    with only_writer(folder):
+        if _found_in(folder, made_from) == made_from:
+            yield None
+            return
+        log.info(f"Making a tokenizer and corpora in {folder} ...")
+        with new_folder(folder) as partial:
+            yield partial
+            (partial / "manifest.json").write_text(json.dumps(made_from, indent=1))
+
+
+def _found_in(folder: Path, made_from: dict) -> dict:
+    """What the files in a folder were made from; empty without files."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return {}
+    try:
+        found = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        found = None
+    same_kind = isinstance(found, dict) and found.keys() == made_from.keys()
+    if not same_kind or found.get("quickstart") != made_from.get("quickstart"):
+        raise ValueError(
+            f"{folder} holds files that the quickstart did not make: use another folder"
+        )
+    return found
 
 
 def part_of(key: str, shares: dict[str, float]) -> str | None:

@@ -4,21 +4,22 @@ torchtune's own MLflow logger reads an attribute that it never sets and cannot r
 """
 
 import atexit
-import fcntl
 import json
 import math
 import os
-import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from torchtune.training.metric_logging import MetricLoggerInterface, Scalar, flatten_dict
+
+from wmtp_modules.config.secrets import hidden, without_secrets
+from wmtp_modules.files import new_file, only_writer
 
 
 def _number(value: Any) -> int | float:
@@ -40,10 +41,8 @@ class JSONLLogger(MetricLoggerInterface):
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._kept_lines(resume_step) if resume_step and self._path.exists() else []
-        # Written beside and moved: a crash here must not cost the earlier steps.
-        beside = self._path.with_name(self._path.name + ".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        beside.replace(self._path)
+        with new_file(self._path) as beside:  # a crash here must not cost the earlier steps
+            beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._file = open(self._path, "r+", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._line: dict[str, Any] = lines[-1] if lines else {}
         end = self._file.seek(0, os.SEEK_END)
@@ -131,8 +130,11 @@ class MLflowLogger(MetricLoggerInterface):
         database = _sqlite_file(uri)
         self._resumed = run_id is not None
         try:
-            uri = f"sqlite:///{database}" if database else uri
-            with _lock_beside(database) if database else nullcontext():
+            if database:
+                database.parent.mkdir(parents=True, exist_ok=True)
+                uri = f"sqlite:///{database}"
+            # Opening an SQLite store makes its tables; two processes that do so at once both fail.
+            with only_writer(database) if database else nullcontext():
                 self._client: Any = MlflowClient(tracking_uri=uri)
             if run_id is None:
                 artifacts = (database.parent / "mlflow_artifacts").as_uri() if database else None
@@ -143,8 +145,8 @@ class MLflowLogger(MetricLoggerInterface):
         except Exception as error:  # of MLflow, SQLAlchemy, a driver, or what the server answers
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(
-                f"the MLflow store {_without_password(uri)} cannot be used "
-                f"({_without_password(reason)}): check metric_logger.tracking_uri, or the "
+                f"the MLflow store {hidden(uri)} cannot be used "
+                f"({hidden(reason)}): check metric_logger.tracking_uri, or the "
                 "environment variable MLFLOW_TRACKING_URI, which goes before it"
             ) from error
         self.tracking_uri = uri
@@ -152,7 +154,7 @@ class MLflowLogger(MetricLoggerInterface):
             try:
                 self._client.update_run(run_id, status="RUNNING")
             except MlflowException as error:
-                raise ValueError(f"MLflow run {run_id} is not in {uri}: {error}") from error
+                raise ValueError(hidden(f"MLflow run {run_id} is not in {uri}: {error}")) from error
             self.run_id = run_id
             for key, value in code_version().items():
                 self._client.set_tag(run_id, key, value)
@@ -175,7 +177,7 @@ class MLflowLogger(MetricLoggerInterface):
     @property
     def location(self) -> str:
         """Where the run is and the command that shows it."""
-        uri = _without_password(self.tracking_uri)  # it is printed, and written to summary.json
+        uri = hidden(self.tracking_uri)  # it is printed, and written to summary.json
         return f"run {self.run_id} in {uri} (mlflow ui --backend-store-uri {uri})"
 
     def log_config(self, config: DictConfig) -> None:
@@ -186,14 +188,13 @@ class MLflowLogger(MetricLoggerInterface):
         """
         from mlflow.entities import Param
 
-        flat = flatten_dict(cast(dict, OmegaConf.to_container(config, resolve=True)))
+        plain = without_secrets(OmegaConf.to_container(config, resolve=True))
+        flat = flatten_dict(plain)
         known = self._client.get_run(self.run_id).data.params if self._resumed else {}
         params = [Param(key, str(value)) for key, value in flat.items() if key not in known]
         for start in range(0, len(params), 100):  # as many as MLflow takes in one call
             self._client.log_batch(self.run_id, params=params[start : start + 100])
-        self._client.log_text(
-            self.run_id, OmegaConf.to_yaml(config, resolve=True), artifact_file="config.yaml"
-        )
+        self._client.log_text(self.run_id, OmegaConf.to_yaml(plain), artifact_file="config.yaml")
 
     def log(self, name: str, data: Scalar, step: int) -> None:
         self.log_dict({name: data}, step)
@@ -229,20 +230,6 @@ def _sqlite_file(uri: str) -> Path | None:
             "sqlite:///runs/mlflow.db"
         )
     return file
-
-
-def _without_password(text: str) -> str:
-    """A URI, or an error that quotes one, to be shown."""
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
-
-
-@contextmanager
-def _lock_beside(database: Path) -> Iterator[None]:
-    """Opening an SQLite store makes its tables, and two processes that do so at once both fail."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(database.with_name(database.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def code_version() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from torchtune import config
 
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.file import load_config, merged
-from wmtp_modules.files import new_file
+from wmtp_modules.files import alone_in, new_file
 from wmtp_modules.parallel.process_group import patient_barrier
 from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.run.out_of_memory import explain_out_of_memory
-from wmtp_modules.run.resume import check_not_begun, resolved
+from wmtp_modules.run.resume import check_not_begun, kept
 from wmtp_modules.run.start import exit_with_message
 from wmtp_modules.run.stopping import StopRequests
 
@@ -43,6 +44,17 @@ def control_runs(cfg: DictConfig) -> Iterator[DictConfig]:
             continue  # the run itself
         output_dir = str(Path(cfg.output_dir) / "controls" / name)
         yield merged(cfg, {"weighting": {"name": name}, "output_dir": output_dir})
+
+
+@contextmanager
+def in_turn(folder: str | Path) -> Iterator[None]:
+    """Make on all ranks what other runs may make as well, such as a required run or a critic.
+
+    Another run that is at it is waited for: what it has made is found then.
+    """
+    with alone_in(folder, wait=True) if dist.get_rank() == 0 else nullcontext():
+        patient_barrier()
+        yield
 
 
 def prepare(cfg: DictConfig, runs: list[DictConfig]) -> None:
@@ -96,7 +108,8 @@ def run_all(runs: list[DictConfig], run: Callable[[DictConfig, dict[str, Path]],
     """
     summary, heldout, seconds, metrics = {}, {}, 0.0, {}
     for cfg in runs:
-        summary = run(cfg, metrics)
+        with in_turn(cfg.output_dir):
+            summary = run(cfg, metrics)
         heldout |= summary["heldout_loss"]
         seconds += summary.get("run_seconds", summary["seconds"])
         metrics[cfg.weighting.name] = Path(cfg.output_dir) / "metrics.jsonl"
@@ -117,7 +130,7 @@ def finished(cfg: DictConfig) -> dict | None:
     if not all(file.exists() for file in files):
         return None
     same = {"resume_from_checkpoint": None}
-    if resolved(load_config(files[0])) | same != resolved(cfg) | same:
+    if kept(load_config(files[0])) | same != kept(cfg) | same:
         return None
     return json.loads(files[1].read_text())
 

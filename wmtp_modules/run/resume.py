@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune.training.metric_logging import flatten_dict
 
+from wmtp_modules.config.secrets import without_secrets
 from wmtp_modules.run.training_state import read_run, saved_states, step_of
 
 # What may change when a run continues: where it lies, its length, and what does not touch its sums.
@@ -28,8 +29,13 @@ FREE_PATHS = ("table_dir", "batch_tokens", "critic.checkpoint_dir")
 
 
 def resolved(cfg: DictConfig) -> dict:
-    """The config as plain values, to keep in a state and to compare with."""
+    """The config as plain values."""
     return cast(dict, OmegaConf.to_container(cfg, resolve=True))
+
+
+def kept(cfg: DictConfig) -> dict:
+    """The same without secrets, for what a run writes."""
+    return without_secrets(resolved(cfg))
 
 
 def packs_per_step(config: dict | DictConfig, world: int) -> int:
@@ -49,7 +55,7 @@ def check_same_run(folder: Path, cfg: DictConfig, world: int) -> dict[str, Any]:
     free = {*FREE_KEYS, *(key for key in REMOVED_KEYS if not run["config"].get(key))}
     before, now = (
         flatten_dict({key: value for key, value in one.items() if key not in free})
-        for one in (run["config"], resolved(cfg))
+        for one in (without_secrets(run["config"]), kept(cfg))
     )
     differences = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"

@@ -120,13 +120,14 @@ class Run:
         (self._output_dir / "summary.json").unlink(missing_ok=True)
         clear_exit(self._output_dir)
         self._bad_steps.write_files()
+        shown = OmegaConf.create(resume.kept(self._cfg))
         with new_file(self._output_dir / "config.yaml") as unfinished:
-            OmegaConf.save(self._cfg, unfinished, resolve=True)
+            OmegaConf.save(shown, unfinished)
         jsonl = JSONLLogger(self._output_dir / "metrics.jsonl", resume_step=self.step)
         known = {"run_id": run_id} if run_id else {}
         self._loggers = [jsonl, config.instantiate(self._cfg.metric_logger, **known)]
         for logger in self._loggers:
-            logger.log_config(self._cfg)
+            logger.log_config(shown)
 
     def _resume(self) -> str | None:
         """Continue from the newest sound training state; returns the logger's run."""
@@ -170,7 +171,7 @@ class Run:
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "bad_steps": self._bad_steps.state_dict(),
             "clipped": self._clipped.state_dict(),
-            "config": resume.resolved(self._cfg),
+            "config": resume.kept(self._cfg),
             "run_id": getattr(self._loggers[-1], "run_id", None) if self._loggers else None,
             **{k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in self.kept.items()},
         }

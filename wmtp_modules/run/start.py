@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from wmtp_modules.config.file import read_config
+from wmtp_modules.config.secrets import hidden
+from wmtp_modules.files import alone_in
 from wmtp_modules.parallel.process_group import (
     check_environment,
     init_process_group,
@@ -47,7 +49,7 @@ def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
     except errors as error:
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # the sentence gets a line of its own
-        sentence, rank = f"{type(error).__name__}: {error}", os.environ.get("RANK", "0")
+        sentence, rank = hidden(f"{type(error).__name__}: {error}"), os.environ.get("RANK", "0")
         if not rank.isdecimal() or int(rank) == 0:
             _tell_others(FAILED)
             note_spoken()
@@ -78,11 +80,19 @@ def process_group(
 ) -> Iterator[tuple[torch.device, DeviceMesh, StopRequests]]:
     """The process group of a recipe, with signals heard; all ranks leave it together.
 
+    Rank 0 is alone in ``output_dir`` until then; where another run is at work the process ends with
+    its name. A replay writes nothing.
+
     Yields:
         This rank's device, the data-parallel mesh, and what may end the runs early.
     """
     hours = cfg.get("max_hours")
-    with StopRequests(hours, cfg.output_dir, **stop_requests) as stops, exit_code(stops):
+    with ExitStack() as stack:
+        if int(os.environ.get("RANK", 0)) == 0 and not cfg.get("replay"):
+            with exit_with_message(OSError):  # before anything is written there
+                stack.enter_context(alone_in(cfg.output_dir, wait=False))
+        stops = stack.enter_context(StopRequests(hours, cfg.output_dir, **stop_requests))
+        stack.enter_context(exit_code(stops))
         with exit_with_message(ValueError, OSError):
             local_device(cfg.device)  # what every rank finds comes before rank 0 says it joins
             if os.environ.get("RANK") == "0":

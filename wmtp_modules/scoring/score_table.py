@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
 from wmtp_modules.data.packing import row_lengths
-from wmtp_modules.files import file_hash, new_file, read_json
+from wmtp_modules.files import alone_in, file_hash, new_file, read_json
 from wmtp_modules.parallel.process_group import patient_barrier
 from wmtp_modules.progress import progress_bar
 
@@ -160,7 +161,7 @@ def compute_scores(
 
     Rank r takes the parts p with p % world == r, batches their rows by length, and needs no
     communication until a final barrier. Existing parts are verified and kept; damaged ones are
-    named in a warning and scored again.
+    named in a warning and scored again. Another run that makes the table is waited for.
 
     Args:
         folder: of the table, shared by all ranks.
@@ -185,58 +186,65 @@ def compute_scores(
         raise ValueError("there are no rows to score: the data set is empty")
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "fingerprint.json"
-    shared = world > 1 and dist.is_initialized()
-    if not begun.exists() and (rank == 0 or not shared):
-        record = {"fingerprint": fingerprint, "rows": len(lengths), "part_rows": part_rows}
-        _write_json(begun, record)
-    if shared:
-        patient_barrier()  # otherwise all ranks would write the same temporary file
-    begun_record = _read_record(begun, fingerprint, len(lengths))
-    part_rows = begun_record["part_rows"]
-    sizes, n_heads = _row_sizes(lengths, fingerprint), fingerprint["n_heads"]
+    if begun.exists():  # what is of no use is not waited for
+        _read_record(begun, fingerprint, len(lengths))
+    with ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(alone_in(folder, wait=True, beat=lambda: beat(desc)))
+        shared = world > 1 and dist.is_initialized()
+        if not begun.exists() and (rank == 0 or not shared):
+            record = {"fingerprint": fingerprint, "rows": len(lengths), "part_rows": part_rows}
+            _write_json(begun, record)
+        if shared:
+            patient_barrier()  # until rank 0 has the table to itself
+        begun_record = _read_record(begun, fingerprint, len(lengths))
+        part_rows = begun_record["part_rows"]
+        sizes, n_heads = _row_sizes(lengths, fingerprint), fingerprint["n_heads"]
 
-    mine = range(rank, _n_parts(len(lengths), part_rows), world)
-    total = sum(len(lengths[part * part_rows :][:part_rows]) for part in mine)
-    with progress_bar(unit="row", desc=desc, total=total, shown=rank == 0) as bar:
-        for part in mine:
-            beat(desc)
-            start, path = part * part_rows, _part_path(folder, part)
-            part_lengths = lengths[start : start + part_rows]
-            part_sizes = sizes[start : start + part_rows]
-            if path.exists():
-                try:
-                    _read_part(path, part_sizes, _read_stamp(path))
-                    bar.update(len(part_lengths))
-                    continue
-                except ValueError as error:
-                    logger.warning("%s: it is scored again", error)
-            part_dataset = rows.select(range(start, start + len(part_lengths)))
-            items = (inputs or _token_ids)(part_dataset)
-            assert len(items) == len(part_lengths), (len(items), len(part_lengths))
-            scores: list[np.ndarray] = [np.empty(0)] * len(items)
-            for batch in _batches(part_lengths, batch_tokens):
+        mine = range(rank, _n_parts(len(lengths), part_rows), world)
+        total = sum(len(lengths[part * part_rows :][:part_rows]) for part in mine)
+        with progress_bar(unit="row", desc=desc, total=total, shown=rank == 0) as bar:
+            for part in mine:
                 beat(desc)
-                try:
-                    scored = score_batch([items[i] for i in batch])
-                except ValueError as error:
-                    named = ", ".join(str(start + i) for i in sorted(batch))
-                    raise ValueError(f"{error} (one of these rows of the data: {named})") from error
-                for i, row_scores in zip(batch, scored, strict=True):
-                    shape = (part_sizes[i],) if n_heads == 1 else (part_lengths[i], n_heads)
-                    assert row_scores.shape == shape, (row_scores.shape, shape)
-                    scores[i] = row_scores.astype(np.float32).ravel()
-                bar.update(len(batch))
-            _write_part(path, scores)
+                start, path = part * part_rows, _part_path(folder, part)
+                part_lengths = lengths[start : start + part_rows]
+                part_sizes = sizes[start : start + part_rows]
+                if path.exists():
+                    try:
+                        _read_part(path, part_sizes, _read_stamp(path))
+                        bar.update(len(part_lengths))
+                        continue
+                    except ValueError as error:
+                        logger.warning("%s: it is scored again", error)
+                part_dataset = rows.select(range(start, start + len(part_lengths)))
+                items = (inputs or _token_ids)(part_dataset)
+                assert len(items) == len(part_lengths), (len(items), len(part_lengths))
+                scores: list[np.ndarray] = [np.empty(0)] * len(items)
+                for batch in _batches(part_lengths, batch_tokens):
+                    beat(desc)
+                    try:
+                        scored = score_batch([items[i] for i in batch])
+                    except ValueError as error:
+                        named = ", ".join(str(start + i) for i in sorted(batch))
+                        raise ValueError(
+                            f"{error} (one of these rows of the data: {named})"
+                        ) from error
+                    for i, row_scores in zip(batch, scored, strict=True):
+                        shape = (part_sizes[i],) if n_heads == 1 else (part_lengths[i], n_heads)
+                        assert row_scores.shape == shape, (row_scores.shape, shape)
+                        scores[i] = row_scores.astype(np.float32).ravel()
+                    bar.update(len(batch))
+                _write_part(path, scores)
 
-    if shared:
-        patient_barrier()
-    paths = [_part_path(folder, part) for part in range(_n_parts(len(lengths), part_rows))]
-    if rank == 0 and all(_stamp_path(path).exists() for path in paths):
-        manifest = begun_record | {"parts": [_read_stamp(path) for path in paths]}
-        if _read_json(folder / "manifest.json") != manifest:
-            _write_json(folder / "manifest.json", manifest)
-    if shared:
-        patient_barrier()  # no rank opens the table before the manifest exists
+        if shared:
+            patient_barrier()
+        paths = [_part_path(folder, part) for part in range(_n_parts(len(lengths), part_rows))]
+        if rank == 0 and all(_stamp_path(path).exists() for path in paths):
+            manifest = begun_record | {"parts": [_read_stamp(path) for path in paths]}
+            if _read_json(folder / "manifest.json") != manifest:
+                _write_json(folder / "manifest.json", manifest)
+        if shared:
+            patient_barrier()  # no rank opens the table before the manifest exists
 
 
 def _token_chunks(rows: Dataset) -> Iterator[pa.Array]:
