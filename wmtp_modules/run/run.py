@@ -150,8 +150,8 @@ class Run:
         notes = resume.notes_on_resume(run, self._cfg, self.world, len(self._dataset))
         run, own = self._states.load(folder, self._model, self._optimizer)
         self.load_state_dict(run)
-        rates = run["lr_scheduler"]["_last_lr"][0], self._lr_scheduler.get_last_lr()[0]
-        notes += resume.note_on_length(run["config"], self._cfg, *rates)
+        before, now = run["lr_scheduler"]["_last_lr"][0], self._lr_scheduler.get_last_lr()[0]
+        notes += resume.note_on_length(run["config"], self._cfg, float(before), float(now))
         if run["world"] == self.world and own is not None:
             resume.set_random_state(own["rng"], self._device)
         utils.log_rank_zero(
