@@ -1,4 +1,4 @@
-"""What the 7B configs say of their schedule: how often it sees its data, what differs from Meta's."""
+"""What the 7B configs say of their schedule: how often it sees its data, and what the paper did."""
 
 import re
 from pathlib import Path
