@@ -112,7 +112,7 @@ class SmallData(Data):
 def test_a_run_says_how_many_epochs_it_makes():
     said, many = epoch_lines(Data(), 59_200, 64, 2_000, 0)
     assert said == (
-        "The data are 236,918,528 tokens in 59,213 packs of 4,096, 2.31% of them padding. An epoch "
+        "The data are 236,918,528 tokens in 59,213 packs of 4,096, 2.31% padding. An epoch "
         "takes 59,200 packs, a step 64: 2,000 steps are 2.2 epochs."
     )
     assert not many

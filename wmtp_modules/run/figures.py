@@ -172,7 +172,7 @@ def epoch_lines(
     """
     said = (
         f"The data are {data.n_tokens:,} tokens in {len(data):,} packs of {data.max_seq_len:,}, "
-        f"{data.padding_share:.2%} of them padding. An epoch takes {taken:,} packs, a step "
+        f"{data.padding_share:.2%} padding. An epoch takes {taken:,} packs, a step "
         f"{packs_per_step:,}: {max_steps:,} steps are {max_steps * packs_per_step / taken:.1f} "
         "epochs"
     )
