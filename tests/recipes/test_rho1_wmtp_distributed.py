@@ -974,7 +974,7 @@ def test_a_model_from_nothing_that_does_not_fit_its_tokenizer(run, tmp_path):
         run({"model": {"vocab_size": 500}})
     with pytest.raises(SystemExit, match=r"max_seq_len 64 exceeds model.max_seq_len 32"):
         run({"model": {"max_seq_len": 32}})
-    with pytest.raises(SystemExit, match=r"none.model is not a SentencePiece model"):
+    with pytest.raises(SystemExit, match=r"none.model is missing: that file does not exist"):
         run({"tokenizer": {"path": str(tmp_path / "none.model")}})
     with pytest.raises(SystemExit, match="n_future_tokens 9 must be at least 1 and below"):
         run({"model": {"n_future_tokens": 9}})

@@ -250,7 +250,7 @@ def open_source(
             for way_out in dict.fromkeys(ways_out.values())
         )
         raise ValueError(
-            f"{source} has data in files that cannot be read, which are .jsonl, .parquet and text. "
+            f"{source} has data in files that cannot be read (.jsonl, .parquet and text can). "
             f"{told}{'; or move what is no data out of the folder' if path.is_dir() else ''}"
         )
     if not data:
@@ -270,10 +270,12 @@ def open_source(
         if not p.exists():
             raise ValueError(f"{p} is {stand_in(p)}")
     content = [(str(p.relative_to(root)), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+    known = {*rows, *texts, *unread}
     aside = {
         **{f"{s} split": own for s, own in by_split.items() if s and s not in wanted},
         "text beside rows": texts if rows else [],
-        "neither rows nor text": [p for p in found if p not in {*rows, *texts}],
+        "data in another format": unread,
+        "neither rows nor text": [p for p in found if p not in known],
     }
     read = "; ".join(
         (f"{s or 'no split in the name'}: " if any(by_split) else "") + names(own)
