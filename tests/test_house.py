@@ -40,9 +40,9 @@ MOST_LINES = {
     "recipes/critic_wmtp_distributed.py": 620,
     "recipes/eval_mtp.py": 480,
 }
-MOST_LINES_OF_ALL = 17_000  # wmtp_modules and recipes together
+MOST_LINES_OF_ALL = 17_300  # wmtp_modules and recipes together; 250 are locks and secrets
 MOST_NAMES_OF_RHO1 = 40  # that its recipe imports from wmtp_modules
-MOST_LINES_BEHIND_RHO1 = 8_000  # of it and all first-party files that it imports at its start
+MOST_LINES_BEHIND_RHO1 = 8_300  # of it and all first-party files that it imports at its start
 
 # They take up to seconds, which nobody who mistyped a key shall wait for: imported where used.
 # (torchtune imports datasets, and datasets pandas, whatever we do.)

@@ -205,6 +205,20 @@ def test_what_a_run_leaves(uniform):
     assert (folder / "curves.png").stat().st_size > 5000
 
 
+def test_what_a_run_leaves_holds_no_secret(run, tmp_path, monkeypatch):
+    """Config copy, training state, logs: neither of a URL nor of the environment."""
+    monkeypatch.setenv("HF_TOKEN", "open-sesame-42")
+    logger = {"uri": "https://me:open-sesame-43@host", "note": "${oc.env:HF_TOKEN}"}
+    folder, _ = run(
+        {"max_steps": 1, "metric_logger": logger | {"log_dir": str(tmp_path / "out" / "logs")}},
+        tmp_path / "out",
+    )
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"config.yaml", "run.pt", "summary.json"} <= {path.name for path in files}
+    assert [path.name for path in files if b"open-sesame" in path.read_bytes()] == []
+    assert "uri: https://***@host" in (folder / "config.yaml").read_text()
+
+
 def test_first_gradient_is_that_of_the_definition(run, base_config, tmp_path):
     """AdamW would hide a wrong divisor; the logged gradient norm does not."""
     cfg = base_config
