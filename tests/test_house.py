@@ -40,7 +40,7 @@ MOST_LINES = {
     "recipes/critic_wmtp_distributed.py": 620,
     "recipes/eval_mtp.py": 480,
 }
-MOST_LINES_OF_ALL = 17_300  # wmtp_modules and recipes together; 250 are locks and secrets
+MOST_LINES_OF_ALL = 17_300  # wmtp_modules and recipes together
 MOST_NAMES_OF_RHO1 = 40  # that its recipe imports from wmtp_modules
 MOST_LINES_BEHIND_RHO1 = 8_300  # of it and all first-party files that it imports at its start
 

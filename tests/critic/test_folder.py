@@ -1,11 +1,13 @@
 """A critic's folder and its unfinished training come back, or say what is wrong with them."""
 
 import json
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from wmtp_modules.critic import folder
 from wmtp_modules.critic.folder import (
     HEAD_FILE,
     RECORD_FILE,
@@ -124,3 +126,27 @@ def test_a_damaged_record_of_a_critic(tmp_path, content):
     (tmp_path / "critic.json").write_text(content)
     with pytest.raises(ValueError, match=r"critic\.json is damaged: train the critic again"):
         check_critic(tmp_path, {"trunk": "t"}, {"seed": 1})
+
+
+def test_two_processes_leave_no_head_with_the_record_of_the_other(tmp_path, children, monkeypatch):
+    """The first one is slow between the two files, and the second comes in between."""
+    new_file = folder.new_file
+
+    def save(number, seconds):
+        def slowly(path):
+            if path.name == RECORD_FILE:
+                (tmp_path / "between").touch()
+                time.sleep(seconds)
+            return new_file(path)
+
+        monkeypatch.setattr(folder, "new_file", slowly)
+        head = ValueHead(4)
+        torch.nn.init.constant_(head.shift, number)
+        save_critic(tmp_path / "critic", head, {"number": number})
+
+    first = children.begin(save, 1, 0.5)
+    while not (tmp_path / "between").exists():
+        time.sleep(0.01)
+    assert children.ends(children.begin(save, 2, 0.0), first) == [0, 0]
+    record = json.loads((tmp_path / "critic" / RECORD_FILE).read_text())
+    assert load_value_head(tmp_path / "critic", 4).shift.item() == record["number"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from wmtp_modules.critic.figures import shortcomings
 from wmtp_modules.critic.pairs import fingerprint_responses
 from wmtp_modules.critic.rewards import Responses
-from wmtp_modules.files import new_file, read_json
+from wmtp_modules.files import alone_in, new_file, read_json
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.scoring.score_table import fingerprint_checkpoint, fingerprint_tokenizer
@@ -84,12 +84,12 @@ def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
 
     The record has the ``fingerprint`` of what it was trained from, ``settings`` and ``report``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous() for key, value in head.state_dict().items()}
-    with new_file(folder / HEAD_FILE) as unfinished:
-        save_file(state, unfinished)
-    with new_file(folder / RECORD_FILE) as unfinished:
-        unfinished.write_text(json.dumps(record, indent=1))
+    with alone_in(folder, wait=True):  # no head of one process with the record of another
+        with new_file(folder / HEAD_FILE) as unfinished:
+            save_file(state, unfinished)
+        with new_file(folder / RECORD_FILE) as unfinished:
+            unfinished.write_text(json.dumps(record, indent=1))
 
 
 def read_critic(folder: Path) -> dict | None:

@@ -13,7 +13,7 @@ import torch
 
 from wmtp_modules.evaluation.pass_at_k import best_temperatures, pass_at_k
 from wmtp_modules.evaluation.task import Task
-from wmtp_modules.files import new_file
+from wmtp_modules.files import alone_in, new_file
 from wmtp_modules.reports.evaluation_page import percent, report_page
 
 FILES = ("report.json", "report.md", "report.png")
@@ -110,11 +110,11 @@ def write_report(report: Mapping, output_dir: str | Path) -> None:
     page = report_page(report, with_figure=figure is not None)
     # NaN is not JSON; a figure that is not finite would be our own bug.
     texts = (json.dumps(report, indent=1, allow_nan=False).encode(), page.encode())
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    for name, content in zip(FILES, (*texts, picture.getvalue()), strict=True):
-        if content:
-            with new_file(Path(output_dir, name)) as unfinished:
-                unfinished.write_bytes(content)
+    with alone_in(output_dir, wait=True):  # no page of one process with the figures of another
+        for name, content in zip(FILES, (*texts, picture.getvalue()), strict=True):
+            if content:
+                with new_file(Path(output_dir, name)) as unfinished:
+                    unfinished.write_bytes(content)
 
 
 def report_metrics(report: Mapping) -> dict[str, float]:
