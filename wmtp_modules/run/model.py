@@ -42,8 +42,8 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
         init_weights_(model, cfg.seed)
     cast_parameters_(model, torch.float32 if cfg.fp32_master_weights else compute_dtype)
     if cfg.compile:
-        # Before the blocks are wrapped: packed rows on CUDA have a flex-attention mask, which breaks
-        # the graph of a block, and a break inside a checkpointed region makes all of it eager.
+        # Before they are wrapped: packed rows on CUDA have a flex-attention mask, which breaks a
+        # block's graph, and a break inside a checkpointed region makes all of it eager.
         for block in (*model.layers, *model.heads):
             block.compile()
         model.output.loss_impl = "compiled"
