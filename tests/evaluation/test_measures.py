@@ -152,17 +152,26 @@ def test_no_more_logits_than_a_chunk_are_alive(model, tokenizer, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_losses_of_a_bf16_model_are_fp32(model, tokenizer):
-    """A bf16 log-sum-exp over 512 logits would be off by 1e-2."""
+def test_losses_of_a_bf16_model_are_those_of_fp64_logits(model, tokenizer):
+    """Logits rounded to bf16 would put some 1e-2 on a loss, and tie where these do not."""
     model = model.bfloat16()
-    sums = heldout_sums(model, tokenizer, TEXTS[3:4], batch_tokens=64, **CPU)
-    losses = []
+    result = heldout_sums(model, tokenizer, TEXTS[3:4], batch_tokens=64, **CPU).result()
+    losses, top1, confidences = [], [], []
     for document in documents_of(tokenizer, TEXTS[3:4]):
         with torch.no_grad():
-            logits_TV = model(torch.tensor([document]))[0, :-1, 0].float()
-        losses.append(F.cross_entropy(logits_TV, torch.tensor(document[1:]), reduction="none"))
-    expected = float(torch.cat(losses).mean())
-    assert sums.result()["per_head"][0]["loss"] == pytest.approx(expected, abs=1e-4)
+            hidden_TD = model.heads[0](model.trunk(torch.tensor([document])))[0, :-1]
+            weight_VD = model.output.proj.weight.double()
+            logits_TV = model.output.norm(hidden_TD).double() @ weight_VD.T
+        labels_T = torch.tensor(document[1:])
+        losses.append(F.cross_entropy(logits_TV, labels_T, reduction="none"))
+        top1.append((logits_TV.argmax(-1) == labels_T).double())
+        confidences.append(logits_TV.softmax(-1).amax(-1))
+    head = result["per_head"][0]
+    assert head["loss"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-6)
+    assert head["top1"] == float(torch.cat(top1).mean())
+    bins = [(row["tokens"], row["confidence"]) for row in head["calibration"]]
+    confidence = sum(n * mean for n, mean in bins) / sum(n for n, _ in bins)
+    assert confidence == pytest.approx(float(torch.cat(confidences).mean()), abs=1e-6)
 
 
 @pytest.mark.parametrize("context", [2, 10])

@@ -41,6 +41,21 @@ def test_losses_are_the_cross_entropy_of_the_logits(model, tokens):
     torch.testing.assert_close(model(tokens, labels).flatten(), expected)
 
 
+def test_logits_and_losses_of_a_bf16_model_are_those_of_an_fp64_product(model, tokens):
+    """What is drawn, trained, scored and judged comes from the same logits."""
+    model, labels = model.bfloat16(), labels_of(tokens)
+    normed = []
+    model.output.norm.register_forward_hook(lambda _m, _i, out: normed.append(out))
+    with torch.no_grad():
+        logits, losses = model(tokens), model(tokens, labels)
+    assert normed[0].dtype == torch.bfloat16
+    want = normed[0].double() @ model.output.proj.weight.double().T
+    assert logits.dtype == losses.dtype == torch.float32
+    assert (logits - want).abs().max() < 1e-5
+    want = F.cross_entropy(want.flatten(0, 2), labels.flatten(), reduction="none")
+    assert (losses.flatten() - want).abs().max() < 1e-5
+
+
 def test_folded_weights_equal_weights_applied_afterwards(model, tokens):
     labels = labels_of(tokens)
     weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2))

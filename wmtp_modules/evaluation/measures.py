@@ -218,7 +218,7 @@ def _add_targets(
     """Add targets of one head to its sums; returns the most likely token of each.
 
     A target's rank counts the logits above its own, and equal ones of lower id. Rank 0 is what
-    greedy decoding picks, and ties, which are common in bf16, are treated the same everywhere.
+    greedy decoding picks, and ties are treated the same everywhere.
     """
     proj = model.output.proj
     V, device = proj.out_features, hidden_ND.device
@@ -228,7 +228,7 @@ def _add_targets(
     for hidden, labels, classes in zip(
         *(x.split(chunk) for x in (hidden_ND, labels_N, classes_N)), strict=True
     ):
-        logits_NV = proj(model.output.norm(hidden)).float()
+        logits_NV = proj(model.output.norm(hidden))
         lse_N = logits_NV.logsumexp(-1)
         own_N1 = logits_NV.gather(1, labels[:, None])
         ahead_NV = (logits_NV > own_N1) | ((logits_NV == own_N1) & (ids_V < labels[:, None]))

@@ -43,7 +43,7 @@ def compare_decodings(
         if a is not None and b is not None:
             device = model.tok_embeddings.weight.device
             tokens_BT = torch.tensor([[*request.prompt, *one.tokens[:at]]], device=device)
-            logits_V = model(tokens_BT)[0, -1, 0].float()
+            logits_V = model(tokens_BT)[0, -1, 0]
             gap = (logits_V[a] - logits_V[b]).abs().item()
         differences.append(
             {"request": i, "position": at, "plain": a, "self_speculative": b, "logit_gap": gap}

@@ -7,11 +7,19 @@ exact when per-token weights are applied afterwards, and weights folded in at th
 are known. ``F.linear_cross_entropy`` of torch 2.13 recomputes for ``reduction="none"`` but returns
 losses in the operands' dtype and takes no token weights; docs/log.md compares cut-cross-entropy and
 Liger.
+
+Products of bf16 operands come out as the fp32 sums that they are: rounded to bf16, logits would put
+1e-2 on a loss. CUDA's matrix product has them as a result (``out_dtype``); elsewhere, a chunk's
+hidden states and a piece of the weight are upcast. The one thing that CUDA cannot do is multiply
+fp32 by bf16 at full speed: in the backward it reads the logits' gradients rounded to bf16, each
+off by 2^-8 of itself at most. A CPU does not round them.
 """
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 IMPLS = ("chunked", "compiled")
@@ -20,6 +28,8 @@ IMPLS = ("chunked", "compiled")
 # writes the [V, D] gradient once, so chunks are larger there (0.5 GiB of fp32 logits).
 CHUNK_LOGITS_CPU = 2**24
 CHUNK_LOGITS_CUDA = 2**27
+
+WIDE = (torch.float32, torch.float64)  # products of these are taken as they are
 
 
 def linear_cross_entropy(
@@ -46,7 +56,8 @@ def linear_cross_entropy(
             fuses the softmax passes (meant for CUDA).
 
     Returns:
-        Losses [...] in fp32 (fp64 for fp64 operands). With ``token_weights`` the pair
+        Losses [...] in fp32 (fp64 for fp64 operands), within 1e-5 of the operands' exact loss at
+        the sizes of a Llama. With ``token_weights`` the pair
         (scalar sum of token_weights * losses, losses without gradient).
 
     Raises:
@@ -71,9 +82,45 @@ def linear_cross_entropy(
     return _WeightedLoss.apply(flat_hidden, weight, labels, token_weights.detach(), impl)
 
 
+def linear_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Logits ``hidden @ weight.T``, differentiable: as those of the loss, but all at once.
+
+    Args:
+        hidden: [..., D] in the compute dtype.
+        weight: [V, D] in the same dtype; a plain tensor.
+
+    Returns:
+        [..., V] in fp32 (fp64 for fp64 operands).
+    """
+    if hidden.dtype in WIDE:
+        return F.linear(hidden, weight)
+    logits_NV = _LinearLogits.apply(hidden.reshape(-1, hidden.shape[-1]), weight)
+    return logits_NV.view(*hidden.shape[:-1], len(weight))
+
+
+def _gives_fp32(device: torch.device) -> bool:
+    """Whether a matrix product of bf16 operands can have an fp32 result there."""
+    return device.type == "cuda"
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in fp32; operands in bf16, or on a device that has to upcast them, in fp32."""
+    if _gives_fp32(a.device):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 def _logits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    logits_NV = hidden_ND @ weight_VD.t()
-    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    """Logits of one chunk in fp32, or fp64 for fp64 operands."""
+    if hidden_ND.dtype in WIDE:
+        return hidden_ND @ weight_VD.t()
+    if _gives_fp32(hidden_ND.device):
+        return _product(hidden_ND, weight_VD.t())
+    hidden_ND = hidden_ND.float()
+    logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight_VD))
+    for rows in _pieces(weight_VD):
+        logits_NV[:, rows] = _product(hidden_ND, weight_VD[rows].t())
+    return logits_NV
 
 
 def _losses_of(
@@ -100,11 +147,27 @@ def _pick(function, impl: str):
     return torch.compile(function, dynamic=True) if impl == "compiled" else function
 
 
-def _chunks(n: int, vocab: int, device: torch.device):
-    """Slices of nearly equal length whose logits fit the chunk size."""
-    limit = CHUNK_LOGITS_CUDA if device.type == "cuda" else CHUNK_LOGITS_CPU
-    rows = max(1, limit // vocab)
-    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+def _limit(device: torch.device) -> int:
+    return CHUNK_LOGITS_CUDA if device.type == "cuda" else CHUNK_LOGITS_CPU
+
+
+def _chunks(n: int, vocab: int, device: torch.device) -> list[slice]:
+    """Slices of nearly equal length, as few as have logits that fit the chunk size."""
+    most = max(1, _limit(device) // vocab)
+    count = max(1, -(-n // most))
+    cuts = [n * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+
+def _pieces(weight_VD: torch.Tensor) -> list[slice]:
+    """Rows of a [V, D] tensor whose fp32 copy takes half of what a chunk's logits do.
+
+    A multiple of 64 where there is room: CUDA's kernels want addresses that are aligned.
+    """
+    V, D = weight_VD.shape
+    most = max(1, _limit(weight_VD.device) // 2 // D)
+    most = most // 64 * 64 or most
+    return [slice(start, min(start + most, V)) for start in range(0, V, most)]
 
 
 def _shaped(losses_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -123,15 +186,57 @@ class _Gradients:
         self.weight_grad = torch.zeros_like(weight_VD, dtype=accumulate) if needed[1] else None
 
     def add(self, chunk: slice, logit_grad_NV: torch.Tensor) -> None:
-        logit_grad_NV = logit_grad_NV.to(self.weight_VD.dtype)
-        if self.hidden_grad is not None:
-            torch.mm(logit_grad_NV, self.weight_VD, out=self.hidden_grad[chunk])
-        if self.weight_grad is not None:
-            hidden_ND = self.hidden_ND[chunk]
-            if self.weight_grad.dtype == hidden_ND.dtype:
+        hidden_ND, weight_VD = self.hidden_ND[chunk], self.weight_VD
+        if weight_VD.dtype in WIDE:
+            if self.hidden_grad is not None:
+                torch.mm(logit_grad_NV, weight_VD, out=self.hidden_grad[chunk])
+            if self.weight_grad is not None:
                 self.weight_grad.addmm_(logit_grad_NV.t(), hidden_ND)
-            else:
-                self.weight_grad += logit_grad_NV.t() @ hidden_ND
+            return
+        if _gives_fp32(weight_VD.device):
+            logit_grad_NV = logit_grad_NV.to(weight_VD.dtype)  # both operands are of one dtype
+        else:
+            hidden_ND = hidden_ND.float()
+        hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
+        for rows in _pieces(weight_VD):
+            part_NR = logit_grad_NV[:, rows]
+            if self.hidden_grad is not None:
+                hidden_grad_ND += _product(part_NR, weight_VD[rows])
+            if self.weight_grad is not None:
+                self.weight_grad[rows] += _product(part_NR.t(), hidden_ND)
+        if self.hidden_grad is not None:
+            self.hidden_grad[chunk] = hidden_grad_ND
+
+    def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both in the dtype of their operand."""
+        weight_grad = self.weight_grad
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(self.weight_VD.dtype)
+        return self.hidden_grad, weight_grad
+
+
+def _scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x * scale, computed in fp32 or wider and rounded once.
+
+    A scale without dimensions would be rounded to the dtype of x.
+    """
+    return torch.mul(x, scale.reshape(1, 1), out=torch.empty_like(x, dtype=dtype))
+
+
+class _LinearLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD):
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        return _logits(hidden_ND, weight_VD)
+
+    @staticmethod
+    def backward(ctx, *grads_of_logits):
+        (grad_NV,) = grads_of_logits
+        hidden_ND, weight_VD = ctx.saved_tensors
+        grads = _Gradients(hidden_ND, weight_VD, ctx.needs_input_grad)
+        for chunk in _chunks(len(grad_NV), len(weight_VD), hidden_ND.device):
+            grads.add(chunk, grad_NV[chunk])
+        return grads.results()
 
 
 class _PerTokenLoss(torch.autograd.Function):
@@ -158,10 +263,7 @@ class _PerTokenLoss(torch.autograd.Function):
         for chunk in _chunks(len(labels_N), len(weight_VD), hidden_ND.device):
             logits_NV = _logits(hidden_ND[chunk], weight_VD)
             grads.add(chunk, logit_grads(logits_NV, labels_N[chunk], lse_N[chunk], grad_N[chunk]))
-        weight_grad = grads.weight_grad
-        if weight_grad is not None:
-            weight_grad = weight_grad.to(weight_VD.dtype)
-        return grads.hidden_grad, weight_grad, None, None
+        return (*grads.results(), None, None)
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -191,7 +293,7 @@ class _WeightedLoss(torch.autograd.Function):
         # The products are already computed; only the incoming scalar is left to apply.
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
         if hidden_grad is not None:
-            hidden_grad = hidden_grad * grad.to(hidden_grad.dtype)
+            hidden_grad = _scaled(hidden_grad, grad, hidden_grad.dtype)
         if weight_grad is not None:
-            weight_grad = (weight_grad * grad).to(ctx.weight_dtype)
+            weight_grad = _scaled(weight_grad, grad, ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None, None

@@ -167,6 +167,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
         _fake_world(ranks) as mesh,
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(loss_module, "CHUNK_LOGITS_CPU", chunk),
+        mock.patch.object(loss_module, "_gives_fp32", return_value=on_gpu),
         mock.patch.object(recipe, "Watchdog", mock.MagicMock(), create=True),
         mock.patch.object(recipe, "packed_block_causal_mask", make_mask, create=True),
     ):

@@ -12,7 +12,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from wmtp_modules.models.mtp_transformer import MTPOutput, MTPTransformer
+from wmtp_modules.models.mtp_transformer import LogitLinear, MTPOutput, MTPTransformer
 
 
 def mtp_llama2(
@@ -98,9 +98,7 @@ def mtp_llama2(
         tok_embeddings=nn.Embedding(vocab_size, embed_dim),
         layers=[block() for _ in range(num_layers - n_future_tokens)],
         heads=[block() for _ in range(n_future_tokens)],
-        output=MTPOutput(
-            RMSNorm(embed_dim, eps=norm_eps), nn.Linear(embed_dim, vocab_size, bias=False)
-        ),
+        output=MTPOutput(RMSNorm(embed_dim, eps=norm_eps), LogitLinear(embed_dim, vocab_size)),
         args=args,
     )
 

@@ -12,8 +12,21 @@ from torch import nn
 from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
 from torchtune.modules.attention_utils import _MaskType
 
-from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy
+from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy, linear_logits
 from wmtp_modules.models.kv_cache import RowKVCache
+
+
+class LogitLinear(nn.Linear):
+    """Projection to the vocabulary, without bias, whose logits are fp32 also in a bf16 model.
+
+    Probabilities and choices of tokens are then those of the loss: bf16 ties logits that differ.
+    """
+
+    def __init__(self, embed_dim: int, vocab_size: int) -> None:
+        super().__init__(embed_dim, vocab_size, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear_logits(input, self.weight)
 
 
 class MTPOutput(nn.Module):
@@ -23,7 +36,7 @@ class MTPOutput(nn.Module):
     weight and its gradient returns through the same unit.
     """
 
-    def __init__(self, norm: RMSNorm, proj: nn.Linear) -> None:
+    def __init__(self, norm: RMSNorm, proj: LogitLinear) -> None:
         super().__init__()
         self.norm = norm
         self.proj = proj
@@ -111,7 +124,7 @@ class MTPTransformer(nn.Module):
             token_weights_BTK: fp32 weights that are known before the forward.
 
         Returns:
-            Without labels logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
+            Without labels fp32 logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
             weights may be applied afterwards. With weights as well, the pair
             (sum of weight * loss, losses_BTK without gradient), which saves one matrix product.
 

@@ -41,14 +41,16 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
     if not cfg.checkpointer:  # from nothing: made whole, and equal on all ranks
         init_weights_(model, cfg.seed)
     cast_parameters_(model, torch.float32 if cfg.fp32_master_weights else compute_dtype)
+    if cfg.compile:
+        # Before they are wrapped: packed rows on CUDA have a flex-attention mask, which breaks a
+        # block's graph, and a break inside a checkpointed region makes all of it eager.
+        for block in (*model.layers, *model.heads):
+            block.compile()
+        model.output.loss_impl = "compiled"
     if cfg.enable_activation_checkpointing:
         training.set_activation_checkpointing(
             model, auto_wrap_policy={TransformerSelfAttentionLayer}
         )
-    if cfg.compile:
-        for block in (*model.layers, *model.heads):
-            block.compile()
-        model.output.loss_impl = "compiled"
     if cfg.fp32_master_weights:
         shard_model(model, mesh, compute_dtype=compute_dtype)
     elif not cfg.checkpointer and device.type != "cpu":  # one rank, nothing to shard or to cast
