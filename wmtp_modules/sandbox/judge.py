@@ -49,7 +49,7 @@ class Program:
         self.shared = Shared(-1, mirror, Handle)
         self._link = link
 
-    def ask(self, operation: str, *arguments, **named):
+    def ask(self, operation: str, /, *arguments, **named):
         """Ask the program to do something; returns the value or raises its exception."""
         if self.failure is not None:
             raise ProgramEnded
@@ -61,7 +61,11 @@ class Program:
         unused = self.shared.unused()  # now: a test may have changed them before it let go
         try:
             wire.send(self._link, [nonce, operation, state, list(named), unused])
-            reply = wire.receive(self._link)
+            sys.set_int_max_str_digits(MOST_DIGITS)  # millions of them would take minutes
+            try:
+                reply = wire.receive(self._link)
+            finally:
+                sys.set_int_max_str_digits(0)
             if type(reply) is not list or len(reply) < 3 or reply[0] != nonce:
                 raise wire.WireError("an answer to another request")
             if reply[1] == "value":
@@ -95,7 +99,7 @@ _program: Any = None
 class Mirror(type):
     """The class of the judge's classes that stand for those of the program."""
 
-    def __call__(cls, *arguments, **named):
+    def __call__(cls, /, *arguments, **named):
         return _program.ask("call", cls, *arguments, **named)
 
     def __getattr__(cls, name: str):
@@ -183,7 +187,7 @@ class RemoteDict(Remote):
     __slots__ = ()
 
     def __missing__(self, key):  # a subclass may make up a value
-        return _program.ask("getitem", self, key)
+        return _program.ask("missing", self, key)
 
 
 class Handle(Remote):
@@ -197,7 +201,7 @@ class Handle(Remote):
 
     __hash__ = object.__hash__
 
-    def __call__(self, *arguments, **named):
+    def __call__(self, /, *arguments, **named):
         return _program.ask("call", self, *arguments, **named)
 
     def __getitem__(self, key):

@@ -79,12 +79,13 @@ def serve_functions(source: str, link: int) -> None:
         "globals": lambda *names: {
             name: module.__dict__[name] for name in names if name in module.__dict__
         },
-        "call": lambda function, *arguments, **named: function(*arguments, **named),
+        "call": lambda function, /, *arguments, **named: function(*arguments, **named),
         "getattr": getattr,
         "setattr": setattr,
         "getitem": operator.getitem,
         "setitem": operator.setitem,
         "delitem": operator.delitem,
+        "missing": missing,
         "fields": fields,
         "iter": iter,
         "next": next,
@@ -120,6 +121,14 @@ def serve_functions(source: str, link: int) -> None:
             wire.send(link, [nonce, kind, wire.encode(answer, shared), *failed])
         except BaseException as error:  # an answer that cannot be sent, so there is none
             wire.send(link, [nonce, "error", None, *describe(error)])
+
+
+def missing(mapping: dict, key):
+    """What a dict that lacks a key has for it."""
+    found = getattr(type(mapping), "__missing__", None)
+    if found is None:
+        raise KeyError(key)
+    return found(mapping, key)
 
 
 def fields(value) -> tuple | None:

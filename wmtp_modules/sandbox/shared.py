@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 import wire
-from kinds import BY_NAME, KNOWN, NAMES, Kind, bases, kind_of, mro, name_of
+from kinds import BY_CLASS, BY_NAME, KNOWN, NAMES, Kind, bases, kind_of, mro, name_of
 
 PLAIN_INT = 1 << 53  # larger ones are hexadecimal, which takes no quadratic time
 FEW = 256  # objects that are looked through for unused ones before every message
@@ -42,6 +42,10 @@ class Shared:
     def number(self, value) -> int | None:
         return self._numbers.get(id(value))
 
+    def _add(self, number: int, value) -> None:
+        self._objects[number] = value
+        self._numbers[id(value)] = number
+
     def encode(self, values: list) -> list:
         """The JSON form of values, and the state of all objects that are new or have changed.
 
@@ -55,23 +59,30 @@ class Shared:
                 raise TypeError(f"a {kind.cls.__name__} no longer holds plain data")
             if not _same(kind, parts, now):
                 self._agreed[number] = kind, now
-                states.append([number, kind.cls.__name__, None, *map(self._form, now)])
+                states.append([number, kind.cls.__name__, None, *map(self._part, now)])
         forms = [self._form(value) for value in values]
         while self._new:
             states.append(self._state(self._new.pop()))
         return [forms, states]
 
-    def _form(self, value):
+    def _part(self, value):
+        """As ``_form``, but a tuple of plain values inside others needs no number."""
         cls = type(value)
-        if value is None or cls is str or cls is bool or (cls is float and value == value):
+        if cls is str or (cls is int and -PLAIN_INT < value < PLAIN_INT):
             return value
-        if cls is int:
-            return value if -PLAIN_INT < value < PLAIN_INT else [hex(value)]
+        if cls is tuple and all(map(_stands_for_itself, value)):
+            return [None, *value]
+        return self._form(value)
+
+    def _form(self, value):
+        if _stands_for_itself(value):
+            return value
+        if type(value) is int:
+            return [hex(value)]
         number = self._numbers.get(id(value))
         if number is None:
             self._last = number = self._last + self._step
-            self._objects[number] = value
-            self._numbers[id(value)] = number
+            self._add(number, value)
             self._new.append(number)
         return [number]
 
@@ -80,7 +91,7 @@ class Shared:
         if id(value) in NAMES:
             return [number, "known", None, NAMES[id(value)]]
         cls = type(value)
-        kind = kind_of(cls)
+        kind = BY_CLASS.get(id(cls)) or kind_of(cls)
         parts = None if kind is None else kind.take(value)
         if kind is None or parts is None:
             if self._mirror is not None:
@@ -94,7 +105,7 @@ class Shared:
             self._agreed[number] = kind, parts
         # The judge's own subclasses of plain classes are unknown to the program.
         made = None if cls is kind.cls or self._mirror is not None else self._form(cls)
-        return [number, kind.cls.__name__, made, *map(self._form, parts)]
+        return [number, kind.cls.__name__, made, *map(self._part, parts)]
 
     def decode(self, message) -> list:
         """The values that the other side sent, after all states in the message came into force.
@@ -108,19 +119,21 @@ class Shared:
             for number, *state in states:
                 if type(number) is not int or type(state[0]) is not str:
                     raise wire.WireError("a state without number and kind")
+                kind = BY_NAME.get(state[0])
                 if number in self._agreed:
-                    if self._agreed[number][0].cls.__name__ != state[0]:
+                    if self._agreed[number][0] is not kind:
                         raise wire.WireError("an object that changed its kind")
                 elif number * self._step >= 0 or number in self._objects or number in waiting:
                     raise wire.WireError("a number that is taken")
+                elif state[1] is None and kind is not None and kind.fill and not kind.heads:
+                    self._add(number, kind.build(kind.cls))  # the most frequent ones, at once
                 else:
                     waiting[number] = state
-                kind = BY_NAME.get(state[0])
-                if kind is not None and kind.fill is not None:
-                    fills.append((number, kind, state))
+                if kind is not None and kind.fill:
+                    fills.append((number, kind, state[2:]))
             for number in list(waiting):
                 self._make(number, waiting)
-            for number, kind, (_, _, *parts) in fills:
+            for number, kind, parts in fills:
                 value = self._objects[number]
                 kind.fill(value, list(map(self._value, parts)))
                 self._agreed[number] = kind, kind.take(value)
@@ -146,25 +159,23 @@ class Shared:
                 form[0] for form in (made, *parts) if type(form) is list and form[0] in waiting
             ]
             if not missing:
-                value = self._build(name, made, [self._value(part) for part in parts])
+                value = self._build(name, kind, made, list(map(self._value, parts)))
                 del waiting[number]
-                self._objects[number] = value
-                self._numbers[id(value)] = number
+                self._add(number, value)
             elif number in begun:
                 raise wire.WireError("a value that cannot be built")
             else:
                 begun.add(number)
                 stack += missing
 
-    def _build(self, name: str, made, parts: list):
-        if name == "known":
-            return KNOWN[parts[0]]
-        if name in BY_NAME:
-            kind = BY_NAME[name]
+    def _build(self, name: str, kind: Kind | None, made, parts: list):
+        if kind is not None:
             cls = kind.cls if made is None else self._value(made)
-            if kind_of(cls) is not kind:
+            if cls is not kind.cls and kind_of(cls) is not kind:
                 raise wire.WireError("a value of another class")
             return kind.build(cls, *parts)
+        if name == "known":
+            return KNOWN[parts[0]]
         if self._mirror is None or self._handle is None:
             raise wire.WireError("a value of an unknown kind")
         if name == "class":
@@ -177,12 +188,15 @@ class Shared:
         return object.__new__(cls)
 
     def _value(self, form):
-        if type(form) is list:
-            (named,) = form
-            return self._objects[named] if type(named) is int else int(named, 16)
-        if form is None or type(form) in (bool, int, float, str):
+        cls = type(form)
+        if cls is int or cls is str or form is None or cls is float or cls is bool:
             return form
-        raise wire.WireError("a value without its kind")
+        if cls is not list:
+            raise wire.WireError("a value without its kind")
+        if form[0] is None:
+            return tuple(map(self._value, form[1:]))
+        (named,) = form
+        return self._objects[named] if type(named) is int else int(named, 16)
 
     def unused(self) -> list[int]:
         """Forget what nobody but this table holds; returns the numbers, for the other side.
@@ -207,6 +221,13 @@ class Shared:
             if self._numbers.get(id(value)) == number:  # two numbers may name one empty tuple
                 del self._numbers[id(value)]
             self._agreed.pop(number, None)
+
+
+def _stands_for_itself(value) -> bool:
+    cls = type(value)
+    if cls is int:
+        return -PLAIN_INT < value < PLAIN_INT
+    return value is None or cls is str or cls is bool or (cls is float and value == value)
 
 
 def _same(kind: Kind, before: list, now: list) -> bool:

@@ -13,7 +13,6 @@ LARGEST = 16 << 20  # bytes of a message
 TESTS = "<tests>"  # the file name in the code of tests
 # Exit statuses that say why a program's process ended. It may lie, but none of them is a pass.
 STATUSES = {"memory": 201, "output_limit": 202, "process_limit": 203, "policy": 204, "crash": 1}
-LONGEST_INT = 20  # characters; larger ones are sent as hexadecimal text
 
 
 class WireError(ValueError):
@@ -53,15 +52,9 @@ def receive(fd: int):
     if size > LARGEST:
         raise WireError("a message over the largest size")
     try:
-        return json.loads(_read(fd, size), parse_int=_small_int)
+        return json.loads(_read(fd, size))
     except (ValueError, RecursionError):
         raise WireError("a message that is not JSON") from None
-
-
-def _small_int(text: str) -> int:
-    if len(text) > LONGEST_INT:  # millions of decimal digits would take minutes
-        raise ValueError
-    return int(text)
 
 
 def _read(fd: int, size: int) -> bytes:
