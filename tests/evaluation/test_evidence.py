@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from wmtp_modules.evaluation import evidence
 from wmtp_modules.evaluation.code_contests import code_contests_task
 from wmtp_modules.evaluation.evidence import (
     EvidenceStore,
@@ -288,7 +289,7 @@ def test_a_sample_is_another_if_anything_that_shaped_it_is():
     assert sample_key({}, humaneval(), 1, 7) == sample_key({}, humaneval(), 1.0, 7)
 
 
-def test_a_result_is_another_if_anything_that_shaped_it_is():
+def test_a_result_is_another_if_anything_that_shaped_it_is(monkeypatch):
     sample = {"sample": 0, "temperature": 0.8, "completion": "    return 1\n"}
     changes = [("sample", 1), ("temperature", 0.1), ("temperature", None), ("completion", "")]
     rows = [sample, *(sample | {field: value} for field, value in changes)]
@@ -312,6 +313,9 @@ def test_a_result_is_another_if_anything_that_shaped_it_is():
     made += [result_key(task, sample, "landlock") for task in tasks[1:]]
     made.append(result_key(tasks[0], sample, "bubblewrap"))
     assert len(set(made)) == len(made)
+    monkeypatch.setattr(evidence, "RULES", evidence.RULES + 1)  # a verdict of before is made anew
+    assert result_key(tasks[0], sample, "landlock") not in made
+    monkeypatch.undo()
     # The prompt's shots are none of a result's business, nor is how a reference looks.
     assert result_key(mbpp(11, shots="x"), sample, "landlock") == made[len(rows) + 4]
     assert result_key(humaneval(), {**sample, "key": "k", "tokens": 3}, "landlock") == made[0]

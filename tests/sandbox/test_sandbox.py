@@ -153,6 +153,17 @@ def test_a_script_may_read_and_write_named_files(sandbox):
         StdinJob("", (), same_words)
 
 
+def test_digits_have_no_limit(sandbox):
+    """As before Python 3.11, in scripts and in tests; the limit of this process stays."""
+    before = sys.get_int_max_str_digits()
+    digits = "7" * 5000
+    script = StdinJob("print(int(input()) + 0)", ((digits, digits),), same_words)
+    assert run_one(sandbox, script).verdict == "pass"
+    functions = FunctionJob("def f(x): return x", f"assert f({digits}) == {digits}")
+    assert run_one(sandbox, functions).verdict == "pass"
+    assert sys.get_int_max_str_digits() == before > 0
+
+
 def test_time_and_memory_are_those_of_the_program(sandbox):
     slow = "import time\ndef f():\n    x = bytearray(100 << 20)\n    time.sleep(0.3)\n    return 1"
     outcome = run_one(sandbox, FunctionJob(slow, "assert f() == 1"))

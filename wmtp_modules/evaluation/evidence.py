@@ -24,6 +24,7 @@ from wmtp_modules.files import json_fault
 log = get_logger("INFO")
 
 BLOCK = 1 << 16  # bytes read at once in search of the last line's end
+RULES = 2  # of verdicts; another number where a program may get another verdict than before
 
 
 class EvidenceStore:
@@ -130,14 +131,14 @@ def sample_key(settings: Mapping, task: Task, temperature: float, seed: int) -> 
 
 
 def result_key(task: Task, row: Mapping, tier: str) -> str:
-    """The key of a sample's result: its program, tests and limits, and the sandbox's tier.
+    """The key of a sample's result: program, tests, limits, the sandbox's tier and its ``RULES``.
 
     Limits are taken at machine factor 1: the measured factor differs from run to run, and a
     restarted run must find its earlier results. Number and temperature count, so two samples with
     the same text have a result each.
     """
     sample = (row["sample"], _temperature(row), row["completion"])
-    return _hash("result", _task_content(task), *sample, tier)
+    return _hash("result", RULES, _task_content(task), *sample, tier)
 
 
 def _temperature(row: Mapping) -> float | None:

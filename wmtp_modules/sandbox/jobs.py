@@ -36,8 +36,8 @@ class Limits:
 class FunctionJob:
     """A program whose functions are called by tests (MBPP, HumanEval).
 
-    The tests run in a separate process. Arguments and results are passed by value: a program that
-    changes an argument in place changes its own copy.
+    The tests run in a separate process, and their verdict is that of plain Python, where program
+    and tests are in one: values compare by their own data, and a change in place is seen.
 
     Args:
         program: untrusted source.

@@ -6,9 +6,12 @@ import functools
 import marshal
 import symtable
 import sys
+import threading
 import types
 
 from wmtp_modules.sandbox.wire import TESTS
+
+_limit_of_digits = threading.Lock()
 
 
 @functools.lru_cache(maxsize=256)
@@ -21,6 +24,16 @@ def prepare(context: str, tests: str) -> bytes:
 
     Returns the input of ``judge.judge``; SyntaxError if either is not Python.
     """
+    with _limit_of_digits:  # a setting of the whole process, which workers share
+        before = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(0)  # for literals in tests, which are trusted
+        try:
+            return _prepare(context, tests)
+        finally:
+            sys.set_int_max_str_digits(before)
+
+
+def _prepare(context: str, tests: str) -> bytes:
     tree = ast.parse(context)
     stubs = _without_stubs(tree)
     names, modules = _names_of_program(context, tests, stubs)

@@ -17,7 +17,8 @@ from wmtp_modules.sandbox.jobs import SandboxError
 
 HERE = Path(__file__).parent
 NOBODY = 65534
-INSIDE = ("wire", "scratch", "program", "judge", "server")  # modules that run inside, in this order
+# Modules that run inside, in this order.
+INSIDE = ("wire", "kinds", "shared", "scratch", "program", "judge", "server")
 START_SECONDS = 30
 BACKSTOP_SECONDS = 10  # for a server to answer after the time of its program
 

@@ -5,14 +5,17 @@ verdict ``pass``: a script is judged by its output, and functions by the judge, 
 tests in another process. Runs inside the sandbox, so it uses only the standard library.
 """
 
+import dataclasses
 import errno
 import linecache
+import operator
 import os
 import sys
 import traceback
 import types
 
 import wire
+from shared import Shared
 
 FILE = "<program>"
 LONGEST_TEXT = 2000  # of an error
@@ -65,54 +68,82 @@ def run_script(source: str) -> None:
 
 def serve_functions(source: str, link: int) -> None:
     """Run source, then do what the judge asks through ``link``, until killed."""
-    objects, numbers = [], {}
-
-    def refer(value) -> tuple[int, str]:
-        if id(value) not in numbers:
-            numbers[id(value)] = len(objects)
-            objects.append(value)
-        return numbers[id(value)], type(value).__name__
-
+    shared = Shared(1)
     failure = module = None
     try:
         module = execute(source, "solution")
     except BaseException as error:
         failure = error
 
-    def find(name: str) -> tuple:
-        found = name in module.__dict__
-        return found, module.__dict__[name] if found else None
-
     operations = {
-        "global": find,
-        "call": lambda function, arguments, named: function(*arguments, **named),
+        "globals": lambda *names: {
+            name: module.__dict__[name] for name in names if name in module.__dict__
+        },
+        "call": lambda function, /, *arguments, **named: function(*arguments, **named),
         "getattr": getattr,
         "setattr": setattr,
-        "getitem": lambda target, key: target[key],
+        "getitem": operator.getitem,
+        "setitem": operator.setitem,
+        "delitem": operator.delitem,
+        "missing": missing,
+        "fields": fields,
         "iter": iter,
         "next": next,
         "len": len,
         "bool": bool,
+        "int": int,
+        "float": float,
+        "str": str,
+        "repr": repr,
+        "format": format,
         "ping": lambda: None,
     }
     while True:
         try:
-            nonce, operation, *forms = wire.receive(link)
+            nonce, operation, state, names, unused = wire.receive(link)
         except EOFError:
             os._exit(0)  # the judge has ended
+        arguments = shared.decode(state)
+        shared.forget(unused)
+        cut = len(arguments) - len(names)
+        answer = None
         try:
-            if failure is not None:
-                raise failure
-            arguments = [wire.decode(form, lambda number, _: objects[number]) for form in forms]
-            result = operations[operation](*arguments)
-            wire.send(link, [nonce, "value", wire.encode(result, refer)])
-        except BaseException as error:
-            wire.send(link, [nonce, "error", *describe(error)])
+            try:
+                if failure is not None:
+                    raise failure
+                named = dict(zip(names, arguments[cut:], strict=True))
+                answer = operations[operation](*arguments[:cut], **named)
+            except BaseException as error:
+                failed, answer = describe(error), error
+            else:
+                failed = ()
+            kind = "error" if failed else "value"
+            wire.send(link, [nonce, kind, wire.encode(answer, shared), *failed])
+        except BaseException as error:  # an answer that cannot be sent, so there is none
+            wire.send(link, [nonce, "error", None, *describe(error)])
 
 
-def describe(error: BaseException) -> tuple[str, str, str]:
-    """The nearest built-in class of an error, its message and line, and the verdict."""
-    builtin = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == "builtins")
-    text = f"{type(error).__name__}: {error}"[:LONGEST_TEXT]
+def missing(mapping: dict, key):
+    """What a dict that lacks a key has for it."""
+    found = getattr(type(mapping), "__missing__", None)
+    if found is None:
+        raise KeyError(key)
+    return found(mapping, key)
+
+
+def fields(value) -> tuple | None:
+    """What a dataclass compares; None for other objects, which are not compared."""
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    if parameters is None or not parameters.eq:
+        return None
+    return tuple(getattr(value, each.name) for each in dataclasses.fields(value) if each.compare)
+
+
+def describe(error: BaseException) -> tuple[str, str]:
+    """The message of an error with its line, and the verdict."""
+    try:
+        text = f"{type(error).__name__}: {error}"[:LONGEST_TEXT]
+    except Exception:  # of its own __str__
+        text = type(error).__name__
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == FILE]
-    return builtin, f"{text} (line {lines[-1]} of the program)" if lines else text, classify(error)
+    return f"{text} (line {lines[-1]} of the program)" if lines else text, classify(error)

@@ -60,6 +60,7 @@ def serve(control: int, config: dict) -> None:
     for name in set(os.environ) - {"PATH", "HOME", "LANG", "PYTHONHASHSEED"}:
         del os.environ[name]
     sys.argv = ["program.py"]
+    sys.set_int_max_str_digits(0)  # which older programs do not know; time limits hold
     gc.collect()
     gc.freeze()  # a garbage collection in a fork would copy every page
     link = socket.socket(fileno=control)
