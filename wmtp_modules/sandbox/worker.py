@@ -133,17 +133,30 @@ class Worker:
             return outcome(verdict, reply, detail)
 
     def _run_script(self, job: StdinJob) -> Outcome:
+        """Run case after case until one fails, by the other comparison too."""
         seconds = peak_mb = 0.0
+        verdicts: dict[str, tuple[str, str]] = {}  # of the comparisons that found a failure
+        comparisons = {"first": job.compare} | ({"other": job.other} if job.other else {})
         for number, (given, expected) in enumerate(job.cases, start=1):
-            case = self._run_case(job, given, expected)
+            case, text = self._run_case(job, given)
             seconds, peak_mb = max(seconds, case.seconds), max(peak_mb, case.peak_mb)
-            if case.verdict != "pass":
-                head = f"case {number} of {len(job.cases)}: "
-                detail = head + case.detail[-(TAIL - len(head)) :]
-                return Outcome(case.verdict, seconds, peak_mb, detail)
-        return Outcome("pass", seconds, peak_mb, "")
+            head = f"case {number} of {len(job.cases)}: "
+            for name in comparisons.keys() - verdicts.keys():
+                verdict, detail = case.verdict, case.detail
+                if text is not None:
+                    difference = comparisons[name](expected, text)
+                    if difference is None:
+                        continue
+                    verdict, detail = "wrong", printable(difference)
+                verdicts[name] = verdict, head + detail[-(TAIL - len(head)) :]
+            if len(verdicts) == len(comparisons):
+                break
+        verdict, detail = verdicts.get("first", ("pass", ""))
+        other = verdicts.get("other", ("pass", ""))[0] if job.other else None
+        return Outcome(verdict, seconds, peak_mb, detail, other)
 
-    def _run_case(self, job: StdinJob, given: str, expected: str) -> Outcome:
+    def _run_case(self, job: StdinJob, given: str) -> tuple[Outcome, str | None]:
+        """How a program ended, and what it wrote if it ended well."""
         with ExitStack() as stack:
             output, errors = Stream(stack, MOST_OUTPUT), Stream(stack, MOST_ERRORS)
             self._programs.start(
@@ -158,19 +171,19 @@ class Worker:
             for descriptor in reply["descriptors"]:
                 stack.callback(os.close, descriptor)
             if reason is not None or reply["overfull"]:
-                return failed(reason or "overfull", reply, job.limits)
+                return failed(reason or "overfull", reply, job.limits), None
             if reply["status"] != 0:
                 verdict, detail = explain_end(reply["status"], errors)
-                return outcome(verdict, reply, detail)
+                return outcome(verdict, reply, detail), None
             data = bytes(output.data)
             if job.output_file is not None:
                 if not reply["descriptors"]:
-                    return outcome("wrong", reply, f"the program wrote no file {job.output_file}")
+                    missing = f"the program wrote no file {job.output_file}"
+                    return outcome("wrong", reply, missing), None
                 data = os.pread(reply["descriptors"][0], MOST_OUTPUT + 1, 0)
                 if len(data) > MOST_OUTPUT:
-                    return failed("output_limit", reply, job.limits)
-            difference = job.compare(expected, data.decode("utf-8", "replace"))
-            return outcome("pass" if difference is None else "wrong", reply, difference or "")
+                    return failed("output_limit", reply, job.limits), None
+            return outcome("pass", reply, ""), data.decode("utf-8", "replace")
 
     def _attend(self, server: Server, streams: list[Stream], seconds: float) -> str | None:
         """Read output until a server replies; returns why it must be stopped, or None."""
@@ -213,8 +226,12 @@ def request(
 
 
 def outcome(verdict: str, reply: dict, detail: str) -> Outcome:
+    return Outcome(verdict, reply["seconds"], reply["peak_kb"] / 1024, printable(detail))
+
+
+def printable(detail: str) -> str:
     detail = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in detail)
-    return Outcome(verdict, reply["seconds"], reply["peak_kb"] / 1024, detail.strip()[-TAIL:])
+    return detail.strip()[-TAIL:]
 
 
 def failed(reason: str, reply: dict, limits: Limits) -> Outcome:
