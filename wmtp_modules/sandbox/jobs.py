@@ -19,7 +19,8 @@ class Limits:
 
     Args:
         seconds: wall-clock time of one case of a script, or of a program with all its tests.
-        memory_mb: address space beyond what the interpreter itself takes.
+        memory_mb: memory beyond what the interpreter itself takes. Address space counts, but of the
+            stacks of threads only what is used.
     """
 
     seconds: float = 15.0

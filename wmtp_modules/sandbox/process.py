@@ -58,8 +58,8 @@ class Server:
         folder: holds the scratch folder in tiers without their own file system, or None.
 
     Attributes:
-        streams: at tier bubblewrap, handles of the named pipes that /dev/stdout and /dev/stderr are
-            inside; elsewhere these are whatever a program gets.
+        streams: at tier bubblewrap, the ends to read of the named pipes that /dev/stdout and
+            /dev/stderr are inside; elsewhere these lead to whatever a program is given.
 
     Raises:
         SandboxError: if the tier is not available, with the reason.

@@ -69,6 +69,7 @@ class Script:
         for name in OURS:
             sys.modules.pop(name, None)  # or the script could not have modules of these names
         sys.path.insert(0, os.path.dirname(self.path))
+        sys.orig_argv = [sys.executable, *sys.argv]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         self.namespace = main.__dict__
         self.namespace |= {

@@ -115,17 +115,20 @@ def serve(control: int, config: dict) -> None:
 def open_streams() -> tuple[int, list[int]]:
     """Make what a program's standard streams are by name, where there is no /proc.
 
-    Standard input is a file that a program cannot write to. The other two are named pipes, both
-    ends of which the parent opens anew for every program.
+    Standard input is a file that a program can only read. The other two are named pipes that it
+    can only write to; the parent has the other ends.
 
-    Returns a descriptor that writes to the file, and handles of the pipes for the parent.
+    Returns a descriptor that writes to the file, and those for the parent.
     """
     given = os.open(f"{STREAMS}/0", os.O_RDWR | os.O_CREAT, 0o444)
-    pipes = [f"{STREAMS}/{number}" for number in (1, 2)]
-    for path in pipes:
+    ends = []
+    for number in (1, 2):
+        path = f"{STREAMS}/{number}"
         os.mkfifo(path, 0o600)
+        ends.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        os.chmod(path, 0o200)
     os.chmod(STREAMS, 0o555)
-    return given, [os.open(path, os.O_PATH) for path in pipes]
+    return given, ends
 
 
 def copy_input(source: int | None, target: int) -> None:

@@ -12,7 +12,7 @@ import select
 import signal
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from wmtp_modules.sandbox.jobs import FunctionJob, Limits, Outcome, StdinJob
 from wmtp_modules.sandbox.preparation import prepare
@@ -45,7 +45,7 @@ class Stream:
         stack: closes it.
         limit: bytes.
         kept: bytes at the end that are stored, at least.
-        named: handle of a named pipe (see ``Server.streams``) that no other program has open.
+        named: end of a named pipe (see ``Server.streams``) that no other program has open.
     """
 
     def __init__(
@@ -55,13 +55,14 @@ class Stream:
             self._end, self.theirs = os.pipe()
             if os.getuid() == 0:
                 os.fchown(self.theirs, NOBODY, NOBODY)  # may open it by the name /dev/stdout
+            stack.callback(os.close, self._end)
+            os.set_blocking(self._end, False)
         else:
-            path = f"/proc/self/fd/{named}"
-            self._end = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            self.theirs = os.open(path, os.O_WRONLY)
-        stack.callback(os.close, self._end)
+            with suppress(BlockingIOError):  # the other end is still open somewhere
+                while os.read(named, 1 << 20):  # what another program wrote and nobody wanted
+                    pass
+            self._end, self.theirs = named, os.open(f"/proc/self/fd/{named}", os.O_WRONLY)
         stack.callback(self.close_theirs)
-        os.set_blocking(self._end, False)
         self._limit, self._kept = limit, kept or limit
         self.data = bytearray()
         self._size = 0
@@ -299,6 +300,7 @@ def sealed(stack: ExitStack, data: bytes) -> int:
     while rest:
         rest = rest[os.write(file, rest) :]
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, SEALS)
+    os.fchmod(file, 0o444)
     readable = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)
     stack.callback(os.close, readable)
     return readable
