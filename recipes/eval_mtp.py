@@ -30,6 +30,7 @@ from wmtp_modules.checkpoints.read import (
     model_args_from_folder,
 )
 from wmtp_modules.config.check import Above, AtLeast, Component, Optional, check_config
+from wmtp_modules.evaluation.compare import COMPARISONS
 from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
 from wmtp_modules.evaluation.execution import run_samples
 from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_texts
@@ -108,6 +109,7 @@ SCHEMA = {
             "workers": Optional(AtLeast(int, 1)),
         }
     ),
+    "comparison": Optional(tuple(COMPARISONS)),  # of CodeContests' outputs; null: official
     "k": Optional(list[int]),
     "heldout": Optional({"source": str, "batch_tokens": AtLeast(int, 1)}),
     "decode_speed": Optional(
@@ -170,9 +172,16 @@ def _numbers_are_usable(generation, k) -> str | None:
     return None
 
 
+def _only_outputs_are_compared(task, comparison) -> str | None:
+    if comparison is not None and task != "code_contests":
+        return f"comparison: {comparison!r} is for task=code_contests, not {task}: remove it"
+    return None
+
+
 def check(cfg: DictConfig) -> None:
     """Check the whole config, before a process group or a model exists."""
     rules = (_stages_have_what_they_need, _samples_come_from_one_place, _numbers_are_usable)
+    rules += (_only_outputs_are_compared,)
     check_config(cfg, SCHEMA, rules)
 
 
@@ -196,7 +205,8 @@ class EvalMTPRecipe:
         # Read the user's files first, so that a typo is not found after hours of generation.
         if {"generate", "execute"} & set(self._stages):
             with rank_zero_first():  # it may have to download them
-                self._tasks = load_tasks(cfg.task, cfg.source, cfg.split)
+                self._comparison = cfg.get("comparison") or "official"
+                self._tasks = load_tasks(cfg.task, cfg.source, cfg.split, self._comparison)
         if "generate" in self._stages:
             self._prompts = {task.task_id: task.prompt for task in self._tasks}
         elif "execute" in self._stages:
@@ -349,6 +359,7 @@ class EvalMTPRecipe:
                 tier=sandbox.tier,
                 self_test=sandbox.self_test,
                 machine_factor=sandbox.machine_factor,
+                comparison=self._comparison if cfg.task == "code_contests" else None,
             )
 
     # ------------------------------------------------------------ the heads

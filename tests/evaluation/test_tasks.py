@@ -5,7 +5,7 @@ import datasets
 import pytest
 
 from wmtp_modules.data.mbpp import END, mbpp_prompt
-from wmtp_modules.evaluation.compare import compare_outputs
+from wmtp_modules.evaluation.compare import compare_official, compare_strict
 from wmtp_modules.evaluation.tasks import TASKS, load_tasks
 from wmtp_modules.sandbox.jobs import FunctionJob, Limits, StdinJob
 
@@ -165,9 +165,16 @@ def test_code_contests(write):
     assert task.job("print(3)", 2.0) == StdinJob(
         program="print(3)",
         cases=(("1 2\n", "3\n"), ("3 4\n", "7"), ("5 6\n", "11"), ("", "15")),
-        compare=compare_outputs,
+        compare=compare_official,
+        other=compare_strict,
         limits=Limits(seconds=20.0, memory_mb=1024),
     )
+
+
+def test_code_contests_may_be_compared_strictly(write):
+    (task,) = load_tasks("code_contests", write(contest_row()), "test", "strict")
+    job = task.job("print(3)")
+    assert (job.compare, job.other) == (compare_strict, compare_official)
 
 
 def test_code_contests_limits_and_files(write):

@@ -179,6 +179,8 @@ def test_shipped_configs_pass_the_check(recipe, path):
         ({"generation": {"top_p": 1.5}}, r"generation.top_p: must be at most 1 .*, got 1.5"),
         ({"k": [0]}, r"k: must be a list of numbers of at least 1, got \[0\]"),
         ({"generation": {"temperature": 1.0}}, "generation.temperature: unknown key"),
+        ({"comparison": "official"}, "comparison: 'official' is for task=code_contests, not human"),
+        ({"task": "code_contests", "comparison": "exact"}, "comparison: .*official.*strict"),
         ({"task": "humaneva"}, "task: must be one of 'mbpp'"),
     ],
 )
@@ -336,6 +338,28 @@ def test_ready_made_samples(run, tier, tmp_path):
     assert report["tasks_without_samples"] == 1
     for name in ("report.md", "report.png", "config.yaml"):
         assert (out / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("comparison", [None, "strict"])
+def test_outputs_are_compared_as_the_config_says(run, tier, tmp_path, comparison):
+    program = (
+        "for _ in range(int(input())):\n    s = input()\n    print('Yes' if s == s[::-1] else 'No')"
+    )
+    samples = [{"task_id": "3_c_many_queries", "completion": program}]
+    own = {"comparison": comparison} if comparison else {}
+    report, out = run(
+        stages="[execute]",
+        task="code_contests",
+        source=ROOT / "tests/samples/code_contests.jsonl",
+        samples=write_rows(tmp_path / "samples.jsonl", samples),
+        **own,
+    )
+    (row,) = read_rows(out / "results.jsonl")
+    verdicts = (row["verdict"], row["other"])
+    assert verdicts == (("wrong", "pass") if comparison else ("pass", "wrong"))
+    assert report["comparison"] == (comparison or "official")
+    assert report["other_comparison"]["changed"] == 1
+    assert report["reference_failures"] == []
 
 
 def test_nothing_is_executed_twice(run, tier, monkeypatch):

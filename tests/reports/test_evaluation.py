@@ -32,10 +32,17 @@ def results(number, verdicts, temperature=None):
     return [row(number, i, verdict, temperature) for i, verdict in enumerate(verdicts)]
 
 
-def build(rows, *, references=(), tasks=None, task_name="humaneval", ks=(1, 2, 5)):
+def build(rows, *, references=(), tasks=None, task_name="humaneval", ks=(1, 2, 5), **more):
     tasks = [task(number) for number in range(4)] if tasks is None else tasks
     return build_report(
-        task=task_name, tasks=tasks, results=rows, references=references, ks=ks, seed=0, **SANDBOX
+        task=task_name,
+        tasks=tasks,
+        results=rows,
+        references=references,
+        ks=ks,
+        seed=0,
+        **SANDBOX,
+        **more,
     )
 
 
@@ -109,6 +116,33 @@ def test_problems_without_a_python3_reference_are_scored_and_counted():
     assert report["not_supported"] == {"problems": 1, "languages": {"CPP": 1, "JAVA": 1}}
     assert report["pass_at_k"]["1"]["value"] == 1.0
     assert report["published"] == []
+
+
+def test_what_the_other_comparison_would_change(tmp_path, capsys):
+    pairs = ["pass pass", "pass wrong", "pass wrong", "wrong pass", "wrong crash", "wrong wrong"]
+    rows = [
+        {**row(0, i, verdict), "other": other}
+        for i, (verdict, other) in enumerate(map(str.split, pairs))
+    ]
+    rows.append({**row(0, 6, "infrastructure"), "other": "infrastructure"})
+    rows.append(row(0, 7, "pass"))  # made before there was another
+    report = build(rows, comparison="official", ks=(1,))
+    assert report["comparison"] == "official"
+    assert report["other_comparison"] == {
+        "name": "strict", "known": 6, "changed": 4, "to_pass": 1, "from_pass": 2,
+    }  # fmt: skip
+    write_report(report, tmp_path)
+    print_report(report)
+    said = (
+        "utputs compared by official; strict would change 4 of 6 verdicts: 2 from pass, 1 to pass"
+    )
+    assert said in (tmp_path / "report.md").read_text()
+    assert said in capsys.readouterr().out
+    assert build(rows, comparison="strict")["other_comparison"]["name"] == "official"
+    for older in (build(rows), {k: v for k, v in build(rows).items() if "comparison" not in k}):
+        write_report(older, tmp_path)
+        print_report(older)
+        assert "compared by" not in (tmp_path / "report.md").read_text() + capsys.readouterr().out
 
 
 def test_published_rows_are_only_beside_their_own_benchmark():

@@ -143,6 +143,38 @@ def test_a_script_runs_case_after_case_until_one_fails(sandbox):
     assert run_one(sandbox, StdinJob(program, cases[:2], same_words)).verdict == "pass"
 
 
+def same_lower_words(expected, actual):
+    return same_words(expected.lower(), actual.lower())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "verdicts", "runs"),
+    [
+        (["Yes", "No", "Yes"], ("pass", "pass"), 3),
+        (["YES", "No", "Yes"], ("pass", "wrong"), 3),
+        (["YES", "No", "x"], ("wrong", "wrong"), 3),
+        (["Yes", "x", "x"], ("wrong", "wrong"), 2),  # no case more than needed
+        (["YES", "1 / 0", "x"], ("crash", "wrong"), 2),
+    ],
+)
+def test_a_script_is_judged_by_another_comparison_too(sandbox, outputs, verdicts, runs):
+    program = f"x = {outputs}[int(input())]\nprint(eval(x) if ' ' in x else x)\n"
+    cases = tuple((f"{n}\n", word) for n, word in enumerate(["Yes", "No", "Yes"]))
+    seen = []
+
+    def compare(expected, actual):
+        seen.append(actual)
+        return same_lower_words(expected, actual)
+
+    job = StdinJob(program, cases, compare, other=same_words)
+    swapped = StdinJob(program, cases, same_words, other=same_lower_words)
+    outcomes = dict(sandbox.run([(0, job), (1, swapped)]))
+    assert (outcomes[0].verdict, outcomes[0].other) == verdicts
+    assert (outcomes[1].other, outcomes[1].verdict) == verdicts
+    assert len(seen) == runs - (verdicts[0] == "crash")
+    assert run_one(sandbox, StdinJob(program, cases, compare)).other is None
+
+
 def test_a_script_may_read_and_write_named_files(sandbox):
     program = "with open('out.txt', 'w') as f:\n    f.write(open('in.txt').read() * 2)\n"
     job = StdinJob(program, (("ab ", "ab ab"), ("c ", "c c")), same_words, "in.txt", "out.txt")

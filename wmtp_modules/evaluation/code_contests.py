@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from wmtp_modules.data.code_contests import PYTHON3, code_contests_prompt
 from wmtp_modules.data.sources import BadRow, string_field, strings_field, text_field
-from wmtp_modules.evaluation.compare import compare_outputs
+from wmtp_modules.evaluation.compare import COMPARISONS, other_comparison
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.sandbox.jobs import Limits, StdinJob
 
@@ -29,6 +29,7 @@ class CodeContestsTask(Task):
     seconds: float
     memory_mb: int
     languages: tuple[str, ...]  # of the problem's solutions
+    comparison: str = "official"  # of ``compare.COMPARISONS``
 
     @property
     def prompt(self) -> str:
@@ -42,7 +43,8 @@ class CodeContestsTask(Task):
         return StdinJob(
             program=completion,
             cases=self.cases,
-            compare=compare_outputs,
+            compare=COMPARISONS[self.comparison],
+            other=COMPARISONS[other_comparison(self.comparison)],
             input_file=self.input_file,
             output_file=self.output_file,
             limits=Limits(seconds=self.seconds * machine_factor, memory_mb=self.memory_mb),

@@ -262,8 +262,9 @@ def _task_content(task: Task) -> str:
     job = task.job("", 1.0)
     fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
     fields["limits"] = dataclasses.asdict(job.limits)
-    if "compare" in fields:
-        fields["compare"] = fields["compare"].__qualname__
+    for name in ("compare", "other"):
+        if fields.get(name) is not None:
+            fields[name] = fields[name].__qualname__
     return _hash(task.task_id, type(job).__name__, fields)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wmtp_modules.data.sources import (
@@ -15,7 +15,7 @@ from wmtp_modules.data.sources import (
     split_of,
     visible_files,
 )
-from wmtp_modules.evaluation.code_contests import code_contests_task
+from wmtp_modules.evaluation.code_contests import CodeContestsTask, code_contests_task
 from wmtp_modules.evaluation.humaneval import humaneval_task
 from wmtp_modules.evaluation.mbpp import TEST_IDS, MBPPTask, mbpp_task, with_shots
 from wmtp_modules.evaluation.task import Task
@@ -60,7 +60,9 @@ TASKS = {
 COLUMNS = (*{column for benchmark in TASKS.values() for column in benchmark.columns}, "completion")
 
 
-def load_tasks(task: str, source: str | Path, split: str) -> list[Task]:
+def load_tasks(
+    task: str, source: str | Path, split: str, comparison: str = "official"
+) -> list[Task]:
     """The problems of a benchmark, in the order of the source.
 
     Args:
@@ -70,6 +72,7 @@ def load_tasks(task: str, source: str | Path, split: str) -> list[Task]:
         split: "test" or "all". MBPP is split by task id (11-510 are the test set); for the others
             "test" selects the files or the hub split of that name if there is one. With "all",
             the prompts of MBPP's tasks 2, 3 and 4 contain their own solutions.
+        comparison: "official" or "strict" (``compare.py``), for CodeContests.
 
     Raises:
         ValueError: if the source is missing or unreadable, a row is damaged, incomplete or of
@@ -92,6 +95,8 @@ def load_tasks(task: str, source: str | Path, split: str) -> list[Task]:
                 f"{where}: task {made.task_id!r} is a duplicate of {by_id[made.task_id][1]}: "
                 f"remove one of them, or give a single file of {source}"
             )
+        if isinstance(made, CodeContestsTask):
+            made = replace(made, comparison=comparison)
         by_id[made.task_id] = made, where
     tasks: list[Task] = [made for made, _ in by_id.values()]
     if not tasks:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from wmtp_modules.evaluation.compare import other_comparison
 from wmtp_modules.evaluation.pass_at_k import best_temperatures, pass_at_k
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.files import alone_in, new_file
-from wmtp_modules.reports.evaluation_page import percent, report_page
+from wmtp_modules.reports.evaluation_page import comparison_sentence, percent, report_page
 
 FILES = ("report.json", "report.md", "report.png")
 # Gloeckle et al. 2024 (arXiv 2404.19737), table 1; "problems" is the size of the test set.
@@ -33,6 +34,7 @@ def build_report(
     tier: str,
     self_test: Mapping,
     machine_factor: float,
+    comparison: str | None = None,
 ) -> dict:
     """The figures of an execution, in the form of ``report.json``.
 
@@ -49,11 +51,15 @@ def build_report(
         seed: of the bootstrap.
         self_test: what the sandbox proved before the first program.
         machine_factor: by which time limits were multiplied.
+        comparison: by which outputs were judged (``evaluation/compare.py``); None for benchmarks
+            without outputs. Rows then have "other", the verdict by the other comparison, unless
+            they were made before there was one.
 
     Returns:
         "samples" and "verdicts" are of all temperatures, "pass_at_k" and "omitted_k" of the
         headline's "temperature"; "tasks_without_samples" includes those with only
-        "infrastructure" results; "oracle_temperature" is empty without several temperatures.
+        "infrastructure" results; "oracle_temperature" is empty without several temperatures;
+        "other_comparison" counts the verdicts that the other comparison would change.
     """
     failed = [
         {key: row[key] for key in ("task_id", "verdict", "detail")}
@@ -88,6 +94,8 @@ def build_report(
         },
         "tasks_without_samples": sum(made.task_id not in counted for made in tasks),
         "infrastructure": verdicts["infrastructure"],
+        "comparison": comparison,
+        "other_comparison": _other_comparison(comparison, results) if comparison else None,
         "by_temperature": by_temperature,
         "oracle_temperature": best_temperatures(figures) if len(figures) > 1 else {},
         "published": _published(task, tasks),
@@ -148,6 +156,8 @@ def print_report(report: Mapping) -> None:
     if "pass_at_k" in report:
         verdicts = ", ".join(f"{n} {verdict}" for verdict, n in report["verdicts"].items())
         print(f"{report['task']}: {report['problems']} problems, tier {report['tier']}, {verdicts}")
+        if report.get("comparison"):
+            print(f"  {comparison_sentence(report)}")
         for at in report["by_temperature"]:
             where = "" if at["temperature"] is None else f" at temperature {at['temperature']}"
             for k, figure in at["pass_at_k"].items():
@@ -197,6 +207,23 @@ def _at_temperature(
         "samples": len(results),
         "verdicts": dict(Counter(row["verdict"] for row in results).most_common()),
         **pass_at_k(counts, ks, seed),
+    }
+
+
+def _other_comparison(comparison: str, results: Sequence[Mapping]) -> dict:
+    """How the verdicts by the other comparison differ: "known" of all results have one."""
+    known = [row for row in results if row.get("other") and row["verdict"] != "infrastructure"]
+    changed = Counter(
+        "to_pass" if row["other"] == "pass" else "from_pass" if row["verdict"] == "pass" else "rest"
+        for row in known
+        if row["verdict"] != row["other"]
+    )
+    counts = {way: changed[way] for way in ("to_pass", "from_pass")}
+    return {
+        "name": other_comparison(comparison),
+        "known": len(known),
+        "changed": changed.total(),
+        **counts,
     }
 
 

@@ -22,6 +22,16 @@ def percent(figure: Mapping[str, float]) -> str:
     return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
+def comparison_sentence(report: Mapping) -> str:
+    """How outputs were compared, and what the other comparison would change."""
+    other = report["other_comparison"]
+    return (
+        f"outputs compared by {report['comparison']}; {other['name']} would change "
+        f"{other['changed']} of {_count(other['known'], 'verdict')}: {other['from_pass']} from "
+        f"pass, {other['to_pass']} to pass"
+    )
+
+
 def report_page(report: Mapping, *, with_figure: bool) -> str:
     """A report (see ``write_report``) as Markdown; ``with_figure``: ``report.png`` is beside it."""
     sections = [f"# Evaluation{': ' + report['task'] if 'task' in report else ''}"]
@@ -97,7 +107,11 @@ def _verdicts(report: Mapping) -> list[str]:
         for name, meaning in VERDICTS.items()
         if name in report["verdicts"]
     ]
-    return ["## Verdicts", _table([*head, "what it means"], rows)]
+    sections = ["## Verdicts", _table([*head, "what it means"], rows)]
+    if report.get("comparison"):
+        sentence = comparison_sentence(report)
+        sections.append(f"{sentence[0].upper()}{sentence[1:]} (docs/evaluation.md).")
+    return sections
 
 
 def _left_out(report: Mapping) -> list[str]:

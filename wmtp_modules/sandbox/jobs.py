@@ -19,7 +19,8 @@ class Limits:
 
     Args:
         seconds: wall-clock time of one case of a script, or of a program with all its tests.
-        memory_mb: address space beyond what the interpreter itself takes.
+        memory_mb: memory beyond what the interpreter itself takes. Address space counts, but of the
+            stacks of threads only what is used.
     """
 
     seconds: float = 15.0
@@ -62,6 +63,7 @@ class StdinJob:
         cases: pairs of input and expected output, run in order until one fails.
         compare: given expected and actual output, returns None or why they differ; runs outside
             the sandbox.
+        other: another comparison, whose verdict is told beside the first.
         input_file: name of a file in the scratch folder that gets the input; standard input
             always does.
         output_file: name of the file that the program writes; None: standard output.
@@ -74,6 +76,7 @@ class StdinJob:
     input_file: str | None = None
     output_file: str | None = None
     limits: Limits = Limits()
+    other: Callable[[str, str], str | None] | None = None
 
     def __post_init__(self) -> None:
         if not self.cases:
@@ -96,9 +99,11 @@ class Outcome:
         seconds: wall-clock time of its process; for a script, of the slowest case.
         peak_mb: peak resident memory of its process, including some 15 MB for the interpreter.
         detail: end of the error or the output, printable, at most 2,000 characters.
+        other: the verdict by the job's other comparison, or None.
     """
 
     verdict: str
     seconds: float
     peak_mb: float
     detail: str
+    other: str | None = None

@@ -13,8 +13,9 @@ import sys
 
 NOBODY = 65534
 SCRATCH = "/scratch"  # inside bubblewrap
-DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+STREAMS = "/proc/self/fd"  # inside bubblewrap, which has no other /proc: server.open_streams
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
 SERVER_STACK = 8 << 20  # also of a thread; a program's main stack may grow further
 FLAGS = ("-P", "-s", "-S", "-B", "-")  # not -I: it would ignore PYTHONHASHSEED
 UNAVAILABLE = 3  # exit status: the reason is on standard error
@@ -43,7 +44,7 @@ def environment(scratch: str) -> dict[str, str]:
 
 
 def interpreter(python: str, prefix: str) -> list[str]:
-    """The paths that an interpreter needs: itself, its library, the system's libraries."""
+    """The paths that an interpreter needs: itself, its library, the system's; time zones."""
     own = [os.path.join(prefix, name) for name in ("lib", "lib64")]
     paths = [python, *own, *LIBRARIES, "/etc/ld.so.cache"]
     return list(dict.fromkeys(path for path in paths if os.path.exists(path)))
@@ -115,7 +116,11 @@ def enter_bubblewrap(config: dict) -> None:
         bwrap += ["--ro-bind", sources[path], path]
     for path in DEVICES:
         bwrap += ["--dev-bind", path, path]
-    bwrap += ["--size", str(config["scratch_bytes"]), "--tmpfs", SCRATCH, "--remount-ro", "/"]
+    bwrap += ["--size", str(config["scratch_bytes"]), "--tmpfs", SCRATCH]
+    bwrap += ["--tmpfs", STREAMS, "--symlink", STREAMS, "/dev/fd"]
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        bwrap += ["--symlink", f"{STREAMS}/{number}", f"/dev/{name}"]
+    bwrap += ["--remount-ro", "/"]
     bwrap += ["--chdir", SCRATCH]
     for name, value in environment(SCRATCH).items():
         bwrap += ["--setenv", name, value]

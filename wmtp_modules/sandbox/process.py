@@ -18,7 +18,7 @@ from wmtp_modules.sandbox.jobs import SandboxError
 HERE = Path(__file__).parent
 NOBODY = 65534
 # Modules that run inside, in this order.
-INSIDE = ("wire", "kinds", "shared", "scratch", "program", "judge", "server")
+INSIDE = ("wire", "kinds", "shared", "scratch", "substitutes", "program", "judge", "server")
 START_SECONDS = 30
 BACKSTOP_SECONDS = 10  # for a server to answer after the time of its program
 
@@ -27,7 +27,15 @@ import sys, types
 for name, source in {sources!r}:
     module = sys.modules[name] = types.ModuleType(name)
     exec(compile(source, f"<{{name}}>", "exec"), module.__dict__)
-sys.modules["server"].serve({control}, {config!r})
+program = sys.modules["program"]
+script = sys.modules["server"].serve({control}, {config!r})
+if script:  # this is a fork of the server; no frame of ours shall be below the script's
+    try:
+        exec(compile(script.source, script.path, "exec", dont_inherit=True), script.namespace)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        program.fail(error)
 """
 
 
@@ -48,6 +56,10 @@ class Server:
         tier: of the walls.
         config: for ``server.serve``.
         folder: holds the scratch folder in tiers without their own file system, or None.
+
+    Attributes:
+        streams: at tier bubblewrap, the ends to read of the named pipes that /dev/stdout and
+            /dev/stderr are inside; elsewhere these lead to whatever a program is given.
 
     Raises:
         SandboxError: if the tier is not available, with the reason.
@@ -83,6 +95,8 @@ class Server:
         )
         self.pid = self._process.pid
         self.reply: dict | None = None
+        self.streams: list[int] = []
+        config = config | {"streams": tier == "bubblewrap"}
         text = BOOTSTRAP.format(sources=sources, control=theirs.fileno(), config=config)
         theirs.close()
         script = self._process.stdin
@@ -90,7 +104,9 @@ class Server:
         try:
             script.write(text.encode())
             script.close()
-            ready = self._answers(START_SECONDS) and self.link.recv(100)
+            ready = None
+            if self._answers(START_SECONDS):
+                ready, self.streams, _, _ = socket.recv_fds(self.link, 100, 2)
         except OSError:  # it ended before it read everything
             ready = None
         if not ready:
@@ -154,6 +170,9 @@ class Server:
     def close(self) -> None:
         """End the server and everything inside."""
         self.link.close()
+        for stream in self.streams:
+            os.close(stream)
+        self.streams = []
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:

@@ -5,8 +5,10 @@ verdict ``pass``: a script is judged by its output, and functions by the judge, 
 tests in another process. Runs inside the sandbox, so it uses only the standard library.
 """
 
+import builtins
 import dataclasses
 import errno
+import importlib.machinery
 import linecache
 import operator
 import os
@@ -18,6 +20,7 @@ import wire
 from shared import Shared
 
 FILE = "<program>"
+OURS = ("wire", "kinds", "shared", "scratch", "substitutes", "program", "judge", "server")
 LONGEST_TEXT = 2000  # of an error
 BY_ERRNO = {
     **dict.fromkeys((errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EROFS), "policy"),
@@ -40,33 +43,56 @@ def classify(error: BaseException) -> str:
     return "crash"
 
 
-def execute(source: str, name: str) -> types.ModuleType:
+def execute(source: bytes, name: str) -> types.ModuleType:
     """Run source as a module that pickle and dataclasses can find by name."""
     module = types.ModuleType(name)
     sys.modules[name] = module
-    linecache.cache[FILE] = (len(source), None, source.splitlines(True), FILE)  # for tracebacks
+    lines = source.decode("utf-8", "replace").splitlines(True)
+    linecache.cache[FILE] = (len(source), None, lines, FILE)  # for tracebacks
     exec(compile(source, FILE, "exec", dont_inherit=True), module.__dict__)
     return module
 
 
-def run_script(source: str) -> None:
-    """Run source as ``python program.py`` would, except for the interpreter's shutdown."""
-    try:
-        execute(source, "__main__")
-    except SystemExit:
-        raise
-    except BaseException as error:
-        status = wire.STATUSES[classify(error)]
-        frames = error.__traceback__
-        for _ in range(2):  # without ours
-            frames = frames and frames.tb_next
-        try:
-            traceback.print_exception(type(error), error, frames)
-        finally:
-            sys.exit(status)
+class Script:
+    """A program that runs as ``python program.py`` would, except for the interpreter's shutdown.
+
+    Attributes:
+        source: bytes, because a byte order mark and a coding cookie count.
+        path: of the file with the source, in the current folder.
+        namespace: of its module.
+    """
+
+    def __init__(self, source: bytes) -> None:
+        self.source, self.path = source, os.path.abspath("program.py")
+        with open(self.path, "wb") as file:
+            file.write(source)
+
+    def prepare(self) -> "Script":
+        """Make this process look as if the script had started it."""
+        for name in OURS:
+            sys.modules.pop(name, None)  # or the script could not have modules of these names
+        sys.path.insert(0, os.path.dirname(self.path))
+        sys.orig_argv = [sys.executable, *sys.argv]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        self.namespace = main.__dict__
+        self.namespace |= {
+            "__loader__": importlib.machinery.SourceFileLoader("__main__", self.path),
+            "__annotations__": {},
+            "__builtins__": builtins,
+            "__file__": self.path,
+            "__cached__": None,
+        }
+        return self
 
 
-def serve_functions(source: str, link: int) -> None:
+def fail(error: BaseException) -> None:
+    """End the process of a script that has raised an error; called where it was run."""
+    frames = error.__traceback__
+    sys.excepthook(type(error), error, frames and frames.tb_next)  # without ours
+    sys.exit(wire.STATUSES[classify(error)])
+
+
+def serve_functions(source: bytes, link: int) -> None:
     """Run source, then do what the judge asks through ``link``, until killed."""
     shared = Shared(1)
     failure = module = None

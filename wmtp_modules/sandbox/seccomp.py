@@ -87,6 +87,7 @@ def build_filter() -> bytes:
         for name in ("kill", "tgkill"):
             rule(ALLOW, name, (0, EQUAL, PROCESS_ID))
             rule(ERRNO | errno.EPERM, name, (0, NOT_EQUAL, PROCESS_ID))
+        rule(ALLOW, "setpriority", (0, EQUAL, 0), (1, EQUAL, 0))  # a process's own
         for name in ("prlimit64", "sched_getparam", "sched_getscheduler"):
             rule(ALLOW, name, (0, EQUAL, 0))
             rule(ERRNO | errno.EPERM, name, (0, NOT_EQUAL, 0))

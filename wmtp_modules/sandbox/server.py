@@ -4,8 +4,6 @@ Every program inherits the memory of this process, so nothing that a program mus
 through it: sources, inputs and outputs travel as descriptors. Uses only the standard library.
 """
 
-import _sitebuiltins
-import builtins
 import ctypes
 import fcntl
 import functools
@@ -19,6 +17,7 @@ import resource
 import select
 import shutil
 import signal
+import site
 import socket
 import stat
 import struct
@@ -28,6 +27,7 @@ import time
 import judge
 import program
 import scratch
+import substitutes
 
 # Imported in advance, so that a fork has them at no cost. Not random and threading: what they do in
 # every fork takes as long as the fork.
@@ -36,6 +36,7 @@ READY += " itertools operator re string typing"
 FILE_BYTES = 64 << 20
 OPEN_FILES = 64
 STACK_BYTES = 64 << 20
+STREAMS = "/proc/self/fd"
 LOOK = 0.05  # seconds between two checks of the scratch folder
 PDEATHSIG, SECCOMP, SECCOMP_FILTER = 1, 22, 2  # prctl
 
@@ -49,14 +50,17 @@ def serve(control: int, config: dict) -> None:
         control: descriptor of the socket to the trusted parent.
         config: ``filter`` (seccomp, hexadecimal; empty for none), ``process_id`` (what stands in it
             for a program's), ``processes`` (RLIMIT_NPROC), ``strays`` (whether programs can leave
-            processes behind).
+            processes behind), ``streams`` (whether to provide what /dev/stdin and its like are).
+
+    Returns only in a fork that is to become a script, which its caller runs.
     """
     config["filter"] = bytes.fromhex(config["filter"])
     config["size"] = address_space()
     for name in READY.split():
         importlib.import_module(name)
-    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
-    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
+    for add in (site.setquit, site.setcopyright, site.sethelper):
+        add()
+    substitutes.install()
     for name in set(os.environ) - {"PATH", "HOME", "LANG", "PYTHONHASHSEED"}:
         del os.environ[name]
     sys.argv = ["program.py"]
@@ -66,7 +70,10 @@ def serve(control: int, config: dict) -> None:
     link = socket.socket(fileno=control)
     folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
     scratch.empty(folder)
-    link.send(b'{"ready": true}')
+    given, streams = open_streams() if config["streams"] else (-1, [])
+    socket.send_fds(link, [b'{"ready": true}'], streams)
+    for stream in streams:
+        os.close(stream)
     while True:
         data, descriptors, _, _ = socket.recv_fds(link, 1 << 16, 8)
         if not data:
@@ -74,6 +81,8 @@ def serve(control: int, config: dict) -> None:
         request = json.loads(data)
         if "kill" in request:
             continue  # the program ended before the request arrived
+        if given >= 0:
+            copy_input(descriptors[0] if request["role"] == "script" else None, given)
         started = time.monotonic()
         parent = os.getpid()
         try:
@@ -97,9 +106,39 @@ def serve(control: int, config: dict) -> None:
         scratch.empty(folder)
         reply = {"status": status, "overfull": overfull, "seconds": seconds}
         reply |= {"peak_kb": usage.ru_maxrss, "output": len(output)}
+        # Only a program that raised its limit, which leaves room for stacks, uses more than that.
+        reply["overused"] = usage.ru_maxrss << 10 > memory(request, config)
         socket.send_fds(link, [json.dumps(reply).encode()], output)
         for descriptor in output:
             os.close(descriptor)
+
+
+def open_streams() -> tuple[int, list[int]]:
+    """Make what a program's standard streams are by name, where there is no /proc.
+
+    Standard input is a file that a program can only read. The other two are named pipes that it
+    can only write to; the parent has the other ends.
+
+    Returns a descriptor that writes to the file, and those for the parent.
+    """
+    given = os.open(f"{STREAMS}/0", os.O_RDWR | os.O_CREAT, 0o444)
+    ends = []
+    for number in (1, 2):
+        path = f"{STREAMS}/{number}"
+        os.mkfifo(path, 0o600)
+        ends.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        os.chmod(path, 0o200)
+    os.chmod(STREAMS, 0o555)
+    return given, ends
+
+
+def copy_input(source: int | None, target: int) -> None:
+    """Replace the content of a file by that of another, or by nothing."""
+    os.ftruncate(target, 0)
+    os.lseek(target, 0, os.SEEK_SET)
+    done, size = 0, 0 if source is None else os.fstat(source).st_size
+    while done < size:
+        done += os.sendfile(target, source, done, size - done)
 
 
 def watch(child: int, link: socket.socket) -> bool:
@@ -149,8 +188,13 @@ def end_strays() -> None:
             return
 
 
-def become_program(request: dict, descriptors: list[int], config: dict, server: int) -> None:
-    """Turn a fork into a program: set up descriptors, limits and filter, then run its source."""
+def become_program(
+    request: dict, descriptors: list[int], config: dict, server: int
+) -> program.Script:
+    """Turn a fork into a program: set up descriptors, limits and filter, then run its source.
+
+    Returns only if it is a script, for the caller to run.
+    """
     libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != server:
         os._exit(1)
@@ -161,6 +205,7 @@ def become_program(request: dict, descriptors: list[int], config: dict, server: 
     os.closerange(len(copies), 1 << 16)
     with open(3, "rb") as file:
         source = file.read()
+    script = program.Script(source) if request["role"] == "script" else None
     if request["input_file"]:
         with open(request["input_file"], "wb") as file, open(0, "rb", closefd=False) as given:
             shutil.copyfileobj(given, file)
@@ -170,23 +215,30 @@ def become_program(request: dict, descriptors: list[int], config: dict, server: 
         install_filter(config["filter"], config["process_id"])
     if request["role"] == "judge":
         judge.judge(source, 4, 5)
+    # As Python opens them in the locale C.UTF-8.
     text = functools.partial(open, encoding="utf-8", closefd=False)
-    sys.stdin = sys.__stdin__ = text(0)
-    sys.stdout = sys.__stdout__ = text(1, "w")
+    sys.stdin = sys.__stdin__ = text(0, errors="surrogateescape")
+    sys.stdout = sys.__stdout__ = text(1, "w", errors="surrogateescape")
     sys.stderr = sys.__stderr__ = text(2, "w", buffering=1, errors="backslashreplace")
-    source = source.decode("utf-8", "surrogatepass")
-    if request["role"] == "functions":
+    for name, stream in (("stdin", sys.stdin), ("stdout", sys.stdout), ("stderr", sys.stderr)):
+        stream.buffer.raw.name = f"<{name}>"
+    if script is None:
         program.serve_functions(source, 4)
-    program.run_script(source)
+    return script.prepare()
+
+
+def memory(request: dict, config: dict) -> int:
+    """Bytes that a program may use, with what the interpreter takes."""
+    return config["size"] + (request["memory_mb"] << 20)
 
 
 def limit(request: dict, config: dict) -> None:
     """Set the kernel's limits for this process, which it cannot raise again."""
-    size = config["size"] + (request["memory_mb"] << 20)
+    size = memory(request, config)
     # Processor time of all threads; the parent's wall-clock limit comes first.
     seconds = math.ceil(request["seconds"]) * 4 + 5
     for name, soft in (
-        (resource.RLIMIT_AS, size),
+        (resource.RLIMIT_AS, size + substitutes.STACKS),
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
@@ -194,7 +246,7 @@ def limit(request: dict, config: dict) -> None:
     ):
         hard = resource.getrlimit(name)[1]
         soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
-        resource.setrlimit(name, (soft, soft))
+        resource.setrlimit(name, (min(soft, size) if name == resource.RLIMIT_AS else soft, soft))
     # The hard limit stays: programs may raise this one, and the address space bounds it.
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     stack = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)

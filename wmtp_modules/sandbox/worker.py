@@ -12,15 +12,16 @@ import select
 import signal
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from wmtp_modules.sandbox.jobs import FunctionJob, Limits, Outcome, StdinJob
 from wmtp_modules.sandbox.preparation import prepare
-from wmtp_modules.sandbox.process import Server, ServerLost
+from wmtp_modules.sandbox.process import NOBODY, Server, ServerLost
 from wmtp_modules.sandbox.wire import STATUSES
 
 MOST_OUTPUT = 16 << 20  # bytes
-MOST_ERRORS = 1 << 20
+MOST_ERRORS = 64 << 20
+KEPT_ERRORS = 1 << 16
 TAIL = 2000  # characters
 JUDGE_MEMORY_MB = 1024
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -31,21 +32,40 @@ SIGNALS: dict[int, str] = {
 }
 REASONS = {
     "timeout": "still running after {seconds:g} s",
-    "output_limit": "more than 16 MB of output or 1 MB of errors",
+    "output_limit": "more than 16 MB of output or 64 MB of errors",
+    "memory": "more than {memory_mb} MB of memory",
     "overfull": "more than 128 MB or 2,000 files in the scratch folder",
 }
 
 
 class Stream:
-    """Collects what a program writes to a pipe, up to a limit."""
+    """Collects what a program writes to a pipe, up to a limit.
 
-    def __init__(self, stack: ExitStack, limit: int) -> None:
-        self._end, self.theirs = os.pipe()
-        stack.callback(os.close, self._end)
+    Args:
+        stack: closes it.
+        limit: bytes.
+        kept: bytes at the end that are stored, at least.
+        named: end of a named pipe (see ``Server.streams``) that no other program has open.
+    """
+
+    def __init__(
+        self, stack: ExitStack, limit: int, kept: int | None = None, named: int | None = None
+    ) -> None:
+        if named is None:
+            self._end, self.theirs = os.pipe()
+            if os.getuid() == 0:
+                os.fchown(self.theirs, NOBODY, NOBODY)  # may open it by the name /dev/stdout
+            stack.callback(os.close, self._end)
+            os.set_blocking(self._end, False)
+        else:
+            with suppress(BlockingIOError):  # the other end is still open somewhere
+                while os.read(named, 1 << 20):  # what another program wrote and nobody wanted
+                    pass
+            self._end, self.theirs = named, os.open(f"/proc/self/fd/{named}", os.O_WRONLY)
         stack.callback(self.close_theirs)
-        os.set_blocking(self._end, False)
-        self._limit = limit
+        self._limit, self._kept = limit, kept or limit
         self.data = bytearray()
+        self._size = 0
 
     def fileno(self) -> int:
         return self._end
@@ -63,10 +83,13 @@ class Stream:
         except BlockingIOError:
             return True
         self.data += part
+        self._size += len(part)
+        if len(self.data) > 2 * self._kept:
+            del self.data[: -self._kept]
         return bool(part)
 
     def too_long(self) -> bool:
-        return len(self.data) > self._limit
+        return self._size > self._limit
 
     def tail(self) -> str:
         return self.data[-4 * TAIL :].decode("utf-8", "replace")[-TAIL:]
@@ -101,8 +124,8 @@ class Worker:
         except (SyntaxError, ValueError) as error:
             return Outcome("infrastructure", 0.0, 0.0, f"the tests are not Python: {error}"[:TAIL])
         with ExitStack() as stack:
-            output, errors = Stream(stack, MOST_OUTPUT), Stream(stack, MOST_ERRORS)
-            said = Stream(stack, MOST_ERRORS)
+            output, errors = self._streams(stack)
+            said = Stream(stack, MOST_OUTPUT)
             nothing = os.open(os.devnull, os.O_RDWR)
             stack.callback(os.close, nothing)
             link, judge_link = socket.socketpair()
@@ -130,22 +153,37 @@ class Worker:
             verdict, detail = json.loads(bytes(said.data)).values()
             if verdict == "gone" or (verdict == "pass" and ended_early):
                 verdict, detail = explain_end(reply["status"], errors)
+            if verdict == "pass" and reply["overused"]:
+                return failed("memory", reply, job.limits)
             return outcome(verdict, reply, detail)
 
     def _run_script(self, job: StdinJob) -> Outcome:
+        """Run case after case until one fails, by the other comparison too."""
         seconds = peak_mb = 0.0
+        verdicts: dict[str, tuple[str, str]] = {}  # of the comparisons that found a failure
+        comparisons = {"first": job.compare} | ({"other": job.other} if job.other else {})
         for number, (given, expected) in enumerate(job.cases, start=1):
-            case = self._run_case(job, given, expected)
+            case, text = self._run_case(job, given)
             seconds, peak_mb = max(seconds, case.seconds), max(peak_mb, case.peak_mb)
-            if case.verdict != "pass":
-                head = f"case {number} of {len(job.cases)}: "
-                detail = head + case.detail[-(TAIL - len(head)) :]
-                return Outcome(case.verdict, seconds, peak_mb, detail)
-        return Outcome("pass", seconds, peak_mb, "")
+            head = f"case {number} of {len(job.cases)}: "
+            for name in comparisons.keys() - verdicts.keys():
+                verdict, detail = case.verdict, case.detail
+                if text is not None:
+                    difference = comparisons[name](expected, text)
+                    if difference is None:
+                        continue
+                    verdict, detail = "wrong", printable(difference)
+                verdicts[name] = verdict, head + detail[-(TAIL - len(head)) :]
+            if len(verdicts) == len(comparisons):
+                break
+        verdict, detail = verdicts.get("first", ("pass", ""))
+        other = verdicts.get("other", ("pass", ""))[0] if job.other else None
+        return Outcome(verdict, seconds, peak_mb, detail, other)
 
-    def _run_case(self, job: StdinJob, given: str, expected: str) -> Outcome:
+    def _run_case(self, job: StdinJob, given: str) -> tuple[Outcome, str | None]:
+        """How a program ended, and what it wrote if it ended well."""
         with ExitStack() as stack:
-            output, errors = Stream(stack, MOST_OUTPUT), Stream(stack, MOST_ERRORS)
+            output, errors = self._streams(stack)
             self._programs.start(
                 request("script", job.limits, job.input_file, job.output_file),
                 [
@@ -158,19 +196,27 @@ class Worker:
             for descriptor in reply["descriptors"]:
                 stack.callback(os.close, descriptor)
             if reason is not None or reply["overfull"]:
-                return failed(reason or "overfull", reply, job.limits)
+                return failed(reason or "overfull", reply, job.limits), None
             if reply["status"] != 0:
                 verdict, detail = explain_end(reply["status"], errors)
-                return outcome(verdict, reply, detail)
+                return outcome(verdict, reply, detail), None
+            if reply["overused"]:
+                return failed("memory", reply, job.limits), None
             data = bytes(output.data)
             if job.output_file is not None:
                 if not reply["descriptors"]:
-                    return outcome("wrong", reply, f"the program wrote no file {job.output_file}")
+                    missing = f"the program wrote no file {job.output_file}"
+                    return outcome("wrong", reply, missing), None
                 data = os.pread(reply["descriptors"][0], MOST_OUTPUT + 1, 0)
                 if len(data) > MOST_OUTPUT:
-                    return failed("output_limit", reply, job.limits)
-            difference = job.compare(expected, data.decode("utf-8", "replace"))
-            return outcome("pass" if difference is None else "wrong", reply, difference or "")
+                    return failed("output_limit", reply, job.limits), None
+            return outcome("pass", reply, ""), data.decode("utf-8", "replace")
+
+    def _streams(self, stack: ExitStack) -> tuple[Stream, Stream]:
+        """For what a program writes."""
+        names = self._programs.streams or (None, None)
+        output = Stream(stack, MOST_OUTPUT, named=names[0])
+        return output, Stream(stack, MOST_ERRORS, KEPT_ERRORS, names[1])
 
     def _attend(self, server: Server, streams: list[Stream], seconds: float) -> str | None:
         """Read output until a server replies; returns why it must be stopped, or None."""
@@ -213,14 +259,19 @@ def request(
 
 
 def outcome(verdict: str, reply: dict, detail: str) -> Outcome:
+    return Outcome(verdict, reply["seconds"], reply["peak_kb"] / 1024, printable(detail))
+
+
+def printable(detail: str) -> str:
     detail = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in detail)
-    return Outcome(verdict, reply["seconds"], reply["peak_kb"] / 1024, detail.strip()[-TAIL:])
+    return detail.strip()[-TAIL:]
 
 
 def failed(reason: str, reply: dict, limits: Limits) -> Outcome:
     """The outcome of a program that was stopped."""
-    verdict = "timeout" if reason == "timeout" else "output_limit"
-    return outcome(verdict, reply, REASONS[reason].format(seconds=limits.seconds))
+    verdict = reason if reason in ("timeout", "memory") else "output_limit"
+    text = REASONS[reason].format(seconds=limits.seconds, memory_mb=limits.memory_mb)
+    return outcome(verdict, reply, text)
 
 
 def explain_end(status: int, errors: Stream) -> tuple[str, str]:
@@ -241,12 +292,15 @@ def encoded(text: str) -> bytes:
 
 
 def sealed(stack: ExitStack, data: bytes) -> int:
-    """An immutable file in memory, to be read from the start."""
+    """An immutable file in memory, to be read from the start, and open for reading only: older
+    kernels map no other sealed file."""
     file = os.memfd_create("data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     stack.callback(os.close, file)
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(file, rest) :]
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, SEALS)
-    os.lseek(file, 0, os.SEEK_SET)
-    return file
+    os.fchmod(file, 0o444)
+    readable = os.open(f"/proc/self/fd/{file}", os.O_RDONLY)
+    stack.callback(os.close, readable)
+    return readable
