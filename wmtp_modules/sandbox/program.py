@@ -17,7 +17,6 @@ import types
 import wire
 
 FILE = "<program>"
-OURS = ("wire", "scratch", "substitutes", "program", "judge", "server")
 LONGEST_TEXT = 2000  # of an error
 BY_ERRNO = {
     **dict.fromkeys((errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EROFS), "policy"),
@@ -51,7 +50,7 @@ def execute(source: bytes, name: str) -> types.ModuleType:
 
 
 class Script:
-    """A program that runs as ``python program.py`` would, except for the interpreter's shutdown.
+    """A program that runs as ``python program.py`` would; making one prepares this process for it.
 
     Attributes:
         source: bytes, because a byte order mark and a coding cookie count.
@@ -63,11 +62,6 @@ class Script:
         self.source, self.path = source, os.path.abspath("program.py")
         with open(self.path, "wb") as file:
             file.write(source)
-
-    def prepare(self) -> "Script":
-        """Make this process look as if the script had started it."""
-        for name in OURS:
-            sys.modules.pop(name, None)  # or the script could not have modules of these names
         sys.path.insert(0, os.path.dirname(self.path))
         sys.orig_argv = [sys.executable, *sys.argv]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -79,7 +73,6 @@ class Script:
             "__file__": self.path,
             "__cached__": None,
         }
-        return self
 
 
 def fail(error: BaseException) -> None:
