@@ -29,7 +29,10 @@ for name, source in {sources!r}:
     exec(compile(source, f"<{{name}}>", "exec"), module.__dict__)
 program = sys.modules["program"]
 script = sys.modules["server"].serve({control}, {config!r})
-if script:  # this is a fork of the server; no frame of ours shall be below the script's
+if script:  # this is a fork of the server
+    for name in {names!r}:
+        del sys.modules[name]  # the script may have modules of these names
+    # Here, because no other frames of ours shall be below the script's.
     try:
         exec(compile(script.source, script.path, "exec", dont_inherit=True), script.namespace)
     except SystemExit:
@@ -97,7 +100,9 @@ class Server:
         self.reply: dict | None = None
         self.streams: list[int] = []
         config = config | {"streams": tier == "bubblewrap"}
-        text = BOOTSTRAP.format(sources=sources, control=theirs.fileno(), config=config)
+        text = BOOTSTRAP.format(
+            sources=sources, names=INSIDE, control=theirs.fileno(), config=config
+        )
         theirs.close()
         script = self._process.stdin
         assert script is not None

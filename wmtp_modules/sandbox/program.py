@@ -20,7 +20,6 @@ import wire
 from shared import Shared
 
 FILE = "<program>"
-OURS = ("wire", "kinds", "shared", "scratch", "substitutes", "program", "judge", "server")
 LONGEST_TEXT = 2000  # of an error
 BY_ERRNO = {
     **dict.fromkeys((errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EROFS), "policy"),
@@ -54,7 +53,7 @@ def execute(source: bytes, name: str) -> types.ModuleType:
 
 
 class Script:
-    """A program that runs as ``python program.py`` would, except for the interpreter's shutdown.
+    """A program that runs as ``python program.py`` would; making one prepares this process for it.
 
     Attributes:
         source: bytes, because a byte order mark and a coding cookie count.
@@ -66,11 +65,6 @@ class Script:
         self.source, self.path = source, os.path.abspath("program.py")
         with open(self.path, "wb") as file:
             file.write(source)
-
-    def prepare(self) -> "Script":
-        """Make this process look as if the script had started it."""
-        for name in OURS:
-            sys.modules.pop(name, None)  # or the script could not have modules of these names
         sys.path.insert(0, os.path.dirname(self.path))
         sys.orig_argv = [sys.executable, *sys.argv]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -82,7 +76,6 @@ class Script:
             "__file__": self.path,
             "__cached__": None,
         }
-        return self
 
 
 def fail(error: BaseException) -> None:

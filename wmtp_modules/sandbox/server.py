@@ -23,6 +23,7 @@ import stat
 import struct
 import sys
 import time
+from typing import Any
 
 import judge
 import program
@@ -43,7 +44,7 @@ PDEATHSIG, SECCOMP, SECCOMP_FILTER = 1, 22, 2  # prctl
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def serve(control: int, config: dict) -> None:
+def serve(control: int, config: dict) -> program.Script | None:
     """Fork for every request until the other side is gone.
 
     Args:
@@ -136,9 +137,10 @@ def copy_input(source: int | None, target: int) -> None:
     """Replace the content of a file by that of another, or by nothing."""
     os.ftruncate(target, 0)
     os.lseek(target, 0, os.SEEK_SET)
-    done, size = 0, 0 if source is None else os.fstat(source).st_size
-    while done < size:
-        done += os.sendfile(target, source, done, size - done)
+    if source is not None:
+        done, size = 0, os.fstat(source).st_size
+        while done < size:
+            done += os.sendfile(target, source, done, size - done)
 
 
 def watch(child: int, link: socket.socket) -> bool:
@@ -190,7 +192,7 @@ def end_strays() -> None:
 
 def become_program(
     request: dict, descriptors: list[int], config: dict, server: int
-) -> program.Script:
+) -> program.Script | None:
     """Turn a fork into a program: set up descriptors, limits and filter, then run its source.
 
     Returns only if it is a script, for the caller to run.
@@ -205,7 +207,7 @@ def become_program(
     os.closerange(len(copies), 1 << 16)
     with open(3, "rb") as file:
         source = file.read()
-    script = program.Script(source) if request["role"] == "script" else None
+    script = program.Script(source) if request["role"] == "script" else None  # writes it
     if request["input_file"]:
         with open(request["input_file"], "wb") as file, open(0, "rb", closefd=False) as given:
             shutil.copyfileobj(given, file)
@@ -217,14 +219,18 @@ def become_program(
         judge.judge(source, 4, 5)
     # As Python opens them in the locale C.UTF-8.
     text = functools.partial(open, encoding="utf-8", closefd=False)
-    sys.stdin = sys.__stdin__ = text(0, errors="surrogateescape")
-    sys.stdout = sys.__stdout__ = text(1, "w", errors="surrogateescape")
-    sys.stderr = sys.__stderr__ = text(2, "w", buffering=1, errors="backslashreplace")
-    for name, stream in (("stdin", sys.stdin), ("stdout", sys.stdout), ("stderr", sys.stderr)):
-        stream.buffer.raw.name = f"<{name}>"
+    streams: list[Any] = [
+        text(0, errors="surrogateescape"),
+        text(1, "w", errors="surrogateescape"),
+        text(2, "w", buffering=1, errors="backslashreplace"),
+    ]
+    sys.stdin, sys.stdout, sys.stderr = streams
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams
+    for name, stream in zip(("<stdin>", "<stdout>", "<stderr>"), streams, strict=True):
+        stream.buffer.raw.name = name
     if script is None:
         program.serve_functions(source, 4)
-    return script.prepare()
+    return script
 
 
 def memory(request: dict, config: dict) -> int:

@@ -70,6 +70,8 @@ class HeapInScratch:
         if name != "multiprocessing.heap":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
         run = spec.loader.exec_module
 
         def run_without_shared_memory(module: types.ModuleType) -> None:
@@ -91,7 +93,7 @@ class SemLock:
         self.kind, self.maxvalue = kind, maxvalue
         self.handle, self.name = id(self), None  # without a name no process watches over it
         self._free = threading.Semaphore(value)
-        self._held, self._holder = 0, None
+        self._held, self._holder = 0, 0  # times; the identity of a thread
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         if self.kind != RECURSIVE_MUTEX or not self._is_mine():
