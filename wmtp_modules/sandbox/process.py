@@ -30,6 +30,22 @@ sys.modules["server"].serve({control}, {config!r})
 """
 
 
+def launcher(tier: str, **config) -> list[str]:
+    """The command that starts ``launch.py``."""
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    config |= {"tier": tier, "python": python, "prefix": sys.base_prefix}
+    config |= {"scratch_bytes": scratch.MOST_BYTES, "scratch_inodes": 2 * scratch.MOST_FILES}
+    return [python, "-I", "-S", "-B", str(HERE / "launch.py"), json.dumps(config)]
+
+
+def why_no_namespaces() -> str | None:
+    """Why the kernel grants this process no namespaces; None if it does."""
+    done = subprocess.run(
+        launcher("namespaces"), capture_output=True, stdin=subprocess.DEVNULL, text=True
+    )
+    return done.stderr.strip()[-200:] or "unknown reason" if done.returncode else None
+
+
 class ServerLost(Exception):
     """A fork server ended, or does not answer; ``ours``: before the program could be to blame."""
 
@@ -46,7 +62,8 @@ class Server:
     Args:
         tier: of the walls.
         config: for ``server.serve``.
-        folder: holds the scratch folder in tiers without their own file system, or None.
+        folder: holds the scratch folder; None if the server gets a file system of its own, as
+            bubblewrap gives it, and namespaces where ``why_no_namespaces`` finds no obstacle.
 
     Raises:
         SandboxError: if the tier is not available, with the reason.
@@ -56,24 +73,15 @@ class Server:
         own = None if folder is None else tempfile.mkdtemp(dir=folder)
         if own is not None and os.getuid() == 0:
             os.chown(own, NOBODY, NOBODY)
-        python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
         bwrap = shutil.which("bwrap")
         if tier == "bubblewrap" and bwrap is None:
             raise SandboxError("bubblewrap is not installed (apt-get install bubblewrap)")
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        launch = {
-            "tier": tier,
-            "python": python,
-            "prefix": sys.base_prefix,
-            "bwrap": bwrap,
-            "scratch": own,
-            "scratch_bytes": scratch.MOST_BYTES,
-            "parent": os.getpid(),
-        }
+        launch = {"bwrap": bwrap, "scratch": own, "parent": os.getpid()}
         sources = [(name, (HERE / f"{name}.py").read_text("utf-8")) for name in INSIDE]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [python, "-I", "-S", "-B", str(HERE / "launch.py"), json.dumps(launch)],
+            launcher(tier, **launch),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
@@ -81,6 +89,7 @@ class Server:
             start_new_session=True,  # a keyboard interrupt is for the parent only
         )
         self.pid = self._process.pid
+        self.tasks = 0  # RLIMIT_NPROC of programs: processes and threads
         self.reply: dict | None = None
         text = BOOTSTRAP.format(sources=sources, control=theirs.fileno(), config=config)
         theirs.close()
@@ -109,7 +118,8 @@ class Server:
         """Start a program. The descriptors are copied; close yours."""
         self.reply = None
         try:
-            socket.send_fds(self.link, [json.dumps(request).encode()], descriptors)
+            data = json.dumps({**request, "tasks": self.tasks}).encode()
+            socket.send_fds(self.link, [data], descriptors)
         except OSError as error:
             raise ServerLost(f"a fork server is gone: {error}") from None
 
@@ -149,6 +159,11 @@ class Server:
         """Cut the connection, from any thread: the server ends, and waiting threads are told."""
         with contextlib.suppress(OSError):  # it may already be closed
             self.link.shutdown(socket.SHUT_RDWR)
+
+    def finish(self) -> None:
+        """Wait until a worn server has removed what its last program wrote."""
+        self._process.wait()
+        self.close()
 
     def close(self) -> None:
         """End the server and everything inside."""

@@ -6,6 +6,7 @@ through it: sources, inputs and outputs travel as descriptors. Uses only the sta
 
 import _sitebuiltins
 import builtins
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -36,7 +37,7 @@ READY += " itertools operator re string typing"
 FILE_BYTES = 64 << 20
 OPEN_FILES = 64
 STACK_BYTES = 64 << 20
-LOOK = 0.05  # seconds between two checks of the scratch folder
+LOOK = 0.005, 0.05  # seconds between two checks of the scratch folder, at least and at most
 PDEATHSIG, SECCOMP, SECCOMP_FILTER = 1, 22, 2  # prctl
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -48,8 +49,8 @@ def serve(control: int, config: dict) -> None:
     Args:
         control: descriptor of the socket to the trusted parent.
         config: ``filter`` (seccomp, hexadecimal; empty for none), ``process_id`` (what stands in it
-            for a program's), ``processes`` (RLIMIT_NPROC), ``strays`` (whether programs can leave
-            processes behind).
+            for a program's), ``strays`` (whether programs can leave processes behind), ``on_disk``
+            (whether the scratch folder is: emptying it takes seconds).
     """
     config["filter"] = bytes.fromhex(config["filter"])
     config["size"] = address_space()
@@ -87,38 +88,49 @@ def serve(control: int, config: dict) -> None:
             return become_program(request, descriptors, config, parent)
         for descriptor in descriptors:
             os.close(descriptor)
-        overfull = watch(child, link)
+        killed, overfull = watch(child, link)
         _, status, usage = os.wait4(child, 0)
         seconds = time.monotonic() - started
         if config["strays"]:
             end_strays()
         output = open_output(request["output_file"])
-        scratch.empty(folder)
-        reply = {"status": status, "overfull": overfull, "seconds": seconds}
-        reply |= {"peak_kb": usage.ru_maxrss, "output": len(output)}
+        worn = config["on_disk"] and scratch.overfull(".", scratch.FEW_FILES)
+        if not worn:
+            scratch.empty(folder)
+        reply = {"status": status, "killed": killed, "overfull": overfull, "seconds": seconds}
+        reply |= {"cpu": usage.ru_utime + usage.ru_stime}
+        reply |= {"peak_kb": usage.ru_maxrss, "output": len(output), "worn": worn}
         socket.send_fds(link, [json.dumps(reply).encode()], output)
         for descriptor in output:
             os.close(descriptor)
+        if worn:  # another server takes over while this one tidies up
+            scratch.empty(folder)
+            return
 
 
-def watch(child: int, link: socket.socket) -> bool:
-    """Wait for a program to end, or end it for the parent; returns whether it wrote too much."""
+def watch(child: int, link: socket.socket) -> tuple[bool, bool]:
+    """Wait for a program to end; returns whether the parent ended it, and if it wrote too much."""
     ended = os.pidfd_open(child)
     poller = select.poll()
     poller.register(ended, select.POLLIN)
     poller.register(link, select.POLLIN)
-    overfull = False
+    killed = overfull = False
+    pause = LOOK[0]
     while True:
-        ready = [descriptor for descriptor, _ in poller.poll(LOOK * 1000)]
+        ready = [descriptor for descriptor, _ in poller.poll(pause * 1000)]
         if ended in ready:
             os.close(ended)
-            return overfull
+            return killed, overfull
         if ready and not link.recv(1 << 16):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             os._exit(0)  # the parent is gone
+        began = time.monotonic()
         overfull = overfull or scratch.overfull(".")
-        if ready or overfull:
+        # Often, because all that a program makes until it is stopped must be removed again.
+        pause = min(max(LOOK[0], 10 * (time.monotonic() - began)), LOOK[1])
+        killed = killed or bool(ready)
+        if killed or overfull:
             os.kill(child, signal.SIGKILL)
 
 
@@ -139,9 +151,13 @@ def open_output(name: str | None) -> list[int]:
 def end_strays() -> None:
     """End what a program left behind; orphans become children of this process (subreaper)."""
     while True:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            for child in file.read().split():
-                os.kill(int(child), signal.SIGKILL)
+        if os.getpid() == 1:  # of a namespace
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL)  # all at once: nothing forks faster than that
+        else:
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                for child in file.read().split():
+                    os.kill(int(child), signal.SIGKILL)
         try:
             os.wait()
         except ChildProcessError:
@@ -189,7 +205,7 @@ def limit(request: dict, config: dict) -> None:
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_NPROC, config["processes"]),
+        (resource.RLIMIT_NPROC, request["tasks"]),
     ):
         hard = resource.getrlimit(name)[1]
         soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)

@@ -14,7 +14,8 @@ import socket
 import time
 from contextlib import ExitStack
 
-from wmtp_modules.sandbox.jobs import FunctionJob, Limits, Outcome, StdinJob
+from wmtp_modules.sandbox.contention import descendants, out_of_memory_kills, used_and_waited
+from wmtp_modules.sandbox.jobs import VERDICTS, FunctionJob, Limits, Outcome, StdinJob
 from wmtp_modules.sandbox.preparation import prepare
 from wmtp_modules.sandbox.process import Server, ServerLost
 from wmtp_modules.sandbox.wire import STATUSES
@@ -23,6 +24,11 @@ MOST_OUTPUT = 16 << 20  # bytes
 MOST_ERRORS = 1 << 20
 TAIL = 2000  # characters
 JUDGE_MEMORY_MB = 1024
+MOST_WAITING = 5  # times its limit, that a program may take on a busy machine
+OWN_WORK = 0.9  # share of its limit that a program must have worked to be too slow beyond doubt
+# Ends that others can cause, by taking threads, memory or disk that all programs share.
+SHARED = ("process_limit", "output_limit")
+LOOK = 0.05  # seconds between two looks at how long a program has waited
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 SIGNALS: dict[int, str] = {
     signal.SIGXCPU: "timeout",
@@ -31,6 +37,7 @@ SIGNALS: dict[int, str] = {
 }
 REASONS = {
     "timeout": "still running after {seconds:g} s",
+    "infrastructure": "the machine is too busy: it gave no {seconds:g} s within five times as long",
     "output_limit": "more than 16 MB of output or 1 MB of errors",
     "overfull": "more than 128 MB or 2,000 files in the scratch folder",
 }
@@ -78,6 +85,28 @@ class Worker:
     def __init__(self, programs: Server, judges: Server) -> None:
         self._programs, self._judges = programs, judges
         self.pids = programs.pid, judges.pid
+        self.doubtful = False  # whether others may have caused the verdict of the last job
+        self._own = descendants(self.pids)  # processes; what comes later is the program's
+        self._kills = 0  # of the kernel, for want of memory, when it was prepared
+
+    def prepare(self, tasks: int) -> None:
+        """Take stock before a program that runs alone, or the first one.
+
+        Args:
+            tasks: RLIMIT_NPROC of programs.
+        """
+        self._programs.tasks = self._judges.tasks = tasks
+        self._kills = out_of_memory_kills()
+
+    @property
+    def worn(self) -> bool:
+        """Whether the last program left so much that its server does nothing but remove it."""
+        return self._programs.reply is not None and self._programs.reply["worn"]
+
+    def retire(self) -> Server:
+        """Keep only the worn server; call its ``finish``."""
+        self._judges.close()
+        return self._programs
 
     def run(self, job: FunctionJob | StdinJob) -> Outcome:
         """Run a job.
@@ -85,6 +114,7 @@ class Worker:
         Raises:
             ServerLost: if a fork server ended or hangs; neither can be used any more.
         """
+        self.doubtful = False
         return self._run_script(job) if isinstance(job, StdinJob) else self._run_functions(job)
 
     def close(self) -> None:
@@ -120,16 +150,18 @@ class Worker:
                 [*[nothing] * 3, tests, judge_link.fileno(), said.theirs],
             )
             reason = self._attend(self._judges, [output, errors, said], job.limits.seconds)
-            self._judges.stop()
+            judged = self._judges.stop()
             ended_early = self._programs.reply is not None
             reply = self._programs.stop()
+            reason = self._reconsider(reason, judged, [reply, judged], job.limits)
             if reason is not None or reply["overfull"]:
                 return failed(reason or "overfull", reply, job.limits)
             if not said.data:
                 raise ServerLost("a judge ended without a verdict")
             verdict, detail = json.loads(bytes(said.data)).values()
             if verdict == "gone" or (verdict == "pass" and ended_early):
-                verdict, detail = explain_end(reply["status"], errors)
+                verdict, detail = self._explain_end(reply, errors)
+            self.doubtful = self.doubtful or verdict in SHARED
             return outcome(verdict, reply, detail)
 
     def _run_script(self, job: StdinJob) -> Outcome:
@@ -155,12 +187,13 @@ class Worker:
             )
             reason = self._attend(self._programs, [output, errors], job.limits.seconds)
             reply = self._programs.stop()
+            reason = self._reconsider(reason, reply, [reply], job.limits)
             for descriptor in reply["descriptors"]:
                 stack.callback(os.close, descriptor)
             if reason is not None or reply["overfull"]:
                 return failed(reason or "overfull", reply, job.limits)
             if reply["status"] != 0:
-                verdict, detail = explain_end(reply["status"], errors)
+                verdict, detail = self._explain_end(reply, errors)
                 return outcome(verdict, reply, detail)
             data = bytes(output.data)
             if job.output_file is not None:
@@ -176,7 +209,8 @@ class Worker:
         """Read output until a server replies; returns why it must be stopped, or None."""
         for stream in streams:
             stream.close_theirs()
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
+        deadline = began + seconds
         poller = select.poll()
         by_number = {each.fileno(): each for each in (*streams, self._programs, self._judges)}
         for number in by_number:
@@ -193,10 +227,43 @@ class Worker:
                     return "output_limit"
             # Only after reading: a reply that arrived while this process waited counts.
             if left == 0 and server.reply is None:
-                return "timeout"
+                more, reason = self._owed(seconds, time.monotonic() - began)
+                if reason:
+                    return reason
+                deadline = time.monotonic() + more
         for stream in streams:
             stream.read()  # a pipe never holds more than one read takes
         return "output_limit" if any(stream.too_long() for stream in streams) else None
+
+    def _owed(self, seconds: float, elapsed: float) -> tuple[float, str | None]:
+        """How much longer a program may run because it waited for its turn, or why not at all."""
+        used, waited = used_and_waited(descendants(self.pids) - self._own)
+        if elapsed - waited >= seconds or used >= seconds:
+            return 0.0, "timeout"
+        if elapsed >= MOST_WAITING * seconds:
+            self.doubtful = True
+            return 0.0, "infrastructure"
+        return max(seconds - elapsed + waited, LOOK), None
+
+    def _reconsider(
+        self, reason: str | None, ended: dict, replies: list[dict], limits: Limits
+    ) -> str | None:
+        """Why a program was stopped, now that the servers' replies are there."""
+        if reason != "timeout":
+            return reason
+        if not ended["killed"]:
+            return None  # it came to its end before it could be stopped
+        # An endless loop has proven itself. What waited, for whatever, may have waited for others.
+        self.doubtful = sum(reply["cpu"] for reply in replies) < OWN_WORK * limits.seconds
+        return reason
+
+    def _explain_end(self, reply: dict, errors: Stream) -> tuple[str, str]:
+        verdict, detail = explain_end(reply["status"], errors)
+        killed = os.WIFSIGNALED(reply["status"]) and os.WTERMSIG(reply["status"]) == signal.SIGKILL
+        self.doubtful = killed or verdict in SHARED
+        if killed and out_of_memory_kills() > self._kills:
+            return "memory", f"{detail}: the machine ran out of memory"
+        return verdict, detail
 
 
 def request(
@@ -219,7 +286,7 @@ def outcome(verdict: str, reply: dict, detail: str) -> Outcome:
 
 def failed(reason: str, reply: dict, limits: Limits) -> Outcome:
     """The outcome of a program that was stopped."""
-    verdict = "timeout" if reason == "timeout" else "output_limit"
+    verdict = reason if reason in VERDICTS else "output_limit"
     return outcome(verdict, reply, REASONS[reason].format(seconds=limits.seconds))
 
 
