@@ -19,7 +19,7 @@ from wmtp_modules.sandbox import pool, worker
 from wmtp_modules.sandbox.contention import descendants
 from wmtp_modules.sandbox.jobs import FunctionJob, Limits, StdinJob
 from wmtp_modules.sandbox.pool import FOLDER, Sandbox
-from wmtp_modules.sandbox.process import NOBODY, Server
+from wmtp_modules.sandbox.process import NOBODY
 from wmtp_modules.sandbox.worker import Worker
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def tries(monkeypatch):
 
     def counted(self, job):
         counts[job] = counts.get(job, 0) + 1
-        old = descendants(self.pids)
+        old = descendants([self._programs.pid])
         threads = []
         if counts[job] == 1:
             threads = [threading.Thread(target=each, args=(self, old)) for each in beside]
@@ -63,9 +63,9 @@ def tries(monkeypatch):
 def program_of(worker, old):
     """The process of the program that is about to start, as seen outside."""
     until = time.monotonic() + 10
-    while not (new := descendants(worker.pids) - old):
+    while not (new := descendants([worker._programs.pid]) - old):
         assert time.monotonic() < until
-    return max(new)
+    return new.pop()
 
 
 def same(expected, actual):
@@ -91,9 +91,9 @@ print("fine")
 
 
 def test_threads_of_one_program_are_not_anothers(sandbox):
-    many, some = (script(THREADS.format(many=n, seconds=0.7)) for n in (252, 100))
+    many, some = (script(THREADS.format(many=n, seconds=0.4)) for n in (252, 100))
     assert verdicts(sandbox, many, some) == ["pass", "pass"]
-    bomb = script(THREADS.format(many=5000, seconds=0.5))
+    bomb = script(THREADS.format(many=5000, seconds=0.3))
     assert verdicts(sandbox, bomb, some, some) == ["process_limit", "pass", "pass"]
 
 
@@ -116,8 +116,7 @@ def test_threads_of_the_users_own_job_are_not_the_programs(sandbox):
 
 
 FOREVER = "while True: pass"
-BRIEF = "import time\nuntil = time.monotonic() + 1\nwhile time.monotonic() < until: pass\n"
-BRIEF += "print('fine')\n"
+BRIEF = "import time\ntime.sleep(0.4)\nprint('fine')\n"
 
 
 def test_a_program_that_the_kernel_ended_is_judged_again(sandbox, tries, monkeypatch):
@@ -149,7 +148,7 @@ def test_a_program_that_was_kept_from_running_is_judged_again_alone(sandbox, tri
         os.kill(program_of(worker, old), signal.SIGSTOP)
 
     beside.append(stop)
-    job = script(BRIEF.replace("+ 1", "+ 0.1"), seconds=0.6)
+    job = script(BRIEF.replace("0.4", "0.2"), seconds=0.6)
     assert verdicts(sandbox, job) == ["pass"]
     assert counts[job] == 2
 
@@ -157,31 +156,31 @@ def test_a_program_that_was_kept_from_running_is_judged_again_alone(sandbox, tri
 def test_what_the_time_limit_costs(sandbox, tries):
     """An endless loop has worked all its time and is not tried again; what sleeps is."""
     counts, _ = tries
-    loop, sleep = script(FOREVER, 0.5), script("import time\ntime.sleep(60)", 0.3)
-    ask = FunctionJob("def f():\n    while True: yield 1", "for _ in f(): pass", limits=Limits(0.5))
+    loop, sleep = script(FOREVER, 0.3), script("import time\ntime.sleep(60)", 0.2)
+    ask = FunctionJob("def f():\n    while True: yield 1", "for _ in f(): pass", limits=Limits(0.3))
     assert verdicts(sandbox, loop, loop, sleep) == ["timeout"] * 3
     assert (counts[loop], counts[sleep]) == (2, 2)
     assert verdicts(sandbox, ask) == ["timeout"]
 
 
 def test_time_that_others_took_does_not_count(sandbox):
-    """Four busy processes on the processor that the program has: it gets a fifth of the time."""
+    """Three busy processes on the processor that the programs have."""
     pids = sandbox.processes()
     processors = os.sched_getaffinity(0)
     one = {min(processors)}
     text = f"import os\nos.sched_setaffinity(0, {one})\nprint(flush=True)\n{FOREVER}"
     burners = [
         subprocess.Popen([sys.executable, "-I", "-S", "-c", text], stdout=subprocess.PIPE)
-        for _ in range(4)
+        for _ in range(3)
     ]
     try:
         for burner in burners:
             burner.stdout.read(1)
         for pid in pids:
             os.sched_setaffinity(pid, one)
-        text = "import time\nwhile time.process_time() < 0.4: pass\nprint('fine')\n"
-        functions = "import time\ndef f():\n    while time.process_time() < 0.4: pass\n"
-        jobs = script(text, seconds=0.8), FunctionJob(functions, "f()", limits=Limits(0.8))
+        text = "import time\nwhile time.process_time() < 0.25: pass\nprint('fine')\n"
+        functions = "import time\ndef f():\n    while time.process_time() < 0.25: pass\n"
+        jobs = script(text, seconds=0.5), FunctionJob(functions, "f()", limits=Limits(0.5))
         assert verdicts(sandbox, *jobs) == ["pass", "pass"]
     finally:
         for burner in burners:
@@ -201,13 +200,14 @@ FLOODS = {
 
 
 def test_many_folders_meet_their_limit_at_once_and_keep_nobody_waiting(sandbox):
-    jobs = [script("import os\n" + text, seconds=15) for text in FLOODS.values()]
+    jobs = [script("import os\n" + text, seconds=2) for text in FLOODS.values()]
     began = time.monotonic()
     outcomes = dict(sandbox.run(enumerate(jobs)))
     took = time.monotonic() - began
     assert {outcome.verdict for outcome in outcomes.values()} == {"output_limit"}
-    assert max(outcome.seconds for outcome in outcomes.values()) < 3  # 0.1 on an idle machine
-    assert took < 12
+    slow = 1 if sandbox._apart else 3  # a disk; half a second where nobody else uses it
+    assert max(outcome.seconds for outcome in outcomes.values()) < 2 * slow
+    assert took < 6 * slow
     left = script("import os\nprint(*os.listdir('.') or ['fine'])")
     assert verdicts(sandbox, left, left, left) == ["pass"] * 3
 
@@ -305,9 +305,3 @@ def test_cleaning_leaves_what_is_in_use_or_not_ours(monkeypatch, tmp_path, requi
 
 def refuse(path, lock):
     raise PermissionError(1, "Operation not permitted")
-
-
-def test_servers_say_how_many_tasks_a_program_may_have(sandbox):
-    (server, *_) = [worker._programs for worker in sandbox._live]
-    assert isinstance(server, Server)
-    assert server.tasks >= pool.MOST_TASKS

@@ -5,6 +5,7 @@ claim to have been kept waiting.
 """
 
 import os
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -24,23 +25,26 @@ def descendants(roots: Collection[int]) -> set[int]:
     return found
 
 
-def used_and_waited(processes: Collection[int]) -> tuple[float, float]:
-    """Seconds of processor time that processes took, and that they waited for their turn.
+def times(processes: Collection[int]) -> tuple[float, float, float]:
+    """Seconds that processes have existed, worked, and waited for their turn on a processor.
 
     The waits of different processes are added, because program and judge take turns; of threads,
-    which run side by side, the longest wait counts. A kernel without these statistics reports 0.
+    which run side by side, the longest wait counts. What the kernel does not tell is 0.
     """
-    used = waited = 0.0
+    began, used, waited = [], 0.0, 0.0
     for process in processes:
         with suppress(OSError):
-            used += sum(map(int, _stat(str(process))[11:15])) / TICKS  # ended children included
+            fields = [int(field) for field in _stat(str(process))[1:]]
+            began.append(fields[18] / TICKS)
+            used += sum(fields[10:14]) / TICKS  # with that of ended children
             waits = [0.0]
             for thread in os.listdir(f"/proc/{process}/task"):
                 with suppress(OSError, IndexError):
                     text = Path(f"/proc/{process}/task/{thread}/schedstat").read_text()
                     waits.append(int(text.split()[1]) / 1e9)
             waited += max(waits)
-    return used, waited
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return (now - min(began) if began else 0.0), used, waited
 
 
 def out_of_memory_kills() -> int:

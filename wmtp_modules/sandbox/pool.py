@@ -104,7 +104,7 @@ class Sandbox:
             if not running:
                 if not again:
                     return
-                self._inbox.put((*again.pop(), outbox))
+                self._inbox.put((*again.pop(0), outbox))
                 running, alone = 1, True
             key, job, result, doubtful = outbox.get()
             running -= 1
@@ -228,7 +228,8 @@ class Sandbox:
     def _start_worker(self, tier: str, config: dict) -> Worker:
         programs = Server(tier, config, self._folder)
         try:
-            worker = Worker(programs, Server(tier, config, self._folder))
+            judge = Server(tier, config | {"on_disk": False}, self._folder)
+            worker = Worker(programs, judge)
         except BaseException:
             programs.close()
             raise

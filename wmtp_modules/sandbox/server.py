@@ -50,7 +50,7 @@ def serve(control: int, config: dict) -> None:
         control: descriptor of the socket to the trusted parent.
         config: ``filter`` (seccomp, hexadecimal; empty for none), ``process_id`` (what stands in it
             for a program's), ``strays`` (whether programs can leave processes behind), ``on_disk``
-            (whether the scratch folder is: emptying it takes seconds).
+            (whether the scratch folder is: emptying it can take seconds).
     """
     config["filter"] = bytes.fromhex(config["filter"])
     config["size"] = address_space()
@@ -94,7 +94,8 @@ def serve(control: int, config: dict) -> None:
         if config["strays"]:
             end_strays()
         output = open_output(request["output_file"])
-        worn = config["on_disk"] and scratch.overfull(".", scratch.FEW_FILES)
+        # After a failure no further case of this program comes that would have to wait.
+        worn = config["on_disk"] and status != 0 and scratch.overfull(".", scratch.FEW_FILES)
         if not worn:
             scratch.empty(folder)
         reply = {"status": status, "killed": killed, "overfull": overfull, "seconds": seconds}

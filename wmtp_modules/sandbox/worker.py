@@ -14,7 +14,7 @@ import socket
 import time
 from contextlib import ExitStack
 
-from wmtp_modules.sandbox.contention import descendants, out_of_memory_kills, used_and_waited
+from wmtp_modules.sandbox.contention import descendants, out_of_memory_kills, times
 from wmtp_modules.sandbox.jobs import VERDICTS, FunctionJob, Limits, Outcome, StdinJob
 from wmtp_modules.sandbox.preparation import prepare
 from wmtp_modules.sandbox.process import Server, ServerLost
@@ -237,13 +237,14 @@ class Worker:
 
     def _owed(self, seconds: float, elapsed: float) -> tuple[float, str | None]:
         """How much longer a program may run because it waited for its turn, or why not at all."""
-        used, waited = used_and_waited(descendants(self.pids) - self._own)
-        if elapsed - waited >= seconds or used >= seconds:
+        age, used, waited = times(descendants(self.pids) - self._own)
+        own = (min(age, elapsed) or elapsed) - waited  # it may have waited for its start
+        if own >= seconds or used >= seconds:
             return 0.0, "timeout"
         if elapsed >= MOST_WAITING * seconds:
             self.doubtful = True
             return 0.0, "infrastructure"
-        return max(seconds - elapsed + waited, LOOK), None
+        return max(seconds - own, LOOK), None
 
     def _reconsider(
         self, reason: str | None, ended: dict, replies: list[dict], limits: Limits
