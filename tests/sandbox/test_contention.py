@@ -305,3 +305,16 @@ def test_cleaning_leaves_what_is_in_use_or_not_ours(monkeypatch, tmp_path, requi
 
 def refuse(path, lock):
     raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_fork_bomb_ends_and_its_neighbour_is_right(open_sandbox, monkeypatch, alone):
+    """Where programs can fork, so at tier rlimits; the time of all of its processes counts."""
+    bomb = script("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", 0.5)
+    fine = script(THREADS.format(many=30, seconds=0.2))
+    if alone:
+        monkeypatch.setattr(pool, "why_no_namespaces", lambda: "they are switched off")
+    with open_sandbox("rlimits") as sandbox:
+        inside = sandbox.processes()
+        assert verdicts(sandbox, bomb, fine, fine) == ["timeout", "pass", "pass"]
+        assert sandbox.processes() == inside

@@ -14,12 +14,17 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def descendants(roots: Collection[int]) -> set[int]:
-    """Ids of processes that are among ``roots`` or stem from them, as seen outside."""
-    parents = {}
+    """Ids of processes that are among ``roots``, stem from them or are in their sessions.
+
+    A session still tells where a process belongs when its parents have ended.
+    """
+    parents, found = {}, set(roots)
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):  # ended in the meantime
-            parents[int(name)] = int(_stat(name)[1])
-    found = set(roots)
+            _, parent, _, session, *_ = _stat(name)
+            parents[int(name)] = int(parent)
+            if int(session) in roots:
+                found.add(int(name))
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return found
@@ -28,23 +33,24 @@ def descendants(roots: Collection[int]) -> set[int]:
 def times(processes: Collection[int]) -> tuple[float, float, float]:
     """Seconds that processes have existed, worked, and waited for their turn on a processor.
 
-    The waits of different processes are added, because program and judge take turns; of threads,
-    which run side by side, the longest wait counts. What the kernel does not tell is 0.
+    Of the waits the longest counts, because processes and threads run side by side. What the kernel
+    does not tell is 0.
     """
-    began, used, waited = [], 0.0, 0.0
+    began, used, waits = [], 0.0, [0.0]
     for process in processes:
         with suppress(OSError):
             fields = [int(field) for field in _stat(str(process))[1:]]
             began.append(fields[18] / TICKS)
-            used += sum(fields[10:14]) / TICKS  # with that of ended children
-            waits = [0.0]
+            ticks = sum(fields[10:14]) / TICKS  # with threads and children that ended
+            exact = 0.0  # many processes may have worked for less than a tick each
             for thread in os.listdir(f"/proc/{process}/task"):
                 with suppress(OSError, IndexError):
                     text = Path(f"/proc/{process}/task/{thread}/schedstat").read_text()
+                    exact += int(text.split()[0]) / 1e9
                     waits.append(int(text.split()[1]) / 1e9)
-            waited += max(waits)
+            used += max(ticks, exact)
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    return (now - min(began) if began else 0.0), used, waited
+    return (now - min(began) if began else 0.0), used, max(waits)
 
 
 def out_of_memory_kills() -> int:

@@ -20,6 +20,9 @@ from wmtp_modules.sandbox.worker import Worker
 TIERS = ("bubblewrap", "landlock", "rlimits")
 FOLDER = "wmtp-sandbox-"  # holds the scratch folders of one Sandbox
 MOST_TASKS = 256  # processes and threads of a program
+# Threads of all programs of a user, where the kernel counts no others apart. Each program is one
+# process there, so that its threads end with it; no such room for what can fork.
+MOST_THREADS = 4096
 MOST_RETIRED = 2  # servers of one worker that still tidy up after their last program
 OWN_TASKS = 2  # of a server that has a namespace: itself, and who waits for it
 COUNTS_APART = (5, 14)  # since this Linux RLIMIT_NPROC counts each user namespace by itself
@@ -59,6 +62,7 @@ class Sandbox:
         self._inbox = queue.SimpleQueue()
         self._folder: str | None = None
         self._lock = -1  # of the folder
+        self._counted = False  # whether servers count the threads of their programs
         self._apart = False  # whether the kernel counts the processes of each server by themselves
         try:
             self.tier = self._open_first(TIERS[:2] if tier == "auto" else (tier,))
@@ -159,8 +163,10 @@ class Sandbox:
             log.info("tier %s without namespaces: %s", tier, reason)
             self._apart = False
             self._folder, self._lock = make_folder()
-        config = {"filter": code.hex(), "process_id": seccomp.PROCESS_ID, "strays": not walls}
+        config: dict = {"filter": code.hex(), "process_id": seccomp.PROCESS_ID, "strays": not walls}
         config["on_disk"] = self._folder is not None
+        self._counted = tier == "landlock" and not self._apart
+        config["most_tasks"] = MOST_TASKS if self._counted else None
         started = queue.SimpleQueue()
         for number in range(self._count):
             arguments = (tier, config, started)
@@ -223,7 +229,10 @@ class Sandbox:
             server.close()
 
     def _tasks(self) -> int:
-        return MOST_TASKS + (OWN_TASKS if self._apart else count_tasks())
+        """RLIMIT_NPROC of a program now."""
+        if self._apart:
+            return MOST_TASKS + OWN_TASKS
+        return count_tasks() + (MOST_THREADS if self._counted else MOST_TASKS)
 
     def _start_worker(self, tier: str, config: dict) -> Worker:
         programs = Server(tier, config, self._folder)

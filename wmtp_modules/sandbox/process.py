@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from wmtp_modules.sandbox import scratch
+from wmtp_modules.sandbox.contention import descendants
 from wmtp_modules.sandbox.jobs import SandboxError
 
 HERE = Path(__file__).parent
@@ -46,6 +48,18 @@ def why_no_namespaces() -> str | None:
     return done.stderr.strip()[-200:] or "unknown reason" if done.returncode else None
 
 
+def end_session(leader: int) -> None:
+    """End what runs in a session or stems from its leader: programs that outlived their server."""
+    for _ in range(500):
+        found = descendants([leader]) - {leader}
+        if not found:
+            return
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+
+
 class ServerLost(Exception):
     """A fork server ended, or does not answer; ``ours``: before the program could be to blame."""
 
@@ -70,6 +84,7 @@ class Server:
     """
 
     def __init__(self, tier: str, config: dict, folder: str | None) -> None:
+        self._strays = tier == "rlimits" and folder is not None
         own = None if folder is None else tempfile.mkdtemp(dir=folder)
         if own is not None and os.getuid() == 0:
             os.chown(own, NOBODY, NOBODY)
@@ -168,6 +183,9 @@ class Server:
     def close(self) -> None:
         """End the server and everything inside."""
         self.link.close()
+        if self._strays and self._process.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)  # it is not waited for, so the id is still its own
+            end_session(self.pid)
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:

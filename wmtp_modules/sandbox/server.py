@@ -50,7 +50,9 @@ def serve(control: int, config: dict) -> None:
         control: descriptor of the socket to the trusted parent.
         config: ``filter`` (seccomp, hexadecimal; empty for none), ``process_id`` (what stands in it
             for a program's), ``strays`` (whether programs can leave processes behind), ``on_disk``
-            (whether the scratch folder is: emptying it can take seconds).
+            (whether the scratch folder is: emptying it can take seconds), ``most_tasks`` (threads
+            of a program, which are counted here because RLIMIT_NPROC counts all of the user's; or
+            None).
     """
     config["filter"] = bytes.fromhex(config["filter"])
     config["size"] = address_space()
@@ -88,19 +90,19 @@ def serve(control: int, config: dict) -> None:
             return become_program(request, descriptors, config, parent)
         for descriptor in descriptors:
             os.close(descriptor)
-        killed, overfull = watch(child, link)
+        killed, excess = watch(child, link, config)
+        if config["strays"]:
+            end_at_once(child)  # while it is not reaped, and its group cannot be another
         _, status, usage = os.wait4(child, 0)
         seconds = time.monotonic() - started
-        if config["strays"]:
-            end_strays()
+        cpu = usage.ru_utime + usage.ru_stime + (end_strays() if config["strays"] else 0.0)
         output = open_output(request["output_file"])
         # After a failure no further case of this program comes that would have to wait.
         worn = config["on_disk"] and status != 0 and scratch.overfull(".", scratch.FEW_FILES)
         if not worn:
             scratch.empty(folder)
-        reply = {"status": status, "killed": killed, "overfull": overfull, "seconds": seconds}
-        reply |= {"cpu": usage.ru_utime + usage.ru_stime}
-        reply |= {"peak_kb": usage.ru_maxrss, "output": len(output), "worn": worn}
+        reply = {"status": status, "killed": killed, "excess": excess, "seconds": seconds}
+        reply |= {"cpu": cpu, "peak_kb": usage.ru_maxrss, "output": len(output), "worn": worn}
         socket.send_fds(link, [json.dumps(reply).encode()], output)
         for descriptor in output:
             os.close(descriptor)
@@ -109,30 +111,39 @@ def serve(control: int, config: dict) -> None:
             return
 
 
-def watch(child: int, link: socket.socket) -> tuple[bool, bool]:
-    """Wait for a program to end; returns whether the parent ended it, and if it wrote too much."""
+def watch(child: int, link: socket.socket, config: dict) -> tuple[bool, str | None]:
+    """Wait for a program to end, or end it.
+
+    Returns whether the parent asked for its end, and what it had too much of: ``overfull`` (the
+    scratch folder), ``process_limit`` or None.
+    """
     ended = os.pidfd_open(child)
     poller = select.poll()
     poller.register(ended, select.POLLIN)
     poller.register(link, select.POLLIN)
-    killed = overfull = False
+    killed, excess = False, None
     pause = LOOK[0]
     while True:
         ready = [descriptor for descriptor, _ in poller.poll(pause * 1000)]
         if ended in ready:
             os.close(ended)
-            return killed, overfull
+            return killed, excess
         if ready and not link.recv(1 << 16):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             os._exit(0)  # the parent is gone
         began = time.monotonic()
-        overfull = overfull or scratch.overfull(".")
+        if scratch.overfull("."):
+            excess = excess or "overfull"
+        elif config["most_tasks"] and threads(child) > config["most_tasks"]:
+            excess = excess or "process_limit"
         # Often, because all that a program makes until it is stopped must be removed again.
         pause = min(max(LOOK[0], 10 * (time.monotonic() - began)), LOOK[1])
         killed = killed or bool(ready)
-        if killed or overfull:
+        if killed or excess:
             os.kill(child, signal.SIGKILL)
+            if config["strays"]:
+                end_at_once(child)
 
 
 def open_output(name: str | None) -> list[int]:
@@ -149,20 +160,38 @@ def open_output(name: str | None) -> list[int]:
     return []
 
 
-def end_strays() -> None:
-    """End what a program left behind; orphans become children of this process (subreaper)."""
+def threads(process: int) -> int:
+    """How many threads a process has. Landlock lets links be counted, but nothing be read."""
+    try:
+        return os.stat(f"/proc/{process}/task").st_nlink - 2
+    except OSError:
+        return 0  # ended in the meantime
+
+
+def end_at_once(group: int) -> None:
+    """End a group, or all else in a namespace: nothing forks faster than the kernel does that."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1 if os.getpid() == 1 else -group, signal.SIGKILL)
+
+
+def end_strays() -> float:
+    """End what a program left behind; orphans become children of this process (subreaper).
+
+    Returns the seconds of processor time that they took.
+    """
+    cpu = 0.0
     while True:
-        if os.getpid() == 1:  # of a namespace
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGKILL)  # all at once: nothing forks faster than that
+        if os.getpid() == 1:
+            end_at_once(0)
         else:
             with open(f"/proc/self/task/{os.getpid()}/children") as file:
                 for child in file.read().split():
                     os.kill(int(child), signal.SIGKILL)
         try:
-            os.wait()
+            usage = os.wait4(-1, 0)[2]
         except ChildProcessError:
-            return
+            return cpu
+        cpu += usage.ru_utime + usage.ru_stime
 
 
 def become_program(request: dict, descriptors: list[int], config: dict, server: int) -> None:

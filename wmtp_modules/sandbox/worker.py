@@ -25,6 +25,7 @@ MOST_ERRORS = 1 << 20
 TAIL = 2000  # characters
 JUDGE_MEMORY_MB = 1024
 MOST_WAITING = 5  # times its limit, that a program may take on a busy machine
+MOST_WAITING_SECONDS = 5  # more than that
 OWN_WORK = 0.9  # share of its limit that a program must have worked to be too slow beyond doubt
 # Ends that others can cause, by taking threads, memory or disk that all programs share.
 SHARED = ("process_limit", "output_limit")
@@ -37,8 +38,9 @@ SIGNALS: dict[int, str] = {
 }
 REASONS = {
     "timeout": "still running after {seconds:g} s",
-    "infrastructure": "the machine is too busy: it gave no {seconds:g} s within five times as long",
+    "infrastructure": "the machine is too busy: it gave no {seconds:g} s in far longer",
     "output_limit": "more than 16 MB of output or 1 MB of errors",
+    "process_limit": "more than 256 threads",
     "overfull": "more than 128 MB or 2,000 files in the scratch folder",
 }
 
@@ -154,8 +156,8 @@ class Worker:
             ended_early = self._programs.reply is not None
             reply = self._programs.stop()
             reason = self._reconsider(reason, judged, [reply, judged], job.limits)
-            if reason is not None or reply["overfull"]:
-                return failed(reason or "overfull", reply, job.limits)
+            if reason is not None or reply["excess"]:
+                return failed(reason or reply["excess"], reply, job.limits)
             if not said.data:
                 raise ServerLost("a judge ended without a verdict")
             verdict, detail = json.loads(bytes(said.data)).values()
@@ -190,8 +192,8 @@ class Worker:
             reason = self._reconsider(reason, reply, [reply], job.limits)
             for descriptor in reply["descriptors"]:
                 stack.callback(os.close, descriptor)
-            if reason is not None or reply["overfull"]:
-                return failed(reason or "overfull", reply, job.limits)
+            if reason is not None or reply["excess"]:
+                return failed(reason or reply["excess"], reply, job.limits)
             if reply["status"] != 0:
                 verdict, detail = self._explain_end(reply, errors)
                 return outcome(verdict, reply, detail)
@@ -237,14 +239,15 @@ class Worker:
 
     def _owed(self, seconds: float, elapsed: float) -> tuple[float, str | None]:
         """How much longer a program may run because it waited for its turn, or why not at all."""
-        age, used, waited = times(descendants(self.pids) - self._own)
+        program, judge = (times(descendants([pid]) - self._own) for pid in self.pids)
+        age, used, waited = max(program[0], judge[0]), program[1] + judge[1], program[2] + judge[2]
         own = (min(age, elapsed) or elapsed) - waited  # it may have waited for its start
         if own >= seconds or used >= seconds:
             return 0.0, "timeout"
-        if elapsed >= MOST_WAITING * seconds:
+        if elapsed >= MOST_WAITING * seconds + MOST_WAITING_SECONDS:
             self.doubtful = True
             return 0.0, "infrastructure"
-        return max(seconds - own, LOOK), None
+        return min(max(seconds - own, LOOK), seconds), None
 
     def _reconsider(
         self, reason: str | None, ended: dict, replies: list[dict], limits: Limits
@@ -255,7 +258,8 @@ class Worker:
         if not ended["killed"]:
             return None  # it came to its end before it could be stopped
         # An endless loop has proven itself. What waited, for whatever, may have waited for others.
-        self.doubtful = sum(reply["cpu"] for reply in replies) < OWN_WORK * limits.seconds
+        worked = sum(reply["cpu"] for reply in replies)
+        self.doubtful = worked < OWN_WORK * limits.seconds - LOOK
         return reason
 
     def _explain_end(self, reply: dict, errors: Stream) -> tuple[str, str]:
