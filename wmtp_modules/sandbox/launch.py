@@ -2,8 +2,13 @@
 
 It drops root, builds the walls, and becomes the interpreter that runs ``server.py``, whose source
 comes through standard input: no file of the repository is readable inside.
+
+Below bubblewrap, namespaces are no walls but keep the accounts: where the kernel grants them, the
+processes of one server are counted apart from all others, its scratch folder is a tmpfs that ends
+with it, and its end takes every process inside along.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,7 +25,11 @@ SERVER_STACK = 8 << 20  # also of a thread; a program's main stack may grow furt
 FLAGS = ("-P", "-s", "-S", "-B", "-")  # not -I: it would ignore PYTHONHASHSEED
 UNAVAILABLE = 3  # exit status: the reason is on standard error
 
-MS_BIND, MS_REC, MS_PRIVATE, CLONE_NEWNS = 0x1000, 0x4000, 0x40000, 0x20000
+# Where the private tmpfs is mounted: it needs a folder that is there and that no program misses.
+PLACES = ("/mnt", "/media", "/srv")
+
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 1 << 27, 1 << 28, 1 << 29
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_CAP_AMBIENT, PR_SET_CHILD_SUBREAPER = 1, 8, 47, 36
 CAP_DAC_READ_SEARCH, CAPABILITIES_V3 = 2, 0x20080522
 
@@ -146,13 +155,103 @@ def enter_rlimits(config: dict) -> None:
     become_server(config, interpreter(config["python"], config["prefix"]), lambda: None)
 
 
+def try_namespaces(config: dict) -> None:
+    """Only find out whether ``enter_namespaces`` works here; OSError if not."""
+    place = enter_namespaces(config, interpreter(config["python"], config["prefix"]))
+    if os.getuid() == 0:
+        drop_root()
+    os.mkdir(f"{place}/works")
+
+
+def enter_namespaces(config: dict, paths: list[str]) -> str:
+    """Continue as the first process of new user, mount, process and IPC namespaces.
+
+    The user namespace maps every user to itself, so permissions are as they were. This process
+    stays outside and waits; either one ends with the other.
+
+    Returns the path of the scratch folder: a tmpfs with room for its limits and a little more, so
+    that a program meets the end of it if ``server.watch`` is late.
+
+    Raises:
+        OSError: if the kernel does not grant one of them.
+    """
+    under = [os.path.realpath(path) + "/" for path in paths]
+    free = [p for p in PLACES if os.path.isdir(p) and not any(u.startswith(p + "/") for u in under)]
+    if not free:
+        raise OSError(f"none of {', '.join(PLACES)} is a folder without the interpreter")
+    user, group = (NOBODY, NOBODY) if os.getuid() == 0 else (os.getuid(), os.getgid())
+    map_users(call_after=lambda: call(
+        "unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC
+    ))  # fmt: skip
+    call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    options = f"size={config['scratch_bytes']},nr_inodes={config['scratch_inodes']},mode=700"
+    options += f",uid={user},gid={group}"
+    flags = MS_NOSUID | MS_NODEV
+    call("mount", b"tmpfs", free[0].encode(), b"tmpfs", flags, options.encode())
+    server = os.fork()
+    if server:
+        os.close(0)
+        os.closerange(3, 1 << 16)  # or nobody would see that the server closes its socket
+        if os.getuid() == 0:
+            drop_root()
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]) & 0xFF)
+    with contextlib.suppress(OSError):  # refused where parts of /proc are hidden: the old one stays
+        call("mount", b"proc", b"/proc", b"proc", flags, None)
+    return free[0]
+
+
+def map_users(call_after) -> None:
+    """Call ``call_after``, which enters a user namespace, and map its users and groups.
+
+    A child that stays outside writes the maps: only it may map more than one user.
+    """
+    inside, root = os.getpid(), os.getuid() == 0
+    maps = {
+        "uid_map": f"{os.getuid()} {os.getuid()} 1",
+        "gid_map": f"{os.getgid()} {os.getgid()} 1",
+    }
+    if root:
+        for name in maps:
+            with open(f"/proc/self/{name}") as file:
+                rows = [line.split() for line in file]
+            maps[name] = "\n".join(f"{first} {first} {count}" for first, _, count in rows)
+    else:
+        maps = {"setgroups": "deny"} | maps
+    entered, enter = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(enter)
+        try:
+            if os.read(entered, 1):
+                for name, text in maps.items():
+                    with open(f"/proc/{inside}/{name}", "w") as file:
+                        file.write(text)
+                os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(entered)
+    try:
+        call_after()
+        os.write(enter, b"x")
+    finally:
+        os.close(enter)
+        _, status = os.waitpid(child, 0)
+    if status:
+        raise OSError("a user namespace cannot be mapped")
+
+
 def become_server(config: dict, paths: list[str], build_walls) -> None:
+    apart = config["scratch"] is None
+    if apart:
+        config["scratch"] = enter_namespaces(config, paths)
     if os.getuid() == 0:
         drop_root(keep_reading=not readable_by_nobody(paths))
     os.chdir(config["scratch"])
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    if os.getppid() != config["parent"]:
+    # From inside a namespace the parent cannot be seen; if it is gone, so is the server's socket.
+    if not apart and os.getppid() != config["parent"]:
         sys.exit(UNAVAILABLE)  # died before it could be watched
     build_walls()
     python = config["python"]
@@ -172,6 +271,7 @@ def main() -> None:
         "bubblewrap": enter_bubblewrap,
         "landlock": enter_landlock,
         "rlimits": enter_rlimits,
+        "namespaces": try_namespaces,
     }[config["tier"]]
     try:
         enter(config)

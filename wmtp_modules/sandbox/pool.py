@@ -4,21 +4,28 @@ import fcntl
 import logging
 import os
 import queue
+import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 from wmtp_modules.sandbox import scratch, seccomp
+from wmtp_modules.sandbox.contention import descendants
 from wmtp_modules.sandbox.jobs import FunctionJob, Outcome, SandboxError, StdinJob
-from wmtp_modules.sandbox.process import NOBODY, Server, ServerLost
+from wmtp_modules.sandbox.process import NOBODY, Server, ServerLost, why_no_namespaces
 from wmtp_modules.sandbox.proof import measure_machine, prove
 from wmtp_modules.sandbox.worker import Worker
 
 TIERS = ("bubblewrap", "landlock", "rlimits")
 FOLDER = "wmtp-sandbox-"  # holds the scratch folders of one Sandbox
-SPARE_TASKS = 256  # processes and threads beyond those that the user runs at the start
+MOST_TASKS = 256  # processes and threads of a program
+# Threads of all programs of a user, where the kernel counts no others apart. Each program is one
+# process there, so that its threads end with it; no such room for what can fork.
+MOST_THREADS = 4096
+MOST_RETIRED = 2  # servers of one worker that still tidy up after their last program
+OWN_TASKS = 2  # of a server that has a namespace: itself, and who waits for it
+COUNTS_APART = (5, 14)  # since this Linux RLIMIT_NPROC counts each user namespace by itself
 
 log = logging.getLogger(__name__)
 K = TypeVar("K")
@@ -55,6 +62,8 @@ class Sandbox:
         self._inbox = queue.SimpleQueue()
         self._folder: str | None = None
         self._lock = -1  # of the folder
+        self._counted = False  # whether servers count the threads of their programs
+        self._apart = False  # whether the kernel counts the processes of each server by themselves
         try:
             self.tier = self._open_first(TIERS[:2] if tier == "auto" else (tier,))
             self.self_test = prove(self)
@@ -72,6 +81,9 @@ class Sandbox:
     def run(self, jobs: Iterable[tuple[K, Job]]) -> Iterator[tuple[K, Outcome]]:
         """Run jobs, as many at a time as there are workers.
 
+        A program whose verdict others may have caused (``Worker.doubtful``), or whose fork server
+        was lost, is judged again at the end, alone. That verdict stands.
+
         Args:
             jobs: pairs of a key and a job, consumed as workers become free.
 
@@ -86,27 +98,25 @@ class Sandbox:
         outbox, waiting, again = queue.SimpleQueue(), iter(jobs), []
         running, alone = 0, False
         while True:
-            while waiting is not None and not again and not alone and running < self._count:
+            while waiting is not None and running < self._count:
                 item = next(waiting, None)
                 if item is None:
                     waiting = None
                 else:
-                    self._inbox.put((*item, outbox, False))
+                    self._inbox.put((*item, None, outbox))
                     running += 1
-            if again and not running:
-                self._inbox.put((*again.pop(), outbox, True))
-                running, alone = 1, True
             if not running:
-                return
-            key, job, result = outbox.get()
+                if not again:
+                    return
+                self._inbox.put((*again.pop(0), outbox))
+                running, alone = 1, True
+            key, job, result, doubtful = outbox.get()
             running -= 1
-            # A program whose fork server is lost is run once more, alone and in new servers. If
-            # the server is lost again, the program did it and is scored: wrecking its sandbox must
-            # not be a way out. Only failures before the program starts are ours.
-            if isinstance(result, ServerLost) and not alone:
-                again.append((key, job))
+            if not alone and (doubtful or isinstance(result, ServerLost)):
+                again.append((key, job, result))
                 continue
-            alone = False
+            # If the server is lost again, the program did it and is scored: wrecking its sandbox
+            # must not be a way out. Only failures before the program starts are ours.
             if isinstance(result, ServerLost):
                 verdict = "infrastructure" if result.ours else "crash"
                 result = Outcome(verdict, 0.0, 0.0, f"{result}, twice")
@@ -123,17 +133,7 @@ class Sandbox:
 
     def processes(self) -> set[int]:
         """Ids of all processes inside the sandbox now, for the self-test."""
-        parents = {}
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue  # ended in the meantime
-            parents[int(name)] = int(fields[1])
-        found = {pid for worker in self._live for pid in worker.pids}
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= more
-        return found
+        return descendants({pid for worker in self._live for pid in worker.pids})
 
     def _open_first(self, tiers: tuple[str, ...]) -> str:
         reasons = []
@@ -157,14 +157,16 @@ class Sandbox:
             code = seccomp.build_filter() if walls else b""
         except OSError as error:
             raise SandboxError(str(error)) from None
-        if tier != "bubblewrap":
+        remove_leftovers()
+        self._apart = linux() >= COUNTS_APART
+        if tier != "bubblewrap" and (reason := why_no_namespaces()):
+            log.info("tier %s without namespaces: %s", tier, reason)
+            self._apart = False
             self._folder, self._lock = make_folder()
-        config = {
-            "filter": code.hex(),
-            "process_id": seccomp.PROCESS_ID,
-            "processes": count_tasks() + SPARE_TASKS,
-            "strays": not walls,
-        }
+        config: dict = {"filter": code.hex(), "process_id": seccomp.PROCESS_ID, "strays": not walls}
+        config["on_disk"] = self._folder is not None
+        self._counted = tier == "landlock" and not self._apart
+        config["most_tasks"] = MOST_TASKS if self._counted else None
         started = queue.SimpleQueue()
         for number in range(self._count):
             arguments = (tier, config, started)
@@ -190,36 +192,57 @@ class Sandbox:
 
     def _work(self, tier: str, config: dict, started: queue.SimpleQueue) -> None:
         """A worker's thread. The kernel ends its servers with it."""
-        worker = None
+        worker, retired = None, []
         try:
             worker = self._start_worker(tier, config)
             started.put(None)
         except Exception as error:
             started.put(error)
         while (task := self._inbox.get()) is not None and not self._closed:
-            key, job, outbox, anew = task
+            key, job, before, outbox = task
+            doubtful = False
             try:
-                if anew and worker is not None:  # the cause of the loss may affect it too
+                # The cause of the loss may affect it too.
+                if isinstance(before, ServerLost) and worker is not None:
                     self._end_worker(worker)
                     worker = None
                 worker = worker or self._start_worker(tier, config)
+                if before is not None:
+                    worker.prepare(self._tasks())
                 result = worker.run(job)
+                doubtful = worker.doubtful
             except Exception as error:
                 result = ServerLost(str(error), ours=True) if type(error) is OSError else error
                 if worker is not None:
                     self._end_worker(worker)
                     worker = None
-            outbox.put((key, job, result))
+            outbox.put((key, job, result, doubtful))
+            if worker is not None and worker.worn:
+                self._live.discard(worker)
+                retired.append(worker.retire())
+                worker = None
+            if len(retired) > MOST_RETIRED:
+                retired.pop(0).finish()
         if worker is not None:
             self._end_worker(worker)
+        for server in retired:
+            server.close()
+
+    def _tasks(self) -> int:
+        """RLIMIT_NPROC of a program now."""
+        if self._apart:
+            return MOST_TASKS + OWN_TASKS
+        return count_tasks() + (MOST_THREADS if self._counted else MOST_TASKS)
 
     def _start_worker(self, tier: str, config: dict) -> Worker:
         programs = Server(tier, config, self._folder)
         try:
-            worker = Worker(programs, Server(tier, config, self._folder))
+            judge = Server(tier, config | {"on_disk": False}, self._folder)
+            worker = Worker(programs, judge)
         except BaseException:
             programs.close()
             raise
+        worker.prepare(self._tasks())
         self._live.add(worker)
         if self._closed:
             self._end_worker(worker)
@@ -244,18 +267,30 @@ def count_tasks() -> int:
     return count
 
 
+def linux() -> tuple[int, ...]:
+    """The version of the kernel."""
+    return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+
+
+def remove_leftovers() -> None:
+    """Remove this user's folders of sandboxes that were killed; a running one holds its lock."""
+    place = tempfile.gettempdir()
+    for name in os.listdir(place):
+        path = os.path.join(place, name)
+        lock = lock_folder(path) if name.startswith(FOLDER) else None
+        if lock is not None:
+            try:
+                remove_folder(path, lock)
+            except OSError as error:  # the next start tries again; this one does not need it gone
+                log.warning("%s of an earlier sandbox cannot be removed: %s", path, error.strerror)
+                os.close(lock)
+
+
 def make_folder() -> tuple[str, int]:
-    """A new folder for scratch folders and its lock, after removing those of dead processes.
+    """A new folder for scratch folders and its lock.
 
     An open descriptor holds the lock, so it is released however the process ends.
     """
-    place = tempfile.gettempdir()
-    for name in os.listdir(place):
-        if name.startswith(FOLDER):
-            path = os.path.join(place, name)
-            lock = lock_folder(path)
-            if lock is not None:
-                remove_folder(path, lock)
     while True:
         path = tempfile.mkdtemp(prefix=FOLDER)
         os.chmod(path, 0o711)  # the user nobody must reach the folders in it

@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from wmtp_modules.sandbox import scratch
+from wmtp_modules.sandbox.contention import descendants
 from wmtp_modules.sandbox.jobs import SandboxError
 
 HERE = Path(__file__).parent
@@ -42,6 +44,34 @@ if script:  # this is a fork of the server
 """
 
 
+def launcher(tier: str, **config) -> list[str]:
+    """The command that starts ``launch.py``."""
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    config |= {"tier": tier, "python": python, "prefix": sys.base_prefix}
+    config |= {"scratch_bytes": scratch.MOST_BYTES, "scratch_inodes": 2 * scratch.MOST_FILES}
+    return [python, "-I", "-S", "-B", str(HERE / "launch.py"), json.dumps(config)]
+
+
+def why_no_namespaces() -> str | None:
+    """Why the kernel grants this process no namespaces; None if it does."""
+    done = subprocess.run(
+        launcher("namespaces"), capture_output=True, stdin=subprocess.DEVNULL, text=True
+    )
+    return done.stderr.strip()[-200:] or "unknown reason" if done.returncode else None
+
+
+def end_session(leader: int) -> None:
+    """End what runs in a session or stems from its leader: programs that outlived their server."""
+    for _ in range(500):
+        found = descendants([leader]) - {leader}
+        if not found:
+            return
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+
+
 class ServerLost(Exception):
     """A fork server ended, or does not answer; ``ours``: before the program could be to blame."""
 
@@ -58,7 +88,8 @@ class Server:
     Args:
         tier: of the walls.
         config: for ``server.serve``.
-        folder: holds the scratch folder in tiers without their own file system, or None.
+        folder: holds the scratch folder; None if the server gets a file system of its own, as
+            bubblewrap gives it, and namespaces where ``why_no_namespaces`` finds no obstacle.
 
     Attributes:
         streams: at tier bubblewrap, the ends to read of the named pipes that /dev/stdout and
@@ -69,27 +100,19 @@ class Server:
     """
 
     def __init__(self, tier: str, config: dict, folder: str | None) -> None:
+        self._strays = tier == "rlimits" and folder is not None
         own = None if folder is None else tempfile.mkdtemp(dir=folder)
         if own is not None and os.getuid() == 0:
             os.chown(own, NOBODY, NOBODY)
-        python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
         bwrap = shutil.which("bwrap")
         if tier == "bubblewrap" and bwrap is None:
             raise SandboxError("bubblewrap is not installed (apt-get install bubblewrap)")
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        launch = {
-            "tier": tier,
-            "python": python,
-            "prefix": sys.base_prefix,
-            "bwrap": bwrap,
-            "scratch": own,
-            "scratch_bytes": scratch.MOST_BYTES,
-            "parent": os.getpid(),
-        }
+        launch = {"bwrap": bwrap, "scratch": own, "parent": os.getpid()}
         sources = [(name, (HERE / f"{name}.py").read_text("utf-8")) for name in INSIDE]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [python, "-I", "-S", "-B", str(HERE / "launch.py"), json.dumps(launch)],
+            launcher(tier, **launch),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
@@ -97,6 +120,7 @@ class Server:
             start_new_session=True,  # a keyboard interrupt is for the parent only
         )
         self.pid = self._process.pid
+        self.tasks = 0  # RLIMIT_NPROC of programs: processes and threads
         self.reply: dict | None = None
         self.streams: list[int] = []
         config = config | {"streams": tier == "bubblewrap"}
@@ -131,7 +155,8 @@ class Server:
         """Start a program. The descriptors are copied; close yours."""
         self.reply = None
         try:
-            socket.send_fds(self.link, [json.dumps(request).encode()], descriptors)
+            data = json.dumps({**request, "tasks": self.tasks}).encode()
+            socket.send_fds(self.link, [data], descriptors)
         except OSError as error:
             raise ServerLost(f"a fork server is gone: {error}") from None
 
@@ -172,12 +197,20 @@ class Server:
         with contextlib.suppress(OSError):  # it may already be closed
             self.link.shutdown(socket.SHUT_RDWR)
 
+    def finish(self) -> None:
+        """Wait until a worn server has removed what its last program wrote."""
+        self._process.wait()
+        self.close()
+
     def close(self) -> None:
         """End the server and everything inside."""
         self.link.close()
         for stream in self.streams:
             os.close(stream)
         self.streams = []
+        if self._strays and self._process.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)  # it is not waited for, so the id is still its own
+            end_session(self.pid)
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:

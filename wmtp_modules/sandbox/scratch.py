@@ -10,6 +10,8 @@ import os
 
 MOST_BYTES = 128 << 20
 MOST_FILES = 2_000
+FEW_FILES = 100
+MOST_DEPTH = 500  # folders in folders: looking into them takes the square of it
 
 
 def empty(folder: int) -> None:
@@ -48,24 +50,25 @@ def _unlink(name: str, folder: int) -> bool:
     return True
 
 
-def overfull(folder: str) -> bool:
+def overfull(folder: str, most_files: int = MOST_FILES) -> bool:
     """Whether a folder holds more than a program may write, even while the program changes it."""
     space = os.statvfs(folder)
     if space.f_blocks * space.f_frsize <= MOST_BYTES:  # its own sized tmpfs does the counting
-        return space.f_files - space.f_ffree > MOST_FILES or space.f_bavail == 0
+        return space.f_files - space.f_ffree > most_files or space.f_bavail == 0
     size = files = 0
-    pending = [folder]
+    pending = [(folder, 0)]
     while pending:
+        path, depth = pending.pop()
         try:
-            with os.scandir(pending.pop()) as entries:
+            with os.scandir(path) as entries:
                 for entry in entries:
                     files += 1
                     with contextlib.suppress(FileNotFoundError):  # removed in the meantime
                         size += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if files > MOST_FILES or size > MOST_BYTES:
+                    if files > most_files or size > MOST_BYTES or depth > MOST_DEPTH:
                         return True
                     if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
+                        pending.append((entry.path, depth + 1))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # these: removed meanwhile
                 return True  # too deep to look into, or unreadable

@@ -4,6 +4,7 @@ Every program inherits the memory of this process, so nothing that a program mus
 through it: sources, inputs and outputs travel as descriptors. Uses only the standard library.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -38,7 +39,7 @@ FILE_BYTES = 64 << 20
 OPEN_FILES = 64
 STACK_BYTES = 64 << 20
 STREAMS = "/proc/self/fd"
-LOOK = 0.05  # seconds between two checks of the scratch folder
+LOOK = 0.005, 0.05  # seconds between two checks of the scratch folder, at least and at most
 PDEATHSIG, SECCOMP, SECCOMP_FILTER = 1, 22, 2  # prctl
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -50,8 +51,10 @@ def serve(control: int, config: dict) -> program.Script | None:
     Args:
         control: descriptor of the socket to the trusted parent.
         config: ``filter`` (seccomp, hexadecimal; empty for none), ``process_id`` (what stands in it
-            for a program's), ``processes`` (RLIMIT_NPROC), ``strays`` (whether programs can leave
-            processes behind), ``streams`` (whether to provide what /dev/stdin and its like are).
+            for a program's), ``strays`` (whether programs can leave processes behind), ``on_disk``
+            (whether the scratch folder is: emptying it can take seconds), ``most_tasks`` (threads
+            of a program, which are counted here because RLIMIT_NPROC counts all of the user's; or
+            None), ``streams`` (whether to provide what /dev/stdin and its like are).
 
     Returns only in a fork that is to become a script, which its caller runs.
     """
@@ -98,20 +101,27 @@ def serve(control: int, config: dict) -> program.Script | None:
             return become_program(request, descriptors, config, parent)
         for descriptor in descriptors:
             os.close(descriptor)
-        overfull = watch(child, link)
+        killed, excess = watch(child, link, config)
+        if config["strays"]:
+            end_at_once(child)  # while it is not reaped, and its group cannot be another
         _, status, usage = os.wait4(child, 0)
         seconds = time.monotonic() - started
-        if config["strays"]:
-            end_strays()
+        cpu = usage.ru_utime + usage.ru_stime + (end_strays() if config["strays"] else 0.0)
         output = open_output(request["output_file"])
-        scratch.empty(folder)
-        reply = {"status": status, "overfull": overfull, "seconds": seconds}
-        reply |= {"peak_kb": usage.ru_maxrss, "output": len(output)}
+        # After a failure no further case of this program comes that would have to wait.
+        worn = config["on_disk"] and status != 0 and scratch.overfull(".", scratch.FEW_FILES)
+        if not worn:
+            scratch.empty(folder)
+        reply = {"status": status, "killed": killed, "excess": excess, "seconds": seconds}
+        reply |= {"cpu": cpu, "peak_kb": usage.ru_maxrss, "output": len(output), "worn": worn}
         # Only a program that raised its limit, which leaves room for stacks, uses more than that.
         reply["overused"] = usage.ru_maxrss << 10 > memory(request, config)
         socket.send_fds(link, [json.dumps(reply).encode()], output)
         for descriptor in output:
             os.close(descriptor)
+        if worn:  # another server takes over while this one tidies up
+            scratch.empty(folder)
+            return
 
 
 def open_streams() -> tuple[int, list[int]]:
@@ -143,25 +153,39 @@ def copy_input(source: int | None, target: int) -> None:
             done += os.sendfile(target, source, done, size - done)
 
 
-def watch(child: int, link: socket.socket) -> bool:
-    """Wait for a program to end, or end it for the parent; returns whether it wrote too much."""
+def watch(child: int, link: socket.socket, config: dict) -> tuple[bool, str | None]:
+    """Wait for a program to end, or end it.
+
+    Returns whether the parent asked for its end, and what it had too much of: ``overfull`` (the
+    scratch folder), ``process_limit`` or None.
+    """
     ended = os.pidfd_open(child)
     poller = select.poll()
     poller.register(ended, select.POLLIN)
     poller.register(link, select.POLLIN)
-    overfull = False
+    killed, excess = False, None
+    pause = LOOK[0]
     while True:
-        ready = [descriptor for descriptor, _ in poller.poll(LOOK * 1000)]
+        ready = [descriptor for descriptor, _ in poller.poll(pause * 1000)]
         if ended in ready:
             os.close(ended)
-            return overfull
+            return killed, excess
         if ready and not link.recv(1 << 16):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             os._exit(0)  # the parent is gone
-        overfull = overfull or scratch.overfull(".")
-        if ready or overfull:
+        began = time.monotonic()
+        if scratch.overfull("."):
+            excess = excess or "overfull"
+        elif config["most_tasks"] and threads(child) > config["most_tasks"]:
+            excess = excess or "process_limit"
+        # Often, because all that a program makes until it is stopped must be removed again.
+        pause = min(max(LOOK[0], 10 * (time.monotonic() - began)), LOOK[1])
+        killed = killed or bool(ready)
+        if killed or excess:
             os.kill(child, signal.SIGKILL)
+            if config["strays"]:
+                end_at_once(child)
 
 
 def open_output(name: str | None) -> list[int]:
@@ -178,16 +202,38 @@ def open_output(name: str | None) -> list[int]:
     return []
 
 
-def end_strays() -> None:
-    """End what a program left behind; orphans become children of this process (subreaper)."""
+def threads(process: int) -> int:
+    """How many threads a process has. Landlock lets links be counted, but nothing be read."""
+    try:
+        return os.stat(f"/proc/{process}/task").st_nlink - 2
+    except OSError:
+        return 0  # ended in the meantime
+
+
+def end_at_once(group: int) -> None:
+    """End a group, or all else in a namespace: nothing forks faster than the kernel does that."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1 if os.getpid() == 1 else -group, signal.SIGKILL)
+
+
+def end_strays() -> float:
+    """End what a program left behind; orphans become children of this process (subreaper).
+
+    Returns the seconds of processor time that they took.
+    """
+    cpu = 0.0
     while True:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            for child in file.read().split():
-                os.kill(int(child), signal.SIGKILL)
+        if os.getpid() == 1:
+            end_at_once(0)
+        else:
+            with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                for child in file.read().split():
+                    os.kill(int(child), signal.SIGKILL)
         try:
-            os.wait()
+            usage = os.wait4(-1, 0)[2]
         except ChildProcessError:
-            return
+            return cpu
+        cpu += usage.ru_utime + usage.ru_stime
 
 
 def become_program(
@@ -248,7 +294,7 @@ def limit(request: dict, config: dict) -> None:
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_NPROC, config["processes"]),
+        (resource.RLIMIT_NPROC, request["tasks"]),
     ):
         hard = resource.getrlimit(name)[1]
         soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)

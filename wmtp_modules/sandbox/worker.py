@@ -14,7 +14,8 @@ import socket
 import time
 from contextlib import ExitStack, suppress
 
-from wmtp_modules.sandbox.jobs import FunctionJob, Limits, Outcome, StdinJob
+from wmtp_modules.sandbox.contention import descendants, out_of_memory_kills, times
+from wmtp_modules.sandbox.jobs import VERDICTS, FunctionJob, Limits, Outcome, StdinJob
 from wmtp_modules.sandbox.preparation import prepare
 from wmtp_modules.sandbox.process import NOBODY, Server, ServerLost
 from wmtp_modules.sandbox.wire import STATUSES
@@ -24,6 +25,12 @@ MOST_ERRORS = 64 << 20
 KEPT_ERRORS = 1 << 16
 TAIL = 2000  # characters
 JUDGE_MEMORY_MB = 1024
+MOST_WAITING = 5  # times its limit, that a program may take on a busy machine
+MOST_WAITING_SECONDS = 5  # more than that
+OWN_WORK = 0.9  # share of its limit that a program must have worked to be too slow beyond doubt
+# Ends that others can cause, by taking threads, memory or disk that all programs share.
+SHARED = ("process_limit", "output_limit")
+LOOK = 0.05  # seconds between two looks at how long a program has waited
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 SIGNALS: dict[int, str] = {
     signal.SIGXCPU: "timeout",
@@ -32,8 +39,10 @@ SIGNALS: dict[int, str] = {
 }
 REASONS = {
     "timeout": "still running after {seconds:g} s",
+    "infrastructure": "the machine is too busy: it gave no {seconds:g} s in far longer",
     "output_limit": "more than 16 MB of output or 64 MB of errors",
     "memory": "more than {memory_mb} MB of memory",
+    "process_limit": "more than 256 threads",
     "overfull": "more than 128 MB or 2,000 files in the scratch folder",
 }
 
@@ -101,6 +110,28 @@ class Worker:
     def __init__(self, programs: Server, judges: Server) -> None:
         self._programs, self._judges = programs, judges
         self.pids = programs.pid, judges.pid
+        self.doubtful = False  # whether others may have caused the verdict of the last job
+        self._own = descendants(self.pids)  # processes; what comes later is the program's
+        self._kills = 0  # of the kernel, for want of memory, when it was prepared
+
+    def prepare(self, tasks: int) -> None:
+        """Take stock before a program that runs alone, or the first one.
+
+        Args:
+            tasks: RLIMIT_NPROC of programs.
+        """
+        self._programs.tasks = self._judges.tasks = tasks
+        self._kills = out_of_memory_kills()
+
+    @property
+    def worn(self) -> bool:
+        """Whether the last program left so much that its server does nothing but remove it."""
+        return self._programs.reply is not None and self._programs.reply["worn"]
+
+    def retire(self) -> Server:
+        """Keep only the worn server; call its ``finish``."""
+        self._judges.close()
+        return self._programs
 
     def run(self, job: FunctionJob | StdinJob) -> Outcome:
         """Run a job.
@@ -108,6 +139,7 @@ class Worker:
         Raises:
             ServerLost: if a fork server ended or hangs; neither can be used any more.
         """
+        self.doubtful = False
         return self._run_script(job) if isinstance(job, StdinJob) else self._run_functions(job)
 
     def close(self) -> None:
@@ -143,18 +175,20 @@ class Worker:
                 [*[nothing] * 3, tests, judge_link.fileno(), said.theirs],
             )
             reason = self._attend(self._judges, [output, errors, said], job.limits.seconds)
-            self._judges.stop()
+            judged = self._judges.stop()
             ended_early = self._programs.reply is not None
             reply = self._programs.stop()
-            if reason is not None or reply["overfull"]:
-                return failed(reason or "overfull", reply, job.limits)
+            reason = self._reconsider(reason, judged, [reply, judged], job.limits)
+            if reason is not None or reply["excess"]:
+                return failed(reason or reply["excess"], reply, job.limits)
             if not said.data:
                 raise ServerLost("a judge ended without a verdict")
             verdict, detail = json.loads(bytes(said.data)).values()
             if verdict == "gone" or (verdict == "pass" and ended_early):
-                verdict, detail = explain_end(reply["status"], errors)
+                verdict, detail = self._explain_end(reply, errors)
             if verdict == "pass" and reply["overused"]:
                 return failed("memory", reply, job.limits)
+            self.doubtful = self.doubtful or verdict in SHARED
             return outcome(verdict, reply, detail)
 
     def _run_script(self, job: StdinJob) -> Outcome:
@@ -193,12 +227,13 @@ class Worker:
             )
             reason = self._attend(self._programs, [output, errors], job.limits.seconds)
             reply = self._programs.stop()
+            reason = self._reconsider(reason, reply, [reply], job.limits)
             for descriptor in reply["descriptors"]:
                 stack.callback(os.close, descriptor)
-            if reason is not None or reply["overfull"]:
-                return failed(reason or "overfull", reply, job.limits), None
+            if reason is not None or reply["excess"]:
+                return failed(reason or reply["excess"], reply, job.limits), None
             if reply["status"] != 0:
-                verdict, detail = explain_end(reply["status"], errors)
+                verdict, detail = self._explain_end(reply, errors)
                 return outcome(verdict, reply, detail), None
             if reply["overused"]:
                 return failed("memory", reply, job.limits), None
@@ -222,7 +257,8 @@ class Worker:
         """Read output until a server replies; returns why it must be stopped, or None."""
         for stream in streams:
             stream.close_theirs()
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
+        deadline = began + seconds
         poller = select.poll()
         by_number = {each.fileno(): each for each in (*streams, self._programs, self._judges)}
         for number in by_number:
@@ -239,10 +275,46 @@ class Worker:
                     return "output_limit"
             # Only after reading: a reply that arrived while this process waited counts.
             if left == 0 and server.reply is None:
-                return "timeout"
+                more, reason = self._owed(seconds, time.monotonic() - began)
+                if reason:
+                    return reason
+                deadline = time.monotonic() + more
         for stream in streams:
             stream.read()  # a pipe never holds more than one read takes
         return "output_limit" if any(stream.too_long() for stream in streams) else None
+
+    def _owed(self, seconds: float, elapsed: float) -> tuple[float, str | None]:
+        """How much longer a program may run because it waited for its turn, or why not at all."""
+        program, judge = (times(descendants([pid]) - self._own) for pid in self.pids)
+        age, used, waited = max(program[0], judge[0]), program[1] + judge[1], program[2] + judge[2]
+        own = (min(age, elapsed) or elapsed) - waited  # it may have waited for its start
+        if own >= seconds or used >= seconds:
+            return 0.0, "timeout"
+        if elapsed >= MOST_WAITING * seconds + MOST_WAITING_SECONDS:
+            self.doubtful = True
+            return 0.0, "infrastructure"
+        return min(max(seconds - own, LOOK), seconds), None
+
+    def _reconsider(
+        self, reason: str | None, ended: dict, replies: list[dict], limits: Limits
+    ) -> str | None:
+        """Why a program was stopped, now that the servers' replies are there."""
+        if reason != "timeout":
+            return reason
+        if not ended["killed"]:
+            return None  # it came to its end before it could be stopped
+        # An endless loop has proven itself. What waited, for whatever, may have waited for others.
+        worked = sum(reply["cpu"] for reply in replies)
+        self.doubtful = worked < OWN_WORK * limits.seconds - LOOK
+        return reason
+
+    def _explain_end(self, reply: dict, errors: Stream) -> tuple[str, str]:
+        verdict, detail = explain_end(reply["status"], errors)
+        killed = os.WIFSIGNALED(reply["status"]) and os.WTERMSIG(reply["status"]) == signal.SIGKILL
+        self.doubtful = killed or verdict in SHARED
+        if killed and out_of_memory_kills() > self._kills:
+            return "memory", f"{detail}: the machine ran out of memory"
+        return verdict, detail
 
 
 def request(
@@ -269,7 +341,7 @@ def printable(detail: str) -> str:
 
 def failed(reason: str, reply: dict, limits: Limits) -> Outcome:
     """The outcome of a program that was stopped."""
-    verdict = reason if reason in ("timeout", "memory") else "output_limit"
+    verdict = reason if reason in VERDICTS else "output_limit"
     text = REASONS[reason].format(seconds=limits.seconds, memory_mb=limits.memory_mb)
     return outcome(verdict, reply, text)
 
