@@ -9,10 +9,10 @@ losses in the operands' dtype and takes no token weights; docs/log.md compares c
 Liger.
 
 Products of bf16 operands come out as the fp32 sums that they are: rounded to bf16, logits would put
-1e-2 on a loss. CUDA's matrix product has them as a result (``out_dtype``); elsewhere, a chunk's
-hidden states and a piece of the weight are upcast. The one thing that CUDA cannot do is multiply
-fp32 by bf16 at full speed: in the backward it reads the logits' gradients rounded to bf16, each
-off by 2^-8 of itself at most. A CPU does not round them.
+1e-2 on a loss. CUDA's matrix product has them as its result (``out_dtype``); elsewhere a chunk's
+hidden states and a piece of the weight are upcast. What CUDA cannot do is multiply fp32 by bf16 at
+full speed: its backward reads the logits' gradients rounded to bf16, each off by at most 2^-8 of
+itself. A CPU does not round them, and takes two to three times as long as for bf16 products.
 """
 
 from functools import lru_cache
@@ -160,13 +160,10 @@ def _chunks(n: int, vocab: int, device: torch.device) -> list[slice]:
 
 
 def _pieces(weight_VD: torch.Tensor) -> list[slice]:
-    """Rows of a [V, D] tensor whose fp32 copy takes half of what a chunk's logits do.
-
-    A multiple of 64 where there is room: CUDA's kernels want addresses that are aligned.
-    """
+    """Rows of a [V, D] tensor whose fp32 copy takes half of what a chunk's logits do."""
     V, D = weight_VD.shape
     most = max(1, _limit(weight_VD.device) // 2 // D)
-    most = most // 64 * 64 or most
+    most = most // 64 * 64 or most  # CUDA's kernels want addresses that are aligned
     return [slice(start, min(start + most, V)) for start in range(0, V, most)]
 
 
@@ -216,10 +213,7 @@ class _Gradients:
 
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x * scale, computed in fp32 or wider and rounded once.
-
-    A scale without dimensions would be rounded to the dtype of x.
-    """
+    """x * scale, rounded once: a scale without dimensions would be rounded to bf16 before."""
     return torch.mul(x, scale.reshape(1, 1), out=torch.empty_like(x, dtype=dtype))
 
 
