@@ -40,9 +40,11 @@ MOST_LINES = {
     "recipes/critic_wmtp_distributed.py": 620,
     "recipes/eval_mtp.py": 480,
 }
-MOST_LINES_OF_ALL = 17_300  # wmtp_modules and recipes together
+# wmtp_modules and recipes together. Values as plain Python compares them, accounts of what others do
+# to a program, locks between runs and refusals that say the way out took it from 17,000 to this.
+MOST_LINES_OF_ALL = 19_700
 MOST_NAMES_OF_RHO1 = 40  # that its recipe imports from wmtp_modules
-MOST_LINES_BEHIND_RHO1 = 8_300  # of it and all first-party files that it imports at its start
+MOST_LINES_BEHIND_RHO1 = 9_300  # of it and all first-party files that it imports at its start
 
 # They take up to seconds, which nobody who mistyped a key shall wait for: imported where used.
 # (torchtune imports datasets, and datasets pandas, whatever we do.)
