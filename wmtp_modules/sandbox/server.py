@@ -102,7 +102,7 @@ def serve(control: int, config: dict) -> program.Script | None:
         for descriptor in descriptors:
             os.close(descriptor)
         killed, excess = watch(child, link, config)
-        if config["strays"]:
+        if config["strays"] and parent != 1:
             end_at_once(child)  # while it is not reaped, and its group cannot be another
         _, status, usage = os.wait4(child, 0)
         seconds = time.monotonic() - started
@@ -222,18 +222,18 @@ def end_strays() -> float:
     Returns the seconds of processor time that they took.
     """
     cpu = 0.0
-    while True:
-        if os.getpid() == 1:
-            end_at_once(0)
-        else:
-            with open(f"/proc/self/task/{os.getpid()}/children") as file:
-                for child in file.read().split():
-                    os.kill(int(child), signal.SIGKILL)
-        try:
+    with contextlib.suppress(ChildProcessError):  # there is none, or none any more
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        while True:
+            if os.getpid() == 1:
+                end_at_once(0)
+            else:
+                with open(f"/proc/self/task/{os.getpid()}/children") as file:
+                    for child in file.read().split():
+                        os.kill(int(child), signal.SIGKILL)
             usage = os.wait4(-1, 0)[2]
-        except ChildProcessError:
-            return cpu
-        cpu += usage.ru_utime + usage.ru_stime
+            cpu += usage.ru_utime + usage.ru_stime
+    return cpu
 
 
 def become_program(
