@@ -92,7 +92,8 @@ def reference_table(
             "max_seq_len": max_seq_len,
             "kind": "next-token loss" if n_heads == 1 else "mtp losses",
             "n_heads": n_heads,
-            "dtype": dtype,
+            # Tables of before 2026-11-28 hold losses of logits that were rounded to bf16.
+            "dtype": dtype if dtype == "fp32" else f"{dtype}, fp32 logits",
         }
     fingerprint = share_from_rank_zero(fingerprint)
     compute_scores(
