@@ -40,7 +40,7 @@ MOST_LINES = {
     "recipes/critic_wmtp_distributed.py": 620,
     "recipes/eval_mtp.py": 480,
 }
-# wmtp_modules and recipes together. Values as plain Python compares them, accounts of what others do
+# Of wmtp_modules and recipes. Values as plain Python compares them, accounts of what others do
 # to a program, locks between runs and refusals that say the way out took it from 17,000 to this.
 MOST_LINES_OF_ALL = 19_700
 MOST_NAMES_OF_RHO1 = 40  # that its recipe imports from wmtp_modules
