@@ -326,7 +326,7 @@ def test_leftovers_of_earlier_versions_go_and_other_names_stay(tmp_path):
 
 def test_who_is_alone_in_a_folder_is_named(tmp_path, children):
     """By another process, and by itself it may be asked for again."""
-    with alone_in(tmp_path / "run", wait=False), alone_in(tmp_path / "run", wait=False):
+    with alone_in(tmp_path / "run" / "x", wait=False), alone_in(tmp_path / "run" / "x", wait=False):
         pass
     assert not (tmp_path / "run").exists()
 

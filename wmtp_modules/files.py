@@ -68,15 +68,15 @@ def alone_in(
         InUseError: if another process is at work there and ``wait`` is False; names it.
     """
     folder = Path(folder).absolute()
-    is_new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # the deepest first
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(folder / ".lock", folder, wait=wait, beat=beat):
             yield
     finally:
-        if is_new:
-            with suppress(OSError):  # it has got files
-                folder.rmdir()
+        with suppress(OSError):  # one has got files
+            for path in made:
+                path.rmdir()
 
 
 def only_writer(path: str | Path) -> AbstractContextManager[bool]:
