@@ -83,7 +83,10 @@ def test_max_hours_outside_of_training(job):
     assert job.exit == {"reason": "max_hours", "step": None}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGINT, signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)],
+)
 def test_signal_to_tune_run(job, signum):
     """torchrun by itself dies of SIGUSR1 and leaves its workers behind."""
     job.start_tune()

@@ -8,7 +8,7 @@ import pytest
 
 RECIPE = "recipes/rho1_wmtp_distributed.py"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly  # in process: tests/run/test_start.py
 
 
 def test_a_second_run_ends_and_the_first_goes_on(forks, tiny_quickstarts, tmp_path):
