@@ -39,7 +39,7 @@ FILE_BYTES = 64 << 20
 OPEN_FILES = 64
 STACK_BYTES = 64 << 20
 STREAMS = "/proc/self/fd"
-LOOK = 0.005, 0.05  # seconds between two checks of the scratch folder, at least and at most
+LOOK = 0.02, 0.05  # seconds between two checks of the scratch folder; most programs end before
 PDEATHSIG, SECCOMP, SECCOMP_FILTER = 1, 22, 2  # prctl
 
 libc = ctypes.CDLL(None, use_errno=True)
