@@ -211,16 +211,24 @@ class RewardStatistics:
 
 @dataclass(frozen=True)
 class Responses:
-    """N tokenised rows and their standardised rewards, fp64 [N]; empty if a config has none."""
+    """N tokenised rows, their standardised rewards, and f(R): how much each is wanted, in [0, 1].
+
+    Rewards and ``good`` are fp64 [N], and empty if a config has no rewards.
+    """
 
     rows: Dataset
     rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    good: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def above(self, threshold: float | None) -> np.ndarray:
         """Indices of the rows with a reward above a threshold; of all rows for None."""
         if threshold is None or not len(self.rewards):
             return np.arange(len(self.rows))
         return np.flatnonzero(self.rewards > threshold)
+
+    def good_rows(self) -> np.ndarray:
+        """Indices of the good rows, f(R) above one half; of all rows without rewards."""
+        return np.flatnonzero(self.good > 0.5) if len(self.good) else np.arange(len(self.rows))
 
 
 class RewardTables:
