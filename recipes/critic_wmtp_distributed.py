@@ -7,13 +7,12 @@ Four stages, each done once and then recognised by its fingerprint:
     rewards  one number per response: a reward model's, a column's, or verified labels
     critic   a value head on the frozen trunk learns which responses are good, and has to show it
     values   V after every token of the data set
-    policy   the model is fine-tuned with weights from generalised advantages
-             (Schulman et al. 2016, arXiv 1506.02438)
+    policy   the model is fine-tuned on all responses with weights from these values
 
 The same file trains the controls. Copy it and edit it: nothing imports it.
 
 Shapes: B packed rows, T positions, K heads. Head k at position t predicts token t + k + 1. V[t] is
-the value after token t, so the value before token u is V[u - 1].
+the value after token t.
 """
 
 import hashlib
@@ -43,10 +42,10 @@ from wmtp_modules.config.check import (
 from wmtp_modules.config.file import merged
 from wmtp_modules.config.keys import OPTIMIZER, TRAINING_KEYS
 from wmtp_modules.config.rules import CRITIC_RULES, TRAINING_RULES
-from wmtp_modules.critic import folder, pairs, values
+from wmtp_modules.critic import folder, pairs, policy, values
 from wmtp_modules.critic.figures import print_report
 from wmtp_modules.critic.judge import Judge
-from wmtp_modules.critic.page import page_caption, write_pairs_page
+from wmtp_modules.critic.page import page_caption, shown_rows, write_page
 from wmtp_modules.critic.rewards import Responses, RewardTables, rated
 from wmtp_modules.critic.states import batch_of, trunk_states
 from wmtp_modules.data.loader import heldout_batches
@@ -71,8 +70,8 @@ from wmtp_modules.run.run import Run
 from wmtp_modules.run.start import exit_with_message, parse, process_group
 from wmtp_modules.run.stopping import StopRequests
 from wmtp_modules.run.watchdog import Watchdog
-from wmtp_modules.scoring.score_table import fingerprint_rows
-from wmtp_modules.weighting.advantage import CriticWeighting, standardise
+from wmtp_modules.scoring.score_table import ScoreTable, fingerprint_rows
+from wmtp_modules.weighting.advantage import CriticWeighting
 
 log = utils.get_logger("INFO")
 
@@ -108,7 +107,7 @@ SCHEMA = TRAINING_KEYS | {
     ),
     "value_table": Optional({"table_dir": str, "batch_tokens": AtLeast(int, 1)}),
     "allow_uninformative_critic": Optional(bool),
-    "policy_rewards_above": Optional(float),  # standardised, 0 if left out; null: all responses
+    "policy_rewards_above": Optional(float),  # standardised; null or left out: all responses
     "weighting": CriticWeighting,
 }
 
@@ -136,7 +135,7 @@ def needs_values(cfg: DictConfig) -> bool:
     """Whether this config or one of its controls weighs by values."""
     names = (cfg.weighting.name, *(cfg.get("controls") or []))
     runs = [merged(cfg, {"weighting": {"name": name}}) for name in names]
-    return any([make_weighting(run).needs_scores for run in runs])  # all of them are checked
+    return any([make_weighting(run).needs_values for run in runs])  # all of them are checked
 
 
 def needs_critic(cfg: DictConfig) -> bool:
@@ -167,7 +166,6 @@ class CriticWMTPRecipeDistributed:
         self._weighting = make_weighting(cfg)
         self._critic_dir = Path(cfg.critic.checkpoint_dir if cfg.get("critic") else "none")
         self._frozen: MTPTransformer | None = None  # the critic's trunk, while it is needed
-        self._statistics: tuple[float, float] | None = None  # of the advantages
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
     # ------------------------------------------------- setup, with the rewards
@@ -249,10 +247,8 @@ class CriticWMTPRecipeDistributed:
             self._critic()
             return
         objective, kind = objective_and_head(self._cfg)
-        items, pairs_val = pairs.training_items(
-            self._taught, self._heldout, objective=objective, seed=seed
-        )
-        data = self._taught, self._heldout, pairs_val
+        items = pairs.training_items(self._taught, objective=objective, seed=seed)
+        data = self._taught, self._heldout, pairs.heldout_pairs(self._heldout, seed=seed)
         judge = Judge(self._trunk(), *data, objective=objective, watchdog=self.watchdog)
         torch.manual_seed(seed)  # equal heads on all ranks
         head = ValueHead(self.model_args["embed_dim"], kind).to(self.device)
@@ -351,66 +347,68 @@ class CriticWMTPRecipeDistributed:
         )
 
     def _write_page(self, head: ValueHead) -> None:
-        """A few held-out pairs with every token coloured by its weight; on rank 0."""
-        path, critic = self._critic_dir / "weights.html", self._values_made_from()["critic"]
-        above = self._cfg.get("policy_rewards_above", 0.0)
-        of = f"critic {critic[:12]}, policy_rewards_above {above}"
-        caption, (_, pairs_val) = page_caption(self._weighting, of), self._critic_items()
-        is_there = path.exists() and caption in path.read_text("utf-8")
-        if self.watchdog.on_rank_zero(lambda: is_there) or not len(pairs_val):
+        """Some held-out responses with every token coloured by its weight; on rank 0."""
+        cfg = merged(self._cfg, {"weighting": {"name": "critic"}})
+        path, weighting = self._critic_dir / "weights.html", make_weighting(cfg)
+        above, made_from = cfg.get("policy_rewards_above"), self._values_made_from()
+        of = f"critic {made_from['critic'][:12]}, policy_rewards_above {above}"
+        caption = page_caption(weighting, of)
+        if self.watchdog.on_rank_zero(lambda: path.exists() and caption in path.read_text("utf-8")):
             return
-        chosen, _ = self._policy_rows()
-        statistics = self._advantage_statistics(self._valued_packs(chosen), chosen)
+        chosen, _ = policy.policy_rows(self._train, self._heldout, above)
+        _, scale = self._packs_and_scale(cfg, chosen)
+        pairs_val = pairs.heldout_pairs(self._heldout, seed=cfg.seed).rows_P2
+        shown = shown_rows(self._heldout, pairs_val, PAGE_PAIRS)
         if self._rank == 0:
-            write_pairs_page(
+            rows = self._heldout.rows.select(shown)
+            write_page(
                 path,
-                self._trunk(),
-                head,
-                self._heldout.rows,
-                pairs_val[:PAGE_PAIRS],
-                self._heldout.rewards,
-                weighting=self._weighting,
-                statistics=statistics,
+                self._heldout,
+                shown,
+                values.row_values(self._trunk(), head, values.tokens_and_keep(rows)),
+                weighting=weighting,
+                scale=scale,
                 tokenizer=self._tokenizer,
                 caption=caption,
             )
 
     # --------------------------------------------------------------- policy
 
-    def _policy_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that train the policy, and the held-out ones of their kind."""
-        above = self._cfg.get("policy_rewards_above", 0.0)  # only good ones, unless asked
-        chosen, chosen_val = self._train.above(above), self._heldout.above(above)
-        if not len(chosen) or not len(chosen_val):
-            raise ValueError(
-                f"policy_rewards_above {above} leaves {len(chosen)} training and "
-                f"{len(chosen_val)} held-out responses: lower it (rewards are standardised)"
-            )
-        return chosen, chosen_val
-
-    def _valued_packs(self, chosen: np.ndarray) -> PackedDataset:
-        """The policy's packs, with values and rewards beside the tokens."""
+    def _values(self) -> ScoreTable:
+        """V after every token of the training set, of the critic at hand."""
         self._critic()
-        return values.valued_packs(
+        table_dir = self._cfg.value_table.table_dir
+        return ScoreTable.open(table_dir, self._values_made_from(), self._train.rows)
+
+    def _packs_and_scale(self, cfg: DictConfig, chosen: np.ndarray) -> tuple[PackedDataset, dict]:
+        """Packs of the rows that train, and the scale of their weights; a collective."""
+        weighting = make_weighting(cfg)
+        weighs = weighting.needs_values
+        packs = policy.policy_packs(
             self._train,
             chosen,
-            table_dir=self._cfg.value_table.table_dir,
-            fingerprint=self._values_made_from(),
-            max_seq_len=self._cfg.tokenizer.max_seq_len,
-            seed=self._cfg.seed,
+            max_seq_len=cfg.tokenizer.max_seq_len,
+            seed=cfg.seed,
+            table=self._values() if weighs else None,
         )
+        scale = policy.weight_scale(
+            *(packs, self._train, chosen, weighting),
+            n_heads=self.model_args["n_future_tokens"],
+            device=self.device,
+            watchdog=self.watchdog,
+            table_dir=cfg.value_table.table_dir if weighs else None,
+            values=self._values_made_from() if weighs else None,
+        )
+        return packs, scale
 
-    def _advantage_statistics(self, packs: PackedDataset, chosen: np.ndarray) -> tuple:
-        """Mean and deviation of the advantages, the same for all policies of a config."""
-        if self._statistics is None:
-            lam = self._weighting.lam
-            self._statistics = values.advantage_statistics(packs, chosen, lam, self.device)
-        return self._statistics
-
-    def check_policy(self) -> dict:
-        """What the critic showed; an error now is one that a control would hide for hours."""
-        self._valued_packs(self._policy_rows()[0])
-        return self.critic_summary()
+    def check_policies(self, runs: list[DictConfig]) -> None:
+        """Raise now what a control would otherwise hide for hours."""
+        for cfg in runs:
+            policy.policy_rows(self._train, self._heldout, cfg.get("policy_rewards_above"))
+            if make_weighting(cfg).name == "oracle":
+                policy.check_marks(self._train.rows)
+        if any(make_weighting(cfg).needs_values for cfg in runs):
+            self._values()
 
     def critic_summary(self) -> dict:
         """What the critic showed on held-out data."""
@@ -421,8 +419,9 @@ class CriticWMTPRecipeDistributed:
         """Hash of what a policy of this config is trained on: rows, rewards, critic and values."""
         parts: list[object] = list(self._rows_made_from.values())
         if cfg.get("rewards"):
-            parts += [[*map(float, one.rewards)] for one in (self._train, self._heldout)]
-        if make_weighting(cfg).needs_scores:
+            both = self._train, self._heldout
+            parts += [[*map(float, x)] for one in both for x in (one.rewards, one.good)]
+        if make_weighting(cfg).needs_values:
             parts.append(self._values_made_from())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -431,16 +430,12 @@ class CriticWMTPRecipeDistributed:
         training.set_seed(cfg.seed)
         self._cfg, self._weighting = cfg, make_weighting(cfg)
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
-        chosen, chosen_val = self._policy_rows()
+        above = cfg.get("policy_rewards_above")
+        chosen, chosen_val = policy.policy_rows(self._train, self._heldout, above)
         utils.log_rank_zero(log, f"Policy: {len(chosen)} of {len(self._train.rows)} responses.")
         pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
         self._dataset_val = PackedDataset(self._heldout.rows.select(chosen_val), **pack)
-        statistics = None
-        if self._weighting.needs_scores:
-            dataset = self._valued_packs(chosen)
-            statistics = self._advantage_statistics(dataset, chosen)
-        else:
-            dataset = PackedDataset(self._train.rows.select(chosen), **pack)
+        dataset, scale = self._packs_and_scale(cfg, chosen)
         self.setup_model()
         self._run = Run(
             cfg,
@@ -455,7 +450,10 @@ class CriticWMTPRecipeDistributed:
             made_from=self.made_from(cfg),
             validate=self.validate,
             export=self.save_checkpoint,
-            kept={"statistics": statistics},
+            kept={
+                "scale": scale,
+                "noise_sums": torch.zeros(4, dtype=torch.float64, device=self.device),
+            },
         )
         if not cfg.get("replay"):
             self._run.begin()
@@ -484,12 +482,14 @@ class CriticWMTPRecipeDistributed:
             )
             loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
         else:  # weights known beforehand go into the forward, which saves a matrix product
-            z_BT = None
-            if self._weighting.needs_scores:
-                a_BT = values.batch_advantages(batch, self._weighting.lam)
-                z_BT = standardise(a_BT, *run.kept["statistics"])
+            scale = run.kept["scale"]
             weights_BTK, stats = self._weighting(
-                None, mask_BTK, batch["doc"], z_BT, step=run.micro_step
+                None,
+                mask_BTK,
+                batch["doc"],
+                policy.log_raw_of(batch, self._weighting, scale),
+                step=run.micro_step,
+                scale_K=scale["scale_K"],
             )
             loss, losses_BTK = self._model(
                 batch["tokens"],
@@ -524,6 +524,7 @@ class CriticWMTPRecipeDistributed:
             lr = float(self._lr_scheduler.get_last_lr()[0])
             if run.may_update(sums, grad_norm):
                 self._optimizer.step()
+                run.kept["noise_sums"] += sums["noise"]
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
             run.end_step(sums, stats, grad_norm, lr)
@@ -544,6 +545,10 @@ class CriticWMTPRecipeDistributed:
     def finish(self, beside: dict[str, Path]) -> dict:
         """Draw the curves, also of the runs beside it, close everything, return the figures."""
         summary = self._run.summary() | {"made_from": self.made_from(self._cfg)}
+        in_data, targets, on_noise, weight = self._run.kept["noise_sums"].tolist()
+        if in_data:
+            share = {"data": in_data / targets, self._cfg.weighting.name: on_noise / weight}
+            summary["weight_on_spoiled"] = share
         curves = Path(self._cfg.output_dir) / "curves.png"
         if self._rank == 0:
             own = {self._cfg.weighting.name: curves.with_name("metrics.jsonl")}
@@ -593,6 +598,14 @@ def report(cfg: DictConfig, summary: dict) -> None:
         print(f"  pictures {where / 'calibration.png'} and {where / 'weights.html'}")
     if "heldout_loss" in summary:
         plan.print_losses(summary["heldout_loss"], summary["steps"])
+        if "weight_on_spoiled" in summary:
+            share = summary["weight_on_spoiled"]
+            print(
+                f"Spoiled: {share['data']:.1%} of the training targets; of the weight, "
+                + ", ".join(
+                    f"{name} {of_weight:.1%}" for name, of_weight in share.items() if name != "data"
+                )
+            )
         plan.print_places(Path(cfg.output_dir), summary)
 
 
@@ -627,12 +640,12 @@ def make_runs(cfg: DictConfig, runs: list[DictConfig], recipe, stops: StopReques
     """The stages before the policy, then the policy's runs and their figures side by side."""
     started, output_dir = time.perf_counter(), Path(cfg.output_dir)
     summary = make_stages(recipe, cfg.stages)
-    if runs and needs_values(cfg):
-        with exit_with_message(ValueError, OSError):
-            summary |= recipe.check_policy()
     if runs:
-        policy = plan.run_all(runs, lambda one, beside: train_one(recipe, one, stops, beside))
-        summary = policy | summary
+        with exit_with_message(ValueError, OSError):
+            recipe.check_policies(runs)
+            summary |= recipe.critic_summary() if needs_values(cfg) else {}
+        of_policies = plan.run_all(runs, lambda one, beside: train_one(recipe, one, stops, beside))
+        summary = of_policies | summary
     summary["seconds"] = round(time.perf_counter() - started, 1)
     if dist.get_rank() != 0:
         return

@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from wmtp_modules.critic.pairs import (
     LENGTH_BIN,
+    heldout_pairs,
     hopeless_problems,
     joint_batch,
     make_pairs,
@@ -68,22 +69,22 @@ def responses(problems, good, lengths=None):
 def test_what_each_objective_learns_from():
     train = responses(["p", "p", "q", "q"], [1, 0, 1, 1], [10, 10, 10, 0])
     heldout = responses(["p", "p"], [0, 1])
-    items, pairs = training_items(train, heldout, objective="bce", seed=0)
+    items, pairs = training_items(train, objective="bce", seed=0), heldout_pairs(heldout, seed=0)
     assert items.tolist() == [[0], [1], [2]]  # row 3 has no response
     assert (pairs.rows_P2.tolist(), pairs.kind) == ([[1, 0]], "problem")
-    items, _ = training_items(train, heldout, objective="pairs", seed=0)
-    assert items.tolist() == [[0, 1]]
+    assert training_items(train, objective="pairs", seed=0).tolist() == [[0, 1]]
 
 
 def test_without_pairs_of_a_problem_they_are_of_like_length():
     train = responses(None, [1, 0, 0])
     heldout = responses(None, [0, 1, 0, 1, 0], [10, 11, 10, 60, 10])
-    items, pairs = training_items(train, heldout, objective="bce", seed=0)
-    assert len(items) == 3
+    pairs = heldout_pairs(heldout, seed=0)
     ((better, worse),) = pairs.rows_P2
     assert (better, worse in (0, 2, 4), pairs.kind) == (1, True, "length")
-    with pytest.raises(ValueError, match=r"^dataset has no two responses to one problem"):
-        training_items(train, heldout, objective="pairs", seed=0)
+    with pytest.raises(
+        ValueError, match=r"^no two responses that the critic learns from are to one problem"
+    ):
+        training_items(train, objective="pairs", seed=0)
 
 
 def test_problems_whose_responses_are_all_bad_are_named():

@@ -29,7 +29,7 @@ class Judge:
     """Held-out loss and report of a critic; every rank calls the same methods.
 
     ``trunk`` is the frozen model, whole on this rank; ``pairs`` are held-out ones, from
-    ``training_items``; ``objective`` is ``bce`` or ``pairs``.
+    ``heldout_pairs``; ``objective`` is ``bce`` or ``pairs``.
     """
 
     def __init__(

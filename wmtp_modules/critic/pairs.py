@@ -94,37 +94,32 @@ def fingerprint_responses(rows: Dataset) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def training_items(
-    train: Responses, heldout: Responses, *, objective: str, seed: int
-) -> tuple[np.ndarray, HeldoutPairs]:
-    """What a critic is trained on, and the held-out pairs that judge it.
+def heldout_pairs(heldout: Responses, *, seed: int) -> HeldoutPairs:
+    """Pairs that judge a critic: of one problem, or of like length where no problem has any."""
+    lengths = response_spans(heldout.rows)[1]
+    found = make_pairs(lengths, heldout.good, problem_ids(heldout.rows), seed=seed)
+    if len(found):
+        return HeldoutPairs(found, "problem")
+    return HeldoutPairs(make_pairs(lengths, heldout.good, [""] * len(lengths), seed=seed), "length")
 
-    Held-out pairs are of one problem; where no problem has a better and a worse response they are
-    drawn across problems, of like length.
 
-    Returns:
-        int64 [n, 1], rows with a response (``bce``), or [n, 2], pairs of rows (``pairs``); and the
-        held-out pairs.
+def training_items(train: Responses, *, objective: str, seed: int) -> np.ndarray:
+    """What a critic is trained on: int64 [n, 1], rows with a response, or [n, 2], pairs of rows.
 
     Raises:
-        ValueError: if the objective needs pairs and there are none.
+        ValueError: if the objective is ``pairs`` and there are none.
     """
-    found, kind = {}, "problem"
-    for name, responses in (("dataset", train), ("dataset_val", heldout)):
-        lengths, problems = response_spans(responses.rows)[1], problem_ids(responses.rows)
-        found[name] = make_pairs(lengths, responses.good, problems, seed=seed)
-        if objective == "pairs" and not len(found[name]):
-            raise ValueError(
-                f"{name} has no two responses to one problem of like length, one good and one bad: "
-                "critic.objective: pairs needs them, with a problem_id; with bce a reward is enough"
-            )
-        if name == "dataset_val" and not len(found[name]):
-            found[name] = make_pairs(lengths, responses.good, [""] * len(lengths), seed=seed)
-            kind = "length"
-    items = found["dataset"]
+    lengths = response_spans(train.rows)[1]
     if objective == "bce":
-        items = np.flatnonzero(response_spans(train.rows)[1])[:, None]
-    return items, HeldoutPairs(found["dataset_val"], kind)
+        return np.flatnonzero(lengths)[:, None]
+    found = make_pairs(lengths, train.good, problem_ids(train.rows), seed=seed)
+    if not len(found):
+        raise ValueError(
+            "no two responses that the critic learns from are to one problem, of like length, one "
+            "good and one bad: critic.objective: pairs needs them, with a problem_id; with bce a "
+            "reward is enough"
+        )
+    return found
 
 
 def joint_batch(n_items: int, size: int, step: int, seed: int) -> np.ndarray:

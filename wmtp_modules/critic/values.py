@@ -7,26 +7,20 @@ Shapes: N rows of a data set, B rows of a batch, T positions. V[t] is the value 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torch.utils.data import Subset
 
 from wmtp_modules.critic.pairs import fingerprint_responses
-from wmtp_modules.critic.rewards import Responses
 from wmtp_modules.critic.states import trunk_states
-from wmtp_modules.data.packing import PackedDataset, collate, pad_rows
+from wmtp_modules.data.packing import pad_rows
 from wmtp_modules.loss.value_loss import response_mask
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.process_group import all_reduce_sum
-from wmtp_modules.progress import progress_bar
 from wmtp_modules.run.watchdog import Watchdog
-from wmtp_modules.scoring.score_table import ScoreTable, compute_scores, fingerprint_tokenizer
-from wmtp_modules.weighting.advantage import advantages, check_one_response
+from wmtp_modules.scoring.score_table import compute_scores, fingerprint_tokenizer
 
 LEAST_LOGIT = -80.0  # of a value that fp32 still holds, so that ratios of values exist
 
@@ -113,59 +107,3 @@ def compute_values(
             desc="values",
             beat=watchdog.beat,
         )
-
-
-def valued_packs(
-    responses: Responses,
-    chosen: np.ndarray,
-    *,
-    table_dir: str | Path,
-    fingerprint: dict,
-    max_seq_len: int,
-    seed: int,
-) -> PackedDataset:
-    """Packs of the ``chosen`` responses with values and rewards beside the tokens.
-
-    Raises:
-        ValueError: if the table is missing, incomplete or of something else.
-    """
-    assert responses.rewards is not None
-    table: Any = ScoreTable.open(table_dir, fingerprint, responses.rows)
-    values: Any = Subset(table, chosen.tolist())
-    return PackedDataset(
-        responses.rows.select(chosen),
-        max_seq_len=max_seq_len,
-        seed=seed,
-        scores={"values": values},
-        rewards=responses.rewards[chosen],
-    )
-
-
-def batch_advantages(batch: dict[str, torch.Tensor], lam: float) -> torch.Tensor:
-    """Advantages of a micro-batch of ``valued_packs``, fp64 [B, T]; see ``advantages``."""
-    return advantages(batch["values"], batch["reward"], batch["keep"], batch["doc"], lam=lam)
-
-
-def advantage_statistics(
-    packs: PackedDataset, chosen: np.ndarray, lam: float, device: torch.device
-) -> tuple[float, float]:
-    """Mean and standard deviation of the advantage over all response tokens; a collective.
-
-    ``packs`` hold the ``chosen`` rows; the ranks share the work.
-
-    Raises:
-        ValueError: if a response is not one contiguous run of tokens; names the row.
-    """
-    row_of = torch.from_numpy(np.append(chosen, -1))  # padding's row is -1
-    sums = torch.zeros(3, dtype=torch.float64)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = range(rank, len(packs), world)
-    for index in progress_bar(mine, desc="advantages", shown=rank == 0):
-        pack: Any = collate([packs[index]])
-        check_one_response(pack["keep"], pack["doc"], row_of[pack["row"]])
-        a_BT = batch_advantages(pack, lam)
-        y_BT = response_mask(pack["keep"], pack["doc"])
-        sums += torch.stack([y_BT.sum(), a_BT[y_BT].sum(), a_BT[y_BT].square().sum()])
-    (sums,) = all_reduce_sum(sums.to(device))
-    n, total, square = sums.tolist()
-    return total / n, max(square / n - (total / n) ** 2, 0.0) ** 0.5
