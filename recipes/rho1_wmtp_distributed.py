@@ -32,7 +32,7 @@ from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.reports.curves import plot_curves
-from wmtp_modules.run import plan
+from wmtp_modules.run import controls, plan
 from wmtp_modules.run.figures import heldout_losses, noise_sums
 from wmtp_modules.run.model import checked_model_args, make_model, make_optimizer
 from wmtp_modules.run.run import Run
@@ -64,10 +64,21 @@ def check(cfg: DictConfig) -> None:
     check_config(cfg, SCHEMA, TRAINING_RULES)
     if "name" not in cfg.weighting:
         raise ConfigError("weighting.name: missing")
-    for name in (cfg.weighting.name, *(cfg.get("controls") or [])):
-        weighting = make_weighting(merged(cfg, {"weighting": {"name": name}}))
-        if weighting.needs_scores and not cfg.get("reference"):
-            raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
+    weighting = make_weighting(cfg)
+    if weighting.needs_scores and not cfg.get("reference"):
+        raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
+    controls.check_controls(cfg, TokenWeighting.NAMES, check)
+    tables = {}
+    for one in controls.runs_of(cfg, TokenWeighting.NAMES)[::-1]:
+        if not make_weighting(one).needs_scores or one.reference.mode == "online":
+            continue
+        table_dir = one.reference.table_dir
+        made_from = one.reference.checkpointer.checkpoint_dir, one.dataset
+        if tables.setdefault(table_dir, made_from) != made_from:
+            raise ConfigError(
+                f"controls.{controls.name_of(one)}.reference.table_dir: {table_dir} is another "
+                "run's as well, with another reference or other rows: give this control its own"
+            )
 
 
 def make_weighting(cfg: DictConfig) -> TokenWeighting:
@@ -260,7 +271,7 @@ class Rho1WMTPRecipeDistributed:
             summary["corrupted_share"] = {"data": in_data / targets, "selected": on_noise / weight}
         curves = Path(self._cfg.output_dir) / "curves.png"
         if self._rank == 0:
-            own = {self._cfg.weighting.name: curves.with_name("metrics.jsonl")}
+            own = {controls.name_of(self._cfg): curves.with_name("metrics.jsonl")}
             plot_curves(beside | own, curves)
         self._run.close(curves)
         return summary
@@ -283,7 +294,7 @@ def train_one(
     """The summary of one training run, which is made unless it is complete already."""
     if cfg.resume_from_checkpoint and (summary := plan.finished(cfg)):
         return summary
-    name, started = cfg.weighting.name, time.perf_counter()
+    name, started = controls.name_of(cfg), time.perf_counter()
     utils.log_rank_zero(log, f"{name}: {cfg.max_steps} steps, output in {cfg.output_dir}")
     with exit_with_message(ValueError, OSError):
         recipe = Rho1WMTPRecipeDistributed(cfg, device, mesh, stops)
@@ -293,7 +304,7 @@ def train_one(
 
 def report(cfg: DictConfig, summary: dict) -> None:
     """Print the figures and where everything is."""
-    plan.print_losses(summary["heldout_loss"], summary["steps"])
+    plan.print_losses(summary)
     if "corrupted_share" in summary:
         share = summary["corrupted_share"]
         print(
@@ -316,7 +327,7 @@ def recipe_main(cfg: DictConfig) -> None:
                 recipe.setup()
                 recipe.replay()
             return
-        runs = [*plan.control_runs(cfg), cfg]
+        runs = controls.runs_of(cfg, TokenWeighting.NAMES)
         plan.prepare(cfg, runs)
         for one in required:
             with plan.in_turn(one.output_dir):
