@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config, training, utils
@@ -28,6 +29,7 @@ from wmtp_modules.config.keys import TRAINING_KEYS
 from wmtp_modules.config.rules import TRAINING_RULES
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
+from wmtp_modules.data.rows import has_marks
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
@@ -85,6 +87,22 @@ def make_weighting(cfg: DictConfig) -> TokenWeighting:
     return TokenWeighting(**{"seed": cfg.seed, **cfg.weighting})
 
 
+def load_rows(cfg: DictConfig) -> tuple[Dataset, Dataset]:
+    """Rows to train on and held-out ones, of which the weighting can have what it needs."""
+    # Tokenised once by rank 0; the others then read the same cached file.
+    tokenizer = config.instantiate(cfg.tokenizer)
+    with rank_zero_first():
+        rows = config.instantiate(cfg.dataset, tokenizer)
+        rows_val = config.instantiate(cfg.dataset_val, tokenizer)
+    if make_weighting(cfg).needs_marks and not has_marks(rows):
+        raise ValueError(
+            f"weighting {cfg.weighting.name} needs rows with a `noise` field, the spans that are "
+            "wrong (docs/data.md), and no row of dataset has one: mark them, or take another "
+            "weighting"
+        )
+    return rows, rows_val
+
+
 class Rho1WMTPRecipeDistributed:
     """One training run. ``recipe_main`` below makes the runs of a config, controls included."""
 
@@ -108,11 +126,7 @@ class Rho1WMTPRecipeDistributed:
         training.set_seed(cfg.seed)
         self.model_args = checked_model_args(cfg)
 
-        # Tokenised once by rank 0; the others then read the same cached file.
-        tokenizer = config.instantiate(cfg.tokenizer)
-        with rank_zero_first():
-            rows = config.instantiate(cfg.dataset, tokenizer)
-            rows_val = config.instantiate(cfg.dataset_val, tokenizer)
+        rows, rows_val = load_rows(cfg)
         pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
         self._dataset_val = PackedDataset(rows_val, **pack)
 
@@ -197,7 +211,8 @@ class Rho1WMTPRecipeDistributed:
             )
             loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
         else:  # weights known beforehand go into the forward, which saves a matrix product
-            weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], None, step=step)
+            marks_BT = batch["noise"] if self._weighting.needs_marks else None
+            weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], marks_BT, step=step)
             loss, losses_BTK = self._model(
                 batch["tokens"],
                 labels_BTK,
@@ -332,6 +347,10 @@ def recipe_main(cfg: DictConfig) -> None:
         for one in required:
             with plan.in_turn(one.output_dir):
                 train_one(one, *group, {})
+        with exit_with_message(ValueError, OSError):
+            for one in runs:  # now, not when the runs before have had their hours
+                if make_weighting(one).needs_marks or one.dataset != cfg.dataset:
+                    load_rows(one)
         summary = plan.run_all(runs, lambda one, beside: train_one(one, *group, beside))
         if dist.get_rank() == 0:
             plan.write_summary(Path(cfg.output_dir), summary)

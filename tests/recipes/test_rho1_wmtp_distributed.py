@@ -351,7 +351,7 @@ def test_an_mtp_reference_equal_to_the_model_has_no_excess(run, rho1, uniform):
     assert metrics_of(folder)[-1]["ess"] == pytest.approx(1.0, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["random_topk", "shuffled", "dft", "top_loss"])
+@pytest.mark.parametrize("name", ["random_topk", "shuffled", "dft", "top_loss", "oracle"])
 def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
     short = {"weighting": {"name": name}, "max_steps": 2, "num_warmup_steps": 1}
     folder, summary = run(OmegaConf.merge(rho1, short))
@@ -359,6 +359,9 @@ def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
     assert [line[f"weight_mean_head_{k}"] for k in range(4)] == pytest.approx([1.0] * 4, abs=1e-4)
     assert line["ess"] < 1
     assert name in summary["heldout_loss"]
+    share = summary["corrupted_share"]
+    assert 0 < share["data"] < 1
+    assert (share["selected"] == 0) == (name == "oracle")
 
 
 def test_clipping_schedule_and_decay_reach_the_update(run, uniform):
@@ -786,6 +789,25 @@ def test_controls_under_overrides_stand_everywhere_under_their_names(
     other = {"uniform": {"max_steps": 5, "optimizer.lr": 0.1}}
     with pytest.raises(SystemExit, match=r"another config \(optimizer.lr was 0.003 and is 0.1\)"):
         main(overrides | {"controls": sets | other})
+
+
+def test_an_oracle_without_marks_is_refused_before_the_runs_before_it(
+    main, run, base_config, tmp_path
+):
+    rows = [json.loads(line) for line in Path(base_config.dataset.source).read_text().splitlines()]
+    message = "ValueError: weighting oracle needs rows with a `noise` field.*no row of dataset has"
+    for name, noise in {"none": {}, "empty": {"noise": []}, "prompt": {"noise": [[0, 0]]}}.items():
+        texts = [{"text": row["text"]} | noise for row in rows]
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in texts))
+        changes = {"dataset": {"source": str(source)}, "output_dir": str(tmp_path / name)}
+        with pytest.raises(SystemExit, match=message):
+            main(changes | {"controls": ["uniform", "oracle"]})
+        assert not (tmp_path / name / "controls").exists()
+    with pytest.raises(SystemExit, match=message):
+        run(changes | {"weighting": {"name": "oracle"}})
+    with pytest.raises(SystemExit, match="none there"):
+        main({"controls": ["dft", {"a": {"dataset.source": "none there"}}]})
 
 
 def test_a_control_that_cannot_be_is_refused_before_anything_is_built(recipe, base_config, rho1):
