@@ -33,7 +33,7 @@ def test_controls_are_the_config_under_other_weightings():
     assert all(run.weighting.ratio == 0.5 for run in made)
     assert [*map(name_of, made)] == ["random_topk", "dft"]
     assert overrides_of(made[1]) == {"weighting.name": "dft"}
-    assert not any(run.get("control") or run.controls for run in made)  # as before there were sets
+    assert not any("control" in run or run.controls for run in made)  # as before there were sets
     assert runs(None) == []
 
 
@@ -130,6 +130,8 @@ def test_overrides_may_name_other_keys_and_hold_no_secret():
         ({"a": {"weighting": None, "weighting.ratio": 0.2}}, "weighting.ratio: is there twice"),
         ({"a": {"weighting.ratio": 0.2, "weighting": None}}, "weighting: is there twice"),
         ({"a": {"weighting..ratio": 0.2}}, r"controls\.a: 'weighting\.\.ratio' is not a key"),
+        ({"a": {"optimizer.betas[0]": 0.2}}, r"'optimizer\.betas\[0\]' is not a key"),
+        ({"a": {"optimizer.betas.x": 0.2}}, r"controls\.a: .* do not fit the config: "),
         ({"a": {"": 0.2}}, r"controls\.a: '' is not a key"),
         (
             {"a": {"output_dir": "x"}},

@@ -156,7 +156,7 @@ def _by_dotted_key(block: dict, where: str, above: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in block.items():
         dotted = above + key
-        if not all(dotted.split(".")):
+        if not all(dotted.split(".")) or {*"[]"} & {*key}:
             raise ConfigError(f"{where}: {dotted!r} is not a key, dotted or not")
         is_block = isinstance(value, dict) and value
         new = _by_dotted_key(value, where, f"{dotted}.") if is_block else {dotted: value}
@@ -184,14 +184,18 @@ def _control(cfg: DictConfig, name: str, overrides: dict[str, Any], is_plain: bo
         if OmegaConf.select(changes, f"{key}.{COMPONENT}")
         not in (None, OmegaConf.select(cfg, f"{key}.{COMPONENT}"))
     ]
-    control = merged(without_overrides, dict.fromkeys(others), {"control": None})
+    control = merged(without_overrides, dict.fromkeys(others))
+    control.pop("control", None)
     if not is_plain:  # of a plain one the weighting says it all
         logger: Any = OmegaConf.to_container(control.get("metric_logger") or OmegaConf.create({}))
         for key, value in logger.items():
             if isinstance(value, str):  # such as run_name: it is called by its name there too
                 control.metric_logger[key] = value.replace("${weighting.name}", name)
         control = merged(control, {"control": {"name": name, "overrides": overrides}})
-    control = merged(control, changes)
+    try:
+        control = merged(control, changes)
+    except TypeError as error:  # keys where the config has a list
+        raise ConfigError(f"controls.{name}: {overrides} do not fit the config: {error}") from error
     for key, reason in SAME.items():
         if _value(control, key) != _value(without_overrides, key):
             raise ConfigError(
