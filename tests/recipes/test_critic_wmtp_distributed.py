@@ -429,17 +429,15 @@ def test_a_control_may_train_on_other_responses(base_config, main, tmp_path, cap
                 "rewards": rewards,
                 "policy_rewards_above": None,
                 "weighting": {"name": "uniform"},
-                "controls": {"uniform_good": good, "longer": {"max_steps": 2}},
+                "controls": {"uniform_good": good},
                 "max_steps": 1,
             }
         )
     responses = [int(n) for n in re.findall(r"Policy: (\d+) of 400 responses", caplog.text)]
-    assert responses == [200, 400, 400]
+    assert responses == [200, 400]
     summary = json.loads((out / "summary.json").read_text())
-    assert list(summary["heldout_loss"]) == ["base", "uniform_good", "longer", "uniform"]
-    assert summary["controls"] == {"uniform_good": good, "longer": {"max_steps": 2}}
-    assert metrics_of(out / "controls" / "longer")[-1]["step"] == 2
-    assert summary["steps"] == 1
+    assert list(summary["heldout_loss"]) == ["base", "uniform_good", "uniform"]
+    assert summary["controls"] == {"uniform_good": good}
 
 
 @pytest.mark.slow

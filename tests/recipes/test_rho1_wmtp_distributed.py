@@ -744,8 +744,7 @@ def test_controls_under_overrides_stand_everywhere_under_their_names(
 ):
     """Another number of steps, another reference; then one of them changes."""
     drawn = []
-    plot = recipe.plot_curves
-    monkeypatch.setattr(recipe, "plot_curves", lambda by, png: (drawn.append([*by]), plot(by, png)))
+    monkeypatch.setattr(recipe, "plot_curves", lambda by, png: drawn.append([*by]))
     sets = {
         "uniform": {"max_steps": 4},
         "own_reference": {
@@ -796,7 +795,7 @@ def test_an_oracle_without_marks_is_refused_before_the_runs_before_it(
 ):
     rows = [json.loads(line) for line in Path(base_config.dataset.source).read_text().splitlines()]
     message = "ValueError: weighting oracle needs rows with a `noise` field.*no row of dataset has"
-    for name, noise in {"none": {}, "empty": {"noise": []}, "prompt": {"noise": [[0, 0]]}}.items():
+    for name, noise in {"none": {}, "empty": {"noise": []}}.items():
         texts = [{"text": row["text"]} | noise for row in rows]
         source = tmp_path / f"{name}.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in texts))
