@@ -437,6 +437,11 @@ class Run:
             own = [numbers[n] for n in places]
             if name == "uniform":
                 weights = torch.ones(len(places), dtype=torch.float64)
+            elif name == "oracle" and self._critic is None:
+                of_targets = [self._of_targets(row, row.noise, False)[:, k] for row in chosen]
+                clean = torch.cat(of_targets)[places] == 0
+                clean = clean if clean.any() else ~clean  # uniform
+                weights = clean.double() * len(places) / clean.sum()
             elif name == "dft":
                 raw = (-losses_NK[places, k]).exp()
                 weights = calibrate(raw, self.weighting["w_min"], self.weighting["w_max"])

@@ -179,7 +179,7 @@ def test_rho1_topk_and_its_controls(compare, assets, reference):
             "batch_size": 2,
             "gradient_accumulation_steps": 2,
             "weighting": RHO1,
-            "controls": CONTROLS,
+            "controls": [*CONTROLS, "oracle"],
             "reference": reference(assets.reference),
             "optimizer": SGD,
             "clip_grad_norm": 1000.0,

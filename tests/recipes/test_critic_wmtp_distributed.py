@@ -427,6 +427,30 @@ def test_stages_alone_do_not_mark_a_policy_as_complete(staged, main, tmp_path):
     assert "critic" in summary
 
 
+def test_a_control_may_train_on_other_responses(base_config, main, tmp_path, caplog):
+    """It stands under its name beside a run of the same weighting."""
+    good = {"weighting.name": "uniform", "policy_rewards_above": 0}
+    rewards = {"source": "labels", "table_dir": str(tmp_path / "rewards"), "batch_tokens": 4096}
+    out = tmp_path / "out"
+    with caplog.at_level("INFO"):
+        main(
+            {
+                "output_dir": str(out),
+                "stages": ["rewards", "policy"],
+                "rewards": rewards,
+                "policy_rewards_above": None,
+                "weighting": {"name": "uniform"},
+                "controls": {"uniform_good": good},
+                "max_steps": 1,
+            }
+        )
+    responses = [int(n) for n in re.findall(r"Policy: (\d+) of 400 responses", caplog.text)]
+    assert responses == [200, 400]
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["heldout_loss"]) == ["base", "uniform_good", "uniform"]
+    assert summary["controls"] == {"uniform_good": good}
+
+
 @pytest.mark.slow
 def test_all_runs_of_a_config_read_and_hash_the_trunk_once(base, main, monkeypatch, tmp_path):
     """All stages and two controls. A 7B trunk and its reward model have 43 GB."""
@@ -529,7 +553,10 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
         ({"checkpointer": None}, "a critic needs a trained trunk"),
         ({"rewards": {"source": "reward_model"}}, r"rewards\.checkpointer: missing"),
         ({"rewards": {"source": "human"}}, r"rewards\.source: must be one of"),
-        ({"critic": {"objective": "pairs", "head": "turn"}}, r"critic\.head: turn is for objective"),
+        (
+            {"critic": {"objective": "pairs", "head": "turn"}},
+            r"critic\.head: turn is for objective",
+        ),
         ({"critic": {"objective": "gan"}}, r"critic\.objective: must be one of"),
         ({"stages": ["values"], "weighting": {"name": "uniform"}, "rewards": None}, "rewards: mis"),
         (
@@ -537,7 +564,22 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
             "a critic needs a trained trunk",
         ),
         ({"weighting": {"lamda": 1.0}}, "did you mean 'lam'"),
-        ({"controls": ["rho1"]}, "'rho1' is not one of critic"),
+        ({"controls": ["rho1"]}, r"^controls\.rho1\.weighting\.name 'rho1' is not one of critic"),
+        (
+            {"controls": {"a": {"policy_rewards_abov": 0}}},
+            r"^controls\.a\.policy_rewards_abov: unknown key \(did you mean 'policy_rewards_above'",
+        ),
+        ({"controls": {"a": {"weighting": {"lam": 3}}}}, r"^controls\.a\.weighting\.lam must be"),
+        ({"controls": {"a": {"critic.objective": "pairwise"}}}, "the stages before the policy are"),
+        (
+            {"controls": {"a": {"dataset.source": "x"}}},
+            r"^controls\.a\.dataset\.source: no control",
+        ),
+        (  # only the control weighs by values
+            {"weighting": {"name": "uniform"}, "controls": ["critic"], "value_table": None}
+            | {"stages": ["policy"]},
+            r"^controls\.critic\.value_table: missing",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             recipe.check(OmegaConf.merge(base_config, full, wrong))

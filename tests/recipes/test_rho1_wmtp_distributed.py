@@ -351,7 +351,7 @@ def test_an_mtp_reference_equal_to_the_model_has_no_excess(run, rho1, uniform):
     assert metrics_of(folder)[-1]["ess"] == pytest.approx(1.0, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["random_topk", "shuffled", "dft", "top_loss"])
+@pytest.mark.parametrize("name", ["random_topk", "shuffled", "dft", "top_loss", "oracle"])
 def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
     short = {"weighting": {"name": name}, "max_steps": 2, "num_warmup_steps": 1}
     folder, summary = run(OmegaConf.merge(rho1, short))
@@ -359,6 +359,9 @@ def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
     assert [line[f"weight_mean_head_{k}"] for k in range(4)] == pytest.approx([1.0] * 4, abs=1e-4)
     assert line["ess"] < 1
     assert name in summary["heldout_loss"]
+    share = summary["corrupted_share"]
+    assert 0 < share["data"] < 1
+    assert (share["selected"] == 0) == (name == "oracle")
 
 
 def test_clipping_schedule_and_decay_reach_the_update(run, uniform):
@@ -734,6 +737,117 @@ def test_a_finished_comparison_is_not_made_again(main, recipe, tmp_path, monkeyp
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == first
     _, one, two = capsys.readouterr().out.split("Held-out loss per head")
     assert one.split() == two.split()
+
+
+def test_controls_under_overrides_stand_everywhere_under_their_names(
+    main, recipe, rho1, reference, tmp_path, monkeypatch, capsys
+):
+    """Another number of steps, another reference; then one of them changes."""
+    drawn = []
+    monkeypatch.setattr(recipe, "plot_curves", lambda by, png: drawn.append([*by]))
+    sets = {
+        "uniform": {"max_steps": 4},
+        "own_reference": {
+            "reference.checkpointer.checkpoint_dir": str(reference[0] / "best"),
+            "reference.table_dir": str(tmp_path / "scores"),
+        },
+    }
+    overrides = rho1 | {
+        "output_dir": str(tmp_path / "out"),
+        "controls": sets,
+        "max_steps": 2,
+        "resume_from_checkpoint": True,
+    }
+    main(overrides)
+    names = ["uniform", "own_reference", "rho1"]
+    first = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(first["heldout_loss"]) == ["base", *names]
+    assert first["steps"] == 2
+    longer = {"weighting.name": "uniform", "max_steps": 4}
+    assert first["controls"] == {"uniform": longer, "own_reference": sets["own_reference"]}
+    assert drawn == [names[:1], names[:2], names]
+    folder = tmp_path / "out" / "controls"
+    found = OmegaConf.load(folder / "uniform" / "config.yaml")
+    assert (found.max_steps, found.weighting.name) == (4, "uniform")
+    assert found.control == {"name": "uniform", "overrides": longer}
+    assert metrics_of(folder / "uniform")[-1]["step"] == 4
+    assert metrics_of(folder / "own_reference")[0] == metrics_of(tmp_path / "out")[0]  # one start
+    assert (tmp_path / "scores").exists()
+    out = capsys.readouterr().out
+    assert re.search(r"uniform .* weighting.name=uniform  max_steps=4$", out, re.MULTILINE)
+
+    setup, made = recipe.Rho1WMTPRecipeDistributed.setup, []
+    noting = lambda self: (made.append(self._cfg.output_dir), setup(self))  # noqa: E731
+    monkeypatch.setattr(recipe.Rho1WMTPRecipeDistributed, "setup", noting)
+    main(overrides)
+    assert made == []
+    longer = {"uniform": {"max_steps": 5}}
+    main(overrides | {"controls": sets | longer})  # goes on; the run has another picture
+    assert made == [str(folder / "uniform"), str(tmp_path / "out")]
+    assert metrics_of(folder / "uniform")[-1]["step"] == 5
+    other = {"uniform": {"max_steps": 5, "optimizer.lr": 0.1}}
+    with pytest.raises(SystemExit, match=r"another config \(optimizer.lr was 0.003 and is 0.1\)"):
+        main(overrides | {"controls": sets | other})
+
+
+def test_an_oracle_without_marks_is_refused_before_the_runs_before_it(
+    main, run, base_config, tmp_path
+):
+    rows = [json.loads(line) for line in Path(base_config.dataset.source).read_text().splitlines()]
+    message = "ValueError: weighting oracle needs rows with a `noise` field.*no row of dataset has"
+    for name, noise in {"none": {}, "empty": {"noise": []}}.items():
+        texts = [{"text": row["text"]} | noise for row in rows]
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in texts))
+        changes = {"dataset": {"source": str(source)}, "output_dir": str(tmp_path / name)}
+        with pytest.raises(SystemExit, match=message):
+            main(changes | {"controls": ["uniform", "oracle"]})
+        assert not (tmp_path / name / "controls").exists()
+    with pytest.raises(SystemExit, match=message):
+        run(changes | {"weighting": {"name": "oracle"}})
+    with pytest.raises(SystemExit, match="none there"):
+        main({"controls": ["dft", {"a": {"dataset.source": "none there"}}]})
+
+
+def test_a_control_that_cannot_be_is_refused_before_anything_is_built(recipe, base_config, rho1):
+    other = {"reference.checkpointer.checkpoint_dir": "elsewhere"}
+    online = {"reference.mode": "online"}
+    for sets, message in (
+        ({"a": {"max_stps": 3}}, r"^controls\.a\.max_stps: unknown key \(did you mean 'max_steps'"),
+        (
+            {"a": {"weighting.rato": 3}},
+            r"^controls\.a\.weighting\.rato: unknown key \(did you mean 'ra",
+        ),
+        ({"a": {"weighting.ratio": 3}}, r"^controls\.a\.weighting\.ratio must be above 0"),
+        ({"a": {"max_steps": 0}}, r"^controls\.a\.max_steps: must be at least 1, got 0"),
+        ({"a": {"weighting": None}}, r"^controls\.a\.weighting: must be a block of keys, got null"),
+        ({"a": {"optimizer.betas.x": 1}}, r"^controls\.a\.optimizer\.betas: must be"),
+        (
+            {"a": {"reference": None}},
+            r"^controls\.a\.reference: missing, the weighting 'rho1' needs",
+        ),
+        ({"unifrom": None}, r"^controls\.unifrom\.weighting\.name 'unifrom' is not one of"),
+        ({"critic": {"max_steps": 3}, "b": {"sed": 3}}, r"^controls\.b\.sed: unknown key"),
+        (
+            {"a": {"max_steps": 0}, "b": {"sed": 3}},
+            r"^2 errors\n  controls\.a\..*\n  controls\.b\.",
+        ),
+        ({"a": {"max_steps": "???"}}, r"^controls\.a\.max_steps: must be given a value"),
+        ({"a": {"seed": 3}}, r"^controls\.a\.seed: no control may change it"),
+        ({3: None}, r"^controls\.3: a key must be text"),
+        (3, r"^controls: must be a list or a block of keys, got 3"),
+        (
+            {"a": other},
+            r"^controls\.a\.reference\.table_dir: .* is another run's as well, with anoth",
+        ),
+        (
+            {"a": {"dataset.source": "x"}, "b": other | online},
+            r"^controls\.a\.reference\.table_dir",
+        ),
+    ):
+        check_error(recipe, base_config, rho1 | {"controls": sets}, message)
+    fine = {"a": other | online, "b": other | {"reference.table_dir": "x"}, "c": {"max_steps": 3}}
+    recipe.check(OmegaConf.merge(base_config, rho1, {"controls": fine | {"uniform": other}}))
 
 
 def test_what_fails_before_the_run_is_one_sentence(main, tmp_path):

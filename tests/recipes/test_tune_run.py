@@ -90,6 +90,7 @@ def test_a_forked_start_equals_a_real_one(quickstart, forks, tiny_quickstarts, t
     assert names - more == {path.name for path in (tmp_path / "out").iterdir()} - more
 
 
+@pytest.mark.nightly  # tests/golden holds both recipes on two ranks to mathematics that know none
 def test_two_ranks_equal_one_process(quickstart, forks, tiny_quickstarts, tmp_path):
     """Same joint micro-batch, shared by two ranks or not: same losses, same weights."""
     lines = {}
