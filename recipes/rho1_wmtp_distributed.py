@@ -90,9 +90,7 @@ class Rho1WMTPRecipeDistributed:
         self._dtype = DTYPES[cfg.dtype]
         self._weighting = make_weighting(cfg)
         self._reference_model = None  # unless it scores
-        self._reference: tuple[int, list[float]] | None = (
-            None  # its number of heads and held-out losses
-        )
+        self._reference: tuple[int, list[float]] | None = None  # its heads, held-out losses
         self._beside_model: dict = {}  # these and the model's
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
