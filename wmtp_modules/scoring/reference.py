@@ -2,9 +2,9 @@
 
 Shapes: B batch, T positions, K heads. Head k at position t predicts token u = t + k + 1.
 
-A next-token reference gives one loss per token, stored at the predicted token and shared by every
-head that predicts it: r[b, t, k] = q[b, t + k + 1]. An MTP reference gives each head's own loss,
-stored at the predicting position.
+An MTP reference gives each head's own loss, stored at the predicting position. A next-token
+reference gives one loss per token, stored at the predicted token and shared by every head that
+predicts it: r[b, t, k] = q[b, t + k + 1]. It knows tokens that heads above 0 cannot.
 """
 
 import logging
