@@ -4,8 +4,8 @@
 
 Rho-1 (Lin et al. 2024, arXiv 2404.07965) trains on the tokens whose loss exceeds that of a
 reference model trained on clean data. Here each head k of an MTP model (arXiv 2404.19737) ranks
-its own tokens against the same head of the reference, which the same file trains with uniform weights,
-as it does the controls. Copy it and edit it: nothing imports it.
+its own tokens, against the same head of the reference. The same file trains the reference (uniform
+weights) and the controls. Copy it and edit it: nothing imports it.
 
 Shapes: B packed rows, T positions, K heads. Head k at position t predicts token t + k + 1.
 """
