@@ -4,14 +4,16 @@
 
 Rho-1 (Lin et al. 2024, arXiv 2404.07965) trains on the tokens whose loss exceeds that of a
 reference model trained on clean data. Here each head k of an MTP model (arXiv 2404.19737) ranks
-its own tokens. The same file trains the reference (``n_future_tokens: 1``, uniform weights) and
-the controls. Copy it and edit it: nothing imports it.
+its own tokens, against the same head of the reference. The same file trains the reference (uniform
+weights) and the controls. Copy it and edit it: nothing imports it.
 
 Shapes: B packed rows, T positions, K heads. Head k at position t predicts token t + k + 1.
 """
 
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,6 +119,8 @@ class Rho1WMTPRecipeDistributed:
         self._dtype = DTYPES[cfg.dtype]
         self._weighting = make_weighting(cfg)
         self._reference_model = None  # unless it scores
+        self._reference: tuple[int, list[float]] | None = None  # its heads, held-out losses
+        self._beside_model: dict = {}  # these and the model's
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
     # ---------------------------------------------------------------- setup
@@ -156,20 +160,25 @@ class Rho1WMTPRecipeDistributed:
 
     def _score(self, rows) -> references.ScoreTable | None:
         """Reference losses of every training row, scored once and kept; None if scored online."""
-        cfg = self._cfg
-        self._reference_model = references.load_reference(
+        cfg, K = self._cfg, self.model_args["n_future_tokens"]
+        self._reference_model = model = references.load_reference(
             cfg.reference.checkpointer.checkpoint_dir,
             tokenizer_path=cfg.tokenizer.path,
             max_seq_len=cfg.tokenizer.max_seq_len,
-            n_future_tokens=self.model_args["n_future_tokens"],
+            n_future_tokens=K,
             dtype=self._dtype,
             device=self.device,
         )
+        losses_of = partial(references.packed_losses, n_future_tokens=K)
+        with self.watchdog:
+            batches = self.watchdog.beating(self._heldout_batches(), "the reference's validation")
+            losses_K = heldout_losses(model, batches, losses_of, "the reference for the heads")
+        self._reference = (model.n_future_tokens, losses_K)
         if cfg.reference.mode == "online":
             return None
         with self.watchdog:
             table = references.reference_table(
-                self._reference_model,
+                model,
                 rows,
                 checkpoint_dir=cfg.reference.checkpointer.checkpoint_dir,
                 table_dir=cfg.reference.table_dir,
@@ -179,7 +188,7 @@ class Rho1WMTPRecipeDistributed:
                 batch_tokens=cfg.reference.batch_tokens,
                 beat=self.watchdog.beat,
             )
-        self._reference_model = None
+        self._reference_model = model = None
         torch.cuda.empty_cache()  # does nothing on a CPU
         return table
 
@@ -245,6 +254,10 @@ class Rho1WMTPRecipeDistributed:
 
     def train(self) -> None:
         cfg, run = self._cfg, self._run
+        if self._reference:
+            self._beside_model = references.beside_model(*self._reference, run.base_losses())
+            for level, text in references.said_of(self._beside_model):
+                utils.log_rank_zero(log, text, level=level)
         run.start_steps()
         while run.step < cfg.max_steps:
             sums, stats = run.new_sums(), {}
@@ -267,12 +280,13 @@ class Rho1WMTPRecipeDistributed:
             run.end_step(sums, stats, grad_norm, lr)
         run.finish_steps()
 
+    def _heldout_batches(self) -> Iterator[dict]:
+        size, ranks = self._cfg.batch_size, (self._rank, self._world)
+        return heldout_batches(self._dataset_val, size, *ranks, self.device)
+
     def validate(self) -> list[float]:
         """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
-        batches = heldout_batches(
-            self._dataset_val, self._cfg.batch_size, self._rank, self._world, self.device
-        )
-        return heldout_losses(self._model, self._run.beating(batches))
+        return heldout_losses(self._model, self._run.beating(self._heldout_batches()))
 
     def save_checkpoint(self, folder: Path) -> None:
         """The model in Meta's format, in the dtype that computed the losses."""
@@ -282,6 +296,8 @@ class Rho1WMTPRecipeDistributed:
         """Draw the curves, also of the runs beside it, close everything, return the figures."""
         summary = self._run.summary()
         in_data, targets, on_noise, weight = self._run.kept["noise_sums"].tolist()
+        if self._beside_model:
+            summary["reference"] = self._beside_model
         if in_data:
             summary["corrupted_share"] = {"data": in_data / targets, "selected": on_noise / weight}
         curves = Path(self._cfg.output_dir) / "curves.png"

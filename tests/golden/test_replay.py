@@ -146,6 +146,12 @@ def check_summary(summary: dict, run, lines: list[dict]) -> None:
     for name, line in (("base", lines[0]), (run.weighting["name"], lines[-1])):
         heads = [line[f"val_loss_head_{k}"] for k in range(run.model.n_heads)]
         assert summary["heldout_loss"][name] == pytest.approx(heads, rel=TOLERANCE)
+    scores = run.weighting["name"] in ("rho1", "shuffled") and "reference" in run.cfg
+    assert ("reference" in summary) == scores
+    if scores:
+        beside = summary["reference"]
+        assert beside["heldout_loss"] == pytest.approx(run.reference_heldout(), rel=TOLERANCE)
+        assert beside["model_heldout_loss"] == summary["heldout_loss"]["base"]
     if "corrupted_share" in summary:
         in_data, targets, on_noise, weight = run.noise_sums.tolist()
         share = {"data": in_data / targets, "selected": on_noise / weight}

@@ -306,6 +306,7 @@ def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in,
         }
     assert resumed["heldout_loss"] == summary["heldout_loss"]
     assert resumed["corrupted_share"] == summary["corrupted_share"]
+    assert resumed["reference"] == summary["reference"]
 
 
 def test_a_resumed_run_has_all_that_it_had(run, recipe, check_resumed, tmp_path):
@@ -351,6 +352,127 @@ def test_an_mtp_reference_equal_to_the_model_has_no_excess(run, rho1, uniform):
     assert metrics_of(folder)[-1]["ess"] == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory):
+    """Held-out rows of which only a part is supervised."""
+    source = tmp_path_factory.mktemp("responses") / "val.jsonl"
+    text = Path(__file__).read_text()
+    rows = [
+        {"prompt": text[i : i + 9], "response": text[i + 9 : i + 30]} for i in range(0, 900, 30)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"dataset_val": {"source": str(source)}}
+
+
+@pytest.fixture(scope="module")
+def mtp_reference(uniform, tmp_path_factory):
+    """Overrides: a model that knows nothing, and a reference that does but for its head 2."""
+    folder = shutil.copytree(uniform[0] / "best", tmp_path_factory.mktemp("mtp") / "reference")
+    weights = torch.load(folder / "consolidated.pth", weights_only=True)
+    torch.manual_seed(0)
+    for key in [key for key in weights if key.startswith("extra_heads.1.") and "norm" not in key]:
+        weights[key] = torch.randn_like(weights[key])
+    torch.save(weights, folder / "consolidated.pth")
+    return {
+        "weighting": {"name": "rho1", "selection": "topk", "ratio": 0.6},
+        "reference": {
+            "mode": "cached",
+            "checkpointer": {"checkpoint_dir": str(folder)},
+            "table_dir": str(folder.parent / "scores"),
+            "batch_tokens": 256,
+        },
+    }
+
+
+def plain_heldout(cfg, folder, *, K):
+    """The mean over each head's targets, row by row, unpacked and without any of our shifts."""
+    rows = rows_dataset(
+        llama2_tokenizer(cfg.tokenizer.path, max_seq_len=64), source=cfg.dataset_val.source
+    )
+    model = references.load_reference(
+        folder,
+        tokenizer_path=cfg.tokenizer.path,
+        max_seq_len=64,
+        n_future_tokens=K,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    total, targets = [0.0] * K, [0] * K
+    for row in rows:
+        log_p = model(torch.tensor([row["tokens"]]))[0].log_softmax(-1).double()
+        for u in range(1, len(row["tokens"])):
+            for k in range(min(K, u) if row["keep"][u] else 0):
+                # A next-token reference gives every head what it says one token before.
+                ahead = k if model.n_future_tokens > 1 else 0
+                total[k] -= log_p[u - ahead - 1, ahead, row["tokens"][u]].item()
+                targets[k] += 1
+    assert min(targets) > 0
+    return [x / n for x, n in zip(total, targets, strict=True)]
+
+
+@pytest.mark.parametrize("mode", ["cached", "online"])
+@pytest.mark.parametrize("kind", ["next-token", "mtp"])
+def test_the_reference_stands_beside_the_model(
+    run, rho1, mtp_reference, responses, base_config, caplog, kind, mode
+):
+    """Held-out loss per head of both, at the start and in summary.json, and what it means."""
+    caplog.set_level("INFO")
+    own = rho1 if kind == "next-token" else mtp_reference
+    own = OmegaConf.merge(own, responses, {"max_steps": 1, "reference": {"mode": mode}})
+    folder, summary = run(own)
+    known, cfg = summary["reference"], OmegaConf.merge(base_config, own)
+    assert json.loads((folder / "summary.json").read_text())["reference"] == known
+    assert known["kind"] == kind
+    assert known["heads"] == {"next-token": 1, "mtp": 4}[kind]
+    plain = plain_heldout(cfg, own.reference.checkpointer.checkpoint_dir, K=4)
+    assert known["heldout_loss"] == pytest.approx(plain, rel=1e-5)
+    assert known["model_heldout_loss"] == summary["heldout_loss"]["base"]
+    if kind == "next-token":
+        start = plain_heldout(cfg, cfg.checkpointer.checkpoint_dir, K=4)
+        assert known["model_heldout_loss"] == pytest.approx(start, rel=1e-5)
+
+    said = [r.getMessage() for r in caplog.records]
+    (table,) = (text for text in said if text.startswith("Held-out loss per head before training"))
+    heads, *lines = table.splitlines()[1:]
+    assert heads.split() == ["head", "0", "head", "1", "head", "2", "head", "3"]
+    for line, name, key in zip(
+        lines, ("reference", "model"), ("heldout_loss", "model_heldout_loss"), strict=True
+    ):
+        assert line.split() == [name, *(f"{loss:.3f}" for loss in known[key])]
+    before_training = [i for i, text in enumerate(said) if text.startswith("The data are")]
+    assert said.index(table) > before_training[0]
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    warned = [text for text in warned if "of the reference is not below" in text]
+    notes = [text for text in said if "tells heads 1 to 3 to learn what they cannot know" in text]
+    if kind == "mtp":
+        assert known["not_below"] == [2]
+        assert [text[:6] for text in warned] == ["Head 2"]
+        assert notes == []
+    else:
+        assert warned == []
+        assert len(notes) == 1
+
+
+def test_a_run_without_reference_has_none_to_compare(run, uniform, rho1, caplog):
+    caplog.set_level("INFO")
+    _, summary = run(rho1 | {"weighting": {"name": "uniform"}, "max_steps": 1})
+    assert "reference" not in summary
+    assert "reference" not in uniform[1]
+    assert "before training" not in caplog.text
+
+
+def test_a_finished_run_keeps_the_comparison(run, rho1, rho1_run, tmp_path):
+    """Complete, or killed before its summary: the figures are those of the start."""
+    folder = shutil.copytree(rho1_run[0], tmp_path / "run")
+    again = {"resume_from_checkpoint": True}
+    assert run(rho1 | again, folder)[1]["reference"] == rho1_run[1]["reference"]
+    (folder / "summary.json").unlink()
+    _, summary = run(rho1 | again, folder)
+    assert summary["reference"] == rho1_run[1]["reference"]
+    written = json.loads((folder / "summary.json").read_text())
+    assert written["reference"] == rho1_run[1]["reference"]
+
+
 @pytest.mark.parametrize("name", ["random_topk", "shuffled", "dft", "top_loss", "oracle"])
 def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
     short = {"weighting": {"name": name}, "max_steps": 2, "num_warmup_steps": 1}
@@ -362,6 +484,7 @@ def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
     share = summary["corrupted_share"]
     assert 0 < share["data"] < 1
     assert (share["selected"] == 0) == (name == "oracle")
+    assert ("reference" in summary) == (name == "shuffled")  # which permutes real scores
 
 
 def test_clipping_schedule_and_decay_reach_the_update(run, uniform):
@@ -693,16 +816,24 @@ def test_a_loss_spike_is_written_down(run, recipe, monkeypatch):
 
 
 def test_an_online_reference_that_gives_no_number(run, recipe, rho1, monkeypatch):
-    original = references.reference_losses
+    """On held-out text it is found before training, else in the step."""
+    original, start = references.reference_losses, Run.start_steps
+    online = OmegaConf.merge(rho1, {"reference": {"mode": "online"}})
 
     def broken(model, tokens_BT, doc_BT, **inputs):
         q_BT = original(model, tokens_BT, doc_BT, **inputs)
         q_BT[0, 5] = torch.inf
         return q_BT
 
-    monkeypatch.setattr(references, "reference_losses", broken)
+    def break_then_start(self):
+        monkeypatch.setattr(references, "reference_losses", broken)
+        start(self)
+
+    monkeypatch.setattr(Run, "start_steps", break_then_start)
     with pytest.raises(SystemExit, match="TrainingError: the reference loss is inf in step 1"):
-        run(OmegaConf.merge(rho1, {"reference": {"mode": "online"}}))
+        run(online)
+    with pytest.raises(SystemExit, match=r"TrainingError: the held-out .* of the reference .*inf"):
+        run(online)
 
 
 def test_heldout_text_too_short_for_the_heads(run, tmp_path):

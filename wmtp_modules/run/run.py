@@ -217,14 +217,19 @@ class Run:
     def start_steps(self) -> None:
         """Held-out loss before training, progress bar and profiler."""
         cfg = self._cfg
-        if "base" not in self.heldout:
-            self.heldout["base"] = self._heldout_losses()
+        self.base_losses()
         if cfg.profiler.get("enabled"):
             self._profiler, _ = training.setup_torch_profiler(**cfg.profiler)
         self._profiler.start()
         name, shown = name_of(cfg), self.rank == 0
         self._bar = progress_bar(total=cfg.max_steps, initial=self.step, desc=name, shown=shown)
         self._throughput = Throughput()
+
+    def base_losses(self) -> list[float]:
+        """Held-out loss of each head before training, computed once, resumed or not."""
+        if "base" not in self.heldout:
+            self.heldout["base"] = self._heldout_losses()
+        return self.heldout["base"]
 
     def _epoch_dataloader(self):
         self._dataset.set_epoch(self._epoch)
