@@ -558,7 +558,7 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
         ({"rewards": {"source": "human"}}, r"rewards\.source: must be one of"),
         (
             {"critic": {"objective": "pairs", "head": "turn"}},
-            r"critic\.head: turn is for objective",
+            r"critic\.head: turn is for objective bce",
         ),
         ({"critic": {"objective": "gan"}}, r"critic\.objective: must be one of"),
         ({"stages": ["values"], "weighting": {"name": "uniform"}, "rewards": None}, "rewards: mis"),
