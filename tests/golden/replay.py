@@ -138,15 +138,20 @@ class Llama:
 # ----------------------------------------------------------------------------- weights
 
 
-def calibrate(raw: torch.Tensor, w_min: float, w_max: float) -> torch.Tensor:
-    """clip(c * raw, w_min, w_max) with mean 1, c by bisection."""
+def scale_of(raw: torch.Tensor, w_min: float, w_max: float) -> float:
+    """The c for which clip(c * raw, w_min, w_max) has mean 1, by bisection."""
     low, high = 0.0, 1.0
     while (high * raw).clamp(w_min, w_max).mean() < 1:
         high *= 2
     for _ in range(200):
         c = (low + high) / 2
         low, high = (c, high) if (c * raw).clamp(w_min, w_max).mean() < 1 else (low, c)
-    return (high * raw).clamp(w_min, w_max)
+    return high
+
+
+def calibrate(raw: torch.Tensor, w_min: float, w_max: float) -> torch.Tensor:
+    """clip(c * raw, w_min, w_max) with mean 1."""
+    return (scale_of(raw, w_min, w_max) * raw).clamp(w_min, w_max)
 
 
 def softened(z: torch.Tensor, cfg: dict) -> torch.Tensor:
@@ -180,13 +185,35 @@ def shuffled(scores: torch.Tensor, groups: Sequence[int], keys: Sequence[float])
     return out
 
 
-def advantages(row: Row, values: Sequence[float], reward: float, lam: float) -> dict[int, float]:
+def response_of(row: Row) -> list[int]:
+    """Places of a row's response tokens; the first token of a row is none, no head predicts it."""
+    return [u for u in range(1, len(row.tokens)) if row.keep[u]]
+
+
+def advantages(row: Row, values: Sequence[float], good: float, lam: float) -> dict[int, float]:
     """Generalised advantage of each response token of a row, given V after every token."""
     found, after = {}, 0.0
-    response = [u for u in range(1, len(row.tokens)) if row.keep[u]]
+    response = response_of(row)
     for u in reversed(response):
-        delta = (reward if u == response[-1] else values[u]) - values[u - 1]
+        delta = (good if u == response[-1] else values[u]) - values[u - 1]
         found[u] = after = delta + lam * after
+    return found
+
+
+def raw_weights(
+    row: Row, values: Sequence[float], advantage: str, floor: float
+) -> dict[int, float]:
+    """Raw weight of each response token of a row, given V after every token."""
+    response, found = response_of(row), {}
+    for u in response:
+        start, before = values[response[0] - 1], values[u - 1]
+        by = {
+            "value": 1.0,
+            "relative": max(start, floor),
+            "gated": max(before, start),
+            "ratio": before,
+        }[advantage]
+        found[u] = values[u] / by
     return found
 
 
@@ -198,12 +225,12 @@ class Critic:
     """What the critic's stages leave to the policy.
 
     Attributes:
-        rewards: standardised, one per training row.
+        good: f(R), one per training row.
         policy_rows: training rows that train the policy.
         values: V after every token of each training row.
     """
 
-    rewards: list[float]
+    good: list[float]
     policy_rows: list[int]
     values: list[list[float]]
 
@@ -246,8 +273,13 @@ class Run:
         self.empty_packs = 0  # in which no head has a target
         self.times_seen = torch.zeros(len(rows), dtype=torch.int64)
         self._moments = {key: (0.0, 0.0) for key in self.model.weights}
-        if critic is not None:
-            self._z = self._standardised_advantages()
+        name = self.weighting["name"]
+        if name == "oracle":
+            self.weighting = self.weighting | {"w_min": 0.0}
+        self._of_tokens: dict[int, dict[int, float]] = {}  # raw weights, or z of td and gae
+        self._scale_K: list[float] | None = None
+        if name == "oracle" or (critic is not None and name in ("critic", "shuffled")):
+            self._of_tokens = self._known_before_training()
 
     def __call__(self, micro_batches: Sequence[Sequence[Sequence[int]]]) -> list[dict]:
         """Train, and give what is logged, a line per step and one before them.
@@ -444,6 +476,9 @@ class Run:
                 weights = self._select(keys_NK[places, k], own, documents)
             elif name == "top_loss":
                 weights = self._select(losses_NK[places, k], own, documents)
+            elif self._scale_K is not None:
+                bounds = self.weighting["w_min"], self.weighting["w_max"]
+                weights = (self._scale_K[k] * scores_NK[places, k]).clamp(*bounds)
             elif self._critic is not None:  # critic and its shuffled, which permutes tokens
                 weights = softened(scores_NK[places, k], self.weighting)
             else:
@@ -468,13 +503,13 @@ class Run:
         return topk(scores, [scope_of(i) for i in own], self.weighting["ratio"])
 
     def _scores(self, documents, keys_of, losses_NK) -> torch.Tensor | None:
-        """Excess losses, or standardised advantages, at the targets of every head."""
-        if self.weighting["name"] not in ("rho1", "critic", "shuffled"):
+        """Excess losses, or what a critic says of the targets of every head."""
+        if self.weighting["name"] not in ("rho1", "critic", "shuffled", "oracle"):
             return None
-        if self._critic is not None:
+        if self._of_tokens:
             parts = []
             for document, keys in zip(documents, keys_of, strict=True):
-                z = self._z[document.row]
+                z = self._of_tokens[document.row]
                 if self.weighting["name"] == "shuffled":
                     order = sorted(z, key=lambda u: keys[u])
                     z = {u: z[other] for u, other in zip(z, order, strict=True)}
@@ -498,12 +533,37 @@ class Run:
 
     # ---------------------------------------------------------------------- critic
 
-    def _standardised_advantages(self) -> dict[int, dict[int, float]]:
+    def _known_before_training(self) -> dict[int, dict[int, float]]:
+        """Raw weight of every response token of the policy's rows, or z for td and gae.
+
+        In the order of the tokens, which is what a permutation of them goes by.
+        """
+        critic, advantage = self._critic, self.weighting.get("advantage")
+        chosen = critic.policy_rows if critic else range(len(self.rows))
+        if self.weighting["name"] == "oracle":
+            found = {
+                i: {u: float(not self.rows[i].noise[u]) for u in response_of(self.rows[i])}
+                for i in chosen
+            }
+        elif advantage in ("td", "gae"):
+            return self._standardised_advantages(0.0 if advantage == "td" else None)
+        else:
+            floor = 0.1 * sum(critic.good) / len(critic.good)
+            found = {
+                i: raw_weights(self.rows[i], critic.values[i], advantage, floor) for i in chosen
+            }
+        self._scale_K = []
+        for k in range(self.model.n_heads):  # head k predicts no earlier token than k + 1
+            raw = [x for of_row in found.values() for u, x in of_row.items() if u >= k + 1]
+            bounds = self.weighting["w_min"], self.weighting["w_max"]
+            self._scale_K.append(scale_of(torch.tensor(raw, dtype=torch.float64), *bounds))
+        return found
+
+    def _standardised_advantages(self, lam: float | None) -> dict[int, dict[int, float]]:
         """z of every response token of the policy's rows, over all of which it is standardised."""
-        lam = 0.0 if self.weighting["advantage"] == "td" else self.weighting["lam"]
-        critic = self._critic
+        critic, lam = self._critic, self.weighting["lam"] if lam is None else lam
         found = {
-            i: advantages(self.rows[i], critic.values[i], critic.rewards[i], lam)
+            i: advantages(self.rows[i], critic.values[i], critic.good[i], lam)
             for i in critic.policy_rows
         }
         every = torch.tensor(
@@ -511,7 +571,6 @@ class Run:
         )
         mean, std = every.mean().item(), every.std(correction=0).item()
         return {
-            # In the order of the tokens, which is what a permutation of them goes by.
             i: {u: min(5.0, max(-5.0, (of_row[u] - mean) / (std + 1e-6))) for u in sorted(of_row)}
             for i, of_row in found.items()
         }

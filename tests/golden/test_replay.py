@@ -11,12 +11,16 @@ drawing of random numbers with the recipe.
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 
+from wmtp_modules.scoring.score_table import compute_scores
 from wmtp_modules.weighting.controls import random_keys
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -58,6 +62,7 @@ CRITIC = {
     "strength": 1.0,
     "decay": 1.0,
 }
+VALUE = CRITIC | {"advantage": "value", "w_min": 0.0, "w_max": 3.0}
 CONTROLS = ["uniform", "random_topk", "shuffled", "dft", "top_loss"]
 
 
@@ -258,24 +263,39 @@ class Stages:
     def __init__(self, cfg: dict, folder: Path, assets, replay) -> None:
         self.cfg, self._assets, self._replay = cfg, assets, replay
         rewards = torch.tensor([row.reward for row in assets.rows], dtype=torch.float64)
-        rewards_val = torch.tensor([row.reward for row in assets.rows_val], dtype=torch.float64)
         mean, std = rewards.mean(), rewards.std(correction=0)
+        # Standardised above 0, that is above the mean, whatever the deviation.
         self._rewards = ((rewards - mean) / std).tolist()
-        self._rewards_val = ((rewards_val - mean) / std).tolist()
+        self._good = [float(reward > 0) for reward in self._rewards]
+        self.held_out = [row for row in assets.rows_val if row.reward > mean]  # whatever trains
         with pa.memory_map(str(folder / "values" / "part-000000.arrow")) as file:
             self._values = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
+        assert all(0 < v < 1 for values in self._values for v in values)
 
     def above(self, threshold: float | None) -> "Stages":
         """With the responses that train the policy."""
         threshold = -math.inf if threshold is None else threshold
         self._chosen = [i for i, r in enumerate(self._rewards) if r > threshold]
-        pairs = zip(self._assets.rows_val, self._rewards_val, strict=True)
-        self.held_out = [row for row, reward in pairs if reward > threshold]
         return self
 
     def parts(self):
         """What one run starts from."""
-        return self._replay.Critic(self._rewards, self._chosen, self._values)
+        return self._replay.Critic(self._good, self._chosen, self._values)
+
+
+def make_probabilities(folder: Path, assets) -> None:
+    """Until a critic's head gives logits: the table it made, through a sigmoid."""
+    fingerprint = json.loads((folder / "fingerprint.json").read_text())["fingerprint"]
+    with pa.memory_map(str(folder / "part-000000.arrow")) as file:
+        values = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
+    shutil.rmtree(folder)
+    rows = Dataset.from_dict({"tokens": [row.tokens for row in assets.rows]})
+
+    def score(batch):
+        found = [np.array(values[tokens[0] - 256]) for tokens in batch]
+        return [1 / (1 + np.exp(-3 * v)) for v in found]
+
+    compute_scores(folder, fingerprint, rows, score, batch_tokens=999)
 
 
 @pytest.fixture(scope="module")
@@ -306,15 +326,45 @@ def stages(server, assets, replay, tmp_path_factory):
     }
     cfg = assets.cfg | of_policy | blocks | {"output_dir": str(folder / "out")}
     server.run("critic", cfg | {"stages": ["rewards", "critic", "values"]}, 1, folder)
+    make_probabilities(folder / "values", assets)
     return Stages(of_policy | blocks | {"stages": ["policy"]}, folder, assets, replay)
 
 
-def test_critic_gae_and_its_controls(compare, stages):
+def test_critic_value_and_its_controls(compare, stages):
     """Every response trains the policy, on two ranks with accumulation 2."""
     compare(
         "critic",
         2,
-        stages.cfg | {"policy_rewards_above": None, "controls": CONTROLS},
+        stages.cfg
+        | {
+            "weighting": VALUE,
+            "policy_rewards_above": None,
+            "controls": [*CONTROLS, "oracle"],
+            "max_steps": 1,
+        },
+        critic=stages.above(None),
+    )
+
+
+@pytest.mark.parametrize("advantage", ["relative", "gated", "ratio"])
+def test_critic_quotients(advantage, compare, stages):
+    """Bounds on both sides, some strength, and heads of unlike weight."""
+    more = {"advantage": advantage, "w_min": 0.4, "w_max": 1.3, "strength": 0.8, "decay": 0.7}
+    compare(
+        "critic",
+        2,
+        stages.cfg
+        | {"weighting": VALUE | more, "policy_rewards_above": None, "max_steps": 1}
+        | {"controls": ["shuffled"] if advantage == "gated" else []},
+        critic=stages.above(None),
+    )
+
+
+def test_critic_gae_and_its_shuffled(compare, stages):
+    compare(
+        "critic",
+        2,
+        stages.cfg | {"controls": ["shuffled"], "max_steps": 1},
         critic=stages.above(None),
     )
 
