@@ -93,6 +93,13 @@ class Llama:
             columns.append(F.pad(-log_p.squeeze(1), (0, T - len(targets))))
         return torch.stack(columns, 1)
 
+    def entropy(self, trunk_TD: torch.Tensor) -> torch.Tensor:
+        """Entropy [T] of what head 0 expects next, in nats."""
+        hidden_TD = self._block(f"layers.{self._n_trunk}", trunk_TD)
+        hidden_TD = rms_norm(hidden_TD, self.weights["norm.weight"], self._eps)
+        log_p = (hidden_TD @ self.weights["output.weight"].T).log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
     def _block(self, name: str, x_TD: torch.Tensor) -> torch.Tensor:
         def weight(part: str) -> torch.Tensor:
             return self.weights[f"{name}.{part}.weight"]
@@ -217,6 +224,44 @@ def raw_weights(
     return found
 
 
+def own_values(row: Row, model: Llama, head: dict[str, torch.Tensor], kind: str) -> list[float]:
+    """V after every token of a row, from the trunk and the weights of a value head.
+
+    ``head`` are float64 tensors by name, ``kind`` is state or turn.
+    """
+    T, tokens = len(row.tokens), row.tokens
+    with torch.no_grad():
+        trunk_TD = model.trunk(tokens)
+        loss_TK = model.losses(tokens, trunk_TD)
+        surprise_T3 = torch.full((T, 3), math.nan, dtype=torch.float64)
+        entropy_T = model.entropy(trunk_TD)
+        for u in range(1, T):
+            surprise_T3[u, 0], surprise_T3[u, 1] = loss_TK[u - 1, 0], entropy_T[u - 1]
+            if u >= 2:
+                surprise_T3[u, 2] = loss_TK[u - 2, 1]
+    surprise_T3 = (surprise_T3 - head["surprise_mean"]) / head["surprise_std"]
+    normed_TD = rms_norm(trunk_TD, head["norm.scale"], 1e-6)
+    x_TE = torch.cat([normed_TD, surprise_T3.nan_to_num(nan=0.0)], 1)
+    inner_TD = x_TE @ head["hidden.weight"].T + head["hidden.bias"]
+    d_T = (inner_TD * inner_TD.sigmoid()) @ head["out.weight"][0] + head["out.bias"]
+    if kind == "state":
+        return (head["base"] + d_T).sigmoid().tolist()
+    response = response_of(row)
+    last_prompt = response[0] - 1 if response else 0
+    v0 = head["base"] + normed_TD[last_prompt] @ head["start.weight"][0] + head["start.bias"]
+    v0, stays = v0.squeeze(), torch.exp(-(1 + head["hazard"].exp()).log())
+    values = []
+    for u in range(T):
+        read = [j for j in response if j <= u]
+        # Odds of bad are those before the response, times what its tokens say of each place of
+        # the turn, or of none so far.
+        odds = stays ** len(read)
+        for i in range(len(read)):
+            odds = odds + (1 - stays) * stays**i * (-d_T[read[i:]].sum()).exp()
+        values.append(torch.sigmoid(v0 - odds.log()).item())
+    return values
+
+
 # -------------------------------------------------------------------------------- run
 
 
@@ -274,11 +319,11 @@ class Run:
         self.times_seen = torch.zeros(len(rows), dtype=torch.int64)
         self._moments = {key: (0.0, 0.0) for key in self.model.weights}
         name = self.weighting["name"]
-        if name == "oracle":
+        if name == "oracle" and critic is not None:
             self.weighting = self.weighting | {"w_min": 0.0}
         self._of_tokens: dict[int, dict[int, float]] = {}  # raw weights, or z of td and gae
         self._scale_K: list[float] | None = None
-        if name == "oracle" or (critic is not None and name in ("critic", "shuffled")):
+        if critic is not None and name in ("critic", "shuffled", "oracle"):
             self._of_tokens = self._known_before_training()
 
     def __call__(self, micro_batches: Sequence[Sequence[Sequence[int]]]) -> list[dict]:
@@ -316,6 +361,17 @@ class Run:
         losses = (total_K / count_K).tolist()
         named = {f"val_loss_head_{k}": loss for k, loss in enumerate(losses)}
         return named | {"val_loss": sum(losses) / K}
+
+    @torch.no_grad()
+    def reference_heldout(self) -> list[float]:
+        """Losses of the reference on the held-out rows' targets of each head."""
+        K = self.model.n_heads
+        total_K, count_K = torch.zeros(2, K, dtype=torch.float64)
+        for row in self.rows_val:
+            mask_TK = self._mask(row)
+            total_K += self._reference_losses(row).where(mask_TK, 0).sum(0)
+            count_K += mask_TK.sum(0)
+        return (total_K / count_K).tolist()
 
     def _mask(self, row: Row) -> torch.Tensor:
         """Where a head has a target: a supervised token of the same document."""
@@ -469,6 +525,11 @@ class Run:
             own = [numbers[n] for n in places]
             if name == "uniform":
                 weights = torch.ones(len(places), dtype=torch.float64)
+            elif name == "oracle" and self._critic is None:
+                of_targets = [self._of_targets(row, row.noise, False)[:, k] for row in chosen]
+                clean = torch.cat(of_targets)[places] == 0
+                clean = clean if clean.any() else ~clean  # uniform
+                weights = clean.double() * len(places) / clean.sum()
             elif name == "dft":
                 raw = (-losses_NK[places, k]).exp()
                 weights = calibrate(raw, self.weighting["w_min"], self.weighting["w_max"])
@@ -517,14 +578,14 @@ class Run:
                 per_token = [z.get(u, math.nan) for u in range(len(row.tokens))]
                 parts.append(self._of_targets(row, per_token, math.nan))
             return torch.cat(parts)
-        reference_NK = torch.cat([self._reference_losses(d.row) for d in documents])
+        reference_NK = torch.cat([self._reference_losses(self.rows[d.row]) for d in documents])
         excess_NK = losses_NK - reference_NK
         return excess_NK.abs() if self.weighting["score"] == "abs_excess" else excess_NK
 
     @torch.no_grad()
-    def _reference_losses(self, row_number: int) -> torch.Tensor:
+    def _reference_losses(self, row: Row) -> torch.Tensor:
         """r[t, k]: the reference's own head k, or its next-token loss on head k's target."""
-        row, K = self.rows[row_number], self.model.n_heads
+        K = self.model.n_heads
         losses = self._reference.losses(row.tokens, self._reference.trunk(row.tokens))
         if self._reference.n_heads > 1:
             return losses[:, :K]
@@ -538,8 +599,8 @@ class Run:
 
         In the order of the tokens, which is what a permutation of them goes by.
         """
-        critic, advantage = self._critic, self.weighting.get("advantage")
-        chosen = critic.policy_rows if critic else range(len(self.rows))
+        critic, advantage = self._critic, self.weighting["advantage"]
+        chosen = critic.policy_rows
         if self.weighting["name"] == "oracle":
             found = {
                 i: {u: float(not self.rows[i].noise[u]) for u in response_of(self.rows[i])}

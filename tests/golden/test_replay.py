@@ -11,16 +11,14 @@ drawing of random numbers with the recipe.
 
 import json
 import math
-import shutil
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset
+from safetensors.torch import load_file
 
-from wmtp_modules.scoring.score_table import compute_scores
 from wmtp_modules.weighting.controls import random_keys
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -151,6 +149,12 @@ def check_summary(summary: dict, run, lines: list[dict]) -> None:
     for name, line in (("base", lines[0]), (run.weighting["name"], lines[-1])):
         heads = [line[f"val_loss_head_{k}"] for k in range(run.model.n_heads)]
         assert summary["heldout_loss"][name] == pytest.approx(heads, rel=TOLERANCE)
+    scores = run.weighting["name"] in ("rho1", "shuffled") and "reference" in run.cfg
+    assert ("reference" in summary) == scores
+    if scores:
+        beside = summary["reference"]
+        assert beside["heldout_loss"] == pytest.approx(run.reference_heldout(), rel=TOLERANCE)
+        assert beside["model_heldout_loss"] == summary["heldout_loss"]["base"]
     if "corrupted_share" in summary:
         in_data, targets, on_noise, weight = run.noise_sums.tolist()
         share = {"data": in_data / targets, "selected": on_noise / weight}
@@ -184,7 +188,7 @@ def test_rho1_topk_and_its_controls(compare, assets, reference):
             "batch_size": 2,
             "gradient_accumulation_steps": 2,
             "weighting": RHO1,
-            "controls": CONTROLS,
+            "controls": [*CONTROLS, "oracle"],
             "reference": reference(assets.reference),
             "optimizer": SGD,
             "clip_grad_norm": 1000.0,
@@ -269,8 +273,11 @@ class Stages:
         self._good = [float(reward > 0) for reward in self._rewards]
         self.held_out = [row for row in assets.rows_val if row.reward > mean]  # whatever trains
         with pa.memory_map(str(folder / "values" / "part-000000.arrow")) as file:
-            self._values = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
-        assert all(0 < v < 1 for values in self._values for v in values)
+            self.table = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
+        state = load_file(folder / "critic" / "value_head.safetensors")
+        self.head = {name: value.double() for name, value in state.items()}
+        trunk, kind = replay.Llama(assets.model), cfg["critic"]["head"]
+        self.values = [replay.own_values(row, trunk, self.head, kind) for row in assets.rows]
 
     def above(self, threshold: float | None) -> "Stages":
         """With the responses that train the policy."""
@@ -280,54 +287,61 @@ class Stages:
 
     def parts(self):
         """What one run starts from."""
-        return self._replay.Critic(self._good, self._chosen, self._values)
-
-
-def make_probabilities(folder: Path, assets) -> None:
-    """Until a critic's head gives logits: the table it made, through a sigmoid."""
-    fingerprint = json.loads((folder / "fingerprint.json").read_text())["fingerprint"]
-    with pa.memory_map(str(folder / "part-000000.arrow")) as file:
-        values = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
-    shutil.rmtree(folder)
-    rows = Dataset.from_dict({"tokens": [row.tokens for row in assets.rows]})
-
-    def score(batch):
-        found = [np.array(values[tokens[0] - 256]) for tokens in batch]
-        return [1 / (1 + np.exp(-3 * v)) for v in found]
-
-    compute_scores(folder, fingerprint, rows, score, batch_tokens=999)
+        return self._replay.Critic(self._good, self._chosen, self.values)
 
 
 @pytest.fixture(scope="module")
-def stages(server, assets, replay, tmp_path_factory):
-    """Rewards from a column, a critic of a few steps, its values."""
-    folder = tmp_path_factory.mktemp("golden_critic")
-    blocks = {
-        "rewards": {"source": "column", "table_dir": str(folder / "rewards"), "batch_tokens": 999},
-        "critic": {
-            "objective": "regression",
-            "checkpoint_dir": str(folder / "critic"),
-            "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.05},
-            "batch_size": 16,
-            "max_steps": 12,
-            "eval_every_n_steps": 12,
-            "patience": 1,
-        },
-        "value_table": {"table_dir": str(folder / "values"), "batch_tokens": 999},
-        "allow_uninformative_critic": True,
-    }
-    of_policy = {
-        "batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "weighting": CRITIC,
-        "optimizer": SGD,
-        "clip_grad_norm": 1000.0,
-        "max_steps": 2,
-    }
-    cfg = assets.cfg | of_policy | blocks | {"output_dir": str(folder / "out")}
-    server.run("critic", cfg | {"stages": ["rewards", "critic", "values"]}, 1, folder)
-    make_probabilities(folder / "values", assets)
-    return Stages(of_policy | blocks | {"stages": ["policy"]}, folder, assets, replay)
+def stages_of(server, assets, replay, tmp_path_factory):
+    """stages_of(head): rewards from a column, a critic of a few steps, its values."""
+
+    @cache
+    def make(head: str) -> Stages:
+        folder = tmp_path_factory.mktemp("golden_critic")
+        blocks = {
+            "rewards": {"source": "column", "table_dir": str(folder / "rewards")},
+            "critic": {
+                "objective": "bce",
+                "head": head,
+                "checkpoint_dir": str(folder / "critic"),
+                "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.05},
+                "batch_size": 16,
+                "max_steps": 12,
+                "eval_every_n_steps": 12,
+                "patience": 1,
+            },
+            "value_table": {"table_dir": str(folder / "values"), "batch_tokens": 999},
+            "allow_uninformative_critic": True,
+        }
+        blocks["rewards"]["batch_tokens"] = 999
+        of_policy = {
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "weighting": CRITIC,
+            "optimizer": SGD,
+            "clip_grad_norm": 1000.0,
+            "max_steps": 2,
+        }
+        cfg = assets.cfg | of_policy | blocks | {"output_dir": str(folder / "out")}
+        server.run("critic", cfg | {"stages": ["rewards", "critic", "values"]}, 1, folder)
+        return Stages(of_policy | blocks | {"stages": ["policy"]}, folder, assets, replay)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def stages(stages_of):
+    return stages_of("turn")
+
+
+@pytest.mark.parametrize("head", ["turn", "state"])
+def test_values_of_a_critic(stages_of, head):
+    """From the trunk and the head's weights, by sums over every place of a turn."""
+    stages = stages_of(head)
+    assert stages.head["out.weight"].abs().max() > 0.01  # it has learned something
+    for own, table in zip(stages.values, stages.table, strict=True):
+        assert table == pytest.approx(own, rel=TOLERANCE)
+    spread = [max(own) - min(own) for own in stages.values if len(own) > 3]
+    assert max(spread) > 0.05
 
 
 def test_critic_value_and_its_controls(compare, stages):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import random
 import re
 import shutil
@@ -160,7 +161,6 @@ def with_critic(base, folder: Path, **critic) -> dict:
         "checkpointer": {"checkpoint_dir": str(base[0] / "last")},
         "rewards": {"source": "labels", "table_dir": str(folder / "rewards"), "batch_tokens": 4096},
         "critic": {
-            "objective": "pairwise",
             "checkpoint_dir": str(folder / "critic"),
             "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.01},
             "batch_size": 16,
@@ -201,21 +201,29 @@ def folder_of(overrides) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["pairwise", "regression"])
-def test_the_critic_beats_its_baselines(objective, staged, base, go, tmp_path):
-    if objective == "pairwise":
-        _, _, summary = staged
+@pytest.mark.parametrize("how", ["turn", "state", "pairs"])
+def test_the_critic_knows_what_it_must(how, staged, base, go, tmp_path):
+    """Of one token that names d, a table of counts knows all: the critic may do as well."""
+    if how == "turn":
+        summary, folder = staged[2], folder_of(staged[0])
     else:
-        overrides = with_critic(base, tmp_path, objective="regression", max_steps=200, patience=20)
+        more = {"objective": "pairs"} if how == "pairs" else {"head": "state"}
+        overrides = with_critic(base, tmp_path, **more) | {"allow_uninformative_critic": True}
         _, summary = go(overrides | {"stages": ["rewards", "critic"]})
+        folder = folder_of(overrides)
     critic = summary["critic"]
+    assert critic["cross_entropy"] < critic["constant"] == pytest.approx(math.log(2), abs=1e-6)
     assert critic["pair_accuracy"] > max(critic["length_only"], 0.5) + 0.1
-    assert critic["value_loss"] < critic["constant_value_loss"]
     assert critic["auc"] > 0.6
-    assert critic["pairs"] == 30
-    assert critic["rows"] == 60
-    assert summary["delta_near_mutation"].keys() >= {"share", "chance"}
-    assert summary["delta_near_mutation"]["rows"] == 30
+    assert (critic["pairs"], critic["pair_kind"], critic["rows"]) == (30, "problem", 60)
+    assert critic["auc_spoiled"].keys() == {"critic", "token_table", "lm_loss", "position"}
+    assert critic["turn"]["rows"] == 30
+    assert critic["mean_value"]["good_share"] == 0.5
+    assert critic["hopeless_problems"] == {"count": 0, "names": []}
+    assert (critic["kappa"] != 1) == (how == "pairs")
+    assert json.loads((folder / "critic.json").read_text())["fingerprint"]["head"] == {
+        "pairs": "sum"
+    }.get(how, how)
 
 
 @pytest.mark.slow
@@ -233,10 +241,14 @@ def test_what_the_stages_leave(staged):
     assert len(json.loads(scale.read_text())["scale"]["scale_K"]) == 4
     record = json.loads((folder / "critic.json").read_text())
     assert record["rewards"] == {"mean": 0.5, "std": 0.5}
-    assert record["report"]["scale"] != 1  # fitted
+    assert record["report"]["base"] == 0  # half of the responses are good
     line = metrics_of(output)[-1]
+    means = [line[f"weight_mean_head_{k}"] for k in range(4)]
+    assert means == pytest.approx([1.0] * 4, abs=0.5)  # 1 over the data set, not over these rows
     assert line["ess"] < 1
     assert set(summary["heldout_loss"]) == {"base", "critic"}
+    share = summary["weight_on_spoiled"]
+    assert share["critic"] < share["data"]
     for name in ("best", "last"):
         files = {file.name for file in (output / name).iterdir()}
         assert files == {"consolidated.pth", "params.json", "tokenizer.model"}
@@ -503,6 +515,30 @@ def test_stages_alone_do_not_mark_a_policy_as_complete(staged, main, tmp_path):
     assert "critic" in summary
 
 
+def test_a_control_may_train_on_other_responses(base_config, main, tmp_path, caplog):
+    """It stands under its name beside a run of the same weighting."""
+    good = {"weighting.name": "uniform", "policy_rewards_above": 0}
+    rewards = {"source": "labels", "table_dir": str(tmp_path / "rewards"), "batch_tokens": 4096}
+    out = tmp_path / "out"
+    with caplog.at_level("INFO"):
+        main(
+            {
+                "output_dir": str(out),
+                "stages": ["rewards", "policy"],
+                "rewards": rewards,
+                "policy_rewards_above": None,
+                "weighting": {"name": "uniform"},
+                "controls": {"uniform_good": good},
+                "max_steps": 1,
+            }
+        )
+    responses = [int(n) for n in re.findall(r"Policy: (\d+) of 400 responses", caplog.text)]
+    assert responses == [200, 400]
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["heldout_loss"]) == ["base", "uniform_good", "uniform"]
+    assert summary["controls"] == {"uniform_good": good}
+
+
 @pytest.mark.slow
 def test_all_runs_of_a_config_read_and_hash_the_trunk_once(base, main, monkeypatch, tmp_path):
     """All stages and two controls. A 7B trunk and its reward model have 43 GB."""
@@ -568,7 +604,7 @@ def reward_model(tmp_path_factory):
 
 @pytest.mark.slow
 def test_rewards_of_a_reward_model(base, go, reward_model, monkeypatch, tmp_path):
-    overrides = with_critic(base, tmp_path, objective="regression", max_steps=10)
+    overrides = with_critic(base, tmp_path, max_steps=10)
     overrides["rewards"] |= {
         "source": "reward_model",
         "checkpointer": {"checkpoint_dir": str(reward_model)},
@@ -605,6 +641,10 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
         ({"checkpointer": None}, "a critic needs a trained trunk"),
         ({"rewards": {"source": "reward_model"}}, r"rewards\.checkpointer: missing"),
         ({"rewards": {"source": "human"}}, r"rewards\.source: must be one of"),
+        (
+            {"critic": {"objective": "pairs", "head": "turn"}},
+            r"critic\.head: turn is for objective",
+        ),
         ({"critic": {"objective": "gan"}}, r"critic\.objective: must be one of"),
         ({"stages": ["values"], "weighting": {"name": "uniform"}, "rewards": None}, "rewards: mis"),
         (
@@ -613,7 +653,22 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
         ),
         ({"weighting": {"lamda": 1.0}}, "did you mean 'lam'"),
         ({"weighting": {"advantage": "values"}}, "'values' is not one of value, relative, gated"),
-        ({"controls": ["rho1"]}, "'rho1' is not one of critic"),
+        ({"controls": ["rho1"]}, r"^controls\.rho1\.weighting\.name 'rho1' is not one of critic"),
+        (
+            {"controls": {"a": {"policy_rewards_abov": 0}}},
+            r"^controls\.a\.policy_rewards_abov: unknown key \(did you mean 'policy_rewards_above'",
+        ),
+        ({"controls": {"a": {"weighting": {"lam": 3}}}}, r"^controls\.a\.weighting\.lam must be"),
+        ({"controls": {"a": {"critic.objective": "pairwise"}}}, "the stages before the policy are"),
+        (
+            {"controls": {"a": {"dataset.source": "x"}}},
+            r"^controls\.a\.dataset\.source: no control",
+        ),
+        (  # only the control weighs by values
+            {"weighting": {"name": "uniform"}, "controls": ["critic"], "value_table": None}
+            | {"stages": ["policy"]},
+            r"^controls\.critic\.value_table: missing",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             recipe.check(OmegaConf.merge(base_config, full, wrong))
@@ -638,7 +693,7 @@ def test_a_reward_model_needs_transformers(recipe, base_config, base, tmp_path, 
 def test_heldout_rewards_that_do_not_differ(base, go, base_config, tmp_path):
     good_only = str(Path(base_config.dataset.source).with_name("good_only.jsonl"))
     overrides = with_critic(base, tmp_path) | {"dataset_val": {"source": good_only}}
-    with pytest.raises(SystemExit, match=r"dataset_val: every response has reward 1\.0"):
+    with pytest.raises(SystemExit, match=r"dataset_val: every response is 1 good"):
         go(overrides)
     assert not (tmp_path / "critic").exists()
 
@@ -659,8 +714,8 @@ def test_no_bad_response_to_the_same_problem(base, go, base_config, tmp_path):
     rows = [json.loads(line) for line in lines]
     kept = [row for i, row in enumerate(rows) if row["reward"] == (i // 2) % 2]
     source.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    with pytest.raises(SystemExit, match="dataset has no two responses to one problem"):
-        go(with_critic(base, tmp_path) | {"dataset": {"source": str(source)}})
+    with pytest.raises(SystemExit, match="no two responses that the critic learns from"):
+        go(with_critic(base, tmp_path, objective="pairs") | {"dataset": {"source": str(source)}})
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])

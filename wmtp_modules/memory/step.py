@@ -37,6 +37,7 @@ import wmtp_modules.loss.linear_cross_entropy as loss_module
 from wmtp_modules.checkpoints.read import model_args_from_folder
 from wmtp_modules.config.file import merged
 from wmtp_modules.critic.judge import BATCH_ROWS
+from wmtp_modules.critic.states import trunk_states
 from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
@@ -271,18 +272,18 @@ def estimate_trunk(cfg: DictConfig) -> Estimate:
     Each rank holds the frozen model whole and computes values of a batch of rows without gradient;
     a step of the value head needs less than that.
     """
-    pairs = 2 if cfg.critic.objective == "pairwise" else 1
+    pairs = 2 if cfg.critic.get("objective") == "pairs" else 1
     rows = max(BATCH_ROWS, pairs * cfg.critic.batch_size)
     tokens_BT = torch.zeros(rows, cfg.tokenizer.max_seq_len, dtype=torch.int64)
     with _fake_world(1), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = config.instantiate(cfg.model).eval()
         cast_parameters_(model, DTYPES[cfg.dtype])
-        head = ValueHead(model.args["embed_dim"])
+        head = ValueHead(model.args["embed_dim"], "turn")
         tracker = _WholeTracker()
         tracker.where = "forward"
         tracker.track_external(model, head)
         with tracker:
-            head(model.trunk(tokens_BT))
+            head(*trunk_states(model, tokens_BT), torch.ones_like(tokens_BT, dtype=torch.bool))
     return tracker.estimate()
 
 
