@@ -224,42 +224,108 @@ def raw_weights(
     return found
 
 
-def own_values(row: Row, model: Llama, head: dict[str, torch.Tensor], kind: str) -> list[float]:
-    """V after every token of a row, from the trunk and the weights of a value head.
+@torch.no_grad()
+def critic_features(row: Row, model: Llama) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trunk's output [T, D], and surprise [T, 3] at each token, NaN where there is none.
 
-    ``head`` are float64 tensors by name, ``kind`` is state or turn.
+    Loss and entropy of head 0 one token earlier, loss of head 1 two tokens earlier.
     """
-    T, tokens = len(row.tokens), row.tokens
-    with torch.no_grad():
-        trunk_TD = model.trunk(tokens)
-        loss_TK = model.losses(tokens, trunk_TD)
-        surprise_T3 = torch.full((T, 3), math.nan, dtype=torch.float64)
-        entropy_T = model.entropy(trunk_TD)
-        for u in range(1, T):
-            surprise_T3[u, 0], surprise_T3[u, 1] = loss_TK[u - 1, 0], entropy_T[u - 1]
-            if u >= 2:
-                surprise_T3[u, 2] = loss_TK[u - 2, 1]
+    T, trunk_TD = len(row.tokens), model.trunk(row.tokens)
+    loss_TK, entropy_T = model.losses(row.tokens, trunk_TD), model.entropy(trunk_TD)
+    surprise_T3 = torch.full((T, 3), math.nan, dtype=torch.float64)
+    for u in range(1, T):
+        surprise_T3[u, 0], surprise_T3[u, 1] = loss_TK[u - 1, 0], entropy_T[u - 1]
+        if u >= 2:
+            surprise_T3[u, 2] = loss_TK[u - 2, 1]
+    return trunk_TD, surprise_T3
+
+
+def critic_logits(row: Row, features: tuple, head: dict, kind: str) -> torch.Tensor:
+    """Logit [T] of V after every token of a row, from the tensors of a value head by name."""
+    trunk_TD, surprise_T3 = features
     surprise_T3 = (surprise_T3 - head["surprise_mean"]) / head["surprise_std"]
     normed_TD = rms_norm(trunk_TD, head["norm.scale"], 1e-6)
     x_TE = torch.cat([normed_TD, surprise_T3.nan_to_num(nan=0.0)], 1)
     inner_TD = x_TE @ head["hidden.weight"].T + head["hidden.bias"]
     d_T = (inner_TD * inner_TD.sigmoid()) @ head["out.weight"][0] + head["out.bias"]
     if kind == "state":
-        return (head["base"] + d_T).sigmoid().tolist()
+        return head["base"] + d_T
     response = response_of(row)
     last_prompt = response[0] - 1 if response else 0
-    v0 = head["base"] + normed_TD[last_prompt] @ head["start.weight"][0] + head["start.bias"]
-    v0, stays = v0.squeeze(), torch.exp(-(1 + head["hazard"].exp()).log())
-    values = []
-    for u in range(T):
+    v0 = head["base"] + normed_TD[last_prompt] @ head["start.weight"][0] + head["start.bias"][0]
+    stays = torch.exp(-(1 + head["hazard"].exp()).log())
+    logits = []
+    for u in range(len(row.tokens)):
         read = [j for j in response if j <= u]
         # Odds of bad are those before the response, times what its tokens say of each place of
         # the turn, or of none so far.
         odds = stays ** len(read)
         for i in range(len(read)):
             odds = odds + (1 - stays) * stays**i * (-d_T[read[i:]].sum()).exp()
-        values.append(torch.sigmoid(v0 - odds.log()).item())
-    return values
+        logits.append(v0 - odds.log())
+    return torch.stack(logits)
+
+
+def trained_critic(
+    rows: Sequence[Row], good: Sequence[float], model: Llama, cfg: dict, seed: int, draw: Callable
+) -> dict[str, torch.Tensor]:
+    """The value head after all steps of ``bce`` on one rank.
+
+    Args:
+        good: f(R) of each row.
+        cfg: the config's block ``critic``; its AdamW has all its arguments.
+        draw: ``draw(n_items, size, step, seed)``, which items a step takes.
+    """
+    features, kind = [critic_features(row, model) for row in rows], cfg["head"]
+    responses = [response_of(row) for row in rows]
+    judged = [[r[0] - 1, *r] if r else [] for r in responses]
+    mean = sum(good) / len(good)
+    every_N3 = torch.cat([f[1][at] for f, at in zip(features, judged, strict=True)])
+    known = [every_N3[~every_N3[:, i].isnan(), i] for i in range(3)]
+    fixed = {
+        "base": torch.tensor(math.log(mean / (1 - mean)), dtype=torch.float64),
+        "surprise_mean": torch.stack([x.mean() for x in known]),
+        "surprise_std": torch.stack([x.std(correction=0) for x in known]),
+    }
+    D = features[0][0].shape[1]
+    torch.manual_seed(seed)
+    hidden = torch.nn.Linear(D + 3, D)  # the one layer that starts at random
+    head = {"norm.scale": torch.ones(D), "hidden.weight": hidden.weight.detach()}
+    head |= {"hidden.bias": hidden.bias.detach()}
+    head |= {"out.weight": torch.zeros(1, D), "out.bias": torch.zeros(1)}
+    if kind == "turn":
+        head |= {"start.weight": torch.zeros(1, D), "start.bias": torch.zeros(1)}
+        head["hazard"] = torch.tensor(0.02).expm1().log()  # softplus of it is 0.02
+    head = {name: value.double().requires_grad_() for name, value in head.items()}
+    moments = dict.fromkeys(head, (0.0, 0.0))
+    items, optimizer = [i for i, r in enumerate(responses) if r], cfg["optimizer"]
+    for step in range(cfg["max_steps"]):
+        loss, count = torch.zeros((), dtype=torch.float64), 0
+        for item in draw(len(items), cfg["batch_size"], step, seed):
+            i = items[item]
+            logits = critic_logits(rows[i], features[i], head | fixed, kind)[judged[i]]
+            log_v, log_not = F.logsigmoid(logits), F.logsigmoid(-logits)
+            loss = loss - (good[i] * log_v + (1 - good[i]) * log_not).sum()
+            count += len(judged[i])
+        (loss / count).backward()
+        for name, w in head.items():
+            change, moments[name] = adamw(
+                step, w, w.grad, optimizer["lr"], optimizer, moments[name]
+            )
+            with torch.no_grad():
+                w += change
+            w.grad = None
+    return {name: w.detach() for name, w in head.items()} | fixed
+
+
+def adamw(step: int, w, grad, lr: float, optimizer: dict, moments: tuple) -> tuple:
+    """What AdamW adds to a parameter in a step, from 0, and its moments after it."""
+    beta1, beta2 = optimizer["betas"]
+    first = beta1 * moments[0] + (1 - beta1) * grad
+    second = beta2 * moments[1] + (1 - beta2) * grad.square()
+    unbiased = first / (1 - beta1 ** (step + 1)), second / (1 - beta2 ** (step + 1))
+    direction = unbiased[0] / (unbiased[1].sqrt() + optimizer["eps"])
+    return -lr * (optimizer["weight_decay"] * w.detach() + direction), (first, second)
 
 
 # -------------------------------------------------------------------------------- run
@@ -480,13 +546,8 @@ class Run:
         if optimizer["_component_"] == "torch.optim.SGD":
             return -lr * grad
         assert optimizer["_component_"] == "torch.optim.AdamW"
-        beta1, beta2 = optimizer["betas"]
-        first, second = moments[key]
-        first = beta1 * first + (1 - beta1) * grad
-        second = beta2 * second + (1 - beta2) * grad.square()
-        moments[key] = first, second
-        first, second = first / (1 - beta1 ** (step + 1)), second / (1 - beta2 ** (step + 1))
-        return -lr * (optimizer["weight_decay"] * w + first / (second.sqrt() + optimizer["eps"]))
+        change, moments[key] = adamw(step, w, grad, lr, optimizer, moments[key])
+        return change
 
     def schedule(self, step: int) -> float:
         """Share of the learning rate in a step, from 0: linear warm-up, then half a cosine."""

@@ -5,8 +5,8 @@ same from the mathematics. Compared are what the steps added to all parameters t
 figure in metrics.jsonl. Not compared is what is logged of heads without targets.
 
 Of the code under test come, besides the recipes' files, only the names below: which tokens fall
-into which micro-batch is read off the model's embedding, and the two random controls share their
-drawing of random numbers with the recipe.
+into which micro-batch is read off the model's embedding; the random controls share their drawing of
+random numbers with the recipe, and the critic that of its batches.
 """
 
 import json
@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from wmtp_modules.critic.pairs import joint_batch
 from wmtp_modules.weighting.controls import random_keys
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -276,8 +277,18 @@ class Stages:
             self.table = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
         state = load_file(folder / "critic" / "value_head.safetensors")
         self.head = {name: value.double() for name, value in state.items()}
-        trunk, kind = replay.Llama(assets.model), cfg["critic"]["head"]
-        self.values = [replay.own_values(row, trunk, self.head, kind) for row in assets.rows]
+        trunk, critic = replay.Llama(assets.model), cfg["critic"]
+        self.trained = replay.trained_critic(
+            assets.rows, self._good, trunk, critic, assets.cfg["seed"], joint_batch
+        )
+        self.values = [
+            replay.critic_logits(
+                row, replay.critic_features(row, trunk), self.trained, critic["head"]
+            )
+            .sigmoid()
+            .tolist()
+            for row in assets.rows
+        ]
 
     def above(self, threshold: float | None) -> "Stages":
         """With the responses that train the policy."""
@@ -303,10 +314,10 @@ def stages_of(server, assets, replay, tmp_path_factory):
                 "objective": "bce",
                 "head": head,
                 "checkpoint_dir": str(folder / "critic"),
-                "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.05},
-                "batch_size": 16,
-                "max_steps": 12,
-                "eval_every_n_steps": 12,
+                "optimizer": ADAMW | {"lr": 0.05},
+                "batch_size": 12,
+                "max_steps": 5,
+                "eval_every_n_steps": 5,
                 "patience": 1,
             },
             "value_table": {"table_dir": str(folder / "values"), "batch_tokens": 999},
@@ -334,10 +345,15 @@ def stages(stages_of):
 
 
 @pytest.mark.parametrize("head", ["turn", "state"])
-def test_values_of_a_critic(stages_of, head):
-    """From the trunk and the head's weights, by sums over every place of a turn."""
+def test_a_critic_and_its_values(stages_of, head):
+    """The value head after all its steps, and V from it: sums over every place of a turn."""
     stages = stages_of(head)
-    assert stages.head["out.weight"].abs().max() > 0.01  # it has learned something
+    got, want = stages.head, stages.trained
+    assert got.keys() - want.keys() == {"kappa"}  # of pairs
+    for name, value in want.items():
+        error = (got[name] - value).norm() / value.norm()
+        assert error <= TOLERANCE, f"{name} is off by {error:.1e}"
+    assert want["out.weight"].abs().max() > 0.01
     for own, table in zip(stages.values, stages.table, strict=True):
         assert table == pytest.approx(own, rel=TOLERANCE)
     spread = [max(own) - min(own) for own in stages.values if len(own) > 3]

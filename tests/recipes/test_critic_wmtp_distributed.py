@@ -175,8 +175,12 @@ def with_critic(base, folder: Path, **critic) -> dict:
 
 @pytest.fixture(scope="module")
 def staged(base, go, tmp_path_factory):
-    """Every stage, once: (overrides, output folder, summary)."""
+    """Every stage, once: (overrides, output folder, summary).
+
+    A table of token counts knows these responses, so no critic passes the gate here.
+    """
     overrides = with_critic(base, tmp_path_factory.mktemp("stages"))
+    overrides["allow_uninformative_critic"] = True
     return overrides, *go(overrides)
 
 
