@@ -334,8 +334,7 @@ class CriticWMTPRecipeDistributed:
         caption = page_caption(weighting, f"critic {critic[:12]}, policy_rewards_above {above}")
         if self.watchdog.on_rank_zero(lambda: path.exists() and caption in path.read_text("utf-8")):
             return
-        chosen, _ = policy.policy_rows(self._train, self._heldout, above)
-        _, scale = self._packs_and_scale(cfg, chosen)
+        _, scale = self._packs_and_scale(cfg, self._train.above(above))
         pairs_val = pairs.heldout_pairs(self._heldout, seed=cfg.seed).rows_P2
         shown = shown_rows(self._heldout, pairs_val, PAGE_PAIRS)
         rows = values.tokens_and_keep(self._heldout.rows.select(shown))
@@ -390,9 +389,8 @@ class CriticWMTPRecipeDistributed:
     def made_from(self, cfg: DictConfig) -> str:
         """Hash of what a policy of this config is trained on: rows, rewards, critic and values."""
         parts: list[object] = list(self._rows_made_from.values())
-        if cfg.get("rewards"):
-            both = self._train, self._heldout
-            parts += [[*map(float, x)] for one in both for x in (one.rewards, one.good)]
+        both = self._train, self._heldout
+        parts += [[*map(float, x)] for one in both for x in (one.rewards, one.good)]
         if make_weighting(cfg).needs_values:
             parts.append(self._values_made_from())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
