@@ -241,7 +241,9 @@ def _responses(
         if not at or not prompt.strip() or source.n_tokens[first - 1] > PROMPT_TOKENS:
             continue
         is_bad = len(rows) < n_bad
-        lines, start = _spoil(source, at, law, rng) if is_bad else (source.lines[first : at.stop], 0)
+        lines, start = (
+            _spoil(source, at, law, rng) if is_bad else (source.lines[first : at.stop], 0)
+        )
         wanted = range(MIN_TOKENS, longest + 1) if is_bad else (rng.choice(lengths),)
         totals = list(accumulate(map(len, tokenizer.encode(lines))))
         ends = [end for end, total in enumerate(totals, 1) if total in wanted]
@@ -262,9 +264,7 @@ def _responses(
     return rows
 
 
-def _spoil(
-    source: Source, at: range, law: Law, rng: random.Random
-) -> tuple[list[str], int | None]:
+def _spoil(source: Source, at: range, law: Law, rng: random.Random) -> tuple[list[str], int | None]:
     """Lines with all words from a random line on drawn anew, and the first changed character."""
     turn = at.start + rng.randrange(max(1, round(len(at) * TURN_WITHIN)))
     lines, start = source.lines[at.start : turn], None
