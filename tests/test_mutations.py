@@ -1,21 +1,23 @@
 import ast
+import importlib.util
 import json
 import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import load
+import sentencepiece as spm
 
 from wmtp_modules.quickstarts import stdlib
 from wmtp_modules.quickstarts.stdlib import stdlib_files
 
-module = load(Path(__file__).parents[1] / "benchmarks/mutations.py")
-functions_of, mutate, prepare_critic_stdlib = (
-    module.functions_of,
-    module.mutate,
-    module.prepare_critic_stdlib,
-)
+SCRIPT = Path(__file__).parents[1] / "benchmarks/mutations.py"
+spec = importlib.util.spec_from_file_location("mutations", SCRIPT)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+functions_of, mutate = module.functions_of, module.mutate
+prepare_critic_stdlib = module.prepare_critic_stdlib
+
 
 SOURCE = '''
 class Box:

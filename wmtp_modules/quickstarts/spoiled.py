@@ -41,7 +41,7 @@ KEYWORDS = frozenset(keyword.kwlist)
 # Words inside strings and comments are prose. A prefix such as in rb"" belongs to the quotes.
 SCAN = re.compile(
     r"""(?:\b[rRbBuUfF]{1,2}(?=['"]))?(?P<prose>\#[^\n]*|'{3}.*?'{3}|"{3}.*?"{3}"""
-    r"""|'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*")|(?P<number>\b\d\w*)|(?P<word>[^\W\d]\w*)""",
+    r"""|'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*")|(?P<number>\b\d\w*)|(?P<name>[^\W\d]\w*)""",
     re.DOTALL,
 )
 # Escapes (\n) and formats (%s) are structure.
@@ -58,7 +58,7 @@ class Word(NamedTuple):
 
 
 def words_of(source: str) -> list[Word]:
-    """The words of a source text in its order; a name before ``(`` or after ``.`` is a kind."""
+    """The words of a source text in its order."""
     words = []
     for found in SCAN.finditer(source):
         if found["prose"] is not None:
@@ -68,18 +68,9 @@ def words_of(source: str) -> list[Word]:
                 for inner in PROSE.finditer(source, start, end)
             ]
         else:
-            kind = found.lastgroup or ""
-            if kind == "word":
-                kind = _kind_of_name(source, found)
+            kind = "keyword" if found[0] in KEYWORDS else found.lastgroup or ""
             words.append(Word(*found.span(), kind, found[0]))
     return words
-
-
-def _kind_of_name(source: str, found: re.Match) -> str:
-    if found[0] in KEYWORDS:
-        return "keyword"
-    kind = "attribute" if source[found.start() - 1 : found.start()] == "." else "name"
-    return f"called {kind}" if source[found.end() : found.end() + 1] == "(" else kind
 
 
 class Law:
