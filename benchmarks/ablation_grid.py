@@ -16,8 +16,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp_modules.config.file import load_config
-
 CONFIGS = Path("configs/quickstart")
 WORK = "runs/ablation"
 MEASURES = 1  # what a row holds; another number and every run is made again
@@ -38,6 +36,7 @@ class Model:
     config: str
     changes: dict = field(default_factory=dict)
     needs: tuple[str, ...] = ()  # other models of its family
+    prepare: tuple[tuple[str, dict], ...] = ()  # data beside the family's
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Job:
 
     def resolved(self) -> DictConfig:
         """The config of this run."""
-        cfg = OmegaConf.create(_changed(self.config, self.changes))
+        cfg = OmegaConf.create(changed(self.config, self.changes))
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         for key in LEFT_OUT:
             cfg.pop(key, None)
@@ -115,7 +114,7 @@ class Job:
 
     def preparations(self) -> list[DictConfig]:
         """The components that make its data."""
-        configs = [OmegaConf.create(_changed(name, changes)) for name, changes in self.prepare]
+        configs = [OmegaConf.create(changed(name, changes)) for name, changes in self.prepare]
         return [
             OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)).prepare for cfg in configs
         ]
@@ -124,7 +123,7 @@ class Job:
         """Hash of all that shapes its figures: config, data, and the models it uses."""
         parts = {
             "measures": MEASURES,
-            "config": _changed(self.config, self.changes, drop=LEFT_OUT),
+            "config": changed(self.config, self.changes, drop=LEFT_OUT),
             "prepare": [
                 [changes, _shipped(CONFIGS / f"{name}.yaml")["prepare"]]
                 for name, changes in self.prepare
@@ -137,10 +136,11 @@ class Job:
 @cache
 def _shipped(path: Path) -> dict[str, Any]:
     """A config as it is shipped, interpolations unresolved."""
-    return OmegaConf.to_container(load_config(path))
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
-def _changed(name: str, changes: dict, drop: tuple[str, ...] = ()) -> dict[str, Any]:
+def changed(name: str, changes: dict, drop: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A shipped config with changes, interpolations unresolved."""
     cfg = copy.deepcopy(_shipped(CONFIGS / f"{name}.yaml"))
     for key, value in changes.items():
         *blocks, last = key.split(".")
@@ -193,13 +193,12 @@ STDLIB_FAMILY = Family(
 REFERENCE_FOLDERS = {MTP: "reference_mtp", NEXT: "reference_next", NEXT_LONG: "reference_long"}
 
 
-def _rho1(name: str, reference: str, tables: str, **weighting) -> Arm:
-    """An arm that weighs by a reference's scores, which are kept in ``tables``."""
-    folder = REFERENCE_FOLDERS[reference]
+def _rho1(name: str, reference: str, **weighting) -> Arm:
+    """An arm that weighs by a reference, which scores what is trained on: no table to share."""
     changes = {
         "weighting.name": "rho1",
-        "reference.checkpointer.checkpoint_dir": f"{STDLIB}/{folder}/last",
-        "reference.table_dir": f"{tables}/scores_{folder}",
+        "reference.mode": "online",
+        "reference.checkpointer.checkpoint_dir": f"{STDLIB}/{REFERENCE_FOLDERS[reference]}/last",
     }
     changes |= {f"weighting.{key}": value for key, value in weighting.items()}
     return Arm(name, changes, ("base", reference))
@@ -209,25 +208,25 @@ def _control(name: str) -> Arm:
     return Arm(name, {"weighting.name": name}, ("base",))
 
 
-def _rho1_arms(tables: str, core: tuple[str, ...]) -> tuple[Arm, ...]:
+def _rho1_arms(core: tuple[str, ...]) -> tuple[Arm, ...]:
     one_head = ONE_HEAD | {"checkpointer.checkpoint_dir": f"{STDLIB}/base_one/last"}
-    topk_one = _rho1("topk, one head", NEXT, tables)
-    shuffled = _rho1("shuffled", MTP, tables)
+    topk_one = _rho1("topk, one head", NEXT)
+    shuffled = _rho1("shuffled", MTP)
     arms = [
         _control("uniform"),
         _control("random_topk"),
-        _rho1(f"topk, {MTP}", MTP, tables),
-        _rho1(f"topk, {NEXT}", NEXT, tables),
-        _rho1(f"topk, {NEXT_LONG}", NEXT_LONG, tables),
+        _rho1(f"topk, {MTP}", MTP),
+        _rho1(f"topk, {NEXT}", NEXT),
+        _rho1(f"topk, {NEXT_LONG}", NEXT_LONG),
         replace(shuffled, changes=shuffled.changes | {"weighting.name": "shuffled"}),
         _control("dft"),
         _control("top_loss"),
-        _rho1(f"soft, {MTP}", MTP, tables, selection="soft"),
-        _rho1(f"soft, {NEXT}", NEXT, tables, selection="soft"),
-        _rho1("abs_excess", MTP, tables, score="abs_excess"),
-        _rho1("topk, strength 0.25", MTP, tables, strength=0.25),
-        _rho1("topk, strength 0.5", MTP, tables, strength=0.5),
-        _rho1("topk, strength 0.75", MTP, tables, strength=0.75),
+        _rho1(f"soft, {MTP}", MTP, selection="soft"),
+        _rho1(f"soft, {NEXT}", NEXT, selection="soft"),
+        _rho1("abs_excess", MTP, score="abs_excess"),
+        _rho1("topk, strength 0.25", MTP, strength=0.25),
+        _rho1("topk, strength 0.5", MTP, strength=0.5),
+        _rho1("topk, strength 0.75", MTP, strength=0.75),
         Arm("uniform, one head", {"weighting.name": "uniform"} | one_head, ("base of one head",)),
         replace(topk_one, changes=topk_one.changes | one_head, needs=("base of one head", NEXT)),
     ]
@@ -258,7 +257,7 @@ CORRUPTED = Setting(
     STDLIB_FAMILY,
     "rho1",
     {"assets_dir": STDLIB},
-    (*_rho1_arms(STDLIB, core=("uniform", "random_topk", *TOPK)), _control("oracle")),
+    (*_rho1_arms(core=("uniform", "random_topk", *TOPK)), _control("oracle")),
     RHO1_COMPARISONS,
 )
 CLEAN_TEXT = Setting(
@@ -269,12 +268,155 @@ CLEAN_TEXT = Setting(
     STDLIB_FAMILY,
     "rho1",
     {"assets_dir": STDLIB, "dataset.source": f"{CLEAN}/finetune.jsonl"},
-    _rho1_arms(CLEAN, core=("uniform", *TOPK)),
+    _rho1_arms(core=("uniform", *TOPK)),
     RHO1_COMPARISONS,
     (("rho1", {"assets_dir": CLEAN, "prepare.seed": "${seed}", "prepare.corrupted_share": 0.0}),),
 )
 
-SETTINGS = (CORRUPTED, CLEAN_TEXT)
+
+# ---------------------------------------------------------------------- critic's settings
+
+SPOILED, PLENTY = f"{WORK}/spoiled_${{seed}}", f"{WORK}/plenty_${{seed}}"
+FILTER_STEPS = (20, 40, 80, 160)  # of uniform_good; the best of them counts
+ADVANTAGES = ("relative", "gated", "ratio", "td", "gae")
+BASE_OF_CRITIC = {
+    "assets_dir": SPOILED,
+    "tokenizer.path": f"{SPOILED}/tokenizer.model",
+    "checkpointer.checkpoint_dir": f"{SPOILED}/base/last",
+}
+PLENTY_DATA = (
+    "critic",
+    {
+        "assets_dir": PLENTY,
+        "prepare.seed": "${seed}",
+        "prepare.n_policy": 600,
+        "prepare.bad_share": 0.7,
+    },
+)
+PLENTY_ROWS = {
+    "dataset.source": f"{PLENTY}/policy.jsonl",
+    "dataset_val.source": f"{PLENTY}/heldout.jsonl",
+    "critic.dataset.source": f"{PLENTY}/critic.jsonl",
+}
+
+
+def _critic_in(folder: str, **critic) -> dict:
+    """Where a critic and its values are, and how it is trained."""
+    places = {
+        "rewards.table_dir": f"{folder}/rewards",
+        "critic.checkpoint_dir": f"{folder}/critic",
+        "value_table.table_dir": f"{folder}/values",
+    }
+    return places | {f"critic.{key}": value for key, value in critic.items()}
+
+
+def _critic(folder: str, rows: dict, prepare: tuple = (), **critic) -> Model:
+    """A critic that judges; what it does not know is a figure here, not an end."""
+    stages = {"stages": ["rewards", "critic", "values"], "allow_uninformative_critic": True}
+    changes = BASE_OF_CRITIC | rows | _critic_in(folder, **critic) | stages
+    return Model("critic", changes | {"output_dir": folder}, ("base",), prepare)
+
+
+def _weighed(name: str, critic: str, places: dict, weighting: str, core: bool, **more) -> Arm:
+    """A policy beside a critic; also one that does not weigh by it reads its rewards."""
+    more = {f"weighting.{key}": value for key, value in more.items()}
+    return Arm(name, {"weighting.name": weighting} | places | more, ("base", critic), core)
+
+
+def _filters(critic: str, places: dict) -> tuple[Arm, ...]:
+    arms = []
+    for steps in FILTER_STEPS:
+        changes = places | {"policy_rewards_above": 0, "max_steps": steps}
+        arm = _weighed(f"uniform_good, {steps} steps", critic, changes, "uniform", True)
+        arms.append(replace(arm, best_of="uniform_good"))
+    return tuple(arms)
+
+
+STATE = {"head": "state"}
+PAIRS = {"objective": "pairs", "head": None}
+SPOILED_FAMILY = Family(
+    "spoiled",
+    "Models that the critic's arms share",
+    {"assets_dir": SPOILED},
+    (("critic", {"assets_dir": SPOILED, "prepare.seed": "${seed}"}),),
+    {
+        "base": Model("critic_base", {"output_dir": f"{SPOILED}/base"}),
+        "critic": _critic(f"{SPOILED}/critic_turn", {}),
+        "critic, state head": _critic(f"{SPOILED}/critic_state", {}, **STATE),
+        "critic, pairs": _critic(f"{SPOILED}/critic_pairs", {}, **PAIRS),
+        "critic, plenty": _critic(f"{PLENTY}/critic_turn", PLENTY_ROWS, (PLENTY_DATA,)),
+    },
+)
+
+
+def _critic_arms() -> tuple[Arm, ...]:
+    turn, state, pairs = (
+        _critic_in(f"{SPOILED}/critic_{name}", **critic)
+        for name, critic in (("turn", {}), ("state", STATE), ("pairs", PAIRS))
+    )
+    return (
+        _weighed("uniform", "critic", turn, "uniform", True),
+        *_filters("critic", turn),
+        _weighed("shuffled", "critic", turn, "shuffled", True),
+        _weighed("value", "critic", turn, "critic", True, advantage="value"),
+        _weighed("oracle", "critic", turn, "oracle", True),
+        *(_weighed(name, "critic", turn, "critic", False, advantage=name) for name in ADVANTAGES),
+        *(
+            _weighed(f"value, strength {x}", "critic", turn, "critic", False, strength=x)
+            for x in (0.25, 0.5, 0.75)
+        ),
+        _weighed("value, state head", "critic, state head", state, "critic", False),
+        _weighed("value, pairs", "critic, pairs", pairs, "critic", False),
+    )
+
+
+CRITIC_COMPARISONS = (
+    ("value", "uniform"),
+    ("value", "uniform_good"),
+    ("value", "shuffled"),
+    ("value", "oracle"),
+    ("uniform_good", "uniform"),
+    *((name, "shuffled") for name in ADVANTAGES),
+    *((name, "value") for name in ADVANTAGES),
+    ("value, state head", "value"),
+    ("value, pairs", "value"),
+    ("value, state head", "shuffled"),
+    ("value, pairs", "shuffled"),
+)
+SCARCE = Setting(
+    "scarce",
+    "Critic, good responses scarce",
+    "The critic's quickstart: 300 responses train the policy, 80 % of them spoiled from some line "
+    "on; the critic learned from 2,500 others, by labels of whole responses. Held-out loss is on "
+    "good responses. One critic per seed serves all its arms.",
+    SPOILED_FAMILY,
+    "critic",
+    BASE_OF_CRITIC | {"stages": ["policy"], "allow_uninformative_critic": True},
+    _critic_arms(),
+    CRITIC_COMPARISONS,
+)
+PLENTY_PLACES = _critic_in(f"{PLENTY}/critic_turn")
+PLENTIFUL = Setting(
+    "plenty",
+    "Critic, good responses plenty",
+    "The same with 600 responses for the policy, 70 % of them spoiled: 180 good ones are plenty "
+    "for so few steps. The mathematics promises the critic less variance than the filter, not "
+    "another optimum.",
+    SPOILED_FAMILY,
+    "critic",
+    BASE_OF_CRITIC | PLENTY_ROWS | {"stages": ["policy"], "allow_uninformative_critic": True},
+    (
+        _weighed("uniform", "critic, plenty", PLENTY_PLACES, "uniform", True),
+        *_filters("critic, plenty", PLENTY_PLACES),
+        _weighed("shuffled", "critic, plenty", PLENTY_PLACES, "shuffled", False),
+        _weighed("value", "critic, plenty", PLENTY_PLACES, "critic", True),
+        _weighed("oracle", "critic, plenty", PLENTY_PLACES, "oracle", False),
+    ),
+    CRITIC_COMPARISONS,
+    (PLENTY_DATA,),
+)
+
+SETTINGS = (CORRUPTED, CLEAN_TEXT, SCARCE, PLENTIFUL)
 
 
 # ---------------------------------------------------------------------- the jobs of a grid
@@ -300,7 +442,7 @@ def model_job(family: Family, name: str, seed: int) -> Job:
     model = family.models[name]
     changes = _of_seed(common(model.config, seed) | family.changes | model.changes, seed)
     needs = tuple(model_job(family, other, seed) for other in model.needs)
-    prepare = _data(family.prepare, seed)
+    prepare = _data((*family.prepare, *model.prepare), seed)
     return Job(family.name, name, seed, model.config, changes, prepare, needs, is_model=True)
 
 

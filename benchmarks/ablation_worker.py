@@ -87,7 +87,7 @@ def versions() -> dict[str, str]:
         "python": python_version(),
         "torch": torch.__version__,
         "commit": git.stdout.strip() or "unknown",
-        "hardware": hardware(),
+        "hardware": hardware().partition("  ")[2],  # without the date
     }
 
 
