@@ -7,13 +7,12 @@ Four stages, each done once and then recognised by its fingerprint:
     rewards  one number per response: a reward model's, a column's, or verified labels
     critic   a value head on the frozen trunk learns which responses are good, and has to show it
     values   V after every token of the data set
-    policy   the model is fine-tuned with weights from generalised advantages
-             (Schulman et al. 2016, arXiv 1506.02438)
+    policy   the model is fine-tuned on all responses with weights from these values
 
 The same file trains the controls. Copy it and edit it: nothing imports it.
 
 Shapes: B packed rows, T positions, K heads. Head k at position t predicts token t + k + 1. V[t] is
-the value after token t, so the value before token u is V[u - 1].
+the value after token t.
 """
 
 import hashlib
@@ -32,19 +31,27 @@ from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
-from wmtp_modules.config.check import AtLeast, ConfigError, Optional, check_config
+from wmtp_modules.config.check import (
+    Above,
+    AtLeast,
+    Component,
+    ConfigError,
+    Optional,
+    check_config,
+)
 from wmtp_modules.config.file import merged
 from wmtp_modules.config.keys import OPTIMIZER, TRAINING_KEYS
 from wmtp_modules.config.rules import CRITIC_RULES, TRAINING_RULES
-from wmtp_modules.critic import folder, pairs, values
+from wmtp_modules.critic import folder, pairs, policy, values
 from wmtp_modules.critic.figures import print_report
 from wmtp_modules.critic.judge import Judge
-from wmtp_modules.critic.page import page_caption, write_pairs_page
-from wmtp_modules.critic.rewards import Responses, RewardStatistics, RewardTables
+from wmtp_modules.critic.page import page_caption, shown_rows, write_page
+from wmtp_modules.critic.rewards import Responses, RewardTables, rated
+from wmtp_modules.critic.states import batch_of, trunk_states
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
-from wmtp_modules.loss.value_loss import pairwise_loss, regression_loss, row_means
+from wmtp_modules.loss.value_loss import judged_mask, pairs_loss, token_cross_entropy
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import (
@@ -63,13 +70,14 @@ from wmtp_modules.run.run import Run
 from wmtp_modules.run.start import exit_with_message, parse, process_group
 from wmtp_modules.run.stopping import StopRequests
 from wmtp_modules.run.watchdog import Watchdog
-from wmtp_modules.scoring.score_table import fingerprint_rows
-from wmtp_modules.weighting.advantage import CriticWeighting, standardise
+from wmtp_modules.scoring.score_table import ScoreTable, fingerprint_rows
+from wmtp_modules.weighting.advantage import CriticWeighting
 
 log = utils.get_logger("INFO")
 
 PAGE_PAIRS = 4  # held-out pairs shown with their weights
 
+ROWS = Component(given=("tokenizer",), makes="Dataset")
 # Every key of a config; what a component takes is read from its signature.
 SCHEMA = TRAINING_KEYS | {
     "stages": list[str],
@@ -79,11 +87,16 @@ SCHEMA = TRAINING_KEYS | {
             "checkpointer": Optional({"checkpoint_dir": str}),  # of a reward model
             "table_dir": str,
             "batch_tokens": AtLeast(int, 1),
+            "good": Optional(("label", "above", "sigmoid")),  # label for labels, else above
+            "threshold": Optional(float),  # of the standardised reward, 0 if left out
+            "temperature": Optional(Above(float, 0)),  # of sigmoid, 1 if left out
         }
     ),
     "critic": Optional(
         {
-            "objective": ("regression", "pairwise"),
+            "objective": Optional(("bce", "pairs")),  # bce if left out
+            "head": Optional(("state", "turn")),  # turn if left out; pairs has its own
+            "dataset": Optional(ROWS),  # what it learns from, the policy's if left out
             "checkpoint_dir": str,
             "optimizer": OPTIMIZER,
             "batch_size": AtLeast(int, 1),  # rows, or pairs of rows, of a rank
@@ -94,7 +107,7 @@ SCHEMA = TRAINING_KEYS | {
     ),
     "value_table": Optional({"table_dir": str, "batch_tokens": AtLeast(int, 1)}),
     "allow_uninformative_critic": Optional(bool),
-    "policy_rewards_above": Optional(float),  # standardised, 0 if left out; null: all responses
+    "policy_rewards_above": Optional(float),  # standardised; null or left out: all responses
     "weighting": CriticWeighting,
 }
 
@@ -114,17 +127,25 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{block}: missing, the stages and the weighting need it")
     if critic and cfg.checkpointer is None:
         raise ConfigError("checkpointer: null, but a critic needs a trained trunk")
+    if cfg.get("critic") and objective_and_head(cfg) == ("pairs", "turn"):
+        raise ConfigError("critic.head: turn is for objective bce, leave it out with pairs")
 
 
 def needs_values(cfg: DictConfig) -> bool:
     """Whether this config or one of its controls weighs by values."""
     names = (cfg.weighting.name, *(cfg.get("controls") or []))
     runs = [merged(cfg, {"weighting": {"name": name}}) for name in names]
-    return any([make_weighting(run).needs_scores for run in runs])  # all of them are checked
+    return any([make_weighting(run).needs_values for run in runs])  # all of them are checked
 
 
 def needs_critic(cfg: DictConfig) -> bool:
     return needs_values(cfg) or bool({"critic", "values"} & set(cfg.stages))
+
+
+def objective_and_head(cfg: DictConfig) -> tuple[str, str]:
+    """Objective and kind of value head of a critic; a pairs critic adds evidence up."""
+    objective = cfg.critic.get("objective") or "bce"
+    return objective, cfg.critic.get("head") or {"bce": "turn", "pairs": "sum"}[objective]
 
 
 def make_weighting(cfg: DictConfig) -> CriticWeighting:
@@ -145,7 +166,6 @@ class CriticWMTPRecipeDistributed:
         self._weighting = make_weighting(cfg)
         self._critic_dir = Path(cfg.critic.checkpoint_dir if cfg.get("critic") else "none")
         self._frozen: MTPTransformer | None = None  # the critic's trunk, while it is needed
-        self._statistics: tuple[float, float] | None = None  # of the advantages
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
     # ------------------------------------------------- setup, with the rewards
@@ -158,30 +178,37 @@ class CriticWMTPRecipeDistributed:
 
         # Tokenised once by rank 0; the others then read the same cached file.
         self._tokenizer = config.instantiate(cfg.tokenizer)
+        sets = {"train": cfg.dataset, "heldout": cfg.dataset_val}
+        if cfg.get("critic") and cfg.critic.get("dataset"):
+            sets["critic"] = cfg.critic.dataset
         with rank_zero_first():
-            rows = config.instantiate(cfg.dataset, self._tokenizer)
-            rows_val = config.instantiate(cfg.dataset_val, self._tokenizer)
-        self._train, self._heldout = Responses(rows), Responses(rows_val)
-        both = rows, rows_val
-        self._rows_made_from = self.watchdog.on_rank_zero(lambda: [*map(fingerprint_rows, both)])
+            rows = {name: config.instantiate(one, self._tokenizer) for name, one in sets.items()}
+        found = {name: Responses(one) for name, one in rows.items()}
+        self._rows_made_from = self.watchdog.on_rank_zero(
+            lambda: {name: fingerprint_rows(one) for name, one in rows.items()}
+        )
         if cfg.get("rewards"):
-            self._setup_rewards()
+            found = self._rated(rows)
+        self._train, self._heldout = found["train"], found["heldout"]
+        self._taught = found.get("critic", self._train)  # what the critic learns from
         if needs_critic(cfg):
+            objective, head = objective_and_head(cfg)
             self._critic_made_from = self.watchdog.on_rank_zero(
                 lambda: folder.critic_fingerprint(
-                    self._train,
+                    self._taught,
                     self._heldout,
                     rows_made_from=self._rows_made_from,
                     checkpoint_dir=cfg.checkpointer.checkpoint_dir,
                     tokenizer_path=cfg.tokenizer.path,
-                    objective=cfg.critic.objective,
+                    objective=objective,
+                    head=head,
                     dtype=cfg.dtype,
                 )
             )
 
-    def _setup_rewards(self) -> None:
-        """Rewards of both data sets, standardised with the statistics of the training set."""
-        cfg, train, heldout = self._cfg, self._train.rows, self._heldout.rows
+    def _rated(self, rows: dict) -> dict[str, Responses]:
+        """Each set's rewards and f(R), standardised by what the critic learns from."""
+        cfg = self._cfg
         tables = RewardTables(
             cfg.rewards.source,
             table_dir=cfg.rewards.table_dir,
@@ -194,16 +221,17 @@ class CriticWMTPRecipeDistributed:
             watchdog=self.watchdog,
         )
         score = "rewards" in cfg.stages
-        raw = tables.of(train, "train", score=score)
-        raw_val = tables.of(heldout, "heldout", score=score)
-        self._reward_statistics = RewardStatistics.of(raw)
-        self._train = Responses(train, self._reward_statistics.standardise(raw))
-        self._heldout = Responses(heldout, self._reward_statistics.standardise(raw_val))
-        if "critic" in cfg.stages and np.ptp(raw_val) == 0:
-            raise ValueError(
-                f"dataset_val: every response has reward {raw_val[0]}: a critic is judged on good "
-                "and bad responses"
-            )
+        raw = {name: tables.of(one, name, score=score) for name, one in rows.items()}
+        default = "label" if cfg.rewards.source == "labels" else "above"
+        responses, self._reward_statistics = rated(
+            rows,
+            raw,
+            good=cfg.rewards.get("good") or default,
+            threshold=cfg.rewards.get("threshold") or 0.0,
+            temperature=cfg.rewards.get("temperature") or 1.0,
+            both_kinds="critic" in cfg.stages,
+        )
+        return responses
 
     # --------------------------------------------------------------- critic
 
@@ -211,17 +239,20 @@ class CriticWMTPRecipeDistributed:
         """Fit the value head on the frozen trunk, keep the best held-out one, judge it."""
         cfg, seed = self._cfg.critic, self._cfg.seed
         # How it is trained is of no matter to a policy, but another way makes another critic.
-        settings = {k: v for k, v in resolved(self._cfg)["critic"].items() if k != "checkpoint_dir"}
-        settings |= {"seed": seed}
+        elsewhere = ("checkpoint_dir", "dataset", "objective", "head")  # in the fingerprint
+        settings = resolved(self._cfg)["critic"]
+        settings = {k: v for k, v in settings.items() if k not in elsewhere} | {"seed": seed}
         if folder.read_critic(self._critic_dir) is not None:
             folder.check_critic(self._critic_dir, self._critic_made_from, settings)
             self._critic()
             return
-        items, pairs_val = self._critic_items()
-        data = self._train, self._heldout, pairs_val
-        judge = Judge(self._trunk(), *data, objective=cfg.objective, watchdog=self.watchdog)
+        objective, kind = objective_and_head(self._cfg)
+        items = pairs.training_items(self._taught, objective=objective, seed=seed)
+        data = self._taught, self._heldout, pairs.heldout_pairs(self._heldout, seed=seed)
+        judge = Judge(self._trunk(), *data, objective=objective, watchdog=self.watchdog)
         torch.manual_seed(seed)  # equal heads on all ranks
-        head = ValueHead(self.model_args["embed_dim"]).to(self.device)
+        head = ValueHead(self.model_args["embed_dim"], kind).to(self.device)
+        judge.prepare_(head, seed)
         # DDP averages gradients over ranks; the loss is summed first and divided once.
         replica = DistributedDataParallel(head)
         optimizer = config.instantiate(cfg.optimizer, head.parameters())
@@ -268,31 +299,22 @@ class CriticWMTPRecipeDistributed:
         self._frozen = None
         torch.cuda.empty_cache()  # does nothing on a CPU
 
-    def _critic_items(self) -> tuple[np.ndarray, np.ndarray]:
-        """What to train on, [n, 1] rows or [n, 2] pairs, and held-out pairs."""
-        objective, seed = self._cfg.critic.objective, self._cfg.seed
-        return pairs.training_items(self._train, self._heldout, objective=objective, seed=seed)
-
     def _critic_loss(self, head, items: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum and count of the objective over this rank's rows or pairs."""
+        """Sum of the objective over this rank's rows or pairs, and how many it sums."""
         flat = items.T.flatten()  # pairs: first the better responses, then the worse ones
-        batch = values.batch_of(self._train.rows, flat.tolist(), self.device)
-        with torch.no_grad():
-            hidden_BTD = self._trunk().trunk(batch["tokens"])
-        values_BT = head(hidden_BTD)
-        if self._cfg.critic.objective == "pairwise":
-            better_P, worse_P = row_means(values_BT, batch["y"]).chunk(2)
-            return pairwise_loss(better_P, worse_P), values_BT.new_tensor(len(better_P))
-        rewards_B = torch.from_numpy(self._train.rewards[flat]).to(values_BT)
-        rewards_BT = rewards_B[:, None].expand_as(values_BT)
-        return regression_loss(values_BT, rewards_BT, batch["y"]), batch["y"].sum()
+        batch = batch_of(self._taught.rows, flat.tolist(), self.device)
+        logits_BT = head(*trunk_states(self._trunk(), batch["tokens"]), batch["y"])
+        if items.shape[1] == 2:
+            return pairs_loss(logits_BT, batch["y"]), logits_BT.new_tensor(len(items))
+        good_B = torch.from_numpy(self._taught.good[flat]).to(self.device)
+        loss = token_cross_entropy(logits_BT, good_B, batch["y"])
+        return loss, judged_mask(batch["y"]).sum()
 
     def _critic(self) -> dict:
         """The record of the critic, which is this run's and knows something."""
         return folder.useful_critic(
             self._critic_dir,
             self._critic_made_from,
-            objective=self._cfg.critic.objective,
             allow_any=bool(self._cfg.get("allow_uninformative_critic")),
         )
 
@@ -302,7 +324,8 @@ class CriticWMTPRecipeDistributed:
         """V after every token of the training set, from the frozen trunk and the critic."""
         self._critic()
         width = self.model_args["embed_dim"]
-        head = folder.load_value_head(self._critic_dir, width).to(self.device)
+        kind = objective_and_head(self._cfg)[1]
+        head = folder.load_value_head(self._critic_dir, width, kind).to(self.device)
         values.compute_values(
             self._trunk,
             head,
@@ -316,85 +339,89 @@ class CriticWMTPRecipeDistributed:
 
     def _values_made_from(self) -> dict:
         head_file, T = self._critic_dir / folder.HEAD_FILE, self._cfg.tokenizer.max_seq_len
-        made_from = self._critic_made_from
+        dataset, responses = self._rows_made_from["train"], self._train.rows
         return self.watchdog.on_rank_zero(
-            lambda: values.values_fingerprint(made_from, head_file, max_seq_len=T)
+            lambda: values.values_fingerprint(
+                self._critic_made_from, head_file, responses, dataset=dataset, max_seq_len=T
+            )
         )
 
     def _write_page(self, head: ValueHead) -> None:
-        """A few held-out pairs with every token coloured by its weight; on rank 0."""
-        path, critic = self._critic_dir / "weights.html", self._values_made_from()["critic"]
-        above = self._cfg.get("policy_rewards_above", 0.0)
-        of = f"critic {critic[:12]}, policy_rewards_above {above}"
-        caption, (_, pairs_val) = page_caption(self._weighting, of), self._critic_items()
-        is_there = path.exists() and caption in path.read_text("utf-8")
-        if self.watchdog.on_rank_zero(lambda: is_there) or not len(pairs_val):
+        """Some held-out responses with every token coloured by its weight; on rank 0."""
+        cfg = merged(self._cfg, {"weighting": {"name": "critic"}})
+        path, weighting = self._critic_dir / "weights.html", make_weighting(cfg)
+        above, made_from = cfg.get("policy_rewards_above"), self._values_made_from()
+        of = f"critic {made_from['critic'][:12]}, policy_rewards_above {above}"
+        caption = page_caption(weighting, of)
+        if self.watchdog.on_rank_zero(lambda: path.exists() and caption in path.read_text("utf-8")):
             return
-        chosen, _ = self._policy_rows()
-        statistics = self._advantage_statistics(self._valued_packs(chosen), chosen)
+        chosen, _ = policy.policy_rows(self._train, self._heldout, above)
+        _, scale = self._packs_and_scale(cfg, chosen)
+        pairs_val = pairs.heldout_pairs(self._heldout, seed=cfg.seed).rows_P2
+        shown = shown_rows(self._heldout, pairs_val, PAGE_PAIRS)
         if self._rank == 0:
-            write_pairs_page(
+            rows = self._heldout.rows.select(shown)
+            write_page(
                 path,
-                self._trunk(),
-                head,
-                self._heldout.rows,
-                pairs_val[:PAGE_PAIRS],
-                self._heldout.rewards,
-                weighting=self._weighting,
-                statistics=statistics,
+                self._heldout,
+                shown,
+                values.row_values(self._trunk(), head, values.tokens_and_keep(rows)),
+                weighting=weighting,
+                scale=scale,
                 tokenizer=self._tokenizer,
                 caption=caption,
             )
 
     # --------------------------------------------------------------- policy
 
-    def _policy_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that train the policy, and the held-out ones of their kind."""
-        above = self._cfg.get("policy_rewards_above", 0.0)  # only good ones, unless asked
-        chosen, chosen_val = self._train.above(above), self._heldout.above(above)
-        if not len(chosen) or not len(chosen_val):
-            raise ValueError(
-                f"policy_rewards_above {above} leaves {len(chosen)} training and "
-                f"{len(chosen_val)} held-out responses: lower it (rewards are standardised)"
-            )
-        return chosen, chosen_val
-
-    def _valued_packs(self, chosen: np.ndarray) -> PackedDataset:
-        """The policy's packs, with values and rewards beside the tokens."""
+    def _values(self) -> ScoreTable:
+        """V after every token of the training set, of the critic at hand."""
         self._critic()
-        return values.valued_packs(
+        table_dir = self._cfg.value_table.table_dir
+        return ScoreTable.open(table_dir, self._values_made_from(), self._train.rows)
+
+    def _packs_and_scale(self, cfg: DictConfig, chosen: np.ndarray) -> tuple[PackedDataset, dict]:
+        """Packs of the rows that train, and the scale of their weights; a collective."""
+        weighting = make_weighting(cfg)
+        weighs = weighting.needs_values
+        packs = policy.policy_packs(
             self._train,
             chosen,
-            table_dir=self._cfg.value_table.table_dir,
-            fingerprint=self._values_made_from(),
-            max_seq_len=self._cfg.tokenizer.max_seq_len,
-            seed=self._cfg.seed,
+            max_seq_len=cfg.tokenizer.max_seq_len,
+            seed=cfg.seed,
+            table=self._values() if weighs else None,
         )
+        scale = policy.weight_scale(
+            *(packs, self._train, chosen, weighting),
+            n_heads=self.model_args["n_future_tokens"],
+            device=self.device,
+            watchdog=self.watchdog,
+            table_dir=cfg.value_table.table_dir if weighs else None,
+            values=self._values_made_from() if weighs else None,
+        )
+        return packs, scale
 
-    def _advantage_statistics(self, packs: PackedDataset, chosen: np.ndarray) -> tuple:
-        """Mean and deviation of the advantages, the same for all policies of a config."""
-        if self._statistics is None:
-            lam = self._weighting.lam
-            self._statistics = values.advantage_statistics(packs, chosen, lam, self.device)
-        return self._statistics
-
-    def check_policy(self) -> dict:
-        """What the critic showed; an error now is one that a control would hide for hours."""
-        self._valued_packs(self._policy_rows()[0])
-        return self.critic_summary()
+    def check_policies(self, runs: list[DictConfig]) -> None:
+        """Raise now what a control would otherwise hide for hours."""
+        for cfg in runs:
+            policy.policy_rows(self._train, self._heldout, cfg.get("policy_rewards_above"))
+            if make_weighting(cfg).name == "oracle":
+                policy.check_marks(self._train.rows)
+        if any(make_weighting(cfg).needs_values for cfg in runs):
+            self._values()
 
     def critic_summary(self) -> dict:
         """What the critic showed on held-out data."""
         report = self._critic()["report"]
-        near = report.pop("delta_near_mutation", None)
-        return {"critic": report} | ({"delta_near_mutation": near} if near else {})
+        return {"critic": report | {"hopeless_problems": pairs.hopeless_problems(self._train)}}
 
     def made_from(self, cfg: DictConfig) -> str:
         """Hash of what a policy of this config is trained on: rows, rewards, critic and values."""
-        parts: list[object] = list(self._rows_made_from)
+        parts: list[object] = list(self._rows_made_from.values())
         if cfg.get("rewards"):
-            parts += [[*map(float, one.rewards)] for one in (self._train, self._heldout)]
-        if make_weighting(cfg).needs_scores:
+            both = self._train, self._heldout
+            parts += [[*map(float, x)] for one in both for x in (one.rewards, one.good)]
+        if make_weighting(cfg).needs_values:
             parts.append(self._values_made_from())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -403,16 +430,12 @@ class CriticWMTPRecipeDistributed:
         training.set_seed(cfg.seed)
         self._cfg, self._weighting = cfg, make_weighting(cfg)
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
-        chosen, chosen_val = self._policy_rows()
+        above = cfg.get("policy_rewards_above")
+        chosen, chosen_val = policy.policy_rows(self._train, self._heldout, above)
         utils.log_rank_zero(log, f"Policy: {len(chosen)} of {len(self._train.rows)} responses.")
         pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
         self._dataset_val = PackedDataset(self._heldout.rows.select(chosen_val), **pack)
-        statistics = None
-        if self._weighting.needs_scores:
-            dataset = self._valued_packs(chosen)
-            statistics = self._advantage_statistics(dataset, chosen)
-        else:
-            dataset = PackedDataset(self._train.rows.select(chosen), **pack)
+        dataset, scale = self._packs_and_scale(cfg, chosen)
         self.setup_model()
         self._run = Run(
             cfg,
@@ -427,7 +450,10 @@ class CriticWMTPRecipeDistributed:
             made_from=self.made_from(cfg),
             validate=self.validate,
             export=self.save_checkpoint,
-            kept={"statistics": statistics},
+            kept={
+                "scale": scale,
+                "noise_sums": torch.zeros(4, dtype=torch.float64, device=self.device),
+            },
         )
         if not cfg.get("replay"):
             self._run.begin()
@@ -456,12 +482,14 @@ class CriticWMTPRecipeDistributed:
             )
             loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
         else:  # weights known beforehand go into the forward, which saves a matrix product
-            z_BT = None
-            if self._weighting.needs_scores:
-                a_BT = values.batch_advantages(batch, self._weighting.lam)
-                z_BT = standardise(a_BT, *run.kept["statistics"])
+            scale = run.kept["scale"]
             weights_BTK, stats = self._weighting(
-                None, mask_BTK, batch["doc"], z_BT, step=run.micro_step
+                None,
+                mask_BTK,
+                batch["doc"],
+                policy.log_raw_of(batch, self._weighting, scale),
+                step=run.micro_step,
+                scale_K=scale["scale_K"],
             )
             loss, losses_BTK = self._model(
                 batch["tokens"],
@@ -496,6 +524,7 @@ class CriticWMTPRecipeDistributed:
             lr = float(self._lr_scheduler.get_last_lr()[0])
             if run.may_update(sums, grad_norm):
                 self._optimizer.step()
+                run.kept["noise_sums"] += sums["noise"]
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
             run.end_step(sums, stats, grad_norm, lr)
@@ -516,6 +545,10 @@ class CriticWMTPRecipeDistributed:
     def finish(self, beside: dict[str, Path]) -> dict:
         """Draw the curves, also of the runs beside it, close everything, return the figures."""
         summary = self._run.summary() | {"made_from": self.made_from(self._cfg)}
+        in_data, targets, on_noise, weight = self._run.kept["noise_sums"].tolist()
+        if in_data:
+            share = {"data": in_data / targets, self._cfg.weighting.name: on_noise / weight}
+            summary["weight_on_spoiled"] = share
         curves = Path(self._cfg.output_dir) / "curves.png"
         if self._rank == 0:
             own = {self._cfg.weighting.name: curves.with_name("metrics.jsonl")}
@@ -560,11 +593,19 @@ def train_one(recipe, cfg: DictConfig, stops: StopRequests, beside: dict[str, Pa
 def report(cfg: DictConfig, summary: dict) -> None:
     """Print the figures and where everything is."""
     if "critic" in summary:
-        print_report(summary["critic"], summary.get("delta_near_mutation"))
+        print_report(summary["critic"])
         where = Path(cfg.critic.checkpoint_dir)
         print(f"  pictures {where / 'calibration.png'} and {where / 'weights.html'}")
     if "heldout_loss" in summary:
         plan.print_losses(summary["heldout_loss"], summary["steps"])
+        if "weight_on_spoiled" in summary:
+            share = summary["weight_on_spoiled"]
+            print(
+                f"Spoiled: {share['data']:.1%} of the training targets; of the weight, "
+                + ", ".join(
+                    f"{name} {of_weight:.1%}" for name, of_weight in share.items() if name != "data"
+                )
+            )
         plan.print_places(Path(cfg.output_dir), summary)
 
 
@@ -599,12 +640,12 @@ def make_runs(cfg: DictConfig, runs: list[DictConfig], recipe, stops: StopReques
     """The stages before the policy, then the policy's runs and their figures side by side."""
     started, output_dir = time.perf_counter(), Path(cfg.output_dir)
     summary = make_stages(recipe, cfg.stages)
-    if runs and needs_values(cfg):
-        with exit_with_message(ValueError, OSError):
-            summary |= recipe.check_policy()
     if runs:
-        policy = plan.run_all(runs, lambda one, beside: train_one(recipe, one, stops, beside))
-        summary = policy | summary
+        with exit_with_message(ValueError, OSError):
+            recipe.check_policies(runs)
+            summary |= recipe.critic_summary() if needs_values(cfg) else {}
+        of_policies = plan.run_all(runs, lambda one, beside: train_one(recipe, one, stops, beside))
+        summary = of_policies | summary
     summary["seconds"] = round(time.perf_counter() - started, 1)
     if dist.get_rank() != 0:
         return

@@ -23,16 +23,16 @@ from wmtp_modules.models.value_head import ValueHead
 @pytest.fixture
 def head():
     torch.manual_seed(0)
-    head = ValueHead(16)
+    head = ValueHead(16, "turn")
     torch.nn.init.normal_(head.out.weight)
     return head
 
 
 def test_a_critic_comes_back_bit_for_bit(head, tmp_path):
-    head.scale.fill_(0.3)
+    head.base.fill_(0.3)
     record = {"fingerprint": {"trunk": "a"}, "settings": {"seed": 1}, "report": {"pairs": 0}}
     save_critic(tmp_path / "c", head, record)
-    loaded = load_value_head(tmp_path / "c", 16)
+    loaded = load_value_head(tmp_path / "c", 16, "turn")
     for key, value in head.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
     assert check_critic(tmp_path / "c", {"trunk": "a"}) == record
@@ -56,11 +56,13 @@ def test_a_critic_from_another_trunk_is_an_error(head, tmp_path):
 def test_damaged_folders(head, tmp_path):
     save_critic(tmp_path, head, {"fingerprint": {}, "settings": {}, "report": {}})
     file = tmp_path / HEAD_FILE
-    with pytest.raises(ValueError, match="no value head of width 8"):
-        load_value_head(tmp_path, 8)
+    with pytest.raises(ValueError, match="no turn head of width 8"):
+        load_value_head(tmp_path, 8, "turn")
+    with pytest.raises(ValueError, match="no state head of width 16"):
+        load_value_head(tmp_path, 16, "state")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="is missing, damaged"):
-        load_value_head(tmp_path, 16)
+        load_value_head(tmp_path, 16, "turn")
     (tmp_path / RECORD_FILE).write_text(json.dumps({"report": {}}))
     with pytest.raises(ValueError, match=r"critic\.json is damaged"):
         read_critic(tmp_path)
@@ -70,7 +72,8 @@ def test_training_state_resumes_and_keeps_the_best(head, tmp_path, gloo_group):
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.1)
     state = TrainingState(tmp_path, {"trunk": "a"})
     for step, loss in enumerate((0.5, 0.4, 0.6, 0.7)):
-        head(torch.randn(1, 3, 16)).sum().backward()
+        y = torch.tensor([[False, True, True]])
+        head(torch.randn(1, 3, 16), torch.randn(1, 3, 3), y).sum().backward()
         optimizer.step()
         state.step = step + 1
         state.evaluated(loss, head, optimizer)
@@ -78,7 +81,7 @@ def test_training_state_resumes_and_keeps_the_best(head, tmp_path, gloo_group):
             best = {key: value.clone() for key, value in head.state_dict().items()}
     assert state.evaluations_since_best == 2
     assert dist.get_rank() == 0
-    again, fresh = TrainingState(tmp_path, {"trunk": "a"}), ValueHead(16)
+    again, fresh = TrainingState(tmp_path, {"trunk": "a"}), ValueHead(16, "turn")
     again.resume(fresh, torch.optim.AdamW(fresh.parameters(), lr=0.1))
     assert (again.step, again.evaluations_since_best) == (4, 2)
     assert again.heldout_losses == [0.5, 0.4, 0.6, 0.7]
@@ -86,14 +89,14 @@ def test_training_state_resumes_and_keeps_the_best(head, tmp_path, gloo_group):
         assert torch.equal(fresh.state_dict()[key], value)
         assert torch.equal(again.best_head[key], best[key])
     other = TrainingState(tmp_path, {"trunk": "b"})
-    other.resume(ValueHead(16), optimizer)
+    other.resume(ValueHead(16, "turn"), optimizer)
     assert other.step == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04\x95", b"[" * 1000, b"\xff\xfe"])
 def test_a_damaged_state_of_training_says_what_to_do(tmp_path, content):
     (tmp_path / "state.pt").write_bytes(content)
-    head = ValueHead(8)
+    head = ValueHead(8, "state")
     state = TrainingState(tmp_path, {"trunk": "t"})
     with pytest.raises(ValueError, match=r"state\.pt is damaged .*: delete it, and the critic is"):
         state.resume(head, torch.optim.AdamW(head.parameters()))
@@ -105,7 +108,7 @@ def test_a_state_of_training_that_runs_code_is_refused(tmp_path):
             return (type(tmp_path).touch, (tmp_path / "spy",))
 
     torch.save({"fingerprint": {"trunk": "t"}, "head": RunsCode()}, tmp_path / "state.pt")
-    head = ValueHead(8)
+    head = ValueHead(8, "state")
     state = TrainingState(tmp_path, {"trunk": "t"})
     with pytest.raises(ValueError, match="damaged or no state of a critic's training"):
         state.resume(head, torch.optim.AdamW(head.parameters()))
@@ -140,8 +143,8 @@ def test_two_processes_leave_no_head_with_the_record_of_the_other(tmp_path, chil
             return new_file(path)
 
         monkeypatch.setattr(folder, "new_file", slowly)
-        head = ValueHead(4)
-        torch.nn.init.constant_(head.shift, number)
+        head = ValueHead(4, "state")
+        torch.nn.init.constant_(head.base, number)
         save_critic(tmp_path / "critic", head, {"number": number})
 
     first = children.begin(save, 1, 0.5)
@@ -149,4 +152,4 @@ def test_two_processes_leave_no_head_with_the_record_of_the_other(tmp_path, chil
         time.sleep(0.01)
     assert children.ends(children.begin(save, 2, 0.0), first) == [0, 0]
     record = json.loads((tmp_path / "critic" / RECORD_FILE).read_text())
-    assert load_value_head(tmp_path / "critic", 4).shift.item() == record["number"]
+    assert load_value_head(tmp_path / "critic", 4, "state").base.item() == record["number"]

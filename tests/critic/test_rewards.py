@@ -11,8 +11,11 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from wmtp_modules.critic.rewards import (
+    Responses,
     RewardModel,
     RewardStatistics,
+    goodness,
+    rated,
     reward_fingerprint,
     reward_rows,
 )
@@ -288,6 +291,55 @@ def test_standardised_rewards_have_mean_0_and_deviation_1():
 def test_constant_rewards_are_refused():
     with pytest.raises(ValueError, match=r"every response has reward 0\.1: a critic needs good an"):
         RewardStatistics.of(np.full(7, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("good", "want"),
+    [("label", [0, 1, 1]), ("above", [0, 1, 1]), ("sigmoid", [0.0229, 0.7773, 0.7773])],
+)
+def test_how_much_a_response_is_wanted(good, want):
+    raw = np.array([0.0, 1, 1])
+    standardised = np.array([-1.5, 1, 1])
+    found = goodness(raw, standardised, good, threshold=0.375, temperature=0.5)
+    assert found.tolist() == pytest.approx(want, abs=1e-4)
+
+
+def test_an_affine_change_of_rewards_leaves_above_as_it_is():
+    rng = np.random.default_rng(0)
+    raw = rng.normal(size=200)
+    found = []
+    for rewards in (raw, 7 * raw - 3):
+        z = RewardStatistics.of(rewards).standardise(rewards)
+        found.append(goodness(rewards, z, "above", threshold=0.3))
+    assert (found[0] == found[1]).all()
+    assert 0 < found[0].mean() < 1
+
+
+def test_labels_that_are_none_are_no_label():
+    with pytest.raises(ValueError, match=r"label needs rewards of 0 and 1, and row 1 has 0\.5"):
+        goodness(np.array([1, 0.5]), np.array([1.0, 0]), "label")
+
+
+def test_all_sets_are_standardised_by_what_the_critic_learns_from():
+    rows = {name: Dataset.from_dict({"x": [1, 2]}) for name in ("train", "heldout", "critic")}
+    raw = {"train": np.array([8.0, 9]), "heldout": np.array([1.0, 4]), "critic": np.array([0.0, 4])}
+    how = {"good": "above", "threshold": 0.0, "temperature": 1.0}
+    found, statistics = rated(rows, raw, both_kinds=True, **how)
+    assert (statistics.mean, statistics.std) == (2, 2)
+    assert found["train"].rewards.tolist() == [3, 3.5]
+    assert found["train"].good.tolist() == [1, 1]  # which a policy may have, but no critic
+    assert found["heldout"].good_rows().tolist() == [1]
+    without, statistics = rated({"train": rows["train"]}, raw, both_kinds=False, **how)
+    assert (statistics.mean, without["train"].good.tolist()) == (8.5, [0, 1])
+    with pytest.raises(ValueError, match=r"^critic\.dataset: every response is 0 good"):
+        rated(rows, raw, both_kinds=True, **how | {"threshold": 9.0})
+    with pytest.raises(ValueError, match=r"^dataset_val: every response is 1 good by"):
+        rated(rows, raw | {"heldout": np.array([3.0, 4])}, both_kinds=True, **how)
+
+
+def test_without_rewards_every_row_is_good():
+    plain = Responses(Dataset.from_dict({"x": [1, 2, 3]}))
+    assert plain.good_rows().tolist() == plain.above(0.0).tolist() == [0, 1, 2]
 
 
 def test_statistics_of_nothing_or_of_nan_are_refused():

@@ -1,17 +1,17 @@
-"""The critic's objectives against loops over their definition, and the value head."""
+"""The critic's objectives against loops over their definition."""
+
+import math
 
 import pytest
 import torch
 
 from wmtp_modules.loss.value_loss import (
-    pairwise_loss,
-    regression_loss,
+    judged_mask,
+    pairs_loss,
     response_mask,
-    row_means,
-    value_sums,
+    token_cross_entropy,
     values_before,
 )
-from wmtp_modules.models.value_head import ValueHead
 
 
 @pytest.fixture
@@ -41,62 +41,61 @@ def test_response_tokens_have_a_value_before_them(case):
     assert keep[0, 5]  # and the caller's mask is left alone
 
 
-def test_regression_equals_its_definition(case):
-    values, rewards, keep, doc = case
-    loss = regression_loss(values, rewards, response_mask(keep, doc))
-    expected = sum(0.5 * (values[b, u - 1] - rewards[b, u]) ** 2 for b, u in loop(keep, doc))
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    (grad,) = torch.autograd.grad(loss, values, retain_graph=True)
-    (expected_grad,) = torch.autograd.grad(expected, values)
-    torch.testing.assert_close(grad, expected_grad)
+def test_values_before_are_shifted_by_one(case):
+    values, *_ = case
+    assert (values_before(values)[:, 1:] == values[:, :-1]).all()
+    assert (values_before(values)[:, 0] == 0).all()
 
 
-def test_pairwise_equals_its_definition(case):
-    values, _, keep, doc = case
-    means = row_means(values, response_mask(keep, doc))
-    by_row = [[values[b, u - 1] for c, u in loop(keep, doc) if c == b] for b in range(3)]
-    expected = [sum(row) / len(row) if row else 0.0 for row in by_row]
-    torch.testing.assert_close(means, torch.stack([torch.as_tensor(x) for x in expected]))
-    loss = pairwise_loss(means[:1], means[1:2])
-    assert loss.item() == pytest.approx(
-        -torch.log(torch.sigmoid(expected[0] - expected[1])).item(), rel=1e-5
-    )
+def one_document_rows():
+    """Three rows of 7: prompts of 2 and of 1 token, and no response; logits and f(R)."""
+    y_BT = torch.zeros(3, 7, dtype=torch.bool)
+    y_BT[0, 2:6] = True
+    y_BT[1, 1:] = True
+    torch.manual_seed(3)
+    logits_BT = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    return y_BT, logits_BT, torch.tensor([1.0, 0.25, 0.0])
 
 
-def test_a_batch_without_responses_gives_zero_with_a_gradient(case):
-    values, rewards, keep, _ = case
-    loss = regression_loss(values, rewards, torch.zeros_like(keep))
+def test_a_critic_is_asked_after_the_last_prompt_token_and_every_response_token():
+    y_BT, *_ = one_document_rows()
+    found = [row.nonzero().flatten().tolist() for row in judged_mask(y_BT)]
+    assert found == [[1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6], []]
+
+
+def test_token_cross_entropy_is_a_sum_over_the_tokens_asked():
+    y_BT, logits_BT, good_B = one_document_rows()
+    total = 0.0
+    for b, tokens in enumerate((range(1, 6), range(7))):
+        for u in tokens:
+            v, f = 1 / (1 + math.exp(-logits_BT[b, u].item())), good_B[b].item()
+            total -= f * math.log(v) + (1 - f) * math.log(1 - v)
+    loss = token_cross_entropy(logits_BT, good_B, y_BT)
+    assert loss.item() == pytest.approx(total, rel=1e-9)
+    (gradient_BT,) = torch.autograd.grad(loss, logits_BT)
+    v_BT = logits_BT.detach().sigmoid()
+    want_BT = torch.where(judged_mask(y_BT), v_BT - good_B[:, None], 0.0)
+    torch.testing.assert_close(gradient_BT, want_BT)
+
+
+def test_a_batch_without_responses_has_loss_0_and_a_gradient():
+    y_BT, logits_BT, good_B = one_document_rows()
+    loss = token_cross_entropy(logits_BT, good_B, torch.zeros_like(y_BT))
     loss.backward()
-    assert loss.item() == 0
-    assert (values.grad == 0).all()
+    assert loss == 0
+    assert (logits_BT.grad == 0).all()
 
 
-def test_nan_rewards_outside_responses_do_no_harm(case):
-    values, rewards, keep, doc = case
-    y = response_mask(keep, doc)
-    loss = regression_loss(values, torch.where(y, rewards, torch.nan), y)
-    loss.backward()
-    assert torch.isfinite(values.grad).all()
-
-
-def test_value_sums_hold_count_sum_and_square(case):
-    values, _, keep, doc = case
-    sums = value_sums(values, response_mask(keep, doc))
-    for b in range(3):
-        row = [values[b, u - 1].double() for c, u in loop(keep, doc) if c == b]
-        expected = [len(row), float(sum(row)), float(sum(x**2 for x in row))]
-        assert sums[b].tolist() == pytest.approx(expected)
-
-
-def test_value_head_starts_at_zero_and_computes_in_fp32():
-    head = ValueHead(16)
-    hidden = torch.randn(2, 5, 16, dtype=torch.bfloat16)
-    assert head(hidden).dtype == torch.float32
-    assert (head(hidden) == 0).all()
-    torch.nn.init.normal_(head.out.weight)
-    raw = head(hidden)
-    assert raw.shape == (2, 5)
-    head.scale.fill_(2.0), head.shift.fill_(-1.0)
-    torch.testing.assert_close(head(hidden), 2 * raw - 1)
-    assert {"scale", "shift"} <= head.state_dict().keys()
-    torch.testing.assert_close(values_before(raw)[:, 1:], raw[:, :-1])
+def test_pairs_compare_the_ends_and_hold_the_steps_back():
+    torch.manual_seed(4)
+    y_BT = torch.zeros(4, 8, dtype=torch.bool)
+    for b, (s, end) in enumerate(((2, 7), (1, 8), (2, 5), (3, 8))):  # better, better, worse, worse
+        y_BT[b, s:end] = True
+    d_BT = torch.where(y_BT, torch.randn(4, 8, dtype=torch.float64), 0.0)
+    logits_BT = 0.4 + d_BT.cumsum(1)  # as a ``sum`` head gives them
+    total = 0.0
+    for better, worse in ((0, 2), (1, 3)):
+        margin = d_BT[better].sum() - d_BT[worse].sum()
+        steps = torch.cat([d_BT[better][y_BT[better]], d_BT[worse][y_BT[worse]]])
+        total += math.log1p(math.exp(-margin)) + 0.5 * steps.square().mean().item()
+    assert pairs_loss(logits_BT, y_BT, rho=0.5).item() == pytest.approx(total, rel=1e-9)

@@ -50,13 +50,17 @@ def test_nothing_to_draw(tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_calibration_bins_hold_equally_many_responses_in_order():
+def test_calibration_bins_hold_equally_many_tokens_in_order():
     rng = np.random.default_rng(0)
-    predicted = rng.normal(size=50)
-    rewards = predicted + rng.normal(size=50)
-    (axis,) = curves._calibration(predicted, rewards, bins=5).axes
-    _, (points, *_) = axis.get_lines()[0], axis.containers[0].lines
+    predicted, good = rng.random(50), rng.integers(0, 2, 50).astype(float)
+    rows = np.arange(50) // 2  # two tokens of each response
+    (axis,) = curves._calibration(predicted, good, rows, bins=5).axes
+    _, (points, _, (bars,)) = axis.get_lines()[0], axis.containers[0].lines
     order = np.argsort(predicted).reshape(5, 10)
     np.testing.assert_allclose(points.get_xdata(), predicted[order].mean(1))
-    np.testing.assert_allclose(points.get_ydata(), rewards[order].mean(1))
-    assert axis.get_xlabel() == "predicted value, mean over the response"
+    np.testing.assert_allclose(points.get_ydata(), good[order].mean(1))
+    # An error bar counts a response once, however many of its tokens are in the bin.
+    for part, segment in zip(order, bars.get_segments(), strict=True):
+        error = good[part].std() / len(set(rows[part])) ** 0.5
+        np.testing.assert_allclose(np.ptp(segment[:, 1]), 2 * error)
+    assert axis.get_xlabel() == "predicted share of good, V"

@@ -1,162 +1,324 @@
-"""Figures of a critic on held-out rows, each beside the baseline that it has to beat.
+"""Figures of a critic on held-out responses, each beside what it has to beat.
 
-Shapes: N rows of a data set, P pairs of rows, B rows of a batch, T positions. ``sums_N3`` holds
-``value_sums`` of every row.
+Shapes: N rows of a data set, P pairs of rows, M judged tokens: of each row with a response its last
+prompt token, then its response tokens (``Judged``). ``good_N`` is f(R), in [0, 1].
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
-import torch
+from datasets import Dataset
+
+REACH = 3  # tokens from the first marked one that count as having found it
 
 
-def length_only_accuracy(lengths_N: np.ndarray, pairs_P2: np.ndarray) -> float:
-    """Share of pairs that the better rule of "longer is better" and "shorter is better" gets right.
+@dataclass(frozen=True)
+class Judged:
+    """The tokens after which a critic is asked, of all rows one after the other.
 
-    Ties count one half. It is read off the same pairs, so it is the best that length can do there.
+    Attributes:
+        offsets: int64 [N + 1], where each row's tokens begin; none of a row without a response.
+        first: int64 [N], position of the first response token in its row.
+        token: int64 [M].
+        marked: bool [M], token is known to be wrong; None if the rows mark nothing.
     """
-    difference_P = lengths_N[pairs_P2[:, 0]] - lengths_N[pairs_P2[:, 1]]
-    longer = _share_right(difference_P)
-    return max(longer, 1 - longer)
+
+    offsets: np.ndarray
+    first: np.ndarray
+    token: np.ndarray
+    marked: np.ndarray | None
+
+    @classmethod
+    def of(cls, rows: Dataset, first: np.ndarray, lengths: np.ndarray) -> "Judged":
+        """Of rows whose responses (``response_spans``) begin at ``first``, ``lengths`` tokens."""
+        offsets = np.concatenate([[0], np.cumsum(np.where(lengths > 0, lengths + 1, 0))])
+
+        def column(name: str) -> np.ndarray:
+            batches = rows.select_columns(name).with_format("numpy").iter(batch_size=4096)
+            found = (row for batch in batches for row in batch[name])
+            parts = [
+                row[u - 1 : u + n] for row, u, n in zip(found, first, lengths, strict=True) if n
+            ]
+            return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+        has_marks = "noise" in rows.column_names
+        return cls(offsets, first, column("tokens"), column("noise") if has_marks else None)
+
+    @property
+    def has_response(self) -> np.ndarray:
+        """bool [N]."""
+        return np.diff(self.offsets) > 0
+
+    @property
+    def row(self) -> np.ndarray:
+        """Row of each judged token, int64 [M]."""
+        return np.repeat(np.arange(len(self.first)), np.diff(self.offsets))
+
+    @property
+    def place(self) -> np.ndarray:
+        """Response tokens read so far: 0 at a prompt's last token, int64 [M]."""
+        return np.arange(len(self.token)) - self.offsets[self.row]
+
+    @property
+    def last(self) -> np.ndarray:
+        """Index of the last token of each row that has a response."""
+        return self.offsets[1:][self.has_response] - 1
 
 
-def _share_right(difference_P: np.ndarray) -> float:
-    return float(((difference_P > 0) + 0.5 * (difference_P == 0)).mean())
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -x))
 
 
-def row_means_of(sums_N3: np.ndarray) -> np.ndarray:
-    """Mean value over the response tokens of each row, [N]."""
-    return sums_N3[:, 1] / np.maximum(sums_N3[:, 0], 1)
+def cross_entropy(logits_M: np.ndarray, good_M: np.ndarray) -> float:
+    """Mean cross-entropy of V = sigmoid(logits) against f(R), nats per token."""
+    return float((np.logaddexp(0, logits_M) - good_M * logits_M).mean())
 
 
-def value_loss_of(sums_N3: np.ndarray, rewards_N: np.ndarray) -> float:
-    """Mean over response tokens of 1/2 (V[u - 1] - R)^2."""
-    count_N, total_N, square_N = sums_N3.T
-    loss_N = 0.5 * (square_N - 2 * rewards_N * total_N + count_N * rewards_N**2)
-    return float(loss_N.sum() / count_N.sum())
+def constant_cross_entropy(good_M: np.ndarray) -> float:
+    """The same of the best constant, the mean of f(R) over tokens."""
+    p = np.array([good_M.mean(), 1 - good_M.mean()])
+    return float(-(p * np.log(p, where=p > 0, out=np.zeros(2))).sum())
 
 
-def constant_value_loss(count_N: np.ndarray, rewards_N: np.ndarray) -> float:
-    """Value loss of the best constant: half the variance of the rewards over response tokens."""
-    mean = (count_N * rewards_N).sum() / count_N.sum()
-    return float(0.5 * (count_N * (rewards_N - mean) ** 2).sum() / count_N.sum())
+def pairs_cross_entropy(
+    scores_N: np.ndarray, steps_N: np.ndarray, pairs_P2: np.ndarray, rho: float = 1.0
+) -> float:
+    """``pairs_loss`` per pair; ``steps_N`` holds each row's sum of d^2 and its response tokens."""
+    better_P, worse_P = scores_N[pairs_P2].T
+    square_P, n_P = steps_N[pairs_P2].sum(1).T
+    return float((np.logaddexp(0, worse_P - better_P) + rho * square_P / n_P).mean())
 
 
-def pairwise_loss_of(sums_N3: np.ndarray, pairs_P2: np.ndarray) -> float:
-    """Mean over pairs of -log sigmoid(mean V of the better - mean V of the worse)."""
-    means_N = row_means_of(sums_N3)
-    return float(np.logaddexp(0, means_N[pairs_P2[:, 1]] - means_N[pairs_P2[:, 0]]).mean())
+def token_table(judged: Judged, good_N: np.ndarray, vocab_size: int) -> np.ndarray:
+    """What a token says that is looked at alone: log(rate in good / rate in bad responses), [V].
 
-
-def fit_affine(sums_N3: np.ndarray, rewards_N: np.ndarray) -> tuple[float, float]:
-    """Least squares R ~ a V + b over response tokens; (0, mean reward) if V does not vary.
-
-    A pairwise objective leaves offset and scale of V open, and the last step of a response compares
-    V with R.
+    Rates are of response tokens, each count plus one. Responses weigh by f(R) and 1 - f(R).
     """
-    count_N, total_N, square_N = sums_N3.T
-    n = count_N.sum()
-    mean_v, mean_r = total_N.sum() / n, (count_N * rewards_N).sum() / n
-    variance = square_N.sum() / n - mean_v**2
-    covariance = (total_N * rewards_N).sum() / n - mean_v * mean_r
-    slope = covariance / variance if variance > 1e-12 else 0.0
-    return float(slope), float(mean_r - slope * mean_v)
+    is_response = judged.place > 0
+    token, good = judged.token[is_response], good_N[judged.row[is_response]]
+    rates = []
+    for weight in (good, 1 - good):
+        count_V = np.bincount(token, weight, minlength=vocab_size) + 1
+        rates.append(np.log(count_V / count_V.sum()))
+    return rates[0] - rates[1]
 
 
-def critic_report(sums_N3: np.ndarray, rewards_N: np.ndarray, pairs_P2: np.ndarray) -> dict:
-    """Figures of a critic on held-out rows, each beside what it has to beat.
+def mean_values(logits_M: np.ndarray, judged: Judged, good_N: np.ndarray) -> dict[str, float]:
+    """Mean V of all responses at their start, after half of the median length, and at their end.
 
-    Args:
-        sums_N3: ``value_sums`` of every held-out row.
-        rewards_N: standardised rewards.
-        pairs_P2: from ``make_pairs``; may be empty.
-
-    Returns:
-        ``value_loss`` against ``constant_value_loss``; ``pair_accuracy`` within pairs of the same
-        problem against ``length_only`` (None without pairs); ``auc`` of above-average responses
-        across problems, which mixes in how hard the problems are (None if all or none are).
+    V is a martingale: each should be the share of good, which stands beside them. A response that
+    has ended keeps its last V.
     """
-    from sklearn.metrics import roc_auc_score  # three seconds that no other start has to wait
+    values_M, start = sigmoid(logits_M), judged.offsets[:-1][judged.has_response]
+    lengths = judged.last - start
+    middle = start + np.minimum(lengths, int(np.median(lengths)) // 2)
+    found = {"start": start, "middle": middle, "end": judged.last}
+    means = {name: float(values_M[where].mean()) for name, where in found.items()}
+    return means | {"good_share": float(good_N[judged.has_response].mean())}
 
-    means_N = row_means_of(sums_N3)
-    used_N = sums_N3[:, 0] > 0
-    good_N = rewards_N > 0
-    both = 0 < good_N[used_N].sum() < used_N.sum()
-    pairs = len(pairs_P2) > 0
-    difference_P = means_N[pairs_P2[:, 0]] - means_N[pairs_P2[:, 1]]
+
+def right(scores_N: np.ndarray, pairs_P2: np.ndarray) -> np.ndarray:
+    """1 for each pair whose better response scores higher, one half for a tie, else 0."""
+    difference_P = scores_N[pairs_P2[:, 0]] - scores_N[pairs_P2[:, 1]]
+    return (difference_P > 0) + 0.5 * (difference_P == 0)
+
+
+def pair_figures(
+    scores_N: np.ndarray, lengths_N: np.ndarray, table_N: np.ndarray, pairs_P2: np.ndarray
+) -> dict:
+    """Accuracy within pairs beside that of length and of the token table; None without pairs.
+
+    ``length_only`` is the better rule of "longer is better" and "shorter is better", read off the
+    same pairs: the best that length can do there. ``standard_error`` is that of the difference to
+    each baseline, pair by pair.
+    """
+    if not len(pairs_P2):
+        return dict.fromkeys(("pair_accuracy", "length_only", "token_table")) | {"pairs": 0}
+    ours_P, longer_P = right(scores_N, pairs_P2), right(lengths_N, pairs_P2)
+    baselines = {
+        "length_only": longer_P if longer_P.mean() >= 0.5 else 1 - longer_P,
+        "token_table": right(table_N, pairs_P2),
+    }
     return {
-        "pair_accuracy": _share_right(difference_P) if pairs else None,
-        "length_only": length_only_accuracy(sums_N3[:, 0], pairs_P2) if pairs else None,
-        "value_loss": value_loss_of(sums_N3, rewards_N),
-        "constant_value_loss": constant_value_loss(sums_N3[:, 0], rewards_N),
-        "auc": float(roc_auc_score(good_N[used_N], means_N[used_N])) if both else None,
+        "pair_accuracy": float(ours_P.mean()),
+        **{name: float(theirs_P.mean()) for name, theirs_P in baselines.items()},
+        "standard_error": {
+            name: float((ours_P - theirs_P).std() / len(pairs_P2) ** 0.5)
+            for name, theirs_P in baselines.items()
+        },
         "pairs": len(pairs_P2),
-        "rows": int(used_N.sum()),
     }
 
 
-def print_report(report: dict, near: dict | None = None) -> None:
-    """Print ``critic_report``; ``near`` has ``share``, ``chance`` and ``rows`` of marked rows."""
-    print(f"\nCritic on {report['rows']} held-out responses")
-    if report["pairs"]:
-        print(
-            f"  accuracy within {report['pairs']} pairs of the same problem "
-            f"{report['pair_accuracy']:.3f} (length alone {report['length_only']:.3f}, a constant "
-            "0.500)"
-        )
-    if report["auc"] is not None:
-        print(f"  AUC across problems {report['auc']:.3f}, which their difficulty blurs")
-    print(
-        f"  value loss {report['value_loss']:.4f} (best constant "
-        f"{report['constant_value_loss']:.4f})"
-    )
-    if near:
-        print(
-            f"  largest |delta| within 3 tokens of the mutated one in {near['share']:.1%} of "
-            f"{near['rows']} responses (chance {near['chance']:.1%})"
-        )
+def auc(scores: np.ndarray, is_one: np.ndarray) -> float | None:
+    """Chance that a score of the one kind is above the other's, ties half; None if one lacks."""
+    from sklearn.metrics import roc_auc_score  # three seconds that no other start has to wait
+
+    return float(roc_auc_score(is_one, scores)) if 0 < is_one.sum() < len(is_one) else None
 
 
-def shortcomings(report: dict, objective: str) -> list[str]:
-    """In what a critic is no better than knowing nothing; empty for one that is of use.
-
-    Accuracy within pairs of the same problem has to beat length alone and a constant's one half.
-    A regression critic must also beat the best constant's value loss; a pairwise one need not, for
-    it never sees which problems are hard, and its scale is only fitted afterwards.
-    """
-    found = []
-    if objective == "regression" and not report["value_loss"] < report["constant_value_loss"]:
-        found.append(
-            f"its held-out value loss {report['value_loss']:.4f} is not below the best constant's "
-            f"{report['constant_value_loss']:.4f}"
-        )
-    baseline = max(report["length_only"] or 0.5, 0.5)
-    if report["pairs"] and not report["pair_accuracy"] > baseline:
-        found.append(
-            f"its accuracy {report['pair_accuracy']:.3f} within {report['pairs']} held-out pairs "
-            f"is not above {baseline:.3f}, which length alone or a guess reaches"
-        )
-    return found
+def auc_standard_error(value: float, n_one: int, n_other: int) -> float:
+    """Of an AUC, after Hanley and McNeil 1982, doi 10.1148/radiology.143.1.7063747."""
+    q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
+    variance = value * (1 - value) + (n_one - 1) * (q1 - value**2) + (n_other - 1) * (q2 - value**2)
+    return float((variance / (n_one * n_other)) ** 0.5)
 
 
-def near_marks(
-    delta_BT: torch.Tensor, y_BT: torch.Tensor, marks_BT: torch.Tensor, reach: int = 3
-) -> np.ndarray:
-    """Whether the largest |delta| of a response falls within ``reach`` tokens of a marked one.
-
-    The last response token is left out: its delta pays out the reward wherever the mark is. Chance
-    is the share of a response's other tokens that lie near a mark.
+def critic_report(
+    judged: Judged,
+    logits_M: np.ndarray,
+    losses_M: np.ndarray,
+    good_N: np.ndarray,
+    table_V: np.ndarray,
+    pairs_P2: np.ndarray,
+) -> dict:
+    """Figures of a critic on held-out rows, each beside what it has to beat.
 
     Args:
-        delta_BT: temporal differences, one response per row.
-        y_BT, marks_BT: bool, from ``response_mask``, and the tokens known to be wrong.
+        logits_M, losses_M: of V, and head 0's loss, at every judged token.
+        table_V: ``token_table`` of the training rows.
+        pairs_P2: better and worse rows; may be empty.
 
     Returns:
-        fp64 [3]: rows whose largest |delta| is near, sum of the rows' chances, rows with a mark.
+        ``cross_entropy`` against ``constant``; ``pair_figures``; ``auc`` of V at the last token,
+        between good and bad responses, beside that of length and table; ``mean_value``;
+        ``mean_weight``, mean V over mean f(R) of the response tokens, 1 for a critic that is
+        right on average. Where rows mark what is wrong: ``auc_spoiled`` of single tokens, and
+        ``turn``, how often the largest fall of log V hits the first marked one.
     """
-    found = np.zeros(3)
-    for delta_T, y_T, mark_T in zip(delta_BT, y_BT, marks_BT, strict=True):
-        places = y_T.nonzero().flatten()[:-1]
-        marks = (mark_T & y_T).nonzero().flatten()
-        if len(places) and len(marks):
-            near = (places[:, None] - marks[None]).abs().amin(1) <= reach
-            found += float(near[delta_T[places].abs().argmax()]), float(near.double().mean()), 1
+    row_M, n_N = judged.row, np.maximum(np.diff(judged.offsets) - 1, 0)
+    is_response = judged.place > 0
+    table_M = np.where(is_response, table_V[judged.token], 0.0)
+    table_N = np.bincount(row_M, table_M, minlength=len(n_N))
+    scores_N = np.zeros(len(n_N))
+    scores_N[judged.has_response] = logits_M[judged.last]
+    used, is_good = judged.has_response, good_N > 0.5
+    values_M, good_M = sigmoid(logits_M), good_N[row_M]
+
+    def auc_of(scores: np.ndarray) -> float | None:
+        return auc(scores[used], is_good[used])
+
+    longer = auc_of(n_N.astype(float))
+    report = {
+        "cross_entropy": cross_entropy(logits_M, good_M),
+        "constant": constant_cross_entropy(good_M),
+        **pair_figures(scores_N, n_N.astype(float), table_N, pairs_P2),
+        "auc": auc_of(scores_N),
+        "auc_length": None if longer is None else max(longer, 1 - longer),
+        "auc_token_table": auc_of(table_N),
+        "mean_value": mean_values(logits_M, judged, good_N),
+        "mean_weight": float(values_M[is_response].mean() / good_M[is_response].mean()),
+        "rows": int(used.sum()),
+        "good_rows": int(is_good[used].sum()),
+    }
+    if judged.marked is not None and judged.marked[is_response].any():
+        scores = {
+            "critic": -values_M,
+            "token_table": -table_M,
+            "lm_loss": losses_M,
+            "position": judged.place.astype(float),
+        }
+        marked = judged.marked[is_response]
+        report["auc_spoiled"] = {k: auc(x[is_response], marked) for k, x in scores.items()}
+        fall_M = np.diff(-np.logaddexp(0, -logits_M), prepend=0.0)  # of log V, used where place > 0
+        report["turn"] = turn_hits(
+            judged, {"critic": fall_M, "token_table": table_M, "lm_loss": -losses_M}
+        )
+    return report
+
+
+def turn_hits(judged: Judged, scores: dict[str, np.ndarray]) -> dict:
+    """How often the lowest score of a response falls within ``REACH`` of the first marked token.
+
+    The last token is left out: what is left to learn comes out there, wherever the mark is. Chance
+    is the share of a response's other tokens that lie near the mark.
+    """
+    assert judged.marked is not None
+    hits, chance, n_rows = dict.fromkeys(scores, 0), 0.0, 0
+    for begin, end in zip(judged.offsets[:-1] + 1, judged.offsets[1:] - 1, strict=True):
+        marks = np.flatnonzero(judged.marked[begin : end + 1]) if begin < end else np.zeros(0)
+        if not len(marks):
+            continue
+        near = np.abs(np.arange(end - begin) - marks[0]) <= REACH
+        n_rows, chance = n_rows + 1, chance + near.mean()
+        for name, score_M in scores.items():
+            hits[name] += bool(near[score_M[begin:end].argmin()])
+    rates: dict[str, Any] = {name: n / max(n_rows, 1) for name, n in hits.items()}
+    return rates | {"chance": float(chance / max(n_rows, 1)), "rows": n_rows}
+
+
+def shortcomings(report: dict) -> list[str]:
+    """In what a critic is no better than knowing nothing; empty for one that is of use.
+
+    Its token cross-entropy must be below the best constant's. Its accuracy within pairs, or
+    without any pairs its AUC between good and bad responses, must be above length's and the token
+    table's by more than two standard errors.
+    """
+    found = []
+    if not report["cross_entropy"] < report["constant"]:
+        found.append(
+            f"its held-out cross-entropy {report['cross_entropy']:.4f} is not below the best "
+            f"constant's {report['constant']:.4f}"
+        )
+    names = {"length_only": "length alone", "token_table": "a table of token counts"}
+    if report["pairs"]:
+        ours, what = report["pair_accuracy"], f"accuracy within {report['pairs']} held-out pairs"
+        theirs = {name: report[name] for name in names}
+        errors = report["standard_error"]
+    elif report["auc"] is not None:
+        ours, what = report["auc"], f"AUC over {report['rows']} held-out responses"
+        theirs = {"length_only": report["auc_length"], "token_table": report["auc_token_table"]}
+        n_good = report["good_rows"]
+        errors = dict.fromkeys(names, auc_standard_error(ours, n_good, report["rows"] - n_good))
+    else:
+        return [*found, "its held-out responses are all good or all bad, so nothing shows"]
+    found += [
+        f"its {what}, {ours:.3f}, is not above {theirs[name]:.3f} of {said} by two standard errors "
+        f"of {errors[name]:.3f}"
+        for name, said in names.items()
+        if not ours - theirs[name] > 2 * errors[name]
+    ]
     return found
+
+
+def print_report(report: dict) -> None:
+    """Print ``critic_report``, as it stands in a critic's record."""
+    print(f"\nCritic on {report['rows']} held-out responses, {report['good_rows']} of them good")
+    print(
+        f"  cross-entropy of V {report['cross_entropy']:.4f} per token (best constant "
+        f"{report['constant']:.4f})"
+    )
+    if report["pairs"]:
+        kind = {"problem": "of one problem", "length": "of like length, each of another problem"}
+        print(
+            f"  accuracy within {report['pairs']} pairs {kind[report['pair_kind']]} "
+            f"{report['pair_accuracy']:.3f} (length alone {report['length_only']:.3f}, token "
+            f"counts {report['token_table']:.3f})"
+        )
+    if report["auc"] is not None:
+        print(
+            f"  AUC between good and bad {report['auc']:.3f} (length {report['auc_length']:.3f}, "
+            f"token counts {report['auc_token_table']:.3f})"
+        )
+    mean = report["mean_value"]
+    print(
+        f"  mean V {mean['start']:.3f} before, {mean['middle']:.3f} in the middle and "
+        f"{mean['end']:.3f} at the end of a response; {mean['good_share']:.3f} of them are good"
+    )
+    if spoiled := report.get("auc_spoiled"):
+        print(
+            f"  AUC between sound and spoiled tokens {spoiled['critic']:.3f} (token counts "
+            f"{spoiled['token_table']:.3f}, the model's loss {spoiled['lm_loss']:.3f}, position "
+            f"{spoiled['position']:.3f})"
+        )
+        turn = report["turn"]
+        print(
+            f"  the largest fall of V hits the first spoiled token in {turn['critic']:.1%} of "
+            f"{turn['rows']} responses (chance {turn['chance']:.1%}, token counts "
+            f"{turn['token_table']:.1%}, the model's loss {turn['lm_loss']:.1%})"
+        )
+    hopeless = report.get("hopeless_problems", {"count": 0})
+    if hopeless["count"]:
+        named = ", ".join(hopeless["names"][:3]) + (", ..." if hopeless["count"] > 3 else "")
+        print(f"  {hopeless['count']} problems of the policy have no good response ({named})")

@@ -139,36 +139,39 @@ def critic_fingerprint(
     train: Responses,
     heldout: Responses,
     *,
-    rows_made_from: list[str],
+    rows_made_from: dict[str, str],
     checkpoint_dir: str | Path,
     tokenizer_path: str | Path,
     objective: str,
+    head: str,
     dtype: str,
 ) -> dict:
     """What a critic is made from: another trunk, data set or reward makes another critic.
 
+    ``rows_made_from`` are hashes of the tokens, by "critic" or "train", and "heldout";
+    ``head`` is the kind of its value head.
+
     Reads every byte of the trunk: with several ranks compute it on rank 0 and share it.
     """
-    assert train.rewards is not None
-    assert heldout.rewards is not None
-    rewards = [train.rewards.tolist(), heldout.rewards.tolist()]
+    good = [train.good.tolist(), heldout.good.tolist()]
     return {
         "trunk": fingerprint_checkpoint(checkpoint_dir),
         "tokenizer": fingerprint_tokenizer(tokenizer_path),
-        "dataset": rows_made_from[0],
-        "dataset_val": rows_made_from[1],
+        "dataset": rows_made_from.get("critic", rows_made_from["train"]),
+        "dataset_val": rows_made_from["heldout"],
         "responses": fingerprint_responses(train.rows),
         "responses_val": fingerprint_responses(heldout.rows),
-        "rewards": hashlib.sha256(json.dumps(rewards).encode()).hexdigest(),
+        "good": hashlib.sha256(json.dumps(good).encode()).hexdigest(),
         "objective": objective,
+        "head": head,
         "dtype": dtype,
     }
 
 
-def useful_critic(folder: Path, fingerprint: dict, *, objective: str, allow_any: bool) -> dict:
+def useful_critic(folder: Path, fingerprint: dict, *, allow_any: bool) -> dict:
     """``check_critic``; ValueError as well if it has ``shortcomings``, unless ``allow_any``."""
     record = check_critic(folder, fingerprint)
-    found = shortcomings(record["report"], objective)
+    found = shortcomings(record["report"])
     if found and not allow_any:
         raise ValueError(
             f"the critic in {folder} knows nothing of use: {'; and '.join(found)}. Give it "
@@ -177,15 +180,15 @@ def useful_critic(folder: Path, fingerprint: dict, *, objective: str, allow_any:
     return record
 
 
-def load_value_head(folder: Path, embed_dim: int) -> ValueHead:
-    """The value head of a critic, on the CPU; ValueError if damaged or of another width."""
-    head = ValueHead(embed_dim)
+def load_value_head(folder: Path, embed_dim: int, kind: str) -> ValueHead:
+    """The value head of a critic, on the CPU; ValueError if damaged or of another width or kind."""
+    head = ValueHead(embed_dim, kind)
     path = folder / HEAD_FILE
     try:
         head.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is missing, damaged, or no value head of width {embed_dim}: train the critic "
-            f"again ({error})"
+            f"{path} is missing, damaged, or no {kind} head of width {embed_dim}: train the "
+            f"critic again ({error})"
         ) from error
     return head

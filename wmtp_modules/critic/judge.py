@@ -1,6 +1,6 @@
 """Judges a value head on held-out responses, shared out over the ranks and equal on all of them.
 
-Shapes: N rows of a data set, P pairs of rows. ``sums_N3`` holds ``value_sums`` of every row.
+Shapes: N rows of a data set, P pairs of rows, M judged tokens (``figures.Judged``).
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from wmtp_modules.critic import figures
 from wmtp_modules.critic.folder import TrainingState, save_critic
+from wmtp_modules.critic.pairs import HeldoutPairs, response_spans
 from wmtp_modules.critic.rewards import Responses
-from wmtp_modules.critic.values import near_marks_of_rows, sums_of_rows
+from wmtp_modules.critic.states import batch_of, set_surprise_statistics_, trunk_states
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import all_reduce_sum, patient_barrier
@@ -21,14 +22,14 @@ from wmtp_modules.reports.curves import plot_calibration
 from wmtp_modules.run.watchdog import Watchdog
 
 BATCH_ROWS = 32  # at a time
-FIT_ROWS = 4096  # training rows from which a pairwise critic's scale is fitted
+FIT_ROWS = 4096  # training rows from which surprise is standardised, and a pairs critic scaled
 
 
 class Judge:
     """Held-out loss and report of a critic; every rank calls the same methods.
 
-    ``trunk`` is the frozen model, whole on this rank; ``pairs_P2`` are held-out pairs, from
-    ``training_items``; ``objective`` is ``regression`` or ``pairwise``.
+    ``trunk`` is the frozen model, whole on this rank; ``pairs`` are held-out ones, from
+    ``heldout_pairs``; ``objective`` is ``bce`` or ``pairs``.
     """
 
     def __init__(
@@ -36,51 +37,66 @@ class Judge:
         trunk: MTPTransformer,
         train: Responses,
         heldout: Responses,
-        pairs_P2: np.ndarray,
+        pairs: HeldoutPairs,
         *,
         objective: str,
         watchdog: Watchdog,
     ) -> None:
         self._trunk = trunk
-        assert train.rewards is not None
-        assert heldout.rewards is not None
         self._train, self._heldout = train, heldout
-        self._rewards_train_N, self._rewards_N = train.rewards, heldout.rewards
-        self._pairs_P2 = pairs_P2
+        self._judged = figures.Judged.of(heldout.rows, *response_spans(heldout.rows))
+        self._pairs = pairs
         self._objective = objective
         self._watchdog = watchdog
 
+    def prepare_(self, head: ValueHead, seed: int) -> None:
+        """Give an untrained head b, and the scale of surprise, of the training rows."""
+        mean = self._train.good.mean()
+        head.base.fill_(float(np.log(mean / (1 - mean))))
+        set_surprise_statistics_(
+            head, self._trunk, self._train.rows, self._share(self._fit_rows(seed))
+        )
+
     def heldout_loss(self, head: ValueHead) -> float:
         """The objective on held-out responses, per token or per pair."""
-        sums_N3 = self._heldout_sums(head)
-        if self._objective == "pairwise":
-            return figures.pairwise_loss_of(sums_N3, self._pairs_P2)
-        return figures.value_loss_of(sums_N3, self._rewards_N)
+        logits_M, _ = self._of_tokens(head, self._heldout, self._judged)
+        if self._objective == "bce":
+            return figures.cross_entropy(logits_M, self._heldout.good[self._judged.row])
+        judged, scores_N = self._judged, np.zeros(len(self._heldout.good))
+        scores_N[judged.has_response] = logits_M[judged.last]
+        step_M = np.where(judged.place > 0, np.diff(logits_M, prepend=0.0), 0.0)
+        n_N = np.maximum(np.diff(judged.offsets) - 1, 0)
+        square_N = np.bincount(judged.row, step_M**2, minlength=len(n_N))
+        return figures.pairs_cross_entropy(
+            scores_N, np.stack([square_N, n_N], 1), self._pairs.rows_P2
+        )
 
     def fit_scale_(self, head: ValueHead, seed: int) -> None:
-        """Give the values of a pairwise critic the rewards' scale; a regression critic has it."""
-        if self._objective == "pairwise":
-            rng = np.random.default_rng(seed)
-            indices = np.sort(rng.permutation(len(self._train.rows))[:FIT_ROWS])
-            sums_N3 = self._sums(head, self._train, indices)
-            scale, shift = figures.fit_affine(sums_N3[indices], self._rewards_train_N[indices])
-            head.scale.fill_(scale)
-            head.shift.fill_(shift)
+        """Make probabilities of a pairs critic's running sums: kappa >= 0 of b + kappa L.
+
+        By token-level cross-entropy on training rows. A bce critic's are probabilities already.
+        """
+        if self._objective == "pairs":
+            rows = self._fit_rows(seed)
+            some = Responses(self._train.rows.select(rows), good=self._train.good[rows])
+            judged = figures.Judged.of(some.rows, *response_spans(some.rows))
+            logits_M, _ = self._of_tokens(head, some, judged)
+            base = head.base.item()
+            head.kappa.fill_(fit_kappa(logits_M - base, base, some.good[judged.row]))
 
     def report(self, head: ValueHead) -> tuple[dict, np.ndarray]:
-        """``critic_report``, with ``delta_near_mutation`` where known, and mean values [N]."""
-        rows, rewards_N = self._heldout.rows, self._rewards_N
-        sums_N3 = self._heldout_sums(head)
-        report = figures.critic_report(sums_N3, rewards_N, self._pairs_P2)
-        if "noise" in rows.column_names:
-            bad = self._share(np.flatnonzero(rewards_N <= 0))
-            found = near_marks_of_rows(self._trunk, head, rows, bad, rewards_N)
-            (found,) = all_reduce_sum(torch.from_numpy(found).to(head.shift.device))
-            hits, chance, n_rows = found.tolist()
-            if n_rows:
-                near = {"share": hits / n_rows, "chance": chance / n_rows, "rows": int(n_rows)}
-                report["delta_near_mutation"] = near
-        return report, figures.row_means_of(sums_N3)
+        """``critic_report``, and the logits of V after every judged held-out token [M]."""
+        train, heldout = self._train, self._heldout
+        logits_M, losses_M = self._of_tokens(head, heldout, self._judged)
+        table_V = figures.token_table(
+            figures.Judged.of(train.rows, *response_spans(train.rows)),
+            train.good,
+            self._trunk.args["vocab_size"],
+        )
+        report = figures.critic_report(
+            self._judged, logits_M, losses_M, heldout.good, table_V, self._pairs.rows_P2
+        )
+        return report | {"pair_kind": self._pairs.kind}, logits_M
 
     def finish(
         self, head: ValueHead, state: TrainingState, where: Path, record: dict, seed: int
@@ -96,25 +112,62 @@ class Judge:
         """
         head.load_state_dict(state.best_head)
         self.fit_scale_(head, seed)
-        report, means_N = self.report(head)
-        report |= {"steps": state.step, "scale": head.scale.item(), "shift": head.shift.item()}
+        report, logits_M = self.report(head)
+        report |= {"steps": state.step, "base": head.base.item(), "kappa": head.kappa.item()}
         if dist.get_rank() == 0:
-            plot_calibration(means_N, self._heldout.rewards, where / "calibration.png")
+            row_M = self._judged.row
+            plot_calibration(
+                figures.sigmoid(logits_M),
+                self._heldout.good[row_M],
+                row_M,
+                where / "calibration.png",
+            )
             more = {"report": report, "heldout_losses": state.heldout_losses}
             save_critic(where, head, record | more)
         patient_barrier()
 
-    def _heldout_sums(self, head: ValueHead) -> np.ndarray:
-        return self._sums(head, self._heldout, np.arange(len(self._heldout.rows)))
+    def _fit_rows(self, seed: int) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        return np.sort(rng.permutation(len(self._train.rows))[:FIT_ROWS])
 
-    def _sums(self, head: ValueHead, responses: Responses, indices: np.ndarray) -> np.ndarray:
-        """``value_sums`` of some rows, shared out over the ranks."""
-        own = sums_of_rows(self._trunk, head, responses.rows, self._share(indices))
-        (sums_N3,) = all_reduce_sum(torch.from_numpy(own).to(head.shift.device))
-        return sums_N3.cpu().numpy()
+    @torch.no_grad()
+    def _of_tokens(
+        self, head: ValueHead, responses: Responses, judged: figures.Judged
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits of V, and head 0's loss, at every judged token, fp64 [M] each, of all ranks."""
+        found_2M = torch.zeros(2, len(judged.token), dtype=torch.float64)
+        for indices in self._share(np.flatnonzero(judged.has_response)):
+            batch = batch_of(responses.rows, indices.tolist(), head.base.device)
+            hidden_BTD, surprise_BT3 = trunk_states(self._trunk, batch["tokens"])
+            logits_BT = head(hidden_BTD, surprise_BT3, batch["y"])
+            both_2BT = torch.stack([logits_BT, surprise_BT3[..., 0]]).double().cpu()
+            for b, row in enumerate(indices.tolist()):
+                begin, end, u = *judged.offsets[row : row + 2], judged.first[row] - 1
+                found_2M[:, begin:end] = both_2BT[:, b, u : u + end - begin]
+        # A prompt of one token had no loss at it, which nothing reads.
+        (found_2M,) = all_reduce_sum(found_2M.nan_to_num(nan=0.0).to(head.base.device))
+        return tuple(found_2M.cpu().numpy())
 
     def _share(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """This rank's part of some rows, in batches."""
         own = indices[dist.get_rank() :: dist.get_world_size()]
         batches = (own[i : i + BATCH_ROWS] for i in range(0, len(own), BATCH_ROWS))
         return self._watchdog.beating(batches, "rows that judge the critic")
+
+
+def fit_kappa(sums_M: np.ndarray, base: float, good_M: np.ndarray) -> float:
+    """The kappa >= 0 at which sigmoid(base + kappa * sums) has the least cross-entropy.
+
+    It is convex in kappa: a root of its derivative, or 0 where that is not negative there.
+    """
+    from scipy.optimize import root_scalar
+
+    def slope(kappa: float) -> float:
+        return float(((figures.sigmoid(base + kappa * sums_M) - good_M) * sums_M).mean())
+
+    if slope(0.0) >= 0:
+        return 0.0
+    high = 1.0
+    while slope(high) < 0 and high < 1e6:  # beyond: the sums tell good from bad without an error
+        high *= 2
+    return root_scalar(slope, bracket=(0.0, high)).root if slope(high) >= 0 else high

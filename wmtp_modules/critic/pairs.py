@@ -2,19 +2,29 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
 
 from wmtp_modules.critic.rewards import Responses
 
+
+class HeldoutPairs(NamedTuple):
+    """Better and worse held-out rows, int64 [P, 2], of one "problem" or else of like "length"."""
+
+    rows_P2: np.ndarray
+    kind: str
+
+
 LENGTH_BIN = 1.25  # responses of a pair differ in length by less than a quarter
 
 
 def make_pairs(
-    lengths_N: np.ndarray, rewards_N: np.ndarray, problem_ids: list[str | None], *, seed: int
+    lengths_N: np.ndarray, good_N: np.ndarray, problem_ids: Sequence[str | None], *, seed: int
 ) -> np.ndarray:
-    """Pairs of responses to one problem, of like length and unlike reward.
+    """Pairs of responses to one problem, of like length, one better than the other.
 
     Responses to a problem are sorted into bins of length, so that length does not give the label
     away. Inside a bin the best response is paired with the worst, the second best with the second
@@ -32,19 +42,35 @@ def make_pairs(
             bins.setdefault((problem_ids[row], length_bin), []).append(row)
     pairs = []
     for rows in bins.values():
-        rows.sort(key=lambda row: -rewards_N[row])  # stable: ties stay in random order
+        rows.sort(key=lambda row: -good_N[row])  # stable: ties stay in random order
         for better, worse in zip(rows, reversed(rows), strict=True):
-            if rewards_N[better] <= rewards_N[worse]:
+            if good_N[better] <= good_N[worse]:
                 break
             pairs.append((better, worse))
     return rng.permutation(np.array(pairs, np.int64).reshape(-1, 2))
 
 
-def response_lengths(rows: Dataset) -> np.ndarray:
-    """Response tokens of each row (those with a value before them), int64 [N]."""
+def response_spans(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """First response token and number of response tokens of each row, int64 [N] each.
+
+    The first token of a row has no token before it and is no response token.
+
+    Raises:
+        ValueError: if a response is not one run of supervised tokens; names the row.
+    """
+    first, lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
     batches = rows.select_columns("keep").with_format("numpy").iter(batch_size=4096)
-    lengths = [np.count_nonzero(keep[1:]) for batch in batches for keep in batch["keep"]]
-    return np.array(lengths, np.int64)
+    keeps = (keep for batch in batches for keep in batch["keep"])
+    for row, keep in enumerate(keeps):
+        at = np.flatnonzero(keep[1:]) + 1
+        if len(at):
+            first[row], lengths[row] = at[0], len(at)
+            if at[-1] - at[0] >= len(at):
+                raise ValueError(
+                    f"row {row} of the data set has separate runs of supervised tokens: a reward "
+                    "belongs to one response, so mask the prompt only"
+                )
+    return first, lengths
 
 
 def problem_ids(rows: Dataset) -> list[str | None]:
@@ -52,39 +78,48 @@ def problem_ids(rows: Dataset) -> list[str | None]:
     return rows["problem_id"][:] if "problem_id" in rows.column_names else [None] * len(rows)
 
 
+def hopeless_problems(responses: Responses) -> dict:
+    """Problems without a good response, f(R) above one half: their ``count`` and ``names``."""
+    best: dict[str, float] = {}
+    for problem, good in zip(problem_ids(responses.rows), responses.good, strict=True):
+        if problem is not None:
+            best[problem] = max(best.get(problem, 0.0), good)
+    names = [problem for problem, good in best.items() if good <= 0.5]
+    return {"count": len(names), "names": names}
+
+
 def fingerprint_responses(rows: Dataset) -> str:
     """Hash of what the tokens do not show: how long each response is, and to which problem."""
-    content = [response_lengths(rows).tolist(), problem_ids(rows)]
+    content = [[x.tolist() for x in response_spans(rows)], problem_ids(rows)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def training_items(
-    train: Responses, heldout: Responses, *, objective: str, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a critic is trained on, and the held-out pairs that judge it.
+def heldout_pairs(heldout: Responses, *, seed: int) -> HeldoutPairs:
+    """Pairs that judge a critic: of one problem, or of like length where no problem has any."""
+    lengths = response_spans(heldout.rows)[1]
+    found = make_pairs(lengths, heldout.good, problem_ids(heldout.rows), seed=seed)
+    if len(found):
+        return HeldoutPairs(found, "problem")
+    return HeldoutPairs(make_pairs(lengths, heldout.good, [""] * len(lengths), seed=seed), "length")
 
-    Returns:
-        int64 [n, 1], rows with a response (``regression``), or [n, 2], pairs of rows
-        (``pairwise``); and held-out pairs [P, 2].
+
+def training_items(train: Responses, *, objective: str, seed: int) -> np.ndarray:
+    """What a critic is trained on: int64 [n, 1], rows with a response, or [n, 2], pairs of rows.
 
     Raises:
-        ValueError: if the objective needs pairs and there are none.
+        ValueError: if the objective is ``pairs`` and there are none.
     """
-    found = {}
-    for name, responses in (("dataset", train), ("dataset_val", heldout)):
-        assert responses.rewards is not None
-        lengths, problems = response_lengths(responses.rows), problem_ids(responses.rows)
-        found[name] = make_pairs(lengths, responses.rewards, problems, seed=seed)
-        if objective == "pairwise" and not len(found[name]):
-            raise ValueError(
-                f"{name} has no two responses to one problem of like length and unlike reward: "
-                "the pairwise objective needs good and bad responses with a problem_id; with "
-                "critic.objective: regression a reward is enough"
-            )
-    items = found["dataset"]
-    if objective == "regression":
-        items = np.flatnonzero(response_lengths(train.rows))[:, None]
-    return items, found["dataset_val"]
+    lengths = response_spans(train.rows)[1]
+    if objective == "bce":
+        return np.flatnonzero(lengths)[:, None]
+    found = make_pairs(lengths, train.good, problem_ids(train.rows), seed=seed)
+    if not len(found):
+        raise ValueError(
+            "no two responses that the critic learns from are to one problem, of like length, one "
+            "good and one bad: critic.objective: pairs needs them, with a problem_id; with bce a "
+            "reward is enough"
+        )
+    return found
 
 
 def joint_batch(n_items: int, size: int, step: int, seed: int) -> np.ndarray:

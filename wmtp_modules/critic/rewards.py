@@ -211,16 +211,91 @@ class RewardStatistics:
 
 @dataclass(frozen=True)
 class Responses:
-    """N tokenised rows and their standardised rewards, fp64 [N]; empty if a config has none."""
+    """N tokenised rows, their standardised rewards, and f(R): how much each is wanted, in [0, 1].
+
+    Rewards and ``good`` are fp64 [N], and empty if a config has no rewards.
+    """
 
     rows: Dataset
     rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    good: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def above(self, threshold: float | None) -> np.ndarray:
         """Indices of the rows with a reward above a threshold; of all rows for None."""
         if threshold is None or not len(self.rewards):
             return np.arange(len(self.rows))
         return np.flatnonzero(self.rewards > threshold)
+
+    def good_rows(self) -> np.ndarray:
+        """Indices of the good rows, f(R) above one half; of all rows without rewards."""
+        return np.flatnonzero(self.good > 0.5) if len(self.good) else np.arange(len(self.rows))
+
+
+def goodness(
+    rewards_N: np.ndarray,
+    standardised_N: np.ndarray,
+    good: str,
+    *,
+    threshold: float = 0.0,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """f(R), how much a response is wanted: fp64 [N] in [0, 1].
+
+    Args:
+        rewards_N: as they come.
+        standardised_N: with the training set's statistics.
+        good: ``label`` (R itself, 0 or 1), ``above`` (1 where the standardised R is above
+            ``threshold``) or ``sigmoid`` ((R - threshold) / temperature, of the standardised R).
+
+    Raises:
+        ValueError: for ``label`` if a reward is neither 0 nor 1.
+    """
+    if good == "label":
+        strange = np.flatnonzero((rewards_N != 0) & (rewards_N != 1))
+        if len(strange):
+            raise ValueError(
+                f"rewards.good: label needs rewards of 0 and 1, and row {strange[0]} has "
+                f"{rewards_N[strange[0]]:g}: set rewards.good to above or sigmoid"
+            )
+        return np.asarray(rewards_N, np.float64)
+    if good == "above":
+        return (standardised_N > threshold).astype(np.float64)
+    return 1 / (1 + np.exp(-(standardised_N - threshold) / temperature))
+
+
+def rated(
+    rows: dict[str, Dataset],
+    raw: dict[str, np.ndarray],
+    *,
+    good: str,
+    threshold: float,
+    temperature: float,
+    both_kinds: bool,
+) -> tuple[dict[str, Responses], RewardStatistics]:
+    """Responses of "train", "heldout" and, where it has rows of its own, "critic".
+
+    All are standardised by what the critic learns from. ``raw`` are their rewards, the rest as for
+    ``goodness``.
+
+    Raises:
+        ValueError: as ``goodness``; with ``both_kinds`` also unless the critic learns from, and is
+            judged on, good and bad responses.
+    """
+    taught = "critic" if "critic" in rows else "train"
+    statistics = RewardStatistics.of(raw[taught])
+    found = {}
+    for name, one in rows.items():
+        standardised = statistics.standardise(raw[name])
+        how = {"threshold": threshold, "temperature": temperature}
+        found[name] = Responses(one, standardised, goodness(raw[name], standardised, good, **how))
+    names = {taught: "critic.dataset" if "critic" in rows else "dataset", "heldout": "dataset_val"}
+    for name, key in names.items() if both_kinds else ():
+        if np.ptp(found[name].good) == 0:
+            raise ValueError(
+                f"{key}: every response is {found[name].good[0]:g} good by rewards.good {good}: a "
+                "critic learns from good and bad responses and is judged on both"
+            )
+    return found, statistics
 
 
 class RewardTables:

@@ -1,41 +1,45 @@
-"""Runs a critic over rows: values, their sums and the advantages that follow from them.
+"""Values of a data set's tokens from a critic, kept in a table, and what the policy makes of them.
 
 Shapes: N rows of a data set, B rows of a batch, T positions. V[t] is the value after token t.
 
-``model`` is the critic's trunk, whole on this rank; ``rows`` are N tokenised rows, ``batches`` the
-indices of those to take, some at a time; ``rewards_N`` are the standardised rewards of all rows.
+``model`` is the critic's trunk, whole on this rank.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torch.utils.data import Subset
 
-from wmtp_modules.critic.figures import near_marks
-from wmtp_modules.critic.rewards import Responses
-from wmtp_modules.data.packing import PackedDataset, collate, pad_rows
-from wmtp_modules.loss.value_loss import response_mask, value_sums
+from wmtp_modules.critic.pairs import fingerprint_responses
+from wmtp_modules.critic.states import trunk_states
+from wmtp_modules.data.packing import pad_rows
+from wmtp_modules.loss.value_loss import response_mask
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.process_group import all_reduce_sum
-from wmtp_modules.progress import progress_bar
 from wmtp_modules.run.watchdog import Watchdog
-from wmtp_modules.scoring.score_table import ScoreTable, compute_scores, fingerprint_tokenizer
-from wmtp_modules.weighting.advantage import advantages, check_one_response
+from wmtp_modules.scoring.score_table import compute_scores, fingerprint_tokenizer
+
+LEAST_LOGIT = -80.0  # of a value that fp32 still holds, so that ratios of values exist
 
 
 @torch.no_grad()
-def row_values(model: MTPTransformer, head: ValueHead, rows: list[np.ndarray]) -> list[np.ndarray]:
-    """fp32 V after every token of some rows, [len] each; ValueError if one is not finite."""
-    tokens_BT, _ = pad_rows(rows)
-    hidden_BTD = model.trunk(tokens_BT.to(head.shift.device))
-    values_BT = head(hidden_BTD).cpu().numpy()
-    values = [values_BT[b, : len(row)] for b, row in enumerate(rows)]
+def row_values(
+    model: MTPTransformer, head: ValueHead, rows: list[tuple[np.ndarray, np.ndarray]]
+) -> list[np.ndarray]:
+    """V after every token of some rows, fp32 [len] each, given their tokens and ``keep``.
+
+    ValueError if one is not finite.
+    """
+    device = head.base.device
+    tokens_BT, doc_BT = pad_rows([tokens for tokens, _ in rows])
+    keep_BT, _ = pad_rows([keep for _, keep in rows])
+    y_BT = response_mask(keep_BT.bool(), doc_BT).to(device)
+    logits_BT = head(*trunk_states(model, tokens_BT.to(device)), y_BT)
+    values_BT = logits_BT.clamp(min=LEAST_LOGIT).sigmoid().cpu().numpy()
+    values = [values_BT[b, : len(tokens)] for b, (tokens, _) in enumerate(rows)]
     for values_T in values:
         if not np.isfinite(values_T).all():
             raise ValueError(
@@ -45,78 +49,27 @@ def row_values(model: MTPTransformer, head: ValueHead, rows: list[np.ndarray]) -
     return values
 
 
-def batch_of(rows: Dataset, indices: list[int], device: torch.device) -> dict[str, torch.Tensor]:
-    """Some rows side by side, padded on the right, each a document of its own.
+def tokens_and_keep(rows: Dataset) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What ``row_values`` asks of some rows."""
+    columns = rows.select_columns(["tokens", "keep"]).with_format("numpy")[:]
+    return list(zip(columns["tokens"], columns["keep"], strict=True))
 
-    Returns:
-        ``tokens``, ``doc`` int64 [B, T] and ``y``, ``noise`` bool [B, T].
+
+def values_fingerprint(
+    critic: dict, head_file: Path, rows: Dataset, *, dataset: str, max_seq_len: int
+) -> dict:
+    """What a table of values depends on: ``critic_fingerprint``, the head's weights, the rows.
+
+    ``dataset`` is the hash of the rows' tokens.
     """
-    picked = rows.select(indices).with_format("numpy")
-    tokens_BT, doc_BT = pad_rows(list(picked["tokens"]))
-    batch = {"tokens": tokens_BT, "doc": doc_BT}
-    for name in ("keep", "noise"):
-        batch[name] = torch.zeros_like(doc_BT, dtype=torch.bool)
-        if name in picked.column_names:
-            for b, row in enumerate(picked[name]):
-                batch[name][b, : len(row)] = torch.from_numpy(np.asarray(row, bool))
-    batch["y"] = response_mask(batch.pop("keep"), doc_BT)
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-@torch.no_grad()
-def sums_of_rows(
-    model: MTPTransformer, head: ValueHead, rows: Dataset, batches: Iterable[np.ndarray]
-) -> np.ndarray:
-    """``value_sums`` of some rows, fp64 [N, 3]; 0 for the others, so that ranks can add up."""
-    sums_N3 = np.zeros((len(rows), 3))
-    for indices in batches:
-        batch = batch_of(rows, indices.tolist(), head.shift.device)
-        values_BT = head(model.trunk(batch["tokens"]))
-        sums_N3[indices] = value_sums(values_BT, batch["y"]).cpu().numpy()
-    return sums_N3
-
-
-@torch.no_grad()
-def row_advantages(
-    model: MTPTransformer,
-    head: ValueHead,
-    rows: Dataset,
-    indices: np.ndarray,
-    rewards_N: np.ndarray,
-    *,
-    lam: float,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """``batch_of`` some rows and their fp64 advantages_BT, straight from the critic."""
-    batch = batch_of(rows, indices.tolist(), head.shift.device)
-    values_BT = head(model.trunk(batch["tokens"]))
-    rewards_BT = torch.from_numpy(rewards_N[indices]).to(values_BT)[:, None].expand_as(values_BT)
-    return batch, advantages(values_BT, rewards_BT, batch["y"], batch["doc"], lam=lam)
-
-
-def near_marks_of_rows(
-    model: MTPTransformer,
-    head: ValueHead,
-    rows: Dataset,
-    batches: Iterable[np.ndarray],
-    rewards_N: np.ndarray,
-) -> np.ndarray:
-    """``near_marks`` of some rows whose column ``noise`` marks what is wrong, for ranks to add."""
-    found = np.zeros(3)
-    for indices in batches:
-        batch, delta_BT = row_advantages(model, head, rows, indices, rewards_N, lam=0.0)
-        found += near_marks(delta_BT, batch["y"], batch["noise"])
-    return found
-
-
-def values_fingerprint(critic: dict, head_file: Path, *, max_seq_len: int) -> dict:
-    """What a table of values depends on: ``critic_fingerprint``, the head's weights, the rows."""
     return {
         "checkpoint": critic["trunk"],
         "critic": fingerprint_tokenizer(head_file),
         "tokenizer": critic["tokenizer"],
-        "dataset": critic["dataset"],
+        "dataset": dataset,
+        "responses": fingerprint_responses(rows),
         "max_seq_len": max_seq_len,
-        "kind": "values",
+        "kind": "good given the tokens so far",
         "n_heads": 1,
         "dtype": critic["dtype"],
     }
@@ -147,65 +100,10 @@ def compute_values(
             fingerprint,
             rows,
             lambda batch: row_values(trunk(), head, batch),
+            inputs=tokens_and_keep,
             batch_tokens=batch_tokens,
             rank=dist.get_rank(),
             world=dist.get_world_size(),
             desc="values",
             beat=watchdog.beat,
         )
-
-
-def valued_packs(
-    responses: Responses,
-    chosen: np.ndarray,
-    *,
-    table_dir: str | Path,
-    fingerprint: dict,
-    max_seq_len: int,
-    seed: int,
-) -> PackedDataset:
-    """Packs of the ``chosen`` responses with values and rewards beside the tokens.
-
-    Raises:
-        ValueError: if the table is missing, incomplete or of something else.
-    """
-    assert responses.rewards is not None
-    table: Any = ScoreTable.open(table_dir, fingerprint, responses.rows)
-    values: Any = Subset(table, chosen.tolist())
-    return PackedDataset(
-        responses.rows.select(chosen),
-        max_seq_len=max_seq_len,
-        seed=seed,
-        scores={"values": values},
-        rewards=responses.rewards[chosen],
-    )
-
-
-def batch_advantages(batch: dict[str, torch.Tensor], lam: float) -> torch.Tensor:
-    """Advantages of a micro-batch of ``valued_packs``, fp64 [B, T]; see ``advantages``."""
-    return advantages(batch["values"], batch["reward"], batch["keep"], batch["doc"], lam=lam)
-
-
-def advantage_statistics(
-    packs: PackedDataset, chosen: np.ndarray, lam: float, device: torch.device
-) -> tuple[float, float]:
-    """Mean and standard deviation of the advantage over all response tokens; a collective.
-
-    ``packs`` hold the ``chosen`` rows; the ranks share the work.
-
-    Raises:
-        ValueError: if a response is not one contiguous run of tokens; names the row.
-    """
-    row_of = torch.from_numpy(np.append(chosen, -1))  # padding's row is -1
-    sums = torch.zeros(3, dtype=torch.float64)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = range(rank, len(packs), world)
-    for index in progress_bar(mine, desc="advantages", shown=rank == 0):
-        pack: Any = collate([packs[index]])
-        check_one_response(pack["keep"], pack["doc"], row_of[pack["row"]])
-        a_BT = batch_advantages(pack, lam)
-        y_BT = response_mask(pack["keep"], pack["doc"])
-        sums += torch.stack([y_BT.sum(), a_BT[y_BT].sum(), a_BT[y_BT].square().sum()])
-    (sums,) = all_reduce_sum(sums.to(device))
-    n, total, square = sums.tolist()
-    return total / n, max(square / n - (total / n) ** 2, 0.0) ** 0.5

@@ -1,7 +1,6 @@
-"""Objectives of a critic: its response tokens, the regression and the pairwise loss.
+"""Objectives of a critic, and the tokens of a row that they are about.
 
-Shapes: B rows, T positions. values[b, t] is the value after token t, so the value before token u
-is values[b, u - 1]; every quantity below is stored at the token it is about.
+Shapes: B rows, T positions, P pairs of rows. Logits and values at u are after token u.
 """
 
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 
 def response_mask(keep_BT: torch.Tensor, doc_BT: torch.Tensor) -> torch.Tensor:
-    """y_BT: response tokens with a value before them, u >= 1 in the document of u - 1.
+    """y_BT: response tokens with a token before them, u >= 1 in the document of u - 1.
 
     Args:
         keep_BT: bool, token is supervised.
@@ -26,40 +25,33 @@ def values_before(values_BT: torch.Tensor) -> torch.Tensor:
     return F.pad(values_BT[:, :-1], (1, 0))
 
 
-def regression_loss(
-    values_BT: torch.Tensor, rewards_BT: torch.Tensor, y_BT: torch.Tensor
+def judged_mask(y_BT: torch.Tensor) -> torch.Tensor:
+    """Tokens after which a critic is asked: those of a response, and the one before them."""
+    return y_BT | F.pad(y_BT[:, 1:], (0, 1))
+
+
+def token_cross_entropy(
+    logits_BT: torch.Tensor, good_B: torch.Tensor, y_BT: torch.Tensor
 ) -> torch.Tensor:
-    """Sum over response tokens of 1/2 (V[u - 1] - R)^2: a Monte-Carlo target, lambda = 1.
+    """Sum over ``judged_mask`` of the cross-entropy of V = sigmoid(logits) against f(R) in [0, 1].
 
-    Divide by the number of response tokens of all ranks. A batch without any gives 0, still
-    connected to the graph.
-
-    Args:
-        values_BT: fp32, values after each token.
-        rewards_BT: standardised reward of each token's response; used where y is True.
+    Divide by the number of judged tokens of all ranks. Every token counts the same: a mean over
+    each response first would weigh prefixes by 1 / length, and V would not be calibrated.
     """
-    error_BT = torch.where(y_BT, values_before(values_BT) - rewards_BT, 0.0)
-    return 0.5 * error_BT.square().sum()
+    target_BT = good_B.to(logits_BT)[:, None].expand_as(logits_BT)
+    loss_BT = F.binary_cross_entropy_with_logits(logits_BT, target_BT, reduction="none")
+    return torch.where(judged_mask(y_BT), loss_BT, 0.0).sum()
 
 
-def row_means(values_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
-    """Mean of V[u - 1] over a row's response tokens, [B]; 0 for a row without any."""
-    total_B = torch.where(y_BT, values_before(values_BT), 0.0).sum(1)
-    return total_B / y_BT.sum(1).clamp(min=1)
+def pairs_loss(logits_BT: torch.Tensor, y_BT: torch.Tensor, rho: float = 1.0) -> torch.Tensor:
+    """Sum over pairs of -log sigmoid(L[end] of the better - L[end] of the worse) + rho mean d^2.
 
-
-def pairwise_loss(good_P: torch.Tensor, bad_P: torch.Tensor) -> torch.Tensor:
-    """Sum over pairs of -log sigmoid(mean V of the better - mean V of the worse response).
-
-    Both are ``row_means``, of responses to the same problems. Divide by the pairs of all ranks.
+    The first half of the rows are the better responses to the second half's problems. L is a
+    running sum of d over the response (a ``sum`` head's logits); the mean of d^2 is over both
+    responses' tokens. Divide by the pairs of all ranks.
     """
-    return -F.logsigmoid(good_P - bad_P).sum()
-
-
-def value_sums(values_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
-    """Sums per row, from which every figure about a critic is computed.
-
-    Returns fp64 [B, 3]: response tokens, and over them the sum of V[u - 1] and of its square.
-    """
-    before_BT = torch.where(y_BT, values_before(values_BT), 0.0).double()
-    return torch.stack([y_BT.sum(1).double(), before_BT.sum(1), before_BT.square().sum(1)], 1)
+    steps_BT = torch.where(y_BT, logits_BT - values_before(logits_BT), 0.0)
+    better_P, worse_P = steps_BT.sum(1).chunk(2)
+    square_P = steps_BT.square().sum(1).view(2, -1).sum(0)
+    n_P = y_BT.sum(1).view(2, -1).sum(0)
+    return (rho * square_P / n_P.clamp(min=1) - F.logsigmoid(better_P - worse_P)).sum()

@@ -37,6 +37,7 @@ import wmtp_modules.loss.linear_cross_entropy as loss_module
 from wmtp_modules.checkpoints.read import model_args_from_folder
 from wmtp_modules.config.file import merged
 from wmtp_modules.critic.judge import BATCH_ROWS
+from wmtp_modules.critic.states import trunk_states
 from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
@@ -203,7 +204,9 @@ class Rehearsal:
         self.world = dist.get_world_size()
         self.step = self.micro_step = 0
         # What the two recipes keep.
-        self.kept = {"noise_sums": torch.zeros(4, dtype=torch.float64), "statistics": (0.0, 1.0)}
+        scale_K = [1.0] * self._model.n_future_tokens
+        scale = {"floor": 0.0, "statistics": [0.0, 1.0], "scale_K": scale_K}
+        self.kept = {"noise_sums": torch.zeros(4, dtype=torch.float64), "scale": scale}
         is_sharded = cfg.fp32_master_weights
         self.tracker: _ShardedTracker | _WholeTracker = (
             _ShardedTracker(self._model, self._optimizer) if is_sharded else _WholeTracker()
@@ -269,18 +272,18 @@ def estimate_trunk(cfg: DictConfig) -> Estimate:
     Each rank holds the frozen model whole and computes values of a batch of rows without gradient;
     a step of the value head needs less than that.
     """
-    pairs = 2 if cfg.critic.objective == "pairwise" else 1
+    pairs = 2 if cfg.critic.get("objective") == "pairs" else 1
     rows = max(BATCH_ROWS, pairs * cfg.critic.batch_size)
     tokens_BT = torch.zeros(rows, cfg.tokenizer.max_seq_len, dtype=torch.int64)
     with _fake_world(1), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = config.instantiate(cfg.model).eval()
         cast_parameters_(model, DTYPES[cfg.dtype])
-        head = ValueHead(model.args["embed_dim"])
+        head = ValueHead(model.args["embed_dim"], "turn")
         tracker = _WholeTracker()
         tracker.where = "forward"
         tracker.track_external(model, head)
         with tracker:
-            head(model.trunk(tokens_BT))
+            head(*trunk_states(model, tokens_BT), torch.ones_like(tokens_BT, dtype=torch.bool))
     return tracker.estimate()
 
 

@@ -91,25 +91,31 @@ def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
 
 
 def plot_calibration(
-    predicted: np.ndarray, rewards: np.ndarray, out_png: str | Path, *, bins: int = 10
+    predicted: np.ndarray,
+    good: np.ndarray,
+    rows: np.ndarray,
+    out_png: str | Path,
+    *,
+    bins: int = 10,
 ) -> None:
-    """Draw mean reward against mean predicted value over bins of equally many responses.
+    """Draw mean f(R) against mean predicted V over bins of equally many tokens.
 
     A critic that is right on average lies on the diagonal; one that knows nothing is a point.
 
     Args:
-        predicted: mean value of each response.
-        rewards: its standardised reward.
+        predicted: V after each token.
+        good: f(R) of its response, in [0, 1].
+        rows: its response, which tokens of a bin share: an error bar counts each once.
         bins: most points to draw.
     """
-    _save(_calibration(predicted, rewards, bins), out_png)
+    _save(_calibration(predicted, good, rows, bins), out_png)
 
 
-def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figure":
+def _calibration(predicted: np.ndarray, good: np.ndarray, rows: np.ndarray, bins: int) -> "Figure":
     parts = np.array_split(np.argsort(predicted, kind="stable"), min(bins, len(predicted)))
     x = np.array([predicted[part].mean() for part in parts])
-    y = np.array([rewards[part].mean() for part in parts])
-    error = np.array([rewards[part].std() / len(part) ** 0.5 for part in parts])
+    y = np.array([good[part].mean() for part in parts])
+    error = np.array([good[part].std() / len(np.unique(rows[part])) ** 0.5 for part in parts])
 
     figure = new_figure(4.8, 4.4)
     axis = figure.subplots()
@@ -123,12 +129,12 @@ def _calibration(predicted: np.ndarray, rewards: np.ndarray, bins: int) -> "Figu
         marker="o",
         capsize=3,
         linewidth=1.6,
-        label=f"held-out responses, {len(parts)} bins, ±1 standard error",
+        label=f"held-out tokens, {len(parts)} bins, ±1 standard error",
     )
     axis.set(
         title="Critic on held-out responses",
-        xlabel="predicted value, mean over the response",
-        ylabel="reward, standardised",
+        xlabel="predicted share of good, V",
+        ylabel="share of good, mean f(R)",
     )
     _finish(axis)
     figure.legend(loc="outside lower center", fontsize="small")

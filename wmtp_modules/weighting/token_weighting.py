@@ -4,7 +4,7 @@ Shapes: B rows of the local micro-batch, G = B * world rows of the joint one, T 
 """
 
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -162,6 +162,7 @@ class TokenWeighting:
         scores: torch.Tensor | None,
         *,
         step: int,
+        **known: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weights of this rank's rows. A collective: every rank calls it, even with an empty mask.
 
@@ -172,6 +173,7 @@ class TokenWeighting:
             scores: if ``needs_scores``, reference losses at the same targets, [B, T, K], or one
                 number per token, [B, T]; otherwise None.
             step: number of the micro-batch since training began, the same on all ranks.
+            known: what else ``_joint_weights`` of a subclass takes, equal on all ranks.
 
         Returns:
             (fp32 weights_BTK without gradient, 0 where the mask is False; figures of the joint
@@ -198,8 +200,9 @@ class TokenWeighting:
         mask_GTK, doc_GT1, *joint = joint.split([K, 1, *widths], dim=-1)
         mask_GTK, doc_GT = mask_GTK.bool(), doc_GT1.squeeze(-1).long()
 
-        weights_GTK = self._joint_weights(mask_GTK, doc_GT, *joint, step=step)
-        weights_GTK = (1 - self.strength) * mask_GTK.float() + self.strength * weights_GTK
+        weights_GTK = self._joint_weights(mask_GTK, doc_GT, *joint, step=step, **known)
+        # Exact at strength 0 and 1, and where a weight is 1.
+        weights_GTK = torch.lerp(mask_GTK.float(), weights_GTK, self.strength)
         return own_rows(weights_GTK), weight_stats(weights_GTK, mask_GTK, self.w_min, self.w_max)
 
     def _joint_weights(

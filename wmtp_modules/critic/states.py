@@ -1,0 +1,106 @@
+"""What a critic reads: the frozen trunk's last state, and how surprised the model itself was.
+
+Shapes: B rows, one document each, T positions, D width of the trunk. Everything is stored at token
+u and was known once u was read.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from wmtp_modules.data.packing import pad_rows
+from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
+from wmtp_modules.loss.value_loss import judged_mask, response_mask
+from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.models.value_head import N_SURPRISE, ValueHead
+from wmtp_modules.parallel.process_group import all_reduce_sum
+
+
+def batch_of(rows: Dataset, indices: list[int], device: torch.device) -> dict[str, torch.Tensor]:
+    """Some rows side by side, padded on the right, each a document of its own.
+
+    Returns:
+        ``tokens``, ``doc`` int64 [B, T] and ``y``, ``noise`` bool [B, T].
+    """
+    picked = rows.select(indices).with_format("numpy")
+    tokens_BT, doc_BT = pad_rows(list(picked["tokens"]))
+    batch = {"tokens": tokens_BT, "doc": doc_BT}
+    for name in ("keep", "noise"):
+        batch[name] = torch.zeros_like(doc_BT, dtype=torch.bool)
+        if name in picked.column_names:
+            for b, row in enumerate(picked[name]):
+                batch[name][b, : len(row)] = torch.from_numpy(np.asarray(row, bool))
+    batch["y"] = response_mask(batch.pop("keep"), doc_BT)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def trunk_states(
+    model: MTPTransformer, tokens_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trunk's output and the model's surprise at each token.
+
+    Args:
+        model: whole on this rank.
+        tokens_BT: one document a row, padded on the right, where causal attention does not see.
+
+    Returns:
+        (hidden_BTD in the model's dtype, surprise_BT3 fp32: loss and entropy, in nats, of the
+        distribution that head 0 had at u - 1 for token u, and loss of head 1's at u - 2; NaN where
+        there is no such position or head).
+    """
+    hidden_BTD = model.trunk(tokens_BT)
+    surprise_BT3 = torch.full((*tokens_BT.shape, N_SURPRISE), torch.nan, device=tokens_BT.device)
+    for k, head in enumerate(model.heads[:2]):
+        if tokens_BT.shape[1] > k + 1:
+            ahead_BTD = head(hidden_BTD)[:, : -k - 1]
+            loss_BT, entropy_BT = _loss_and_entropy(model, ahead_BTD, tokens_BT[:, k + 1 :])
+            surprise_BT3[:, k + 1 :, 2 * k] = loss_BT
+            if k == 0:
+                surprise_BT3[:, 1:, 1] = entropy_BT
+    return hidden_BTD, surprise_BT3
+
+
+def _loss_and_entropy(
+    model: MTPTransformer, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy against the targets and entropy of the distribution, fp32 [B, T] each."""
+    V = model.output.proj.weight.shape[0]
+    at_a_time = CHUNK_LOGITS_CUDA if hidden_BTD.device.type == "cuda" else CHUNK_LOGITS_CPU
+    flat_ND, flat_N, found = hidden_BTD.flatten(0, 1), targets_BT.flatten(), []
+    for rows in torch.arange(len(flat_N), device=flat_N.device).split(max(1, at_a_time // V)):
+        log_p_NV = model.output(flat_ND[rows]).float().log_softmax(-1)
+        loss_N = -log_p_NV.gather(1, flat_N[rows, None]).squeeze(1)
+        found.append(torch.stack([loss_N, -(log_p_NV.exp() * log_p_NV).sum(-1)]))
+    loss_N, entropy_N = torch.cat(found, 1)
+    return loss_N.view_as(targets_BT), entropy_N.view_as(targets_BT)
+
+
+def logits_of(model: MTPTransformer, head: ValueHead, batch: dict) -> torch.Tensor:
+    """Logits of V after every token of ``batch_of`` some rows, fp32 [B, T]."""
+    return head(*trunk_states(model, batch["tokens"]), batch["y"])
+
+
+def set_surprise_statistics_(
+    head: ValueHead, model: MTPTransformer, rows: Dataset, batches: Iterable[np.ndarray]
+) -> None:
+    """Let a head standardise surprise by its mean and deviation over some rows of all ranks.
+
+    ``batches`` are this rank's indices, some at a time. Over the tokens after which a critic is
+    asked.
+    """
+    device = head.base.device
+    sums_33 = torch.zeros(3, N_SURPRISE, dtype=torch.float64, device=device)
+    for indices in batches:
+        batch = batch_of(rows, indices.tolist(), device)
+        surprise_N3 = trunk_states(model, batch["tokens"])[1][judged_mask(batch["y"])].double()
+        known_N3 = surprise_N3.isfinite()
+        surprise_N3 = surprise_N3.where(known_N3, 0.0)
+        sums_33 += torch.stack([known_N3.sum(0), surprise_N3.sum(0), surprise_N3.square().sum(0)])
+    (sums_33,) = all_reduce_sum(sums_33)
+    n_3 = sums_33[0].clamp(min=1)
+    mean_3 = sums_33[1] / n_3
+    head.surprise_mean.copy_(mean_3)
+    head.surprise_std.copy_((sums_33[2] / n_3 - mean_3.square()).clamp(min=1e-12).sqrt())
