@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ablation_grid import Arm, Family, Setting, arm_job, model_job
-from scipy import stats
+from scipy.special import stdtrit
 
 from wmtp_modules.files import new_file
 
@@ -50,7 +50,7 @@ def paired(a: dict[int, float], b: dict[int, float]) -> Difference | None:
     mean, n = statistics.fmean(differences), len(seeds)
     if n < 2:
         return Difference(mean, None, None, n)
-    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(differences) / n**0.5
     return Difference(mean, mean - half, mean + half, n)
 
 
@@ -145,8 +145,8 @@ def header(rows: list[dict], n_stale: int) -> str:
         "A seed deals the files to their parts, orders the rows and initialises the models; all "
         "arms of a seed share these, and all steps are equal unless an arm's name says otherwise. "
         "Losses are nats per token on held-out clean text. Differences are paired over seeds, with "
-        "95 % intervals of Student's t in brackets; below 0 is better. *Agreement* is the share of "
-        "held-out positions at which heads 1 to 3 choose what head 0 chooses later, mean of the "
+        "95 % intervals of Student's t in brackets; below 0 is better. *Acceptance* is the share "
+        "of held-out positions at which heads 1 to 3 choose what head 0 chooses later, mean of the "
         "three; a *spike* is a training loss 6 deviations above the last ones. *Weight on marked* "
         "is the share of the weight that lies on tokens known to be spoiled, beside their share of "
         "the data: it is no measure of success by itself.",
@@ -171,7 +171,7 @@ def table(result: Results) -> str:
     K = max(result.n_heads(arm.name) for arm in result.arms)
     seeds = max(len(result.rows[arm.name]) for arm in result.arms)
     titles = ["arm", "held-out loss", f"minus {UNIFORM}", *(f"head {k}" for k in range(K))]
-    titles += ["weight on marked", "agreement", "spikes", "steps", "processor s"]
+    titles += ["weight on marked", "acceptance", "spikes", "steps", "processor s"]
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
     for arm in result.arms:
         name, n = arm.name, len(result.rows[arm.name])
@@ -188,7 +188,7 @@ def table(result: Results) -> str:
         marked, share = (result.mean(name, f"noise_in_{x}") for x in ("weight", "data"))
         cells.append("-" if marked is None or not share else f"{marked:.3f} of {share:.3f}")
         rows = list(result.rows[name].values())
-        agree = [x for row in rows for x in row["measures"]["agreement"]]
+        agree = [x for row in rows for x in row["measures"]["acceptance"]]
         cells.append(f"{statistics.fmean(agree):.3f}" if agree else "-")
         cells.append(str(sum(row["measures"]["spikes"] for row in rows)))
         cells.append(str(rows[0]["measures"]["steps"]))
@@ -273,7 +273,29 @@ def models_section(family: Family, rows: list[dict]) -> str:
             steps, losses = "-", "-"
             reports.append(critic_table(name, measures))
         lines[-1] += f"\n| {name} | {steps} | {losses} | {seconds:.0f} |"
-    return "\n\n".join(lines + reports)
+    return "\n\n".join(lines + beside_base(found) + reports)
+
+
+def beside_base(found: dict[str, list[dict]]) -> list[str]:
+    """References with the heads of the base, head by head: one that is not lower misleads."""
+    lines = []
+    by_name = {
+        name: {row["seed"]: row["measures"]["heldout"] for row in rows}
+        for name, rows in found.items()
+        if "heldout" in rows[0]["measures"]
+    }
+    base = by_name.pop("base", {})
+    for name, by_seed in by_name.items():
+        common = base.keys() & by_seed.keys()
+        K = min((len(heads[seed]) for heads in (base, by_seed) for seed in common), default=0)
+        differences = [
+            paired(*({s: heads[s][k] for s in common} for heads in (by_seed, base)))
+            for k in range(K)
+        ]
+        if K > 1:
+            told = ", ".join(f"{one.mean:+.3f}" for one in differences if one)
+            lines.append(f"{name} minus base, head by head: {told}.")
+    return lines
 
 
 def critic_table(name: str, measures: list[dict]) -> str:

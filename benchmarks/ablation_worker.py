@@ -118,7 +118,7 @@ def train(recipe: Any, cfg: DictConfig) -> dict:
         "steps": summary["steps"],
         "base": losses["base"],
         "heldout": losses[cfg.weighting.name],
-        "agreement": agreement(recipe, cfg),
+        "acceptance": acceptance(recipe, cfg),
         "spikes": n_lines(output_dir / "loss_spikes.jsonl"),
         "skipped": n_lines(output_dir / "skipped_steps.jsonl"),
     }
@@ -133,7 +133,7 @@ def n_lines(path: Path) -> int:
 
 
 @torch.no_grad()
-def agreement(recipe: Any, cfg: DictConfig) -> list[float]:
+def acceptance(recipe: Any, cfg: DictConfig) -> list[float]:
     """Of heads 1 to K - 1: the share of held-out targets for which a head's choice is head 0's.
 
     Head k at position t and head 0 at t + k choose for the same token; where they agree,

@@ -32,7 +32,7 @@ def in_root(monkeypatch):
 
 def row_of(job, heldout, **measures):
     """A finished run's row, as a worker gives it."""
-    made_up = {"steps": 9, "base": [5.0, 5.0], "heldout": heldout, "agreement": [0.25]}
+    made_up = {"steps": 9, "base": [5.0, 5.0], "heldout": heldout, "acceptance": [0.25]}
     made_up |= {"spikes": 0, "skipped": 0}
     return {
         "setting": job.setting,
@@ -255,7 +255,8 @@ def rows_over_seeds(grid, setting, losses, **measures):
             jitter = 0.001 * seed
             heads = [cost + losses[arm.name] + jitter * bool(losses[arm.name])] * 2
             rows.append(row_of(job, heads, **measures.get(arm.name, {})))
-            rows += [row_of(model, [3.0, 3.5]) for model in job.needs]
+            for model in job.needs:
+                rows.append(row_of(model, [3.25, 3.5] if model.arm == "base" else [3.0, 3.75]))
     return rows
 
 
@@ -277,7 +278,8 @@ def test_the_page_has_the_numbers_of_its_rows(modules, small, page):
     assert f"| {topk} | 4.4010 {cells}" in text
     assert "| uniform | 4.5000 | - | - | - | - | 0.250 | 0 | 9 | 1 |" in text
     assert f"Better than `uniform`: `{topk}` (-0.0990 [-0.1015, -0.0965])." in text
-    assert f"| {grid.MTP} | 9 | 3.000 3.500 | 1 |" in text
+    assert f"| {grid.MTP} | 9 | 3.000 3.750 | 1 |" in text
+    assert f"{grid.MTP} minus base, head by head: -0.250, +0.250." in text
     assert "6 runs over 3 seeds" in text
     assert "made up" in text
     picture = (page.folder / "results_corrupted.svg").read_text()
@@ -315,7 +317,7 @@ def test_an_arm_of_one_head_is_compared_on_that_head(modules, small, page):
     for row in rows:
         if row["arm"] == topk:
             row["measures"]["heldout"] = row["measures"]["heldout"][:1]
-            row["measures"]["agreement"] = []
+            row["measures"]["acceptance"] = []
     assert f"| {topk} | 4.4010 | - | -0.0990 | - | - | - | 0 | 9 | 1 |" in page(rows, small)
 
 
