@@ -54,14 +54,11 @@ from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.loss.value_loss import judged_mask, pairs_loss, token_cross_entropy
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.process_group import (
-    all_reduce_sum,
-    rank_zero_first,
-)
+from wmtp_modules.parallel.process_group import all_reduce_sum, rank_zero_first
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.reports.curves import plot_curves
-from wmtp_modules.run import plan
+from wmtp_modules.run import controls, plan
 from wmtp_modules.run.bad_steps import what_is_wrong
 from wmtp_modules.run.figures import TrainingError, heldout_losses, noise_sums
 from wmtp_modules.run.model import checked_model_args, frozen_model, make_model, make_optimizer
@@ -117,7 +114,8 @@ def check(cfg: DictConfig) -> None:
     check_config(cfg, SCHEMA, (*TRAINING_RULES, *CRITIC_RULES))
     if "name" not in cfg.weighting:
         raise ConfigError("weighting.name: missing")
-    weighted, critic = needs_values(cfg), needs_critic(cfg)
+    alone = merged(cfg, {"controls": None})  # each control is checked by itself, below
+    weighted, critic = needs_values(alone), needs_critic(alone)
     for block, needed in (
         ("rewards", critic or "rewards" in cfg.stages),
         ("critic", critic),
@@ -129,13 +127,13 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError("checkpointer: null, but a critic needs a trained trunk")
     if cfg.get("critic") and objective_and_head(cfg) == ("pairs", "turn"):
         raise ConfigError("critic.head: turn is for objective bce, leave it out with pairs")
+    controls.check_controls(cfg, CriticWeighting.NAMES, check)
 
 
 def needs_values(cfg: DictConfig) -> bool:
     """Whether this config or one of its controls weighs by values."""
-    names = (cfg.weighting.name, *(cfg.get("controls") or []))
-    runs = [merged(cfg, {"weighting": {"name": name}}) for name in names]
-    return any([make_weighting(run).needs_values for run in runs])  # all of them are checked
+    runs = controls.runs_of(cfg, CriticWeighting.NAMES)
+    return any(make_weighting(run).needs_values for run in runs)
 
 
 def needs_critic(cfg: DictConfig) -> bool:
@@ -551,7 +549,7 @@ class CriticWMTPRecipeDistributed:
             summary["weight_on_spoiled"] = share
         curves = Path(self._cfg.output_dir) / "curves.png"
         if self._rank == 0:
-            own = {self._cfg.weighting.name: curves.with_name("metrics.jsonl")}
+            own = {controls.name_of(self._cfg): curves.with_name("metrics.jsonl")}
             plot_curves(beside | own, curves)
         names = ("critic.json", "calibration.png", "weights.html")
         self._run.close(curves, *(self._critic_dir / name for name in names))
@@ -580,7 +578,7 @@ def make_stages(recipe: CriticWMTPRecipeDistributed, stages: list[str]) -> dict:
 
 def train_one(recipe, cfg: DictConfig, stops: StopRequests, beside: dict[str, Path]) -> dict:
     """The summary of one policy run, which is made unless it is complete already."""
-    name, started = cfg.weighting.name, time.perf_counter()
+    name, started = controls.name_of(cfg), time.perf_counter()
     with exit_with_message(ValueError, OSError):
         summary = plan.finished(cfg) if cfg.resume_from_checkpoint else None
         if summary and summary.get("made_from") == recipe.made_from(cfg):
@@ -597,7 +595,7 @@ def report(cfg: DictConfig, summary: dict) -> None:
         where = Path(cfg.critic.checkpoint_dir)
         print(f"  pictures {where / 'calibration.png'} and {where / 'weights.html'}")
     if "heldout_loss" in summary:
-        plan.print_losses(summary["heldout_loss"], summary["steps"])
+        plan.print_losses(summary)
         if "weight_on_spoiled" in summary:
             share = summary["weight_on_spoiled"]
             print(
@@ -626,7 +624,7 @@ def recipe_main(cfg: DictConfig) -> None:
         # What the stages make stays where it is, also where ${output_dir} is a control's.
         made = {name: resolved(cfg).get(name) for name in ("rewards", "critic", "value_table")}
         policy_cfg = merged(cfg, made, {"stages": ["policy"]})
-        runs = [*plan.control_runs(policy_cfg), policy_cfg] if "policy" in cfg.stages else []
+        runs = controls.runs_of(policy_cfg, CriticWeighting.NAMES) if "policy" in cfg.stages else []
         plan.prepare(cfg, runs)
         for one in required:
             with plan.in_turn(one.output_dir):

@@ -4,18 +4,21 @@
 
 Rho-1 (Lin et al. 2024, arXiv 2404.07965) trains on the tokens whose loss exceeds that of a
 reference model trained on clean data. Here each head k of an MTP model (arXiv 2404.19737) ranks
-its own tokens. The same file trains the reference (``n_future_tokens: 1``, uniform weights) and
-the controls. Copy it and edit it: nothing imports it.
+its own tokens, against the same head of the reference. The same file trains the reference (uniform
+weights) and the controls. Copy it and edit it: nothing imports it.
 
 Shapes: B packed rows, T positions, K heads. Head k at position t predicts token t + k + 1.
 """
 
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config, training, utils
@@ -28,11 +31,12 @@ from wmtp_modules.config.keys import TRAINING_KEYS
 from wmtp_modules.config.rules import TRAINING_RULES
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
+from wmtp_modules.data.rows import has_marks
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.reports.curves import plot_curves
-from wmtp_modules.run import plan
+from wmtp_modules.run import controls, plan
 from wmtp_modules.run.figures import heldout_losses, noise_sums
 from wmtp_modules.run.model import checked_model_args, make_model, make_optimizer
 from wmtp_modules.run.run import Run
@@ -64,14 +68,41 @@ def check(cfg: DictConfig) -> None:
     check_config(cfg, SCHEMA, TRAINING_RULES)
     if "name" not in cfg.weighting:
         raise ConfigError("weighting.name: missing")
-    for name in (cfg.weighting.name, *(cfg.get("controls") or [])):
-        weighting = make_weighting(merged(cfg, {"weighting": {"name": name}}))
-        if weighting.needs_scores and not cfg.get("reference"):
-            raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
+    weighting = make_weighting(cfg)
+    if weighting.needs_scores and not cfg.get("reference"):
+        raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
+    controls.check_controls(cfg, TokenWeighting.NAMES, check)
+    tables = {}
+    for one in controls.runs_of(cfg, TokenWeighting.NAMES)[::-1]:
+        if not make_weighting(one).needs_scores or one.reference.mode == "online":
+            continue
+        table_dir = one.reference.table_dir
+        made_from = one.reference.checkpointer.checkpoint_dir, one.dataset
+        if tables.setdefault(table_dir, made_from) != made_from:
+            raise ConfigError(
+                f"controls.{controls.name_of(one)}.reference.table_dir: {table_dir} is another "
+                "run's as well, with another reference or other rows: give this control its own"
+            )
 
 
 def make_weighting(cfg: DictConfig) -> TokenWeighting:
     return TokenWeighting(**{"seed": cfg.seed, **cfg.weighting})
+
+
+def load_rows(cfg: DictConfig) -> tuple[Dataset, Dataset]:
+    """Rows to train on and held-out ones, of which the weighting can have what it needs."""
+    # Tokenised once by rank 0; the others then read the same cached file.
+    tokenizer = config.instantiate(cfg.tokenizer)
+    with rank_zero_first():
+        rows = config.instantiate(cfg.dataset, tokenizer)
+        rows_val = config.instantiate(cfg.dataset_val, tokenizer)
+    if make_weighting(cfg).needs_marks and not has_marks(rows):
+        raise ValueError(
+            f"weighting {cfg.weighting.name} needs rows with a `noise` field, the spans that are "
+            "wrong (docs/data.md), and no row of dataset has one: mark them, or take another "
+            "weighting"
+        )
+    return rows, rows_val
 
 
 class Rho1WMTPRecipeDistributed:
@@ -88,6 +119,8 @@ class Rho1WMTPRecipeDistributed:
         self._dtype = DTYPES[cfg.dtype]
         self._weighting = make_weighting(cfg)
         self._reference_model = None  # unless it scores
+        self._reference: tuple[int, list[float]] | None = None  # its heads, held-out losses
+        self._beside_model: dict = {}  # these and the model's
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
     # ---------------------------------------------------------------- setup
@@ -97,11 +130,7 @@ class Rho1WMTPRecipeDistributed:
         training.set_seed(cfg.seed)
         self.model_args = checked_model_args(cfg)
 
-        # Tokenised once by rank 0; the others then read the same cached file.
-        tokenizer = config.instantiate(cfg.tokenizer)
-        with rank_zero_first():
-            rows = config.instantiate(cfg.dataset, tokenizer)
-            rows_val = config.instantiate(cfg.dataset_val, tokenizer)
+        rows, rows_val = load_rows(cfg)
         pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
         self._dataset_val = PackedDataset(rows_val, **pack)
 
@@ -131,20 +160,25 @@ class Rho1WMTPRecipeDistributed:
 
     def _score(self, rows) -> references.ScoreTable | None:
         """Reference losses of every training row, scored once and kept; None if scored online."""
-        cfg = self._cfg
-        self._reference_model = references.load_reference(
+        cfg, K = self._cfg, self.model_args["n_future_tokens"]
+        self._reference_model = model = references.load_reference(
             cfg.reference.checkpointer.checkpoint_dir,
             tokenizer_path=cfg.tokenizer.path,
             max_seq_len=cfg.tokenizer.max_seq_len,
-            n_future_tokens=self.model_args["n_future_tokens"],
+            n_future_tokens=K,
             dtype=self._dtype,
             device=self.device,
         )
+        losses_of = partial(references.packed_losses, n_future_tokens=K)
+        with self.watchdog:
+            batches = self.watchdog.beating(self._heldout_batches(), "the reference's validation")
+            losses_K = heldout_losses(model, batches, losses_of, "the reference for the heads")
+        self._reference = (model.n_future_tokens, losses_K)
         if cfg.reference.mode == "online":
             return None
         with self.watchdog:
             table = references.reference_table(
-                self._reference_model,
+                model,
                 rows,
                 checkpoint_dir=cfg.reference.checkpointer.checkpoint_dir,
                 table_dir=cfg.reference.table_dir,
@@ -154,7 +188,7 @@ class Rho1WMTPRecipeDistributed:
                 batch_tokens=cfg.reference.batch_tokens,
                 beat=self.watchdog.beat,
             )
-        self._reference_model = None
+        self._reference_model = model = None
         torch.cuda.empty_cache()  # does nothing on a CPU
         return table
 
@@ -186,7 +220,8 @@ class Rho1WMTPRecipeDistributed:
             )
             loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
         else:  # weights known beforehand go into the forward, which saves a matrix product
-            weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], None, step=step)
+            marks_BT = batch["noise"] if self._weighting.needs_marks else None
+            weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], marks_BT, step=step)
             loss, losses_BTK = self._model(
                 batch["tokens"],
                 labels_BTK,
@@ -219,6 +254,10 @@ class Rho1WMTPRecipeDistributed:
 
     def train(self) -> None:
         cfg, run = self._cfg, self._run
+        if self._reference:
+            self._beside_model = references.beside_model(*self._reference, run.base_losses())
+            for level, text in references.said_of(self._beside_model):
+                utils.log_rank_zero(log, text, level=level)
         run.start_steps()
         while run.step < cfg.max_steps:
             sums, stats = run.new_sums(), {}
@@ -241,12 +280,13 @@ class Rho1WMTPRecipeDistributed:
             run.end_step(sums, stats, grad_norm, lr)
         run.finish_steps()
 
+    def _heldout_batches(self) -> Iterator[dict]:
+        size, ranks = self._cfg.batch_size, (self._rank, self._world)
+        return heldout_batches(self._dataset_val, size, *ranks, self.device)
+
     def validate(self) -> list[float]:
         """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
-        batches = heldout_batches(
-            self._dataset_val, self._cfg.batch_size, self._rank, self._world, self.device
-        )
-        return heldout_losses(self._model, self._run.beating(batches))
+        return heldout_losses(self._model, self._run.beating(self._heldout_batches()))
 
     def save_checkpoint(self, folder: Path) -> None:
         """The model in Meta's format, in the dtype that computed the losses."""
@@ -256,11 +296,13 @@ class Rho1WMTPRecipeDistributed:
         """Draw the curves, also of the runs beside it, close everything, return the figures."""
         summary = self._run.summary()
         in_data, targets, on_noise, weight = self._run.kept["noise_sums"].tolist()
+        if self._beside_model:
+            summary["reference"] = self._beside_model
         if in_data:
             summary["corrupted_share"] = {"data": in_data / targets, "selected": on_noise / weight}
         curves = Path(self._cfg.output_dir) / "curves.png"
         if self._rank == 0:
-            own = {self._cfg.weighting.name: curves.with_name("metrics.jsonl")}
+            own = {controls.name_of(self._cfg): curves.with_name("metrics.jsonl")}
             plot_curves(beside | own, curves)
         self._run.close(curves)
         return summary
@@ -283,7 +325,7 @@ def train_one(
     """The summary of one training run, which is made unless it is complete already."""
     if cfg.resume_from_checkpoint and (summary := plan.finished(cfg)):
         return summary
-    name, started = cfg.weighting.name, time.perf_counter()
+    name, started = controls.name_of(cfg), time.perf_counter()
     utils.log_rank_zero(log, f"{name}: {cfg.max_steps} steps, output in {cfg.output_dir}")
     with exit_with_message(ValueError, OSError):
         recipe = Rho1WMTPRecipeDistributed(cfg, device, mesh, stops)
@@ -293,7 +335,7 @@ def train_one(
 
 def report(cfg: DictConfig, summary: dict) -> None:
     """Print the figures and where everything is."""
-    plan.print_losses(summary["heldout_loss"], summary["steps"])
+    plan.print_losses(summary)
     if "corrupted_share" in summary:
         share = summary["corrupted_share"]
         print(
@@ -316,11 +358,15 @@ def recipe_main(cfg: DictConfig) -> None:
                 recipe.setup()
                 recipe.replay()
             return
-        runs = [*plan.control_runs(cfg), cfg]
+        runs = controls.runs_of(cfg, TokenWeighting.NAMES)
         plan.prepare(cfg, runs)
         for one in required:
             with plan.in_turn(one.output_dir):
                 train_one(one, *group, {})
+        with exit_with_message(ValueError, OSError):
+            for one in runs:  # now, not when the runs before have had their hours
+                if make_weighting(one).needs_marks or one.dataset != cfg.dataset:
+                    load_rows(one)
         summary = plan.run_all(runs, lambda one, beside: train_one(one, *group, beside))
         if dist.get_rank() == 0:
             plan.write_summary(Path(cfg.output_dir), summary)

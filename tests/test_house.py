@@ -44,7 +44,9 @@ MOST_LINES = {
 # to a program, locks between runs and refusals that say the way out took it from 17,000 to this.
 MOST_LINES_OF_ALL = 19_700
 MOST_NAMES_OF_RHO1 = 40  # that its recipe imports from wmtp_modules
-MOST_LINES_BEHIND_RHO1 = 9_300  # of it and all first-party files that it imports at its start
+# Of it and all first-party files that it imports at its start. A reference's held-out losses beside
+# the model's, and what is said of them, took 80.
+MOST_LINES_BEHIND_RHO1 = 9_360
 
 # They take up to seconds, which nobody who mistyped a key shall wait for: imported where used.
 # (torchtune imports datasets, and datasets pandas, whatever we do.)

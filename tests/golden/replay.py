@@ -285,6 +285,17 @@ class Run:
         named = {f"val_loss_head_{k}": loss for k, loss in enumerate(losses)}
         return named | {"val_loss": sum(losses) / K}
 
+    @torch.no_grad()
+    def reference_heldout(self) -> list[float]:
+        """Losses of the reference on the held-out rows' targets of each head."""
+        K = self.model.n_heads
+        total_K, count_K = torch.zeros(2, K, dtype=torch.float64)
+        for row in self.rows_val:
+            mask_TK = self._mask(row)
+            total_K += self._reference_losses(row).where(mask_TK, 0).sum(0)
+            count_K += mask_TK.sum(0)
+        return (total_K / count_K).tolist()
+
     def _mask(self, row: Row) -> torch.Tensor:
         """Where a head has a target: a supervised token of the same document."""
         T, K = len(row.tokens), self.model.n_heads
@@ -437,6 +448,11 @@ class Run:
             own = [numbers[n] for n in places]
             if name == "uniform":
                 weights = torch.ones(len(places), dtype=torch.float64)
+            elif name == "oracle" and self._critic is None:
+                of_targets = [self._of_targets(row, row.noise, False)[:, k] for row in chosen]
+                clean = torch.cat(of_targets)[places] == 0
+                clean = clean if clean.any() else ~clean  # uniform
+                weights = clean.double() * len(places) / clean.sum()
             elif name == "dft":
                 raw = (-losses_NK[places, k]).exp()
                 weights = calibrate(raw, self.weighting["w_min"], self.weighting["w_max"])
@@ -482,14 +498,14 @@ class Run:
                 per_token = [z.get(u, math.nan) for u in range(len(row.tokens))]
                 parts.append(self._of_targets(row, per_token, math.nan))
             return torch.cat(parts)
-        reference_NK = torch.cat([self._reference_losses(d.row) for d in documents])
+        reference_NK = torch.cat([self._reference_losses(self.rows[d.row]) for d in documents])
         excess_NK = losses_NK - reference_NK
         return excess_NK.abs() if self.weighting["score"] == "abs_excess" else excess_NK
 
     @torch.no_grad()
-    def _reference_losses(self, row_number: int) -> torch.Tensor:
+    def _reference_losses(self, row: Row) -> torch.Tensor:
         """r[t, k]: the reference's own head k, or its next-token loss on head k's target."""
-        row, K = self.rows[row_number], self.model.n_heads
+        K = self.model.n_heads
         losses = self._reference.losses(row.tokens, self._reference.trunk(row.tokens))
         if self._reference.n_heads > 1:
             return losses[:, :K]

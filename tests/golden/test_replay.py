@@ -146,6 +146,12 @@ def check_summary(summary: dict, run, lines: list[dict]) -> None:
     for name, line in (("base", lines[0]), (run.weighting["name"], lines[-1])):
         heads = [line[f"val_loss_head_{k}"] for k in range(run.model.n_heads)]
         assert summary["heldout_loss"][name] == pytest.approx(heads, rel=TOLERANCE)
+    scores = run.weighting["name"] in ("rho1", "shuffled") and "reference" in run.cfg
+    assert ("reference" in summary) == scores
+    if scores:
+        beside = summary["reference"]
+        assert beside["heldout_loss"] == pytest.approx(run.reference_heldout(), rel=TOLERANCE)
+        assert beside["model_heldout_loss"] == summary["heldout_loss"]["base"]
     if "corrupted_share" in summary:
         in_data, targets, on_noise, weight = run.noise_sums.tolist()
         share = {"data": in_data / targets, "selected": on_noise / weight}
@@ -179,7 +185,7 @@ def test_rho1_topk_and_its_controls(compare, assets, reference):
             "batch_size": 2,
             "gradient_accumulation_steps": 2,
             "weighting": RHO1,
-            "controls": CONTROLS,
+            "controls": [*CONTROLS, "oracle"],
             "reference": reference(assets.reference),
             "optimizer": SGD,
             "clip_grad_norm": 1000.0,

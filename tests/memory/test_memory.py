@@ -186,7 +186,7 @@ def test_the_critics_policy_and_its_frozen_trunk(cfg, estimate_step):
     """The policy's step is that of any weights known beforehand."""
     uniform = estimate_step(cfg, 1).parts["parameters"]
     cfg.update({"stages": ["policy"], "weighting": {"name": "critic"}})
-    cfg.critic = {"objective": "pairwise", "batch_size": 4, "checkpoint_dir": "critic"}
+    cfg.critic = {"objective": "pairs", "batch_size": 4, "checkpoint_dir": "critic"}
     assert estimate_step(cfg, 1).parts["parameters"] == uniform
     trunk = estimate_trunk(cfg)
     assert trunk.parts["optimizer state"] == trunk.parts["gradients"] == 0

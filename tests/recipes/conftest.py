@@ -103,7 +103,7 @@ ROOT = Path(__file__).parents[2]
 TINY_VOCABULARY = 400
 TINY_STEPS = {  # of configs/quickstart/*.yaml
     "base": 20,
-    "reference": 40,
+    "reference": 20,
     "rho1": 10,
     "critic_base": 20,
     "critic": 10,

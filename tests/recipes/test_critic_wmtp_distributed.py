@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import random
 import re
 import shutil
@@ -159,7 +160,6 @@ def with_critic(base, folder: Path, **critic) -> dict:
         "checkpointer": {"checkpoint_dir": str(base[0] / "last")},
         "rewards": {"source": "labels", "table_dir": str(folder / "rewards"), "batch_tokens": 4096},
         "critic": {
-            "objective": "pairwise",
             "checkpoint_dir": str(folder / "critic"),
             "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.01},
             "batch_size": 16,
@@ -200,21 +200,29 @@ def folder_of(overrides) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["pairwise", "regression"])
-def test_the_critic_beats_its_baselines(objective, staged, base, go, tmp_path):
-    if objective == "pairwise":
-        _, _, summary = staged
+@pytest.mark.parametrize("how", ["turn", "state", "pairs"])
+def test_the_critic_knows_what_it_must(how, staged, base, go, tmp_path):
+    """Of one token that names d, a table of counts knows all: the critic may do as well."""
+    if how == "turn":
+        summary, folder = staged[2], folder_of(staged[0])
     else:
-        overrides = with_critic(base, tmp_path, objective="regression", max_steps=200, patience=20)
+        more = {"objective": "pairs"} if how == "pairs" else {"head": "state"}
+        overrides = with_critic(base, tmp_path, **more) | {"allow_uninformative_critic": True}
         _, summary = go(overrides | {"stages": ["rewards", "critic"]})
+        folder = folder_of(overrides)
     critic = summary["critic"]
+    assert critic["cross_entropy"] < critic["constant"] == pytest.approx(math.log(2), abs=1e-6)
     assert critic["pair_accuracy"] > max(critic["length_only"], 0.5) + 0.1
-    assert critic["value_loss"] < critic["constant_value_loss"]
     assert critic["auc"] > 0.6
-    assert critic["pairs"] == 30
-    assert critic["rows"] == 60
-    assert summary["delta_near_mutation"].keys() >= {"share", "chance"}
-    assert summary["delta_near_mutation"]["rows"] == 30
+    assert (critic["pairs"], critic["pair_kind"], critic["rows"]) == (30, "problem", 60)
+    assert critic["auc_spoiled"].keys() == {"critic", "token_table", "lm_loss", "position"}
+    assert critic["turn"]["rows"] == 30
+    assert critic["mean_value"]["good_share"] == 0.5
+    assert critic["hopeless_problems"] == {"count": 0, "names": []}
+    assert (critic["kappa"] != 1) == (how == "pairs")
+    assert json.loads((folder / "critic.json").read_text())["fingerprint"]["head"] == {
+        "pairs": "sum"
+    }.get(how, how)
 
 
 @pytest.mark.slow
@@ -226,14 +234,17 @@ def test_what_the_stages_leave(staged):
     }
     assert (folder / "calibration.png").stat().st_size > 5000
     page = (folder / "weights.html").read_text()
-    assert page.count("better response") == page.count("worse response") == 4
+    assert page.count("good response") == page.count("bad response") == 4
     record = json.loads((folder / "critic.json").read_text())
     assert record["rewards"] == {"mean": 0.5, "std": 0.5}
-    assert record["report"]["scale"] != 1  # fitted
+    assert record["report"]["base"] == 0  # half of the responses are good
     line = metrics_of(output)[-1]
-    assert [line[f"weight_mean_head_{k}"] for k in range(4)] == pytest.approx([1.0] * 4, abs=1e-4)
+    means = [line[f"weight_mean_head_{k}"] for k in range(4)]
+    assert means == pytest.approx([1.0] * 4, abs=0.5)  # 1 over the data set, not over these rows
     assert line["ess"] < 1
     assert set(summary["heldout_loss"]) == {"base", "critic"}
+    share = summary["weight_on_spoiled"]
+    assert share["critic"] < share["data"]
     for name in ("best", "last"):
         files = {file.name for file in (output / name).iterdir()}
         assert files == {"consolidated.pth", "params.json", "tokenizer.model"}
@@ -261,13 +272,13 @@ def test_a_critic_trained_otherwise_is_not_taken_for_done(staged, go):
 
 
 @pytest.mark.slow
-def test_only_good_responses_train_the_policy_by_default(staged, go, caplog):
+def test_all_responses_train_the_policy_by_default(staged, go, caplog):
     overrides, _, _ = staged
     with caplog.at_level("INFO"):
         go(overrides | {"stages": ["policy"], "max_steps": 3})
-        go(overrides | {"stages": ["policy"], "max_steps": 3, "policy_rewards_above": None})
-    assert "Policy: 200 of 400 responses." in caplog.text
-    assert "Policy: 400 of 400 responses." in caplog.text
+        go(overrides | {"stages": ["policy"], "max_steps": 3, "policy_rewards_above": 0.0})
+    said = [line for line in caplog.messages if line.startswith("Policy:")]
+    assert said == ["Policy: 400 of 400 responses.", "Policy: 200 of 400 responses."]
 
 
 @pytest.mark.slow
@@ -416,6 +427,30 @@ def test_stages_alone_do_not_mark_a_policy_as_complete(staged, main, tmp_path):
     assert "critic" in summary
 
 
+def test_a_control_may_train_on_other_responses(base_config, main, tmp_path, caplog):
+    """It stands under its name beside a run of the same weighting."""
+    good = {"weighting.name": "uniform", "policy_rewards_above": 0}
+    rewards = {"source": "labels", "table_dir": str(tmp_path / "rewards"), "batch_tokens": 4096}
+    out = tmp_path / "out"
+    with caplog.at_level("INFO"):
+        main(
+            {
+                "output_dir": str(out),
+                "stages": ["rewards", "policy"],
+                "rewards": rewards,
+                "policy_rewards_above": None,
+                "weighting": {"name": "uniform"},
+                "controls": {"uniform_good": good},
+                "max_steps": 1,
+            }
+        )
+    responses = [int(n) for n in re.findall(r"Policy: (\d+) of 400 responses", caplog.text)]
+    assert responses == [200, 400]
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["heldout_loss"]) == ["base", "uniform_good", "uniform"]
+    assert summary["controls"] == {"uniform_good": good}
+
+
 @pytest.mark.slow
 def test_all_runs_of_a_config_read_and_hash_the_trunk_once(base, main, monkeypatch, tmp_path):
     """All stages and two controls. A 7B trunk and its reward model have 43 GB."""
@@ -481,7 +516,7 @@ def reward_model(tmp_path_factory):
 
 @pytest.mark.slow
 def test_rewards_of_a_reward_model(base, go, reward_model, monkeypatch, tmp_path):
-    overrides = with_critic(base, tmp_path, objective="regression", max_steps=10)
+    overrides = with_critic(base, tmp_path, max_steps=10)
     overrides["rewards"] |= {
         "source": "reward_model",
         "checkpointer": {"checkpoint_dir": str(reward_model)},
@@ -518,6 +553,10 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
         ({"checkpointer": None}, "a critic needs a trained trunk"),
         ({"rewards": {"source": "reward_model"}}, r"rewards\.checkpointer: missing"),
         ({"rewards": {"source": "human"}}, r"rewards\.source: must be one of"),
+        (
+            {"critic": {"objective": "pairs", "head": "turn"}},
+            r"critic\.head: turn is for objective",
+        ),
         ({"critic": {"objective": "gan"}}, r"critic\.objective: must be one of"),
         ({"stages": ["values"], "weighting": {"name": "uniform"}, "rewards": None}, "rewards: mis"),
         (
@@ -525,7 +564,22 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
             "a critic needs a trained trunk",
         ),
         ({"weighting": {"lamda": 1.0}}, "did you mean 'lam'"),
-        ({"controls": ["rho1"]}, "'rho1' is not one of critic"),
+        ({"controls": ["rho1"]}, r"^controls\.rho1\.weighting\.name 'rho1' is not one of critic"),
+        (
+            {"controls": {"a": {"policy_rewards_abov": 0}}},
+            r"^controls\.a\.policy_rewards_abov: unknown key \(did you mean 'policy_rewards_above'",
+        ),
+        ({"controls": {"a": {"weighting": {"lam": 3}}}}, r"^controls\.a\.weighting\.lam must be"),
+        ({"controls": {"a": {"critic.objective": "pairwise"}}}, "the stages before the policy are"),
+        (
+            {"controls": {"a": {"dataset.source": "x"}}},
+            r"^controls\.a\.dataset\.source: no control",
+        ),
+        (  # only the control weighs by values
+            {"weighting": {"name": "uniform"}, "controls": ["critic"], "value_table": None}
+            | {"stages": ["policy"]},
+            r"^controls\.critic\.value_table: missing",
+        ),
     ):
         with pytest.raises(ValueError, match=match):
             recipe.check(OmegaConf.merge(base_config, full, wrong))
@@ -550,7 +604,7 @@ def test_a_reward_model_needs_transformers(recipe, base_config, base, tmp_path, 
 def test_heldout_rewards_that_do_not_differ(base, go, base_config, tmp_path):
     good_only = str(Path(base_config.dataset.source).with_name("good_only.jsonl"))
     overrides = with_critic(base, tmp_path) | {"dataset_val": {"source": good_only}}
-    with pytest.raises(SystemExit, match=r"dataset_val: every response has reward 1\.0"):
+    with pytest.raises(SystemExit, match=r"dataset_val: every response is 1 good"):
         go(overrides)
     assert not (tmp_path / "critic").exists()
 
@@ -571,8 +625,8 @@ def test_no_bad_response_to_the_same_problem(base, go, base_config, tmp_path):
     rows = [json.loads(line) for line in lines]
     kept = [row for i, row in enumerate(rows) if row["reward"] == (i // 2) % 2]
     source.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    with pytest.raises(SystemExit, match="dataset has no two responses to one problem"):
-        go(with_critic(base, tmp_path) | {"dataset": {"source": str(source)}})
+    with pytest.raises(SystemExit, match="no two responses that the critic learns from"):
+        go(with_critic(base, tmp_path, objective="pairs") | {"dataset": {"source": str(source)}})
 
 
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])

@@ -306,6 +306,7 @@ def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in,
         }
     assert resumed["heldout_loss"] == summary["heldout_loss"]
     assert resumed["corrupted_share"] == summary["corrupted_share"]
+    assert resumed["reference"] == summary["reference"]
 
 
 def test_a_resumed_run_has_all_that_it_had(run, recipe, check_resumed, tmp_path):
@@ -351,7 +352,128 @@ def test_an_mtp_reference_equal_to_the_model_has_no_excess(run, rho1, uniform):
     assert metrics_of(folder)[-1]["ess"] == pytest.approx(1.0, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["random_topk", "shuffled", "dft", "top_loss"])
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory):
+    """Held-out rows of which only a part is supervised."""
+    source = tmp_path_factory.mktemp("responses") / "val.jsonl"
+    text = Path(__file__).read_text()
+    rows = [
+        {"prompt": text[i : i + 9], "response": text[i + 9 : i + 30]} for i in range(0, 900, 30)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"dataset_val": {"source": str(source)}}
+
+
+@pytest.fixture(scope="module")
+def mtp_reference(uniform, tmp_path_factory):
+    """Overrides: a model that knows nothing, and a reference that does but for its head 2."""
+    folder = shutil.copytree(uniform[0] / "best", tmp_path_factory.mktemp("mtp") / "reference")
+    weights = torch.load(folder / "consolidated.pth", weights_only=True)
+    torch.manual_seed(0)
+    for key in [key for key in weights if key.startswith("extra_heads.1.") and "norm" not in key]:
+        weights[key] = torch.randn_like(weights[key])
+    torch.save(weights, folder / "consolidated.pth")
+    return {
+        "weighting": {"name": "rho1", "selection": "topk", "ratio": 0.6},
+        "reference": {
+            "mode": "cached",
+            "checkpointer": {"checkpoint_dir": str(folder)},
+            "table_dir": str(folder.parent / "scores"),
+            "batch_tokens": 256,
+        },
+    }
+
+
+def plain_heldout(cfg, folder, *, K):
+    """The mean over each head's targets, row by row, unpacked and without any of our shifts."""
+    rows = rows_dataset(
+        llama2_tokenizer(cfg.tokenizer.path, max_seq_len=64), source=cfg.dataset_val.source
+    )
+    model = references.load_reference(
+        folder,
+        tokenizer_path=cfg.tokenizer.path,
+        max_seq_len=64,
+        n_future_tokens=K,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    total, targets = [0.0] * K, [0] * K
+    for row in rows:
+        log_p = model(torch.tensor([row["tokens"]]))[0].log_softmax(-1).double()
+        for u in range(1, len(row["tokens"])):
+            for k in range(min(K, u) if row["keep"][u] else 0):
+                # A next-token reference gives every head what it says one token before.
+                ahead = k if model.n_future_tokens > 1 else 0
+                total[k] -= log_p[u - ahead - 1, ahead, row["tokens"][u]].item()
+                targets[k] += 1
+    assert min(targets) > 0
+    return [x / n for x, n in zip(total, targets, strict=True)]
+
+
+@pytest.mark.parametrize("mode", ["cached", "online"])
+@pytest.mark.parametrize("kind", ["next-token", "mtp"])
+def test_the_reference_stands_beside_the_model(
+    run, rho1, mtp_reference, responses, base_config, caplog, kind, mode
+):
+    """Held-out loss per head of both, at the start and in summary.json, and what it means."""
+    caplog.set_level("INFO")
+    own = rho1 if kind == "next-token" else mtp_reference
+    own = OmegaConf.merge(own, responses, {"max_steps": 1, "reference": {"mode": mode}})
+    folder, summary = run(own)
+    known, cfg = summary["reference"], OmegaConf.merge(base_config, own)
+    assert json.loads((folder / "summary.json").read_text())["reference"] == known
+    assert known["kind"] == kind
+    assert known["heads"] == {"next-token": 1, "mtp": 4}[kind]
+    plain = plain_heldout(cfg, own.reference.checkpointer.checkpoint_dir, K=4)
+    assert known["heldout_loss"] == pytest.approx(plain, rel=1e-5)
+    assert known["model_heldout_loss"] == summary["heldout_loss"]["base"]
+    if kind == "next-token":
+        start = plain_heldout(cfg, cfg.checkpointer.checkpoint_dir, K=4)
+        assert known["model_heldout_loss"] == pytest.approx(start, rel=1e-5)
+
+    said = [r.getMessage() for r in caplog.records]
+    (table,) = (text for text in said if text.startswith("Held-out loss per head before training"))
+    heads, *lines = table.splitlines()[1:]
+    assert heads.split() == ["head", "0", "head", "1", "head", "2", "head", "3"]
+    for line, name, key in zip(
+        lines, ("reference", "model"), ("heldout_loss", "model_heldout_loss"), strict=True
+    ):
+        assert line.split() == [name, *(f"{loss:.3f}" for loss in known[key])]
+    before_training = [i for i, text in enumerate(said) if text.startswith("The data are")]
+    assert said.index(table) > before_training[0]
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    warned = [text for text in warned if "of the reference is not below" in text]
+    notes = [text for text in said if "tells heads 1 to 3 to learn what they cannot know" in text]
+    if kind == "mtp":
+        assert known["not_below"] == [2]
+        assert [text[:6] for text in warned] == ["Head 2"]
+        assert notes == []
+    else:
+        assert warned == []
+        assert len(notes) == 1
+
+
+def test_a_run_without_reference_has_none_to_compare(run, uniform, rho1, caplog):
+    caplog.set_level("INFO")
+    _, summary = run(rho1 | {"weighting": {"name": "uniform"}, "max_steps": 1})
+    assert "reference" not in summary
+    assert "reference" not in uniform[1]
+    assert "before training" not in caplog.text
+
+
+def test_a_finished_run_keeps_the_comparison(run, rho1, rho1_run, tmp_path):
+    """Complete, or killed before its summary: the figures are those of the start."""
+    folder = shutil.copytree(rho1_run[0], tmp_path / "run")
+    again = {"resume_from_checkpoint": True}
+    assert run(rho1 | again, folder)[1]["reference"] == rho1_run[1]["reference"]
+    (folder / "summary.json").unlink()
+    _, summary = run(rho1 | again, folder)
+    assert summary["reference"] == rho1_run[1]["reference"]
+    written = json.loads((folder / "summary.json").read_text())
+    assert written["reference"] == rho1_run[1]["reference"]
+
+
+@pytest.mark.parametrize("name", ["random_topk", "shuffled", "dft", "top_loss", "oracle"])
 def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
     short = {"weighting": {"name": name}, "max_steps": 2, "num_warmup_steps": 1}
     folder, summary = run(OmegaConf.merge(rho1, short))
@@ -359,6 +481,10 @@ def test_every_control_runs_and_keeps_the_mean_weight_at_one(run, rho1, name):
     assert [line[f"weight_mean_head_{k}"] for k in range(4)] == pytest.approx([1.0] * 4, abs=1e-4)
     assert line["ess"] < 1
     assert name in summary["heldout_loss"]
+    share = summary["corrupted_share"]
+    assert 0 < share["data"] < 1
+    assert (share["selected"] == 0) == (name == "oracle")
+    assert ("reference" in summary) == (name == "shuffled")  # which permutes real scores
 
 
 def test_clipping_schedule_and_decay_reach_the_update(run, uniform):
@@ -690,16 +816,24 @@ def test_a_loss_spike_is_written_down(run, recipe, monkeypatch):
 
 
 def test_an_online_reference_that_gives_no_number(run, recipe, rho1, monkeypatch):
-    original = references.reference_losses
+    """On held-out text it is found before training, else in the step."""
+    original, start = references.reference_losses, Run.start_steps
+    online = OmegaConf.merge(rho1, {"reference": {"mode": "online"}})
 
     def broken(model, tokens_BT, doc_BT, **inputs):
         q_BT = original(model, tokens_BT, doc_BT, **inputs)
         q_BT[0, 5] = torch.inf
         return q_BT
 
-    monkeypatch.setattr(references, "reference_losses", broken)
+    def break_then_start(self):
+        monkeypatch.setattr(references, "reference_losses", broken)
+        start(self)
+
+    monkeypatch.setattr(Run, "start_steps", break_then_start)
     with pytest.raises(SystemExit, match="TrainingError: the reference loss is inf in step 1"):
-        run(OmegaConf.merge(rho1, {"reference": {"mode": "online"}}))
+        run(online)
+    with pytest.raises(SystemExit, match=r"TrainingError: the held-out .* of the reference .*inf"):
+        run(online)
 
 
 def test_heldout_text_too_short_for_the_heads(run, tmp_path):
@@ -734,6 +868,117 @@ def test_a_finished_comparison_is_not_made_again(main, recipe, tmp_path, monkeyp
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == first
     _, one, two = capsys.readouterr().out.split("Held-out loss per head")
     assert one.split() == two.split()
+
+
+def test_controls_under_overrides_stand_everywhere_under_their_names(
+    main, recipe, rho1, reference, tmp_path, monkeypatch, capsys
+):
+    """Another number of steps, another reference; then one of them changes."""
+    drawn = []
+    monkeypatch.setattr(recipe, "plot_curves", lambda by, png: drawn.append([*by]))
+    sets = {
+        "uniform": {"max_steps": 4},
+        "own_reference": {
+            "reference.checkpointer.checkpoint_dir": str(reference[0] / "best"),
+            "reference.table_dir": str(tmp_path / "scores"),
+        },
+    }
+    overrides = rho1 | {
+        "output_dir": str(tmp_path / "out"),
+        "controls": sets,
+        "max_steps": 2,
+        "resume_from_checkpoint": True,
+    }
+    main(overrides)
+    names = ["uniform", "own_reference", "rho1"]
+    first = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(first["heldout_loss"]) == ["base", *names]
+    assert first["steps"] == 2
+    longer = {"weighting.name": "uniform", "max_steps": 4}
+    assert first["controls"] == {"uniform": longer, "own_reference": sets["own_reference"]}
+    assert drawn == [names[:1], names[:2], names]
+    folder = tmp_path / "out" / "controls"
+    found = OmegaConf.load(folder / "uniform" / "config.yaml")
+    assert (found.max_steps, found.weighting.name) == (4, "uniform")
+    assert found.control == {"name": "uniform", "overrides": longer}
+    assert metrics_of(folder / "uniform")[-1]["step"] == 4
+    assert metrics_of(folder / "own_reference")[0] == metrics_of(tmp_path / "out")[0]  # one start
+    assert (tmp_path / "scores").exists()
+    out = capsys.readouterr().out
+    assert re.search(r"uniform .* weighting.name=uniform  max_steps=4$", out, re.MULTILINE)
+
+    setup, made = recipe.Rho1WMTPRecipeDistributed.setup, []
+    noting = lambda self: (made.append(self._cfg.output_dir), setup(self))  # noqa: E731
+    monkeypatch.setattr(recipe.Rho1WMTPRecipeDistributed, "setup", noting)
+    main(overrides)
+    assert made == []
+    longer = {"uniform": {"max_steps": 5}}
+    main(overrides | {"controls": sets | longer})  # goes on; the run has another picture
+    assert made == [str(folder / "uniform"), str(tmp_path / "out")]
+    assert metrics_of(folder / "uniform")[-1]["step"] == 5
+    other = {"uniform": {"max_steps": 5, "optimizer.lr": 0.1}}
+    with pytest.raises(SystemExit, match=r"another config \(optimizer.lr was 0.003 and is 0.1\)"):
+        main(overrides | {"controls": sets | other})
+
+
+def test_an_oracle_without_marks_is_refused_before_the_runs_before_it(
+    main, run, base_config, tmp_path
+):
+    rows = [json.loads(line) for line in Path(base_config.dataset.source).read_text().splitlines()]
+    message = "ValueError: weighting oracle needs rows with a `noise` field.*no row of dataset has"
+    for name, noise in {"none": {}, "empty": {"noise": []}}.items():
+        texts = [{"text": row["text"]} | noise for row in rows]
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in texts))
+        changes = {"dataset": {"source": str(source)}, "output_dir": str(tmp_path / name)}
+        with pytest.raises(SystemExit, match=message):
+            main(changes | {"controls": ["uniform", "oracle"]})
+        assert not (tmp_path / name / "controls").exists()
+    with pytest.raises(SystemExit, match=message):
+        run(changes | {"weighting": {"name": "oracle"}})
+    with pytest.raises(SystemExit, match="none there"):
+        main({"controls": ["dft", {"a": {"dataset.source": "none there"}}]})
+
+
+def test_a_control_that_cannot_be_is_refused_before_anything_is_built(recipe, base_config, rho1):
+    other = {"reference.checkpointer.checkpoint_dir": "elsewhere"}
+    online = {"reference.mode": "online"}
+    for sets, message in (
+        ({"a": {"max_stps": 3}}, r"^controls\.a\.max_stps: unknown key \(did you mean 'max_steps'"),
+        (
+            {"a": {"weighting.rato": 3}},
+            r"^controls\.a\.weighting\.rato: unknown key \(did you mean 'ra",
+        ),
+        ({"a": {"weighting.ratio": 3}}, r"^controls\.a\.weighting\.ratio must be above 0"),
+        ({"a": {"max_steps": 0}}, r"^controls\.a\.max_steps: must be at least 1, got 0"),
+        ({"a": {"weighting": None}}, r"^controls\.a\.weighting: must be a block of keys, got null"),
+        ({"a": {"optimizer.betas.x": 1}}, r"^controls\.a\.optimizer\.betas: must be"),
+        (
+            {"a": {"reference": None}},
+            r"^controls\.a\.reference: missing, the weighting 'rho1' needs",
+        ),
+        ({"unifrom": None}, r"^controls\.unifrom\.weighting\.name 'unifrom' is not one of"),
+        ({"critic": {"max_steps": 3}, "b": {"sed": 3}}, r"^controls\.b\.sed: unknown key"),
+        (
+            {"a": {"max_steps": 0}, "b": {"sed": 3}},
+            r"^2 errors\n  controls\.a\..*\n  controls\.b\.",
+        ),
+        ({"a": {"max_steps": "???"}}, r"^controls\.a\.max_steps: must be given a value"),
+        ({"a": {"seed": 3}}, r"^controls\.a\.seed: no control may change it"),
+        ({3: None}, r"^controls\.3: a key must be text"),
+        (3, r"^controls: must be a list or a block of keys, got 3"),
+        (
+            {"a": other},
+            r"^controls\.a\.reference\.table_dir: .* is another run's as well, with anoth",
+        ),
+        (
+            {"a": {"dataset.source": "x"}, "b": other | online},
+            r"^controls\.a\.reference\.table_dir",
+        ),
+    ):
+        check_error(recipe, base_config, rho1 | {"controls": sets}, message)
+    fine = {"a": other | online, "b": other | {"reference.table_dir": "x"}, "c": {"max_steps": 3}}
+    recipe.check(OmegaConf.merge(base_config, rho1, {"controls": fine | {"uniform": other}}))
 
 
 def test_what_fails_before_the_run_is_one_sentence(main, tmp_path):

@@ -66,6 +66,8 @@ def test_quickstart_tells_what_it_found_and_where_everything_is(quickstart):
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary["heldout_loss"]) == ["base", "uniform", "random_topk", "rho1"]
     assert {"steps", "seconds", "corrupted_share"} <= summary.keys()
+    beside = summary["reference"]
+    assert (beside["heads"], len(beside["heldout_loss"])) == (4, 4)
     for losses in summary["heldout_loss"].values():
         assert all(f"{loss:.3f}" in done.stdout for loss in losses)
     for what in (folder / "best", folder / "curves.png", folder / "summary.json"):
@@ -90,9 +92,10 @@ def test_a_forked_start_equals_a_real_one(quickstart, forks, tiny_quickstarts, t
     assert names - more == {path.name for path in (tmp_path / "out").iterdir()} - more
 
 
+@pytest.mark.nightly  # tests/golden holds both recipes on two ranks to mathematics that know none
 def test_two_ranks_equal_one_process(quickstart, forks, tiny_quickstarts, tmp_path):
     """Same joint micro-batch, shared by two ranks or not: same losses, same weights."""
-    lines = {}
+    lines, beside = {}, {}
     for ranks, batch_size in ((2, 2), (None, 4)):
         folder = tmp_path / f"ranks_{ranks}"
         config = tiny_quickstarts.config(
@@ -102,6 +105,9 @@ def test_two_ranks_equal_one_process(quickstart, forks, tiny_quickstarts, tmp_pa
         done = forks.run(command, ranks=ranks)
         assert done.returncode == 0, done.stderr[-4000:]
         lines[ranks] = figures_of(folder)
+        beside[ranks] = json.loads((folder / "summary.json").read_text())["reference"]
+    for key in ("heldout_loss", "model_heldout_loss"):
+        assert beside[2][key] == pytest.approx(beside[None][key], rel=1e-6)
     assert len(lines[2]) == len(lines[None]) >= 4
     for two, one in zip(lines[2], lines[None], strict=True):
         assert two == pytest.approx(one, rel=1e-4, abs=1e-6)

@@ -38,6 +38,19 @@ def test_every_panel_says_what_it_shows(metrics):
         assert drawn == {"uniform", "rho1"}
 
 
+def test_many_runs_of_long_names_are_told_apart_inside_the_picture(metrics):
+    lines = curves._read(metrics["rho1"])
+    figure = curves._curves({f"another_{i}_{'n' * 30}": lines for i in range(16)})
+    (legend,) = figure.legends
+    figure.canvas.draw()
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert box.x0 >= 0
+    assert box.x1 <= whole.x1
+    drawn = figure.subfigs[0].axes[0].get_lines()
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn}
+    assert len(looks) == 16
+
+
 def test_the_picture_is_written(metrics, tmp_path):
     plot_curves(metrics, tmp_path / "new" / "curves.png")
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")

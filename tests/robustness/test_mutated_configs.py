@@ -17,7 +17,7 @@ from wmtp_modules.run.stopping import StopRequests
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("configs/**/*.yaml"))
 OF_SHIPPED, OF_SMALL = 180, 120
-MOST_RUNS = 20
+MOST_RUNS = 8
 
 
 def import_recipe(name: str):

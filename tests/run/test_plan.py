@@ -9,10 +9,11 @@ from omegaconf import OmegaConf
 
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.files import alone_in
+from wmtp_modules.run.controls import name_of, runs_of
 from wmtp_modules.run.plan import (
-    control_runs,
     finished,
     in_turn,
+    print_losses,
     required_runs,
     run_all,
     write_summary,
@@ -76,21 +77,6 @@ def test_a_summary_is_json_that_every_reader_takes(tmp_path):
     assert json.loads((tmp_path / "new" / "summary.json").read_text()) == {"loss": [1.5]}
 
 
-def test_controls_are_the_config_under_other_weightings():
-    """Each once, and not the run itself, which a user may have set to one of them."""
-    cfg = OmegaConf.create(
-        {
-            "output_dir": "out",
-            "weighting": {"name": "uniform", "ratio": 0.5},
-            "controls": ["uniform", "random_topk", "dft", "dft"],
-        }
-    )
-    runs = list(control_runs(cfg))
-    assert [run.weighting.name for run in runs] == ["random_topk", "dft"]
-    assert [run.output_dir for run in runs] == ["out/controls/random_topk", "out/controls/dft"]
-    assert all(run.weighting.ratio == 0.5 for run in runs)
-
-
 def test_a_required_run_is_made_by_one_and_waited_for_by_the_other(tmp_path, children, capfd):
     def make(name):
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -110,8 +96,8 @@ def test_a_required_run_is_made_by_one_and_waited_for_by_the_other(tmp_path, chi
 
 def test_runs_of_one_config_do_not_wait_for_themselves(tmp_path, gloo_group):
     """The controls lie in the folder of the run, which holds its lock."""
-    cfg = OmegaConf.create({"output_dir": str(tmp_path), "weighting": {"name": "rho1"}})
-    runs = [*control_runs(OmegaConf.merge(cfg, {"controls": ["uniform"]})), cfg]
+    cfg = {"output_dir": str(tmp_path), "weighting": {"name": "rho1"}, "controls": ["uniform"]}
+    runs = runs_of(OmegaConf.create(cfg), ["rho1", "uniform"])
 
     def run(one, beside):
         Path(one.output_dir, "ran").touch()
@@ -121,3 +107,60 @@ def test_runs_of_one_config_do_not_wait_for_themselves(tmp_path, gloo_group):
         assert run_all(runs, run)["seconds"] == 2.0
     assert len(list(tmp_path.rglob("ran"))) == 2
     assert not list(tmp_path.rglob(".lock"))
+
+
+def test_each_run_stands_in_figures_under_its_name_with_what_it_changes(
+    tmp_path, gloo_group, capsys
+):
+    """Two of them have one weighting; what an earlier list of controls had is left out."""
+    cfg = OmegaConf.create(
+        {
+            "output_dir": str(tmp_path),
+            "weighting": {"name": "rho1"},
+            "max_steps": 8,
+            "controls": {"uniform": None, "much_longer_uniform": {"max_steps": 16}},
+        }
+    )
+    cfg.controls.much_longer_uniform["weighting.name"] = "uniform"
+    losses = {"uniform": [3.0], "much_longer_uniform": [2.0], "rho1": [1.0]}
+    beside_of = {}
+
+    def run(one, beside):
+        name = name_of(one)
+        beside_of[name] = dict(beside)
+        own = {"base": [4.0], name: losses[name], "gone": [0.0]}
+        return {
+            "heldout_loss": own,
+            "seconds": 1.0,
+            "steps": one.max_steps,
+            "controls": {"gone": {}},
+        }
+
+    summary = run_all(runs_of(cfg, ["rho1", "uniform"]), run)
+    assert summary["heldout_loss"] == {"base": [4.0]} | losses
+    assert summary["controls"] == {
+        "uniform": {"weighting.name": "uniform"},
+        "much_longer_uniform": {"max_steps": 16, "weighting.name": "uniform"},
+    }
+    metrics = {name: tmp_path / "controls" / name / "metrics.jsonl" for name in losses}
+    metrics.pop("rho1")
+    assert beside_of["rho1"] == metrics
+    print_losses(summary)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split() for line in lines] == [
+        ["head", "0", "mean"],
+        ["base", "4.000", "4.000"],
+        ["uniform", "3.000", "3.000"],
+        ["much_longer_uniform", "2.000", "2.000", "max_steps=16", "weighting.name=uniform"],
+        ["rho1", "1.000", "1.000"],
+    ]
+    assert len({line.index(".") for line in lines[1:]}) == 1  # in columns
+
+
+def test_a_finished_control_does_not_mind_what_stands_beside_it(tmp_path):
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "controls": ["a", "b"], "x": 1})
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    write_summary(tmp_path, {"steps": 1})
+    assert finished(OmegaConf.merge(cfg, {"controls": None}))
+    assert not finished(OmegaConf.merge(cfg, {"controls": ["a"]}))  # its picture shows them
+    assert not finished(OmegaConf.merge(cfg, {"controls": None, "x": 2}))

@@ -9,7 +9,14 @@ from torchtune.modules.attention_utils import packed_block_causal_mask
 from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.loss.mtp_loss import mtp_labels
 from wmtp_modules.models import mtp_llama2
-from wmtp_modules.scoring.reference import align_reference, reference_losses, score_rows
+from wmtp_modules.scoring.reference import (
+    align_reference,
+    beside_model,
+    packed_losses,
+    reference_losses,
+    said_of,
+    score_rows,
+)
 from wmtp_modules.scoring.score_table import ScoreTable, compute_scores
 from wmtp_modules.weighting.rho1 import excess_scores
 from wmtp_modules.weighting.token_weighting import TokenWeighting
@@ -171,6 +178,46 @@ def test_a_target_without_reference_is_refused():
     mask_BTK[0, 1] = True
     with pytest.raises(ValueError, match="1 supervised targets of the batch have no reference"):
         align_reference(q_BT, 1, mask_BTK)
+
+
+@pytest.mark.parametrize("row_ids", ROW_IDS, ids=str)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_packed_losses_are_those_of_each_heads_targets(tmp_path, tiny_model_args, heads, row_ids):
+    """For a model of three heads: its labels, the table's losses, and 0 without a target."""
+    model, rows = make_model(tiny_model_args, n_future_tokens=heads), make_rows()
+    batch = packed(rows, row_ids, table_of(tmp_path, model, rows, "x"))
+    losses_BTK, labels_BTK = packed_losses(model, batch, 3)
+    expected_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], 3)
+    assert torch.equal(labels_BTK, expected_BTK)
+    mask_BTK = expected_BTK != -100
+    assert mask_BTK.any()
+    assert not mask_BTK.all()
+    assert (losses_BTK[~mask_BTK] == 0).all()
+    at = align_reference(batch["reference"], 3, mask_BTK)[mask_BTK]
+    torch.testing.assert_close(losses_BTK[mask_BTK], at)
+
+
+def test_what_is_said_of_a_reference_beside_the_model():
+    """An equal head is not below. A next-token reference has a note where there are later heads."""
+    model_K = [2.0, 3.0, 4.0]
+    beside = beside_model(4, [1.9, 3.0, 4.5], model_K)
+    assert (beside["kind"], beside["heads"], beside["not_below"]) == ("mtp", 4, [1, 2])
+    (_, table), *warnings = said_of(beside)
+    assert [line.split()[1:] for line in table.splitlines()[2:]] == [
+        ["1.900", "3.000", "4.500"],
+        ["2.000", "3.000", "4.000"],
+    ]
+    assert [(level, text[:6]) for level, text in warnings] == [(30, "Head 1"), (30, "Head 2")]
+    assert all("train it longer or on cleaner data" in text for _, text in warnings)
+    assert len(said_of(beside_model(4, [1.9, 2.9, 3.9], model_K))) == 1
+
+    beside = beside_model(1, [2.5, 2.5, 2.5], model_K)
+    assert (beside["kind"], beside["heads"], beside["not_below"]) == ("next-token", 1, [0])
+    _, (level, note) = said_of(beside)
+    assert level == 20
+    assert "tells heads 1 to 2 to learn what they cannot know; one of 3 heads" in note
+    assert "tells head 1 to" in said_of(beside_model(1, [2.5, 2.5], model_K[:2]))[1][1]
+    assert len(said_of(beside_model(1, [2.5], model_K[:1]))) == 1
 
 
 def test_a_broken_reference_is_refused(next_token_args):

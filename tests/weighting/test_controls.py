@@ -1,9 +1,10 @@
 """The controls differ from Rho-1 in one thing only."""
 
+import pytest
 import torch
 
 from wmtp_modules.weighting.calibrate import calibrate
-from wmtp_modules.weighting.controls import dft_weights, random_keys, shuffle_scores
+from wmtp_modules.weighting.controls import dft_weights, oracle_weights, random_keys, shuffle_scores
 
 
 def keys(step=0, seed=0, B=3, T=40):
@@ -78,3 +79,24 @@ def test_dft_weights_where_no_probability_fits_a_float():
     expected_BTK = dft_weights(losses_BTK - 800, mask_BTK, 0.0, 100.0)
     torch.testing.assert_close(weights_BTK, expected_BTK)
     assert weights_BTK[0, 0] > 2 * weights_BTK[0, 1] > weights_BTK[0, 2]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.95])
+def test_an_oracle_gives_marked_targets_nothing_and_all_others_the_same(packed_case, share):
+    """At 95 % they weigh 20, far above the bounds of a weighting by scores."""
+    _, mask_BTK, _ = packed_case(B=8)
+    generator = torch.Generator().manual_seed(1)
+    marks_BTK = torch.rand(mask_BTK.shape, generator=generator) < share
+    weights_BTK = oracle_weights(marks_BTK, mask_BTK)
+    n_K = mask_BTK.sum((0, 1))
+    clean_K = (mask_BTK & ~marks_BTK).sum((0, 1))
+    expected_BTK = (n_K / clean_K) * (mask_BTK & ~marks_BTK)
+    torch.testing.assert_close(weights_BTK, expected_BTK, rtol=1e-6, atol=0)
+
+
+def test_an_oracle_of_a_head_whose_targets_are_all_marked_is_uniform(packed_case):
+    _, mask_BTK, _ = packed_case()
+    marks_BTK = torch.zeros_like(mask_BTK)
+    marks_BTK[..., 2] = True
+    weights_BTK = oracle_weights(marks_BTK, mask_BTK)
+    assert torch.equal(weights_BTK, mask_BTK.float())

@@ -106,6 +106,22 @@ def test_shuffled_selects_as_many_in_other_places(inputs):
     assert not torch.equal(real_BTK, shuffled_BTK)
 
 
+def test_an_oracle_reads_the_mark_of_the_token_that_a_head_predicts(inputs):
+    _, mask_BTK, doc_BT, _ = inputs
+    marks_BT = torch.rand(doc_BT.shape, generator=torch.Generator().manual_seed(3)) < 0.4
+    weighting = TokenWeighting("oracle", w_max=1.1, ratio=0.1)
+    assert weighting.needs_marks
+    assert not weighting.needs_losses  # they are known before the forward
+    weights_BTK, _ = weighting(None, mask_BTK, doc_BT, marks_BT, step=0)
+    for b, t, k in mask_BTK.nonzero().tolist():
+        assert (weights_BTK[b, t, k] == 0) == marks_BT[b, t + k + 1]
+    for k in range(4):
+        clean_N = weights_BTK[..., k][weights_BTK[..., k] > 0]
+        assert (
+            clean_N.min() == clean_N.max() == pytest.approx(mask_BTK[..., k].sum() / len(clean_N))
+        )
+
+
 def test_stats_by_hand():
     weights_BTK = torch.tensor([2.0, 2.0, 0.0, 0.0, 5.0, 0.0]).view(1, 6, 1)
     mask_BTK = torch.tensor([1, 1, 1, 1, 0, 0]).bool().view(1, 6, 1)
@@ -148,7 +164,9 @@ def test_wrong_arguments_are_refused(arguments, message):
         TokenWeighting(**arguments)
 
 
-@pytest.mark.parametrize(("name", "what"), [("rho1", "scores"), ("dft", "losses")])
+@pytest.mark.parametrize(
+    ("name", "what"), [("rho1", "scores"), ("oracle", "scores"), ("dft", "losses")]
+)
 def test_missing_inputs_are_refused(name, what, inputs):
     losses_BTK, mask_BTK, doc_BT, _ = inputs
     with pytest.raises(ValueError, match=f"weighting '{name}' needs {what}"):

@@ -42,5 +42,6 @@ TRAINING_KEYS = {
     "assets_dir": Optional(str),
     "prepare": Optional(Component()),
     "requires": Optional(list[str]),
-    "controls": Optional(list[str]),
+    "controls": Optional(list | dict),  # see run/controls.py
+    "control": Optional({"name": str, "overrides": dict}),  # in the config of a control
 }

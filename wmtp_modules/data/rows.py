@@ -93,6 +93,11 @@ def rows_dataset(
     )
 
 
+def has_marks(rows: datasets.Dataset) -> bool:
+    """Whether a token of any row is marked as noise."""
+    return "noise" in rows.column_names and any(any(row) for row in rows["noise"])
+
+
 def build_rows(
     tokenizer: Llama2Tokenizer,
     *,

@@ -50,8 +50,13 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour and marker of a line."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    """Colour and marker of a line, dashed where both are taken already."""
+    turn, place = divmod(index, len(COLOURS))
+    return {
+        "color": COLOURS[place],
+        "marker": MARKERS[place],
+        "linestyle": ("-", "--", ":")[turn % 3],
+    }
 
 
 def _finish(axis: "Axes") -> None:
@@ -86,7 +91,9 @@ def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
             axis.set(title=f"Held-out loss, head {k}", xlabel="optimizer step")
         small[0].set_ylabel("loss (nats per token)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
+    inches = 0.7 + 0.08 * max(map(len, labels))  # of an entry
+    columns = int(min(len(labels), 6, max(1, figure.get_figwidth() // inches)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
     return figure
 
 

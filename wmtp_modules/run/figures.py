@@ -6,7 +6,7 @@ Shapes: B packed rows of a rank's micro-batch, T positions, K heads.
 import math
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -42,10 +42,19 @@ def token_losses(model: MTPTransformer, batch: dict) -> tuple[torch.Tensor, torc
 
 
 @torch.no_grad()
-def heldout_losses(model: MTPTransformer, batches: Iterable[dict]) -> list[float]:
+def heldout_losses(
+    model: MTPTransformer,
+    batches: Iterable[dict],
+    losses_of: Callable[[MTPTransformer, dict], tuple[torch.Tensor, torch.Tensor]] = token_losses,
+    whose: str = "the heads",
+) -> list[float]:
     """Unweighted loss of each head over all batches of all ranks, equal on all ranks.
 
     Every rank has as many batches. The model is left in the mode it was in.
+
+    Args:
+        losses_of: gives (losses_BTK, labels_BTK); a loss is 0 where there is no target.
+        whose: losses they are, for an error.
 
     Returns:
         K losses in nats per token.
@@ -57,7 +66,7 @@ def heldout_losses(model: MTPTransformer, batches: Iterable[dict]) -> list[float
     model.eval()
     sums = []
     for batch in batches:
-        losses_BTK, labels_BTK = token_losses(model, batch)
+        losses_BTK, labels_BTK = losses_of(model, batch)
         n_K = (labels_BTK != IGNORE_INDEX).sum((0, 1))
         sums.append(torch.stack([losses_BTK.double().sum((0, 1)), n_K.double()]))
     model.train(was_training)
@@ -71,7 +80,7 @@ def heldout_losses(model: MTPTransformer, batches: Iterable[dict]) -> list[float
     losses = (sums_2K[0] / sums_2K[1]).tolist()
     if not all(map(math.isfinite, losses)):
         raise TrainingError(
-            f"the held-out losses of the heads are {losses}: check the checkpoint and the dtype"
+            f"the held-out losses of {whose} are {losses}: check the checkpoint and the dtype"
         )
     return losses
 

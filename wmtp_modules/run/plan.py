@@ -1,4 +1,4 @@
-"""The runs that one config asks for: required ones, controls, and the table of their figures."""
+"""The runs that one config asks for: required ones, then its own in turn, and their table."""
 
 import json
 import time
@@ -15,6 +15,7 @@ from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.file import load_config, merged
 from wmtp_modules.files import alone_in, new_file
 from wmtp_modules.parallel.process_group import patient_barrier
+from wmtp_modules.run.controls import name_of, overrides_of
 from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.run.out_of_memory import explain_out_of_memory
 from wmtp_modules.run.resume import check_not_begun, kept
@@ -35,15 +36,6 @@ def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[
         runs.append(merged(required, inherited, {"resume_from_checkpoint": True}))
         check(runs[-1])
     return runs
-
-
-def control_runs(cfg: DictConfig) -> Iterator[DictConfig]:
-    """This config under each other weighting that ``controls`` names: same data, same steps."""
-    for name in dict.fromkeys(cfg.get("controls") or []):
-        if name == cfg.weighting.name:
-            continue  # the run itself
-        output_dir = str(Path(cfg.output_dir) / "controls" / name)
-        yield merged(cfg, {"weighting": {"name": name}, "output_dir": output_dir})
 
 
 @contextmanager
@@ -104,16 +96,22 @@ def run_all(runs: list[DictConfig], run: Callable[[DictConfig, dict[str, Path]],
     ``run`` makes one, given the metrics files of those before, and returns its summary.
 
     Returns:
-        The last one's summary with the held-out losses of all and the seconds that all took.
+        The last one's summary with the held-out losses of all by their names, what each control
+        changes, and the seconds that all took.
     """
     summary, heldout, seconds, metrics = {}, {}, 0.0, {}
     for cfg in runs:
         with in_turn(cfg.output_dir):
             summary = run(cfg, metrics)
-        heldout |= summary["heldout_loss"]
+        # A run that was there may know controls that are no more.
+        its_own, losses = ("base", name_of(cfg)), summary["heldout_loss"]
+        heldout |= {name: loss_K for name, loss_K in losses.items() if name in its_own}
         seconds += summary.get("run_seconds", summary["seconds"])
-        metrics[cfg.weighting.name] = Path(cfg.output_dir) / "metrics.jsonl"
-    return summary | {"heldout_loss": heldout, "seconds": round(seconds, 1)}
+        metrics[name_of(cfg)] = Path(cfg.output_dir) / "metrics.jsonl"
+    changes = {name_of(cfg): overrides_of(cfg) for cfg in runs[:-1]}
+    summary = {key: value for key, value in summary.items() if key != "controls"}
+    more = {"controls": changes} if changes else {}
+    return summary | {"heldout_loss": heldout, "seconds": round(seconds, 1)} | more
 
 
 def write_summary(output_dir: Path, summary: dict) -> None:
@@ -130,6 +128,8 @@ def finished(cfg: DictConfig) -> dict | None:
     if not all(file.exists() for file in files):
         return None
     same = {"resume_from_checkpoint": None}
+    if not cfg.get("controls"):  # what a control's run had beside it is of no matter to it
+        same["controls"] = None
     if kept(load_config(files[0])) | same != kept(cfg) | same:
         return None
     return json.loads(files[1].read_text())
@@ -145,14 +145,21 @@ def finished_run(config_file: str, **inherited: str) -> Path | None:
     return None if finished(cfg) is None else Path(cfg.output_dir)
 
 
-def print_losses(losses: dict[str, list[float]], steps: int) -> None:
-    """Print K held-out losses of every run by name, as a table; ``base`` is before training."""
-    K = len(losses["base"])
-    print(f"\nHeld-out loss per head after {steps} steps (base: before)")
-    print(" " * 14 + "".join(f"head {k}  " for k in range(K)) + "mean")
+def print_losses(summary: dict) -> None:
+    """Print K held-out losses of every run by name, as a table; ``base`` is before training.
+
+    What a control changes besides the weighting that gives it its name stands behind its losses.
+    """
+    losses, changes = summary["heldout_loss"], summary.get("controls", {})
+    K, width = len(losses["base"]), max(12, *map(len, losses))
+    print(f"\nHeld-out loss per head after {summary['steps']} steps (base: before)")
+    print(" " * (width + 2) + "".join(f"head {k}  " for k in range(K)) + "mean")
     for name, loss_K in losses.items():
         cells = "".join(f"{loss:6.3f}  " for loss in loss_K)
-        print(f"  {name:12}{cells}{sum(loss_K) / K:6.3f}")
+        told = changes.get(name, {})
+        told = {} if told == {"weighting.name": name} else told
+        after = "".join(f"  {key}={value}" for key, value in told.items())
+        print(f"  {name:{width}}{cells}{sum(loss_K) / K:6.3f}{after}")
 
 
 def print_places(output_dir: Path, summary: dict) -> None:

@@ -24,6 +24,7 @@ from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.run import resume
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
+from wmtp_modules.run.controls import name_of
 from wmtp_modules.run.figures import (
     Share,
     Sums,
@@ -216,14 +217,19 @@ class Run:
     def start_steps(self) -> None:
         """Held-out loss before training, progress bar and profiler."""
         cfg = self._cfg
-        if "base" not in self.heldout:
-            self.heldout["base"] = self._heldout_losses()
+        self.base_losses()
         if cfg.profiler.get("enabled"):
             self._profiler, _ = training.setup_torch_profiler(**cfg.profiler)
         self._profiler.start()
-        name, shown = cfg.weighting.name, self.rank == 0
+        name, shown = name_of(cfg), self.rank == 0
         self._bar = progress_bar(total=cfg.max_steps, initial=self.step, desc=name, shown=shown)
         self._throughput = Throughput()
+
+    def base_losses(self) -> list[float]:
+        """Held-out loss of each head before training, computed once, resumed or not."""
+        if "base" not in self.heldout:
+            self.heldout["base"] = self._heldout_losses()
+        return self.heldout["base"]
 
     def _epoch_dataloader(self):
         self._dataset.set_epoch(self._epoch)
@@ -400,7 +406,7 @@ class Run:
 
     def summary(self) -> dict:
         """Held-out loss per head before and after, and where the logger has the run."""
-        losses = {"base": self.heldout["base"], self._cfg.weighting.name: self.heldout["last"]}
+        losses = {"base": self.heldout["base"], name_of(self._cfg): self.heldout["last"]}
         summary: dict = {"steps": self.step, "heldout_loss": losses}
         if (clipped := self._clipped.in_all()) is not None:
             summary["clipped_share"] = clipped

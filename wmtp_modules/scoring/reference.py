@@ -2,11 +2,12 @@
 
 Shapes: B batch, T positions, K heads. Head k at position t predicts token u = t + k + 1.
 
-A next-token reference gives one loss per token, stored at the predicted token and shared by every
-head that predicts it: r[b, t, k] = q[b, t + k + 1]. An MTP reference gives each head's own loss,
-stored at the predicting position.
+An MTP reference gives each head's own loss, stored at the predicting position. A next-token
+reference gives one loss per token, stored at the predicted token and shared by every head that
+predicts it: r[b, t, k] = q[b, t + k + 1]. It knows tokens that heads above 0 cannot.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torchtune.modules.attention_utils import _MaskType, packed_block_causal_mask
 
 from wmtp_modules.checkpoints.read import check_same_vocabulary, load_into, model_args_from_folder
 from wmtp_modules.data.packing import pad_rows
@@ -115,7 +117,7 @@ def reference_losses(
     tokens_BT: torch.Tensor,
     doc_BT: torch.Tensor,
     *,
-    mask: torch.Tensor | None = None,
+    mask: _MaskType | None = None,
     input_pos: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Losses of a reference on every token, supervised or not.
@@ -172,6 +174,61 @@ def align_reference(
             "to other rows, so score this data set again"
         )
     return reference_BTK
+
+
+def packed_losses(
+    model: MTPTransformer, batch: dict, n_future_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(reference_BTK, labels_BTK) of a packed micro-batch, for the heads of the training model.
+
+    The reference's loss is 0 where the head has no target.
+    """
+    labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], n_future_tokens)
+    mask, input_pos = packed_block_causal_mask(batch["seq_lens"]), batch["input_pos"]
+    reference = reference_losses(
+        model, batch["tokens"], batch["doc"], mask=mask, input_pos=input_pos
+    )
+    reference_BTK = align_reference(reference, n_future_tokens)
+    return torch.where(labels_BTK == IGNORE_INDEX, 0, reference_BTK), labels_BTK
+
+
+def beside_model(n_heads: int, reference_K: list[float], model_K: list[float]) -> dict:
+    """Held-out losses of a reference with ``n_heads`` heads beside the model's, for summary.json.
+
+    Both are means over each head's own targets, of a next-token reference too. ``not_below`` are
+    the heads whose targets the reference does not know better.
+    """
+    pairs = enumerate(zip(reference_K, model_K, strict=True))
+    return {
+        "heads": n_heads,
+        "kind": "next-token" if n_heads == 1 else "mtp",
+        "heldout_loss": reference_K,
+        "model_heldout_loss": model_K,
+        "not_below": [k for k, (reference, model) in pairs if reference >= model],
+    }
+
+
+def said_of(beside: dict) -> list[tuple[int, str]]:
+    """What a log says of ``beside_model``, each with its level: a table, a note or warnings."""
+    names, K = ("reference", "model"), len(beside["heldout_loss"])
+    table = "Held-out loss per head before training\n" + " " * 14
+    table += "  ".join(f"head {k}" for k in range(K))
+    for name, key in zip(names, ("heldout_loss", "model_heldout_loss"), strict=True):
+        table += f"\n  {name:12}" + "  ".join(f"{loss:6.3f}" for loss in beside[key])
+    said = [(logging.INFO, table)]
+    if beside["kind"] == "next-token":
+        heads = "head 1" if K == 2 else f"heads 1 to {K - 1}"
+        note = (
+            f"The reference is a next-token one. It has seen tokens that {heads} cannot see, and "
+            f"tells {heads} to learn what they cannot know; one of {K} heads does not (docs/7b.md)."
+        )
+        return said + [(logging.INFO, note)] * (K > 1)
+    warning = (
+        "Head {} of the reference is not below the model's in held-out loss. As measured, such a "
+        "reference does worse than a next-token one, though in noise still better than uniform "
+        "weights: train it longer or on cleaner data (docs/7b.md)."
+    )
+    return said + [(logging.WARNING, warning.format(k)) for k in beside["not_below"]]
 
 
 def score_rows(model: MTPTransformer, rows: list[np.ndarray]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Controls that Rho-1 must beat: the same selection, but random, shuffled or reference-free.
+"""Controls of Rho-1: the same selection, but random, shuffled or reference-free, and an oracle.
 
 Shapes: B rows of the joint micro-batch of all ranks, T positions, K heads, N = B * T.
 """
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from wmtp_modules.loss.mtp_loss import shift_to_heads
-from wmtp_modules.weighting.calibrate import calibrate_log
+from wmtp_modules.weighting.calibrate import calibrate, calibrate_log
 from wmtp_modules.weighting.rho1 import scope_ids
 
 
@@ -52,3 +52,13 @@ def dft_weights(
     calibrated to mean 1 so that a comparison is about the weighting.
     """
     return calibrate_log(-losses_BTK, mask_BTK, w_min, w_max)
+
+
+def oracle_weights(marks_BTK: torch.Tensor, mask_BTK: torch.Tensor) -> torch.Tensor:
+    """What a weighting could do that knows which targets are wrong: 0 there, elsewhere all equal.
+
+    With n of a head's N targets marked the others weigh N / (N - n), whatever that is: no bound
+    cuts it, else the mean would not be 1. A head whose targets are all marked has weights of 1, as
+    ``calibrate`` has it for raw weights that are all 0.
+    """
+    return calibrate(~marks_BTK, mask_BTK, 0.0, mask_BTK.numel() + 1.0)

@@ -86,7 +86,8 @@ class TokenWeighting:
 
     Args:
         name: ``rho1``, or a control: ``uniform``, ``random_topk``, ``shuffled`` (Rho-1's scores
-            permuted inside each document), ``dft``, ``top_loss``.
+            permuted inside each document), ``dft``, ``top_loss``, ``oracle`` (0 on tokens that are
+            marked as noise, equal on all others, without bounds).
         score: ``excess`` or ``abs_excess``; for rho1 and shuffled.
         selection: ``topk`` or ``soft``; for rho1 and shuffled.
         ratio: share of tokens that topk selects, in (0, 1].
@@ -103,7 +104,9 @@ class TokenWeighting:
         ValueError: for an unknown name or a value out of range.
     """
 
-    NAMES: ClassVar[tuple] = ("uniform", "random_topk", "shuffled", "dft", "top_loss", "rho1")
+    NAMES: ClassVar[tuple] = (
+        *("uniform", "random_topk", "shuffled", "dft", "top_loss", "oracle", "rho1"),
+    )
 
     name: str = "rho1"
     _: KW_ONLY
@@ -150,9 +153,14 @@ class TokenWeighting:
         return self.name in ("rho1", "shuffled")
 
     @property
+    def needs_marks(self) -> bool:
+        """Whether a call needs marks of noise in the place of scores."""
+        return self.name == "oracle"
+
+    @property
     def needs_losses(self) -> bool:
         """Whether a call needs this forward's losses; if not, weights are known before it."""
-        return self.name not in ("uniform", "random_topk")
+        return self.name not in ("uniform", "random_topk", "oracle")
 
     def __call__(
         self,
@@ -171,7 +179,7 @@ class TokenWeighting:
             mask_BTK: bool, True where the head has a target.
             doc_BT: int64, index of the token's document inside its row, -1 for padding.
             scores: if ``needs_scores``, reference losses at the same targets, [B, T, K], or one
-                number per token, [B, T]; otherwise None.
+                number per token, [B, T]; if ``needs_marks``, bool; otherwise None.
             step: number of the micro-batch since training began, the same on all ranks.
             known: what else ``_joint_weights`` of a subclass takes, equal on all ranks.
 
@@ -185,7 +193,7 @@ class TokenWeighting:
         needed = []
         for key, value, needs in (
             ("losses", losses_BTK, self.needs_losses),
-            ("scores", scores, self.needs_scores),
+            ("scores", scores, self.needs_scores or self.needs_marks),
         ):
             if not needs:
                 continue
@@ -213,6 +221,11 @@ class TokenWeighting:
             return mask_GTK.float()
         if self.name == "dft":
             return controls.dft_weights(needed[0], mask_GTK, self.w_min, self.w_max)
+        if self.name == "oracle":
+            marks_GTK, K = needed[0] > 0.5, mask_GTK.shape[-1]
+            if marks_GTK.shape[-1] == 1:  # of tokens
+                marks_GTK = shift_to_heads(marks_GTK.squeeze(-1), K, False)
+            return controls.oracle_weights(marks_GTK, mask_GTK)
 
         if self.name == "random_topk":
             # The number belongs to the target token, so the heads agree on what they select.
