@@ -416,7 +416,76 @@ PLENTIFUL = Setting(
     (PLENTY_DATA,),
 )
 
-SETTINGS = (CORRUPTED, CLEAN_TEXT, SCARCE, PLENTIFUL)
+MUTATED = f"{WORK}/mutated_${{seed}}"
+MUTATED_START = {
+    "assets_dir": MUTATED,
+    "tokenizer.path": f"{MUTATED}/tokenizer.model",
+    "checkpointer.checkpoint_dir": f"{MUTATED}/base/last",
+}
+MUTATED_ROWS = {
+    "dataset.source": f"{MUTATED}/train.jsonl",
+    "dataset_val.source": f"{MUTATED}/heldout.jsonl",
+    "critic.dataset": None,  # the policy's: every function is there twice, good and bad
+}
+MUTATED_DATA = {
+    "_component_": "mutations.prepare_critic_stdlib",  # of this folder
+    "assets_dir": MUTATED,
+    "vocab_size": 1024,
+    "max_tokens": 128,
+    "seed": "${seed}",
+}
+
+
+def _mutated_arms() -> tuple[Arm, ...]:
+    bce, pairs = (
+        MUTATED_ROWS | _critic_in(f"{MUTATED}/critic_{name}", **critic)
+        for name, critic in (("turn", {}), ("pairs", PAIRS))
+    )
+    filtered = _weighed("uniform_good", "critic", bce, "uniform", False)
+    return (
+        _weighed("uniform", "critic", bce, "uniform", False),
+        replace(filtered, changes=filtered.changes | {"policy_rewards_above": 0}),
+        _weighed("shuffled", "critic", bce, "shuffled", False),
+        _weighed("value", "critic", bce, "critic", False),
+        _weighed("shuffled, pairs", "critic, pairs", pairs, "shuffled", False),
+        _weighed("value, pairs", "critic, pairs", pairs, "critic", False),
+        _weighed("oracle", "critic", bce, "oracle", False),
+    )
+
+
+FUNCTIONS = Setting(
+    "mutated",
+    "Mutated functions",
+    "Functions of the standard library, each beside itself with one place changed, a -> b as often "
+    "as b -> a. About 1 % of the tokens are wrong, so that even the oracle can gain next to "
+    "nothing: it shows what weights cost where there is nothing to win.",
+    Family(
+        "mutated",
+        "Models that the arms on mutated functions share",
+        {"assets_dir": MUTATED},
+        (("critic", {"prepare": MUTATED_DATA}),),
+        {
+            "base": Model("critic_base", {"output_dir": f"{MUTATED}/base"}),
+            "critic": _critic(f"{MUTATED}/critic_turn", MUTATED_START | MUTATED_ROWS),
+            "critic, pairs": _critic(
+                f"{MUTATED}/critic_pairs", MUTATED_START | MUTATED_ROWS, **PAIRS
+            ),
+        },
+    ),
+    "critic",
+    MUTATED_START | {"stages": ["policy"], "allow_uninformative_critic": True},
+    _mutated_arms(),
+    (
+        ("value", "uniform"),
+        ("value", "shuffled"),
+        ("value, pairs", "uniform"),
+        ("value, pairs", "shuffled, pairs"),
+        ("value, pairs", "value"),
+        ("oracle", "uniform"),
+    ),
+)
+
+SETTINGS = (CORRUPTED, CLEAN_TEXT, SCARCE, PLENTIFUL, FUNCTIONS)
 
 
 # ---------------------------------------------------------------------- the jobs of a grid

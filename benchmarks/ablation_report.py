@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 from ablation_grid import Arm, Family, Setting, arm_job, model_job
+from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 from wmtp_modules.files import new_file
@@ -323,11 +325,6 @@ def flat(report: dict, prefix: str = "") -> dict:
 
 def draw(result: Results, path: Path) -> None:
     """Differences to uniform as dots with their intervals, as an SVG that is equal if they are."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     dots = []
     for arm in result.arms:
         found = result.difference(arm.name, UNIFORM)
@@ -335,7 +332,8 @@ def draw(result: Results, path: Path) -> None:
             dots.append((arm.name, found))
     settings = {"svg.fonttype": "none", "svg.hashsalt": result.setting.name, "font.size": 9}
     with matplotlib.rc_context(settings):
-        figure, axes = plt.subplots(figsize=(7, 0.9 + 0.28 * len(dots)), layout="constrained")
+        figure = Figure(figsize=(7, 0.9 + 0.28 * len(dots)), layout="constrained")
+        axes = figure.add_subplot()
         for y, (_, found) in enumerate(reversed(dots)):
             colour = {"lower": "#1b7837", "higher": "#b2182b"}.get(found.verdict, "#666666")
             if found.low is not None:
@@ -348,4 +346,3 @@ def draw(result: Results, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         with new_file(path) as unfinished:
             figure.savefig(unfinished, format="svg", metadata={"Date": None})
-        plt.close(figure)
