@@ -280,23 +280,28 @@ SPOILED, PLENTY = f"{WORK}/spoiled_${{seed}}", f"{WORK}/plenty_${{seed}}"
 FILTER_STEPS = (20, 40, 80, 160)  # of uniform_good; the best of them counts
 ADVANTAGES = ("relative", "gated", "ratio", "td", "gae")
 BASE_OF_CRITIC = {
+    "allow_uninformative_critic": True,
     "assets_dir": SPOILED,
     "tokenizer.path": f"{SPOILED}/tokenizer.model",
     "checkpointer.checkpoint_dir": f"{SPOILED}/base/last",
 }
+# More responses of the same law: the one thing that differs, and the same critic serves. The other
+# parts are not used.
 PLENTY_DATA = (
     "critic",
     {
         "assets_dir": PLENTY,
         "prepare.seed": "${seed}",
-        "prepare.n_policy": 600,
-        "prepare.bad_share": 0.7,
+        "prepare.n_policy": 900,
+        "prepare.n_critic": 10,
+        "prepare.n_heldout": 10,
     },
 )
-PLENTY_ROWS = {
-    "dataset.source": f"{PLENTY}/policy.jsonl",
-    "dataset_val.source": f"{PLENTY}/heldout.jsonl",
-    "critic.dataset.source": f"{PLENTY}/critic.jsonl",
+PLENTY_ROWS = {"dataset.source": f"{PLENTY}/policy.jsonl"}
+PLENTY_PLACES = {
+    "rewards.table_dir": f"{PLENTY}/rewards",
+    "critic.checkpoint_dir": f"{SPOILED}/critic_turn/critic",
+    "value_table.table_dir": f"{PLENTY}/values",
 }
 
 
@@ -310,11 +315,11 @@ def _critic_in(folder: str, **critic) -> dict:
     return places | {f"critic.{key}": value for key, value in critic.items()}
 
 
-def _critic(folder: str, rows: dict, prepare: tuple = (), **critic) -> Model:
+def _critic(folder: str, start: dict, **critic) -> Model:
     """A critic that judges; what it does not know is a figure here, not an end."""
-    stages = {"stages": ["rewards", "critic", "values"], "allow_uninformative_critic": True}
-    changes = BASE_OF_CRITIC | rows | _critic_in(folder, **critic) | stages
-    return Model("critic", changes | {"output_dir": folder}, ("base",), prepare)
+    stages = {"stages": ["rewards", "critic", "values"], "output_dir": folder}
+    changes = start | _critic_in(folder, **critic) | stages
+    return Model("critic", changes, ("base",))
 
 
 def _weighed(name: str, critic: str, places: dict, weighting: str, core: bool, **more) -> Arm:
@@ -323,17 +328,18 @@ def _weighed(name: str, critic: str, places: dict, weighting: str, core: bool, *
     return Arm(name, {"weighting.name": weighting} | places | more, ("base", critic), core)
 
 
-def _filters(critic: str, places: dict) -> tuple[Arm, ...]:
+def _filters(critic: str, places: dict, core: tuple[int, ...]) -> tuple[Arm, ...]:
     arms = []
     for steps in FILTER_STEPS:
         changes = places | {"policy_rewards_above": 0, "max_steps": steps}
-        arm = _weighed(f"uniform_good, {steps} steps", critic, changes, "uniform", True)
+        arm = _weighed(f"uniform_good, {steps} steps", critic, changes, "uniform", steps in core)
         arms.append(replace(arm, best_of="uniform_good"))
     return tuple(arms)
 
 
 STATE = {"head": "state"}
 PAIRS = {"objective": "pairs", "head": None}
+PLENTY_VALUES = "the critic's values, plenty"
 SPOILED_FAMILY = Family(
     "spoiled",
     "Models that the critic's arms share",
@@ -341,10 +347,18 @@ SPOILED_FAMILY = Family(
     (("critic", {"assets_dir": SPOILED, "prepare.seed": "${seed}"}),),
     {
         "base": Model("critic_base", {"output_dir": f"{SPOILED}/base"}),
-        "critic": _critic(f"{SPOILED}/critic_turn", {}),
-        "critic, state head": _critic(f"{SPOILED}/critic_state", {}, **STATE),
-        "critic, pairs": _critic(f"{SPOILED}/critic_pairs", {}, **PAIRS),
-        "critic, plenty": _critic(f"{PLENTY}/critic_turn", PLENTY_ROWS, (PLENTY_DATA,)),
+        "critic": _critic(f"{SPOILED}/critic_turn", BASE_OF_CRITIC),
+        "critic, state head": _critic(f"{SPOILED}/critic_state", BASE_OF_CRITIC, **STATE),
+        "critic, pairs": _critic(f"{SPOILED}/critic_pairs", BASE_OF_CRITIC, **PAIRS),
+        PLENTY_VALUES: Model(
+            "critic",
+            BASE_OF_CRITIC
+            | PLENTY_ROWS
+            | PLENTY_PLACES
+            | {"stages": ["rewards", "values"], "output_dir": f"{PLENTY}/made"},
+            ("base", "critic"),
+            (PLENTY_DATA,),
+        ),
     },
 )
 
@@ -356,7 +370,7 @@ def _critic_arms() -> tuple[Arm, ...]:
     )
     return (
         _weighed("uniform", "critic", turn, "uniform", True),
-        *_filters("critic", turn),
+        *_filters("critic", turn, core=(20, 40, 80)),
         _weighed("shuffled", "critic", turn, "shuffled", True),
         _weighed("value", "critic", turn, "critic", True, advantage="value"),
         _weighed("oracle", "critic", turn, "oracle", True),
@@ -391,26 +405,25 @@ SCARCE = Setting(
     "good responses. One critic per seed serves all its arms.",
     SPOILED_FAMILY,
     "critic",
-    BASE_OF_CRITIC | {"stages": ["policy"], "allow_uninformative_critic": True},
+    BASE_OF_CRITIC | {"stages": ["policy"]},
     _critic_arms(),
     CRITIC_COMPARISONS,
 )
-PLENTY_PLACES = _critic_in(f"{PLENTY}/critic_turn")
 PLENTIFUL = Setting(
     "plenty",
     "Critic, good responses plenty",
-    "The same with 600 responses for the policy, 70 % of them spoiled: 180 good ones are plenty "
-    "for so few steps. The mathematics promises the critic less variance than the filter, not "
+    "The same with 900 responses for the policy instead of 300: 180 good ones are plenty for so "
+    "few steps. The mathematics promises the critic less variance than the filter, not "
     "another optimum.",
     SPOILED_FAMILY,
     "critic",
-    BASE_OF_CRITIC | PLENTY_ROWS | {"stages": ["policy"], "allow_uninformative_critic": True},
+    BASE_OF_CRITIC | PLENTY_ROWS | {"stages": ["policy"]},
     (
-        _weighed("uniform", "critic, plenty", PLENTY_PLACES, "uniform", True),
-        *_filters("critic, plenty", PLENTY_PLACES),
-        _weighed("shuffled", "critic, plenty", PLENTY_PLACES, "shuffled", False),
-        _weighed("value", "critic, plenty", PLENTY_PLACES, "critic", True),
-        _weighed("oracle", "critic, plenty", PLENTY_PLACES, "oracle", False),
+        _weighed("uniform", PLENTY_VALUES, PLENTY_PLACES, "uniform", True),
+        *_filters(PLENTY_VALUES, PLENTY_PLACES, core=(80, 160)),
+        _weighed("shuffled", PLENTY_VALUES, PLENTY_PLACES, "shuffled", False),
+        _weighed("value", PLENTY_VALUES, PLENTY_PLACES, "critic", True),
+        _weighed("oracle", PLENTY_VALUES, PLENTY_PLACES, "oracle", False),
     ),
     CRITIC_COMPARISONS,
     (PLENTY_DATA,),
@@ -418,6 +431,7 @@ PLENTIFUL = Setting(
 
 MUTATED = f"{WORK}/mutated_${{seed}}"
 MUTATED_START = {
+    "allow_uninformative_critic": True,
     "assets_dir": MUTATED,
     "tokenizer.path": f"{MUTATED}/tokenizer.model",
     "checkpointer.checkpoint_dir": f"{MUTATED}/base/last",
@@ -473,7 +487,7 @@ FUNCTIONS = Setting(
         },
     ),
     "critic",
-    MUTATED_START | {"stages": ["policy"], "allow_uninformative_critic": True},
+    MUTATED_START | {"stages": ["policy"]},
     _mutated_arms(),
     (
         ("value", "uniform"),

@@ -273,7 +273,8 @@ def models_section(family: Family, rows: list[dict]) -> str:
             steps = measures[0]["steps"]
         else:
             steps, losses = "-", "-"
-            reports.append(critic_table(name, measures))
+            if "critic" in family.models[name].changes.get("stages", ["critic"]):
+                reports.append(critic_table(name, measures))
         lines[-1] += f"\n| {name} | {steps} | {losses} | {seconds:.0f} |"
     return "\n\n".join(lines + beside_base(found) + reports)
 
