@@ -6,10 +6,9 @@
     uv run python benchmarks/ablation.py --report         # only writes the page, from kept rows
 
 What is run stands in ablation_grid.py, how in ablation_worker.py, and the page is made by
-ablation_report.py. Every finished run is a
-row of benchmarks/results/ablation.jsonl; a restart repeats none whose definition (its config, data
-and the models it uses) is still the same. Workers call the recipes' own functions in process, each
-a process group of one on one core. Files go to runs/ablation.
+ablation_report.py. Every finished run is a row of benchmarks/results/ablation.jsonl; a restart
+repeats none whose definition (its config, data and the models it uses) is still the same. Files,
+among them what the workers print, go to runs/ablation.
 """
 
 import argparse
@@ -189,13 +188,16 @@ def run_all(arms: list[Job], workers: int) -> list[str]:
     n_finished = sum(rows.has(job) for job in arms)
     print(f"{n_finished} of {len(arms)} arms are finished, {len(jobs)} runs to do", flush=True)
     spawn = multiprocessing.get_context("spawn")
+    started = time.perf_counter()
     with ProcessPoolExecutor(workers, spawn, start_worker, (WORK,)) as pool:
         try:
-            return run_jobs(jobs, rows, pool, workers, run_job)
+            failed = run_jobs(jobs, rows, pool, workers, run_job)
         except BrokenProcessPool:
             sys.exit("A worker was killed, perhaps for memory: the same command goes on from here")
         except KeyboardInterrupt:  # the workers have it as well
             sys.exit("Interrupted: the same command goes on from here")
+    print(f"{len(jobs) - len(failed)} runs in {(time.perf_counter() - started) / 60:.0f} minutes")
+    return failed
 
 
 if __name__ == "__main__":
