@@ -194,7 +194,9 @@ def run_all(arms: list[Job], workers: int) -> list[str]:
             failed = run_jobs(jobs, rows, pool, workers, run_job)
         except BrokenProcessPool:
             sys.exit("A worker was killed, perhaps for memory: the same command goes on from here")
-        except KeyboardInterrupt:  # the workers have it as well
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():  # a run may have long to go
+                worker.terminate()
             sys.exit("Interrupted: the same command goes on from here")
     print(f"{len(jobs) - len(failed)} runs in {(time.perf_counter() - started) / 60:.0f} minutes")
     return failed
