@@ -299,9 +299,9 @@ PLENTY_DATA = (
 )
 PLENTY_ROWS = {"dataset.source": f"{PLENTY}/policy.jsonl"}
 PLENTY_PLACES = {
-    "rewards.table_dir": f"{PLENTY}/rewards",
+    "rewards.table_dir": f"{PLENTY}/made/rewards",
     "critic.checkpoint_dir": f"{SPOILED}/critic_turn/critic",
-    "value_table.table_dir": f"{PLENTY}/values",
+    "value_table.table_dir": f"{PLENTY}/made/values",
 }
 
 
