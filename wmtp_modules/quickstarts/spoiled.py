@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 from typing import NamedTuple
 
 import sentencepiece as spm
@@ -241,7 +242,11 @@ def _responses(
         if not ends:
             continue
         end = rng.choice(ends)
-        row = {"prompt": prompt, "response": "".join(lines[:end]), "reward": float(not is_bad)}
+        row: dict[str, Any] = {
+            "prompt": prompt,
+            "response": "".join(lines[:end]),
+            "reward": float(not is_bad),
+        }
         if is_bad:
             if start is None or start >= len(row["response"]):
                 continue
