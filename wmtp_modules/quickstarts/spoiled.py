@@ -15,8 +15,7 @@ from bisect import bisect_left
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sentencepiece as spm
 from torchtune.utils import get_logger
