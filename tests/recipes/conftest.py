@@ -134,6 +134,8 @@ class TinyQuickstarts:
             cfg.update(run_val_every_n_steps=steps, log_every_n_steps=1)
         if "prepare" in cfg:
             cfg.prepare.vocab_size = TINY_VOCABULARY
+            if name == "critic":
+                cfg.prepare.update(n_critic=120, n_policy=40, n_heldout=60)
             if "model_config" in cfg.prepare:
                 cfg.prepare.model_config = str(self.config("eval_base"))
         if "requires" in cfg:
