@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,14 +32,7 @@ from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
-from wmtp_modules.config.check import (
-    Above,
-    AtLeast,
-    Component,
-    ConfigError,
-    Optional,
-    check_config,
-)
+from wmtp_modules.config.check import Above, AtLeast, ConfigError, Optional, check_config
 from wmtp_modules.config.file import merged
 from wmtp_modules.config.keys import OPTIMIZER, TRAINING_KEYS
 from wmtp_modules.config.rules import CRITIC_RULES, TRAINING_RULES
@@ -74,7 +68,6 @@ log = utils.get_logger("INFO")
 
 PAGE_PAIRS = 4  # held-out pairs shown with their weights
 
-ROWS = Component(given=("tokenizer",), makes="Dataset")
 # Every key of a config; what a component takes is read from its signature.
 SCHEMA = TRAINING_KEYS | {
     "stages": list[str],
@@ -93,7 +86,9 @@ SCHEMA = TRAINING_KEYS | {
         {
             "objective": Optional(("bce", "pairs")),  # bce if left out
             "head": Optional(("state", "turn")),  # turn if left out; pairs has its own
-            "dataset": Optional(ROWS),  # what it learns from, the policy's if left out
+            "dataset": Optional(
+                TRAINING_KEYS["dataset"]
+            ),  # what it learns from, the policy's if left out
             "checkpoint_dir": str,
             "optimizer": OPTIMIZER,
             "batch_size": AtLeast(int, 1),  # rows, or pairs of rows, of a rank
@@ -125,8 +120,6 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{block}: missing, the stages and the weighting need it")
     if critic and cfg.checkpointer is None:
         raise ConfigError("checkpointer: null, but a critic needs a trained trunk")
-    if cfg.get("critic") and objective_and_head(cfg) == ("pairs", "turn"):
-        raise ConfigError("critic.head: turn is for objective bce, leave it out with pairs")
     controls.check_controls(cfg, CriticWeighting.NAMES, check)
 
 
@@ -181,12 +174,11 @@ class CriticWMTPRecipeDistributed:
             sets["critic"] = cfg.critic.dataset
         with rank_zero_first():
             rows = {name: config.instantiate(one, self._tokenizer) for name, one in sets.items()}
-        found = {name: Responses(one) for name, one in rows.items()}
         self._rows_made_from = self.watchdog.on_rank_zero(
             lambda: {name: fingerprint_rows(one) for name, one in rows.items()}
         )
-        if cfg.get("rewards"):
-            found = self._rated(rows)
+        plain = {name: Responses(one) for name, one in rows.items()}
+        found = self._rated(rows) if cfg.get("rewards") else plain
         self._train, self._heldout = found["train"], found["heldout"]
         self._taught = found.get("critic", self._train)  # what the critic learns from
         if needs_critic(cfg):
@@ -218,17 +210,14 @@ class CriticWMTPRecipeDistributed:
             device=self.device,
             watchdog=self.watchdog,
         )
-        score = "rewards" in cfg.stages
+        score, keys = "rewards" in cfg.stages, ("good", "threshold", "temperature")
         raw = {name: tables.of(one, name, score=score) for name, one in rows.items()}
-        default = "label" if cfg.rewards.source == "labels" else "above"
-        responses, self._reward_statistics = rated(
-            rows,
-            raw,
-            good=cfg.rewards.get("good") or default,
-            threshold=cfg.rewards.get("threshold") or 0.0,
-            temperature=cfg.rewards.get("temperature") or 1.0,
-            both_kinds="critic" in cfg.stages,
-        )
+        how: dict[str, Any] = {
+            key: cfg.rewards[key] for key in keys if cfg.rewards.get(key) is not None
+        }
+        how.setdefault("good", "label" if cfg.rewards.source == "labels" else "above")
+        both_kinds = "critic" in cfg.stages
+        responses, self._reward_statistics = rated(rows, raw, both_kinds=both_kinds, **how)
         return responses
 
     # --------------------------------------------------------------- critic
@@ -236,10 +225,7 @@ class CriticWMTPRecipeDistributed:
     def train_critic(self) -> None:
         """Fit the value head on the frozen trunk, keep the best held-out one, judge it."""
         cfg, seed = self._cfg.critic, self._cfg.seed
-        # How it is trained is of no matter to a policy, but another way makes another critic.
-        elsewhere = ("checkpoint_dir", "dataset", "objective", "head")  # in the fingerprint
-        settings = resolved(self._cfg)["critic"]
-        settings = {k: v for k, v in settings.items() if k not in elsewhere} | {"seed": seed}
+        settings = folder.settings_of(resolved(self._cfg)["critic"]) | {"seed": seed}
         if folder.read_critic(self._critic_dir) is not None:
             folder.check_critic(self._critic_dir, self._critic_made_from, settings)
             self._critic()
@@ -258,19 +244,16 @@ class CriticWMTPRecipeDistributed:
         made_from = self._critic_made_from | settings | {"joint": joint_size}
         state = folder.TrainingState(self._critic_dir, made_from)
         state.resume(head, optimizer)
-        bar = progress_bar(
-            total=cfg.max_steps, initial=state.step, desc="critic", shown=self._rank == 0
-        )
+        shown, first = self._rank == 0, state.step
+        bar = progress_bar(total=cfg.max_steps, initial=first, desc="critic", shown=shown)
         while state.step < cfg.max_steps and state.evaluations_since_best < cfg.patience:
             self.watchdog.beat(f"the critic's step {state.step + 1}")
             joint = pairs.joint_batch(len(items), joint_size, state.step, seed)
             loss, count = self._critic_loss(replica, items[joint[self._rank :: self._world]])
             loss.backward()
             loss, count = all_reduce_sum(loss, count)
-            if problem := what_is_wrong({"critic's loss": loss}, count):
-                raise TrainingError(
-                    f"{problem} in step {state.step + 1}: lower critic.optimizer.lr"
-                )
+            if bad := what_is_wrong({"critic's loss": loss}, count):
+                raise TrainingError(f"{bad} in step {state.step + 1}: lower critic.optimizer.lr")
             training.scale_grads(head, self._world / count)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -281,7 +264,7 @@ class CriticWMTPRecipeDistributed:
                 bar.set_postfix_str(f"loss {float(loss / count):.4f} held-out {heldout:.4f}")
         bar.close()
         record = {"fingerprint": self._critic_made_from, "settings": settings}
-        record |= {"rewards": vars(self._reward_statistics)}
+        record["rewards"] = vars(self._reward_statistics)
         judge.finish(head, state, self._critic_dir, record, seed)
         self._critic()
 
@@ -322,8 +305,7 @@ class CriticWMTPRecipeDistributed:
         """V after every token of the training set, from the frozen trunk and the critic."""
         self._critic()
         width = self.model_args["embed_dim"]
-        kind = objective_and_head(self._cfg)[1]
-        head = folder.load_value_head(self._critic_dir, width, kind).to(self.device)
+        head = folder.load_value_head(self._critic_dir, width).to(self.device)
         values.compute_values(
             self._trunk,
             head,
@@ -348,22 +330,18 @@ class CriticWMTPRecipeDistributed:
         """Some held-out responses with every token coloured by its weight; on rank 0."""
         cfg = merged(self._cfg, {"weighting": {"name": "critic"}})
         path, weighting = self._critic_dir / "weights.html", make_weighting(cfg)
-        above, made_from = cfg.get("policy_rewards_above"), self._values_made_from()
-        of = f"critic {made_from['critic'][:12]}, policy_rewards_above {above}"
-        caption = page_caption(weighting, of)
+        above, critic = cfg.get("policy_rewards_above"), self._values_made_from()["critic"]
+        caption = page_caption(weighting, f"critic {critic[:12]}, policy_rewards_above {above}")
         if self.watchdog.on_rank_zero(lambda: path.exists() and caption in path.read_text("utf-8")):
             return
         chosen, _ = policy.policy_rows(self._train, self._heldout, above)
         _, scale = self._packs_and_scale(cfg, chosen)
         pairs_val = pairs.heldout_pairs(self._heldout, seed=cfg.seed).rows_P2
         shown = shown_rows(self._heldout, pairs_val, PAGE_PAIRS)
+        rows = values.tokens_and_keep(self._heldout.rows.select(shown))
         if self._rank == 0:
-            rows = self._heldout.rows.select(shown)
             write_page(
-                path,
-                self._heldout,
-                shown,
-                values.row_values(self._trunk(), head, values.tokens_and_keep(rows)),
+                *(path, self._heldout, shown, values.row_values(self._trunk(), head, rows)),
                 weighting=weighting,
                 scale=scale,
                 tokenizer=self._tokenizer,
@@ -380,22 +358,18 @@ class CriticWMTPRecipeDistributed:
 
     def _packs_and_scale(self, cfg: DictConfig, chosen: np.ndarray) -> tuple[PackedDataset, dict]:
         """Packs of the rows that train, and the scale of their weights; a collective."""
-        weighting = make_weighting(cfg)
-        weighs = weighting.needs_values
-        packs = policy.policy_packs(
-            self._train,
-            chosen,
-            max_seq_len=cfg.tokenizer.max_seq_len,
-            seed=cfg.seed,
-            table=self._values() if weighs else None,
-        )
+        weighting, table, source = make_weighting(cfg), None, None
+        if weighting.needs_values:
+            table = self._values()
+            source = cfg.value_table.table_dir, self._values_made_from()
+        pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
+        packs = policy.policy_packs(self._train, chosen, table=table, **pack)
         scale = policy.weight_scale(
             *(packs, self._train, chosen, weighting),
             n_heads=self.model_args["n_future_tokens"],
             device=self.device,
             watchdog=self.watchdog,
-            table_dir=cfg.value_table.table_dir if weighs else None,
-            values=self._values_made_from() if weighs else None,
+            source=source,
         )
         return packs, scale
 
@@ -448,10 +422,7 @@ class CriticWMTPRecipeDistributed:
             made_from=self.made_from(cfg),
             validate=self.validate,
             export=self.save_checkpoint,
-            kept={
-                "scale": scale,
-                "noise_sums": torch.zeros(4, dtype=torch.float64, device=self.device),
-            },
+            kept={"scale": scale},
         )
         if not cfg.get("replay"):
             self._run.begin()
@@ -522,7 +493,6 @@ class CriticWMTPRecipeDistributed:
             lr = float(self._lr_scheduler.get_last_lr()[0])
             if run.may_update(sums, grad_norm):
                 self._optimizer.step()
-                run.kept["noise_sums"] += sums["noise"]
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
             run.end_step(sums, stats, grad_norm, lr)
@@ -537,16 +507,14 @@ class CriticWMTPRecipeDistributed:
 
     def save_checkpoint(self, folder: Path) -> None:
         """The model in Meta's format, in the dtype that computed the losses."""
-        tokenizer, dtype = self._cfg.tokenizer.path, DTYPES[self._cfg.dtype]
-        save_meta(self._model, folder, tokenizer_path=tokenizer, dtype=dtype)
+        path, dtype = self._cfg.tokenizer.path, DTYPES[self._cfg.dtype]
+        save_meta(self._model, folder, tokenizer_path=path, dtype=dtype)
 
     def finish(self, beside: dict[str, Path]) -> dict:
         """Draw the curves, also of the runs beside it, close everything, return the figures."""
         summary = self._run.summary() | {"made_from": self.made_from(self._cfg)}
-        in_data, targets, on_noise, weight = self._run.kept["noise_sums"].tolist()
-        if in_data:
-            share = {"data": in_data / targets, self._cfg.weighting.name: on_noise / weight}
-            summary["weight_on_spoiled"] = share
+        if shares := self._run.noise_shares():
+            summary["weight_on_spoiled"] = {"data": shares[0], self._cfg.weighting.name: shares[1]}
         curves = Path(self._cfg.output_dir) / "curves.png"
         if self._rank == 0:
             own = {controls.name_of(self._cfg): curves.with_name("metrics.jsonl")}
@@ -592,18 +560,13 @@ def report(cfg: DictConfig, summary: dict) -> None:
     """Print the figures and where everything is."""
     if "critic" in summary:
         print_report(summary["critic"])
-        where = Path(cfg.critic.checkpoint_dir)
-        print(f"  pictures {where / 'calibration.png'} and {where / 'weights.html'}")
+        where = cfg.critic.checkpoint_dir
+        print(f"  pictures {where}/calibration.png and {where}/weights.html")
     if "heldout_loss" in summary:
         plan.print_losses(summary)
-        if "weight_on_spoiled" in summary:
-            share = summary["weight_on_spoiled"]
-            print(
-                f"Spoiled: {share['data']:.1%} of the training targets; of the weight, "
-                + ", ".join(
-                    f"{name} {of_weight:.1%}" for name, of_weight in share.items() if name != "data"
-                )
-            )
+        if share := summary.get("weight_on_spoiled"):
+            data, weight = share.values()
+            print(f"Spoiled: {data:.1%} of the training targets, {weight:.1%} of their weight")
         plan.print_places(Path(cfg.output_dir), summary)
 
 

@@ -153,7 +153,6 @@ class Rho1WMTPRecipeDistributed:
             made_from=share_from_rank_zero(made_from),
             validate=self.validate,
             export=self.save_checkpoint,
-            kept={"noise_sums": torch.zeros(4, dtype=torch.float64, device=self.device)},
         )
         if not cfg.get("replay"):
             self._run.begin()
@@ -274,7 +273,6 @@ class Rho1WMTPRecipeDistributed:
             lr = float(self._lr_scheduler.get_last_lr()[0])
             if run.may_update(sums, grad_norm):
                 self._optimizer.step()
-                run.kept["noise_sums"] += sums["noise"]
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
             run.end_step(sums, stats, grad_norm, lr)
@@ -295,11 +293,10 @@ class Rho1WMTPRecipeDistributed:
     def finish(self, beside: dict[str, Path]) -> dict:
         """Draw the curves, also of the runs beside it, close everything, return the figures."""
         summary = self._run.summary()
-        in_data, targets, on_noise, weight = self._run.kept["noise_sums"].tolist()
         if self._beside_model:
             summary["reference"] = self._beside_model
-        if in_data:
-            summary["corrupted_share"] = {"data": in_data / targets, "selected": on_noise / weight}
+        if shares := self._run.noise_shares():
+            summary["corrupted_share"] = dict(zip(("data", "selected"), shares, strict=True))
         curves = Path(self._cfg.output_dir) / "curves.png"
         if self._rank == 0:
             own = {controls.name_of(self._cfg): curves.with_name("metrics.jsonl")}

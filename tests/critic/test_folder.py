@@ -30,15 +30,19 @@ def head():
 
 def test_a_critic_comes_back_bit_for_bit(head, tmp_path):
     head.base.fill_(0.3)
-    record = {"fingerprint": {"trunk": "a"}, "settings": {"seed": 1}, "report": {"pairs": 0}}
+    record = {
+        "fingerprint": {"trunk": "a", "head": "turn"},
+        "settings": {"seed": 1},
+        "report": {"pairs": 0},
+    }
     save_critic(tmp_path / "c", head, record)
-    loaded = load_value_head(tmp_path / "c", 16, "turn")
+    loaded = load_value_head(tmp_path / "c", 16)
     for key, value in head.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
-    assert check_critic(tmp_path / "c", {"trunk": "a"}) == record
-    assert check_critic(tmp_path / "c", {"trunk": "a"}, {"seed": 1}) == record
+    assert check_critic(tmp_path / "c", {"trunk": "a", "head": "turn"}) == record
+    assert check_critic(tmp_path / "c", {"trunk": "a", "head": "turn"}, {"seed": 1}) == record
     with pytest.raises(ValueError, match=r"something else \(seed: the critic has 1, this run 2"):
-        check_critic(tmp_path / "c", {"trunk": "a"}, {"seed": 2})
+        check_critic(tmp_path / "c", {"trunk": "a", "head": "turn"}, {"seed": 2})
 
 
 def test_a_critic_from_another_trunk_is_an_error(head, tmp_path):
@@ -54,15 +58,15 @@ def test_a_critic_from_another_trunk_is_an_error(head, tmp_path):
 
 
 def test_damaged_folders(head, tmp_path):
-    save_critic(tmp_path, head, {"fingerprint": {}, "settings": {}, "report": {}})
+    save_critic(tmp_path, head, {"fingerprint": {"head": "turn"}, "settings": {}, "report": {}})
     file = tmp_path / HEAD_FILE
     with pytest.raises(ValueError, match="no turn head of width 8"):
-        load_value_head(tmp_path, 8, "turn")
-    with pytest.raises(ValueError, match="no state head of width 16"):
-        load_value_head(tmp_path, 16, "state")
+        load_value_head(tmp_path, 8)
+    with pytest.raises(ValueError, match="holds no trained critic"):
+        load_value_head(tmp_path / "none", 16)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="is missing, damaged"):
-        load_value_head(tmp_path, 16, "turn")
+        load_value_head(tmp_path, 16)
     (tmp_path / RECORD_FILE).write_text(json.dumps({"report": {}}))
     with pytest.raises(ValueError, match=r"critic\.json is damaged"):
         read_critic(tmp_path)
@@ -145,11 +149,12 @@ def test_two_processes_leave_no_head_with_the_record_of_the_other(tmp_path, chil
         monkeypatch.setattr(folder, "new_file", slowly)
         head = ValueHead(4, "state")
         torch.nn.init.constant_(head.base, number)
-        save_critic(tmp_path / "critic", head, {"number": number})
+        record = {"fingerprint": {"head": "state"}, "settings": {}, "report": {"number": number}}
+        save_critic(tmp_path / "critic", head, record)
 
     first = children.begin(save, 1, 0.5)
     while not (tmp_path / "between").exists():
         time.sleep(0.01)
     assert children.ends(children.begin(save, 2, 0.0), first) == [0, 0]
     record = json.loads((tmp_path / "critic" / RECORD_FILE).read_text())
-    assert load_value_head(tmp_path / "critic", 4, "state").base.item() == record["number"]
+    assert load_value_head(tmp_path / "critic", 4).base.item() == record["report"]["number"]

@@ -31,17 +31,17 @@ def trained(kind: str) -> ValueHead:
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     head.base.fill_(-0.7)
-    head.surprise_mean.copy_(torch.tensor([1.0, 2.0, -1.0]))
-    head.surprise_std.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    head.mean.copy_(torch.randn(D + 3))
+    head.std.copy_(torch.rand(D + 3) + 0.5)
     return head
 
 
 def evidence(head, hidden_BTD, surprise_BT3):
     """d[u] of every token, by the definition."""
-    x = head.norm(hidden_BTD)
-    z = (surprise_BT3 - head.surprise_mean) / head.surprise_std
-    z = torch.where(z.isnan(), 0.0, z)
-    return head.out(torch.nn.functional.silu(head.hidden(torch.cat([x, z], -1)))).squeeze(-1), x
+    x = hidden_BTD / (hidden_BTD.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    x = (torch.cat([x, surprise_BT3], -1) - head.mean) / head.std
+    x = torch.where(x.isnan(), 0.0, x)
+    return head.out(torch.nn.functional.silu(head.hidden(x))).squeeze(-1), x
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -78,11 +78,11 @@ def test_sum_adds_up_over_the_response_only(inputs):
 def test_turn_is_the_sum_over_the_place_of_the_turn(inputs):
     """The equation of docs/critic.md, in probabilities and by loops."""
     head = trained("turn")
-    d_BT, x_BTD = evidence(head, *inputs[:2])
+    d_BT, x_BTE = evidence(head, *inputs[:2])
     logits_BT = head(*inputs)
     kappa = math.log1p(math.exp(head.hazard.item()))
     for b, (s, end) in enumerate(((3, 8), (1, T))):
-        v0 = -0.7 + head.start(x_BTD[b, s - 1]).item()
+        v0 = -0.7 + head.start(x_BTE[b, s - 1]).item()
         assert logits_BT[b, : s - 1].tolist() == pytest.approx([v0] * (s - 1), abs=1e-5)
         for u in range(s - 1, end):
             odds = math.exp(-kappa * (u - s + 1))  # no turn yet

@@ -14,7 +14,7 @@ from wmtp_modules.critic.figures import shortcomings
 from wmtp_modules.critic.pairs import fingerprint_responses
 from wmtp_modules.critic.rewards import Responses
 from wmtp_modules.files import alone_in, new_file, read_json
-from wmtp_modules.models.value_head import ValueHead
+from wmtp_modules.models.value_head import HEADS, ValueHead
 from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.scoring.score_table import fingerprint_checkpoint, fingerprint_tokenizer
 
@@ -77,6 +77,15 @@ class TrainingState:
             with new_file(self._path) as unfinished, unfinished.open("wb") as file:
                 torch.save(state, file)
         return heldout_loss
+
+
+def settings_of(critic: dict) -> dict:
+    """How a critic is trained, of a config's keys: no matter to a policy, but another is another.
+
+    Left out is where it lies, and what its fingerprint names.
+    """
+    elsewhere = ("checkpoint_dir", "dataset", "objective", "head")
+    return {key: value for key, value in critic.items() if key not in elsewhere}
 
 
 def save_critic(folder: Path, head: ValueHead, record: dict) -> None:
@@ -180,10 +189,16 @@ def useful_critic(folder: Path, fingerprint: dict, *, allow_any: bool) -> dict:
     return record
 
 
-def load_value_head(folder: Path, embed_dim: int, kind: str) -> ValueHead:
-    """The value head of a critic, on the CPU; ValueError if damaged or of another width or kind."""
+def load_value_head(folder: Path, embed_dim: int) -> ValueHead:
+    """The value head of a critic, on the CPU, of the kind that its record names.
+
+    ValueError if it is missing, damaged or of another width.
+    """
+    record, path = read_critic(folder), folder / HEAD_FILE
+    kind = record["fingerprint"].get("head") if record else None
+    if kind not in HEADS:
+        raise ValueError(f"{folder} holds no trained critic: add 'critic' to stages")
     head = ValueHead(embed_dim, kind)
-    path = folder / HEAD_FILE
     try:
         head.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -14,7 +14,7 @@ from wmtp_modules.critic import figures
 from wmtp_modules.critic.folder import TrainingState, save_critic
 from wmtp_modules.critic.pairs import HeldoutPairs, response_spans
 from wmtp_modules.critic.rewards import Responses
-from wmtp_modules.critic.states import batch_of, set_surprise_statistics_, trunk_states
+from wmtp_modules.critic.states import batch_of, set_feature_statistics_, trunk_states
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import all_reduce_sum, patient_barrier
@@ -22,7 +22,7 @@ from wmtp_modules.reports.curves import plot_calibration
 from wmtp_modules.run.watchdog import Watchdog
 
 BATCH_ROWS = 32  # at a time
-FIT_ROWS = 4096  # training rows from which surprise is standardised, and a pairs critic scaled
+FIT_ROWS = 4096  # training rows from which features are standardised, and a pairs critic scaled
 
 
 class Judge:
@@ -50,10 +50,10 @@ class Judge:
         self._watchdog = watchdog
 
     def prepare_(self, head: ValueHead, seed: int) -> None:
-        """Give an untrained head b, and the scale of surprise, of the training rows."""
+        """Give an untrained head b, and the scale of its features, of the training rows."""
         mean = self._train.good.mean()
         head.base.fill_(float(np.log(mean / (1 - mean))))
-        set_surprise_statistics_(
+        set_feature_statistics_(
             head, self._trunk, self._train.rows, self._share(self._fit_rows(seed))
         )
 

@@ -267,10 +267,10 @@ def rated(
     rows: dict[str, Dataset],
     raw: dict[str, np.ndarray],
     *,
-    good: str,
-    threshold: float,
-    temperature: float,
     both_kinds: bool,
+    good: str,
+    threshold: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[dict[str, Responses], RewardStatistics]:
     """Responses of "train", "heldout" and, where it has rows of its own, "critic".
 

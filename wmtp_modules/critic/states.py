@@ -14,7 +14,7 @@ from wmtp_modules.data.packing import pad_rows
 from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
 from wmtp_modules.loss.value_loss import judged_mask, response_mask
 from wmtp_modules.models.mtp_transformer import MTPTransformer
-from wmtp_modules.models.value_head import N_SURPRISE, ValueHead
+from wmtp_modules.models.value_head import N_SURPRISE, ValueHead, features
 from wmtp_modules.parallel.process_group import all_reduce_sum
 
 
@@ -83,24 +83,23 @@ def logits_of(model: MTPTransformer, head: ValueHead, batch: dict) -> torch.Tens
     return head(*trunk_states(model, batch["tokens"]), batch["y"])
 
 
-def set_surprise_statistics_(
+def set_feature_statistics_(
     head: ValueHead, model: MTPTransformer, rows: Dataset, batches: Iterable[np.ndarray]
 ) -> None:
-    """Let a head standardise surprise by its mean and deviation over some rows of all ranks.
+    """Let a head standardise its features by mean and deviation over some rows of all ranks.
 
     ``batches`` are this rank's indices, some at a time. Over the tokens after which a critic is
     asked.
     """
-    device = head.base.device
-    sums_33 = torch.zeros(3, N_SURPRISE, dtype=torch.float64, device=device)
+    sums_3E = torch.zeros(3, len(head.mean), dtype=torch.float64, device=head.mean.device)
     for indices in batches:
-        batch = batch_of(rows, indices.tolist(), device)
-        surprise_N3 = trunk_states(model, batch["tokens"])[1][judged_mask(batch["y"])].double()
-        known_N3 = surprise_N3.isfinite()
-        surprise_N3 = surprise_N3.where(known_N3, 0.0)
-        sums_33 += torch.stack([known_N3.sum(0), surprise_N3.sum(0), surprise_N3.square().sum(0)])
-    (sums_33,) = all_reduce_sum(sums_33)
-    n_3 = sums_33[0].clamp(min=1)
-    mean_3 = sums_33[1] / n_3
-    head.surprise_mean.copy_(mean_3)
-    head.surprise_std.copy_((sums_33[2] / n_3 - mean_3.square()).clamp(min=1e-12).sqrt())
+        batch = batch_of(rows, indices.tolist(), head.mean.device)
+        found_NE = features(*trunk_states(model, batch["tokens"]))[judged_mask(batch["y"])].double()
+        known_NE = found_NE.isfinite()
+        found_NE = found_NE.where(known_NE, 0.0)
+        sums_3E += torch.stack([known_NE.sum(0), found_NE.sum(0), found_NE.square().sum(0)])
+    (sums_3E,) = all_reduce_sum(sums_3E)
+    n_E = sums_3E[0].clamp(min=1)
+    mean_E = sums_3E[1] / n_E
+    head.mean.copy_(mean_E)
+    head.std.copy_((sums_3E[2] / n_E - mean_E.square()).clamp(min=1e-6).sqrt())

@@ -203,10 +203,9 @@ class Rehearsal:
         self._reference = getattr(recipe, "_reference_model", None)
         self.world = dist.get_world_size()
         self.step = self.micro_step = 0
-        # What the two recipes keep.
         scale_K = [1.0] * self._model.n_future_tokens
         scale = {"floor": 0.0, "statistics": [0.0, 1.0], "scale_K": scale_K}
-        self.kept = {"noise_sums": torch.zeros(4, dtype=torch.float64), "scale": scale}
+        self.kept = {"scale": scale}
         is_sharded = cfg.fp32_master_weights
         self.tracker: _ShardedTracker | _WholeTracker = (
             _ShardedTracker(self._model, self._optimizer) if is_sharded else _WholeTracker()

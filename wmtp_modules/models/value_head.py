@@ -9,7 +9,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtune.modules import RMSNorm
 
 HEADS = ("state", "turn", "sum")
 N_SURPRISE = 3  # loss and entropy of head 0, loss of head 1
@@ -40,12 +39,11 @@ class ValueHead(nn.Module):
         super().__init__()
         assert kind in HEADS, kind
         self.kind = kind
-        self.norm = RMSNorm(embed_dim)
         self.hidden = nn.Linear(embed_dim + N_SURPRISE, embed_dim)
         self.out = nn.Linear(embed_dim, 1)
         zero = [self.out]
         if kind == "turn":
-            self.start = nn.Linear(embed_dim, 1)  # what the prompt says, v0 - b
+            self.start = nn.Linear(embed_dim + N_SURPRISE, 1)  # what the prompt says, v0 - b
             self.hazard = nn.Parameter(torch.tensor(math.log(math.expm1(FIRST_HAZARD))))
             zero.append(self.start)
         for layer in zero:
@@ -53,8 +51,9 @@ class ValueHead(nn.Module):
             nn.init.zeros_(layer.bias)
         self.register_buffer("base", torch.zeros(()))  # b
         self.register_buffer("kappa", torch.ones(()))  # of ``sum``, fitted after training
-        self.register_buffer("surprise_mean", torch.zeros(N_SURPRISE))
-        self.register_buffer("surprise_std", torch.ones(N_SURPRISE))
+        # Of the features. A trunk's states have much in common, and a few large entries.
+        self.register_buffer("mean", torch.zeros(embed_dim + N_SURPRISE))
+        self.register_buffer("std", torch.ones(embed_dim + N_SURPRISE))
 
     def forward(
         self, hidden_BTD: torch.Tensor, surprise_BT3: torch.Tensor, y_BT: torch.Tensor
@@ -69,19 +68,27 @@ class ValueHead(nn.Module):
             surprise_BT3: from ``trunk_states``, NaN where there is none.
             y_BT: bool, response tokens (``response_mask``), one run in each row.
         """
-        hidden_BTD = self.norm(hidden_BTD.float())
-        surprise_BT3 = (surprise_BT3 - self.surprise_mean) / self.surprise_std
-        features = torch.cat([hidden_BTD, surprise_BT3.nan_to_num(nan=0.0)], -1)
-        d_BT = self.out(F.silu(self.hidden(features))).squeeze(-1)
+        features_BTE = (features(hidden_BTD, surprise_BT3) - self.mean) / self.std
+        features_BTE = features_BTE.nan_to_num(nan=0.0)
+        d_BT = self.out(F.silu(self.hidden(features_BTE))).squeeze(-1)
         if self.kind == "state":
             return self.base + d_BT
         d_BT = torch.where(y_BT, d_BT.double(), 0.0)  # sums of hundreds of terms
         if self.kind == "sum":
             return (self.base + self.kappa * d_BT.cumsum(1)).float()
         s_B1 = (y_BT.int().argmax(1, keepdim=True) - 1).clamp(min=0)  # the last prompt token
-        start_BT = self.start(hidden_BTD).squeeze(-1)
+        start_BT = self.start(features_BTE).squeeze(-1)
         v0_B1 = (self.base + start_BT.gather(1, s_B1)).double()
         return turn_logits(d_BT, y_BT, v0_B1, F.softplus(self.hazard.double())).float()
+
+
+def features(hidden_BTD: torch.Tensor, surprise_BT3: torch.Tensor) -> torch.Tensor:
+    """What a head reads at each token, before it is standardised: fp32 [B, T, D + 3].
+
+    The trunk's state is brought to a root mean square of 1, as every block of the model does.
+    """
+    hidden_BTD = F.rms_norm(hidden_BTD.float(), hidden_BTD.shape[-1:], eps=1e-6)
+    return torch.cat([hidden_BTD, surprise_BT3], -1)
 
 
 def turn_logits(

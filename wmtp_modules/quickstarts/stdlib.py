@@ -21,7 +21,7 @@ from wmtp_modules.files import new_folder, only_writer
 
 log = get_logger("INFO")
 
-VERSION = 3  # of the files made here; a new version makes them again
+VERSION = 4  # of the files made here; a new version makes them again
 HELDOUT_CHARACTERS = 4_000  # of each held-out file: enough to evaluate, quick to score
 PARTS = {"base": 0.15, "reference": 0.3, "finetune": 0.15, "heldout": 0.06}  # shares of the files
 

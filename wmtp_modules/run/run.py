@@ -100,6 +100,7 @@ class Run:
         self._bar = progress_bar(desc="", shown=False)
         self._throughput = Throughput()
         self._clipped = Share()  # of the updates
+        self._noise_sums = torch.zeros(4, dtype=torch.float64)  # of the updates, ``noise_sums``
         self._dataloader = self._epoch_dataloader()
         self._batches = self._endless_batches()
         self._position: dict[str, Any] = {}  # where a state that is saved goes on
@@ -172,6 +173,7 @@ class Run:
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "bad_steps": self._bad_steps.state_dict(),
             "clipped": self._clipped.state_dict(),
+            "noise_sums": self._noise_sums,
             "config": resume.kept(self._cfg),
             "run_id": getattr(self._loggers[-1], "run_id", None) if self._loggers else None,
             **{k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in self.kept.items()},
@@ -189,6 +191,7 @@ class Run:
             self.kept[name] = value.to(self._device) if torch.is_tensor(value) else value
         self._bad_steps.load_state_dict(run["bad_steps"])
         self._clipped.load_state_dict(run["clipped"])
+        self._noise_sums = run["noise_sums"]
         resume.resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
         self._dataloader = self._epoch_dataloader()
         self._dataloader.load_state_dict(run["dataloader"])
@@ -303,6 +306,7 @@ class Run:
         norm = float(grad_norm)
         if not self._problem:
             self._clipped.add(norm > cfg.clip_grad_norm)
+            self._noise_sums = self._noise_sums + sums["noise"].cpu()
         if self.step % cfg.log_every_n_steps == 0:
             self._log_step(sums, stats, norm, lr)
         if self._epoch != self._logged_epoch:
@@ -413,6 +417,11 @@ class Run:
         if self._loggers and hasattr(self._loggers[-1], "location"):
             summary["tracking"] = self._loggers[-1].location
         return summary
+
+    def noise_shares(self) -> tuple[float, float] | None:
+        """Shares of marked targets: of all targets, and of the weight; None if none is marked."""
+        in_data, targets, on_noise, weight = self._noise_sums.tolist()
+        return (in_data / targets, on_noise / weight) if in_data and weight else None
 
     def close(self, *artifacts: Path) -> None:
         """Give files to the loggers that take them, and close everything."""
