@@ -228,8 +228,8 @@ def raw_weights(
 def critic_features(row: Row, model: Llama) -> torch.Tensor:
     """What a critic reads at each token, [T, D + 3]: trunk and surprise, NaN where there is none.
 
-    The trunk's output at a root mean square of 1; loss and entropy of head 0 one token earlier, loss
-    of head 1 two tokens earlier.
+    The trunk's output at a root mean square of 1; loss and entropy of head 0 one token earlier,
+    loss of head 1 two tokens earlier.
     """
     T, trunk_TD = len(row.tokens), model.trunk(row.tokens)
     loss_TK, entropy_T = model.losses(row.tokens, trunk_TD), model.entropy(trunk_TD)
