@@ -78,8 +78,7 @@ def scaled(gloo_group, responses, tmp_path):
             n_heads=K,
             device=torch.device("cpu"),
             watchdog=Watchdog(300, tmp_path),
-            table_dir=tmp_path,
-            values={"critic": values},
+            source=(tmp_path, {"critic": values}),
         )
         return packs, scale
 
