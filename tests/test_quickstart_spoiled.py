@@ -10,7 +10,7 @@ import sentencepiece as spm
 from wmtp_modules.quickstarts import spoiled
 from wmtp_modules.quickstarts.spoiled import Law, prepare_spoiled_stdlib, words_of
 
-SIZES = {"n_critic": 800, "n_policy": 60, "n_heldout": 240}
+SIZES = {"n_critic": 800, "n_policy": 40, "n_heldout": 200}
 SOURCE = '''def outer(self, n=10):
     """Docstring with "quotes", it's 2 lines,
     see #3."""
@@ -45,7 +45,7 @@ def test_a_law_draws_as_often_as_the_text_has_it():
 def small_library():
     """Few files of each kind: what is tested here holds for any."""
     texts, _ = spoiled.test_texts()
-    chosen = random.Random(0).sample(sorted(texts), 80)
+    chosen = random.Random(0).sample(sorted(texts), 120)
     return {path: texts[path] for path in chosen}
 
 
@@ -53,7 +53,7 @@ def small_library():
 def made(tmp_path_factory, small_library):
     """A folder of the quickstart's files, made from few files, and a function that makes more."""
 
-    def make(name: str, n_files: int = 80, **changed) -> dict:
+    def make(name: str, n_files: int = 120, **changed) -> dict:
         folder = tmp_path_factory.mktemp(name) / "assets"
         few = dict(list(small_library.items())[:n_files])
         with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +77,7 @@ def rows(made):
 
 
 def test_files_of_the_parts_are_disjoint_and_no_line_is_in_two_responses(rows, small_library):
-    for name, size in (("critic", 800), ("policy", 60), ("heldout", 240)):
+    for name, size in (("critic", 800), ("policy", 40), ("heldout", 200)):
         assert len(rows[name]) == size
         assert sum(row["reward"] for row in rows[name]) == round(0.2 * size)
         responses = [row["response"] for row in rows[name]]
@@ -167,7 +167,7 @@ def test_neither_length_nor_token_counts_tell_good_from_bad(rows):
 
 
 def test_the_seed_decides(made):
-    few = {"n_critic": 20, "n_policy": 10, "n_heldout": 10, "n_files": 20}
+    few = {"n_critic": 20, "n_policy": 10, "n_heldout": 10, "n_files": 60}
     rows, again, other = (made("seed", seed=seed, **few) for seed in (0, 0, 1))
     for name in ("base", "critic", "policy", "heldout"):
         assert again[name] == rows[name]
@@ -175,9 +175,9 @@ def test_the_seed_decides(made):
 
 
 def test_shares_and_sizes_are_arguments_and_too_many_are_an_error(made):
-    rows = made("plenty", n_critic=20, n_policy=60, n_heldout=10, bad_share=0.7, n_files=30)
-    assert [len(rows[name]) for name in ("critic", "policy", "heldout")] == [20, 60, 10]
-    assert sum(row["reward"] for row in rows["policy"]) == 18
+    rows = made("plenty", n_critic=20, n_policy=20, n_heldout=10, bad_share=0.7, n_files=60)
+    assert [len(rows[name]) for name in ("critic", "policy", "heldout")] == [20, 20, 10]
+    assert sum(row["reward"] for row in rows["policy"]) == 6
     with pytest.raises(ValueError, match="hold fewer than 90000 responses: ask for fewer"):
         made("too_many", n_critic=90_000, n_files=6)
 
