@@ -110,21 +110,20 @@ def test_only_words_after_the_mark_change_and_they_keep_their_kind(rows, small_l
     library = [(text, words_of(text)) for text in small_library.values()]
     skeletons = [skeleton(*one) for one in library]
     bad = [row for row in rows["critic"] if not row["reward"]]
-    unchanged = 0
+    unchanged, found = 0, []
     for row in bad[:40]:
         ((start, end),) = row["noise"]
         assert 0 <= start < end == len(row["response"])
         sound = row["prompt"] + row["response"][:start]
         assert sound in "\n".join(small_library.values())
-        # Words of a stretch are known by what stands before, so it is read in its own file.
         unchanged += row["prompt"] + row["response"] in "\n".join(small_library.values())
         lines = [
             line for line in row["response"].split("\n") if "'" not in line and '"' not in line
         ]
         code = [line for line in lines if re.search(r"\w", line) and "#" not in line]
-        found = [any(skeleton(line, words_of(line)) in one for one in skeletons) for line in code]
-        assert sum(found) >= 0.8 * len(found)
+        found += [any(skeleton(line, words_of(line)) in one for one in skeletons) for line in code]
     assert unchanged == 0
+    assert sum(found) >= 0.85 * len(found) > 50  # the others stand inside a docstring
 
 
 def n_tokens(tokenizer, row) -> int:
