@@ -41,7 +41,7 @@ from wmtp_modules.critic.figures import print_report
 from wmtp_modules.critic.judge import Judge
 from wmtp_modules.critic.page import page_caption, shown_rows, write_page
 from wmtp_modules.critic.rewards import Responses, RewardTables, rated
-from wmtp_modules.critic.states import batch_of, trunk_states
+from wmtp_modules.critic.states import RowStates
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
@@ -249,7 +249,8 @@ class CriticWMTPRecipeDistributed:
         while state.step < cfg.max_steps and state.evaluations_since_best < cfg.patience:
             self.watchdog.beat(f"the critic's step {state.step + 1}")
             joint = pairs.joint_batch(len(items), joint_size, state.step, seed)
-            loss, count = self._critic_loss(replica, items[joint[self._rank :: self._world]])
+            own = items[joint[self._rank :: self._world]]
+            loss, count = self._critic_loss(replica, judge.states, own)
             loss.backward()
             loss, count = all_reduce_sum(loss, count)
             if bad := what_is_wrong({"critic's loss": loss}, count):
@@ -280,11 +281,11 @@ class CriticWMTPRecipeDistributed:
         self._frozen = None
         torch.cuda.empty_cache()  # does nothing on a CPU
 
-    def _critic_loss(self, head, items: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _critic_loss(self, head, states: RowStates, items: np.ndarray) -> tuple:
         """Sum of the objective over this rank's rows or pairs, and how many it sums."""
         flat = items.T.flatten()  # pairs: first the better responses, then the worse ones
-        batch = batch_of(self._taught.rows, flat.tolist(), self.device)
-        logits_BT = head(*trunk_states(self._trunk(), batch["tokens"]), batch["y"])
+        batch, *both = states(flat)
+        logits_BT = head(*both, batch["y"])
         if items.shape[1] == 2:
             return pairs_loss(logits_BT, batch["y"]), logits_BT.new_tensor(len(items))
         good_B = torch.from_numpy(self._taught.good[flat]).to(self.device)

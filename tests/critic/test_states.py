@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from wmtp_modules.critic import states
-from wmtp_modules.critic.states import batch_of, set_feature_statistics_, trunk_states
+from wmtp_modules.critic.states import RowStates, batch_of, set_feature_statistics_, trunk_states
 from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.value_head import ValueHead, features
 
@@ -60,7 +60,8 @@ def test_a_model_of_one_head_has_no_loss_of_head_1(tiny_model_args):
 
 def test_features_are_standardised_over_the_tokens_asked(model, rows, gloo_group):
     head = ValueHead(model.args["embed_dim"], "state")
-    set_feature_statistics_(head, model, rows, [np.array([0, 1]), np.array([2])])
+    states = RowStates(model, rows, torch.device("cpu"))
+    set_feature_statistics_(head, states, [np.array([0, 1]), np.array([2])])
     batch = batch_of(rows, [0, 1, 2], torch.device("cpu"))
     found_BTE = features(*trunk_states(model, batch["tokens"]))
     asked = [(b, u) for b, n in enumerate((9, 5)) for u in range(1, n)]  # row 2 has no response
@@ -69,3 +70,21 @@ def test_features_are_standardised_over_the_tokens_asked(model, rows, gloo_group
         x = x[x.isfinite()]
         assert head.mean[i].item() == pytest.approx(x.mean().item(), rel=1e-4, abs=1e-5)
         assert head.std[i].item() == pytest.approx(x.std(correction=0).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 2**30])
+def test_states_are_the_same_kept_or_not_and_computed_once(model, rows, kept, monkeypatch):
+    monkeypatch.setattr(states, "KEPT_BYTES", kept)
+    monkeypatch.setattr(states, "GROUP", 2)
+    calls, plain = [], trunk_states
+    monkeypatch.setattr(
+        states, "trunk_states", lambda model, tokens: calls.append(1) or plain(model, tokens)
+    )
+    of_rows = RowStates(model, rows, torch.device("cpu"))
+    for indices in ([1, 0], [2, 0], [1]):
+        batch, hidden_BTD, surprise_BT3 = of_rows(np.array(indices))
+        want = plain(model, batch["tokens"])
+        for got, wanted in zip((hidden_BTD, surprise_BT3), want, strict=True):
+            is_token = batch["doc"] >= 0
+            torch.testing.assert_close(got[is_token], wanted[is_token], equal_nan=True)
+    assert len(calls) == (2 if kept else 3)  # groups, or batches

@@ -14,7 +14,7 @@ from wmtp_modules.critic import figures
 from wmtp_modules.critic.folder import TrainingState, save_critic
 from wmtp_modules.critic.pairs import HeldoutPairs, response_spans
 from wmtp_modules.critic.rewards import Responses
-from wmtp_modules.critic.states import batch_of, set_feature_statistics_, trunk_states
+from wmtp_modules.critic.states import RowStates, set_feature_statistics_
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import all_reduce_sum, patient_barrier
@@ -29,7 +29,7 @@ class Judge:
     """Held-out loss and report of a critic; every rank calls the same methods.
 
     ``trunk`` is the frozen model, whole on this rank; ``pairs`` are held-out ones, from
-    ``heldout_pairs``; ``objective`` is ``bce`` or ``pairs``.
+    ``heldout_pairs``; ``objective`` is ``bce`` or ``pairs``. ``states`` are of the training rows.
     """
 
     def __init__(
@@ -42,8 +42,10 @@ class Judge:
         objective: str,
         watchdog: Watchdog,
     ) -> None:
-        self._trunk = trunk
+        self._vocab_size, device = trunk.args["vocab_size"], next(trunk.parameters()).device
         self._train, self._heldout = train, heldout
+        self.states = RowStates(trunk, train.rows, device)
+        self._heldout_states = RowStates(trunk, heldout.rows, device)
         self._judged = figures.Judged.of(heldout.rows, *response_spans(heldout.rows))
         self._pairs = pairs
         self._objective = objective
@@ -53,13 +55,11 @@ class Judge:
         """Give an untrained head b, and the scale of its features, of the training rows."""
         mean = self._train.good.mean()
         head.base.fill_(float(np.log(mean / (1 - mean))))
-        set_feature_statistics_(
-            head, self._trunk, self._train.rows, self._share(self._fit_rows(seed))
-        )
+        set_feature_statistics_(head, self.states, self._share(self._fit_rows(seed)))
 
     def heldout_loss(self, head: ValueHead) -> float:
         """The objective on held-out responses, per token or per pair."""
-        logits_M, _ = self._of_tokens(head, self._heldout, self._judged)
+        logits_M, _ = self._of_tokens(head, self._heldout_states, self._judged)
         if self._objective == "bce":
             return figures.cross_entropy(logits_M, self._heldout.good[self._judged.row])
         judged, scores_N = self._judged, np.zeros(len(self._heldout.good))
@@ -77,21 +77,21 @@ class Judge:
         By token-level cross-entropy on training rows. A bce critic's are probabilities already.
         """
         if self._objective == "pairs":
-            rows = self._fit_rows(seed)
-            some = Responses(self._train.rows.select(rows), good=self._train.good[rows])
-            judged = figures.Judged.of(some.rows, *response_spans(some.rows))
-            logits_M, _ = self._of_tokens(head, some, judged)
-            base = head.base.item()
-            head.kappa.fill_(fit_kappa(logits_M - base, base, some.good[judged.row]))
+            train, rows, base = self._train, self._fit_rows(seed), head.base.item()
+            judged = figures.Judged.of(train.rows, *response_spans(train.rows))
+            logits_M, _ = self._of_tokens(head, self.states, judged, rows)
+            some_M = np.isin(judged.row, rows)
+            good_M = train.good[judged.row[some_M]]
+            head.kappa.fill_(fit_kappa(logits_M[some_M] - base, base, good_M))
 
     def report(self, head: ValueHead) -> tuple[dict, np.ndarray]:
         """``critic_report``, and the logits of V after every judged held-out token [M]."""
         train, heldout = self._train, self._heldout
-        logits_M, losses_M = self._of_tokens(head, heldout, self._judged)
+        logits_M, losses_M = self._of_tokens(head, self._heldout_states, self._judged)
         table_V = figures.token_table(
             figures.Judged.of(train.rows, *response_spans(train.rows)),
             train.good,
-            self._trunk.args["vocab_size"],
+            self._vocab_size,
         )
         report = figures.critic_report(
             self._judged, logits_M, losses_M, heldout.good, table_V, self._pairs.rows_P2
@@ -132,13 +132,20 @@ class Judge:
 
     @torch.no_grad()
     def _of_tokens(
-        self, head: ValueHead, responses: Responses, judged: figures.Judged
+        self,
+        head: ValueHead,
+        states: RowStates,
+        judged: figures.Judged,
+        rows: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Logits of V, and head 0's loss, at every judged token, fp64 [M] each, of all ranks."""
+        """Logits of V, and head 0's loss, at every judged token, fp64 [M] each, of all ranks.
+
+        With ``rows`` of these only, and 0 elsewhere.
+        """
+        rows = np.arange(len(judged.first)) if rows is None else rows
         found_2M = torch.zeros(2, len(judged.token), dtype=torch.float64)
-        for indices in self._share(np.flatnonzero(judged.has_response)):
-            batch = batch_of(responses.rows, indices.tolist(), head.base.device)
-            hidden_BTD, surprise_BT3 = trunk_states(self._trunk, batch["tokens"])
+        for indices in self._share(rows[judged.has_response[rows]]):
+            batch, hidden_BTD, surprise_BT3 = states(indices)
             logits_BT = head(hidden_BTD, surprise_BT3, batch["y"])
             both_2BT = torch.stack([logits_BT, surprise_BT3[..., 0]]).double().cpu()
             for b, row in enumerate(indices.tolist()):

@@ -9,13 +9,17 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 
-from wmtp_modules.data.packing import pad_rows
+from wmtp_modules.data.packing import pad_rows, row_lengths
 from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
 from wmtp_modules.loss.value_loss import judged_mask, response_mask
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import N_SURPRISE, ValueHead, features
 from wmtp_modules.parallel.process_group import all_reduce_sum
+
+KEPT_BYTES = 2**30  # of states, on each rank
+GROUP = 32  # rows
 
 
 def batch_of(rows: Dataset, indices: list[int], device: torch.device) -> dict[str, torch.Tensor]:
@@ -78,13 +82,47 @@ def _loss_and_entropy(
     return loss_N.view_as(targets_BT), entropy_N.view_as(targets_BT)
 
 
-def logits_of(model: MTPTransformer, head: ValueHead, batch: dict) -> torch.Tensor:
-    """Logits of V after every token of ``batch_of`` some rows, fp32 [B, T]."""
-    return head(*trunk_states(model, batch["tokens"]), batch["y"])
+class RowStates:
+    """``trunk_states`` of a data set's rows, each computed once if all of them fit in memory.
+
+    The rows of a group are computed together, whichever of them is asked for, so that a restart
+    finds the same bits.
+
+    Args:
+        model: whole on this rank, on ``device``.
+    """
+
+    def __init__(self, model: MTPTransformer, rows: Dataset, device: torch.device) -> None:
+        self._model, self._rows, self._device = model, rows, device
+        width = model.args["embed_dim"] * model.output.proj.weight.element_size() + 4 * N_SURPRISE
+        self._is_kept = int(row_lengths(rows).sum()) * width <= KEPT_BYTES
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, indices: np.ndarray) -> tuple[dict, torch.Tensor, torch.Tensor]:
+        """``batch_of`` some rows, and their hidden_BTD and surprise_BT3."""
+        batch = batch_of(self._rows, indices.tolist(), self._device)
+        if not self._is_kept:
+            return batch, *trunk_states(self._model, batch["tokens"])
+        for row in indices.tolist():
+            if row not in self._kept:
+                self._compute_group(row // GROUP)
+        kept = [self._kept[row] for row in indices.tolist()]
+        return (
+            batch,
+            pad_sequence([hidden for hidden, _ in kept], batch_first=True),
+            pad_sequence([x for _, x in kept], batch_first=True, padding_value=torch.nan),
+        )
+
+    def _compute_group(self, group: int) -> None:
+        rows = list(range(group * GROUP, min((group + 1) * GROUP, len(self._rows))))
+        batch = batch_of(self._rows, rows, self._device)
+        hidden_BTD, surprise_BT3 = trunk_states(self._model, batch["tokens"])
+        for b, n in enumerate((batch["doc"] >= 0).sum(1).tolist()):
+            self._kept[rows[b]] = hidden_BTD[b, :n], surprise_BT3[b, :n]
 
 
 def set_feature_statistics_(
-    head: ValueHead, model: MTPTransformer, rows: Dataset, batches: Iterable[np.ndarray]
+    head: ValueHead, states: RowStates, batches: Iterable[np.ndarray]
 ) -> None:
     """Let a head standardise its features by mean and deviation over some rows of all ranks.
 
@@ -93,8 +131,8 @@ def set_feature_statistics_(
     """
     sums_3E = torch.zeros(3, len(head.mean), dtype=torch.float64, device=head.mean.device)
     for indices in batches:
-        batch = batch_of(rows, indices.tolist(), head.mean.device)
-        found_NE = features(*trunk_states(model, batch["tokens"]))[judged_mask(batch["y"])].double()
+        batch, *both = states(indices)
+        found_NE = features(*both)[judged_mask(batch["y"])].double()
         known_NE = found_NE.isfinite()
         found_NE = found_NE.where(known_NE, 0.0)
         sums_3E += torch.stack([known_NE.sum(0), found_NE.sum(0), found_NE.square().sum(0)])
