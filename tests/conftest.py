@@ -12,8 +12,8 @@ import signal
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -141,6 +141,26 @@ def children():
     started = Children()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """drawn(): a context in which pictures are drawn. The others of a file's tests are empty files:
+    one picture takes as long as the training of a small model.
+    """
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        @contextmanager
+        def draw() -> Iterator[None]:
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(Figure, "savefig", savefig)
+                yield
+
+        savefig = Figure.savefig
+        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
+        yield draw
 
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

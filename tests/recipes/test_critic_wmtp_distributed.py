@@ -23,6 +23,8 @@ from wmtp_modules.run.run import Run
 from wmtp_modules.run.stopping import StopRequests
 from wmtp_modules.scoring import score_table
 
+pytestmark = pytest.mark.usefixtures("drawn")  # pictures are not
+
 ROOT = Path(__file__).parents[2]
 TABLES = ("rewards", "critic", "values")
 
@@ -176,14 +178,15 @@ def with_critic(base, folder: Path, **critic) -> dict:
 
 
 @pytest.fixture(scope="module")
-def staged(base, go, tmp_path_factory):
+def staged(base, go, drawn, tmp_path_factory):
     """Every stage, once: (overrides, output folder, summary).
 
     A table of token counts knows these responses, so no critic passes the gate here.
     """
     overrides = with_critic(base, tmp_path_factory.mktemp("stages"))
     overrides["allow_uninformative_critic"] = True
-    return overrides, *go(overrides)
+    with drawn():
+        return overrides, *go(overrides)
 
 
 def metrics_of(folder):
@@ -342,13 +345,13 @@ def uniform_run(staged, go):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("advantage", ["gated", "ratio", "td", "gae"])
+@pytest.mark.parametrize("advantage", ["ratio", "td"])  # the others are in tests/golden
 def test_every_advantage_trains(staged, go, advantage):
     more = {"stages": ["policy"], "weighting": {"advantage": advantage}, "max_steps": 1}
     folder, _ = go(staged[0] | more | {"run_val_every_n_steps": 1, "save_every_n_steps": 1})
     line = metrics_of(folder)[-1]
     assert line["ess"] < 1
-    if advantage in ("td", "gae"):
+    if advantage == "td":
         means = [line[f"weight_mean_head_{k}"] for k in range(4)]
         assert means == pytest.approx([1.0] * 4, abs=1e-4)
 
@@ -387,15 +390,15 @@ def test_strength_zero_is_uniform(staged, go, uniform_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shuffled", "random_topk", "dft"])
+@pytest.mark.parametrize("name", ["random_topk", "dft"])  # shuffled is in tests/golden
 def test_every_control_runs(staged, go, name):
     overrides, _, _ = staged
     folder, summary = go(
-        overrides | {"stages": ["policy"], "weighting": {"name": name}, "max_steps": 3}
+        overrides | {"stages": ["policy"], "weighting": {"name": name}, "max_steps": 1}
     )
     line = metrics_of(folder)[-1]
     means = [line[f"weight_mean_head_{k}"] for k in range(4)]
-    assert means == pytest.approx([1.0] * 4, abs=0.5 if name == "shuffled" else 1e-4)
+    assert means == pytest.approx([1.0] * 4, abs=1e-4)
     assert line["ess"] < 1
     assert name in summary["heldout_loss"]
 

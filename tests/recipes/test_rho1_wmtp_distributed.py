@@ -28,6 +28,8 @@ from wmtp_modules.run.stopping import Stopped, StopRequests
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.scoring import reference as references
 
+pytestmark = pytest.mark.usefixtures("drawn")  # pictures are not
+
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
     not cpp_compiler(), reason="torch.compile finds no C++ compiler ($CXX or g++)"
@@ -140,8 +142,9 @@ def run(recipe, one_process, base_config, tmp_path_factory, stops):
 
 
 @pytest.fixture(scope="module")
-def uniform(run):
-    return run()
+def uniform(run, drawn):
+    with drawn():
+        return run()
 
 
 @pytest.fixture(scope="module")

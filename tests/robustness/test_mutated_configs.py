@@ -41,6 +41,7 @@ def keys_and_file(text: str, path: Path) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")  # pictures are not
 def test_mutated_configs(recipes, small_config, tmp_path, monkeypatch, mutate, judge):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(5)
