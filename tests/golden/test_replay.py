@@ -390,8 +390,7 @@ def test_critic_quotients(advantage, compare, stages):
     compare(
         "critic",
         2,
-        stages.cfg
-        | {"weighting": VALUE | more, "policy_rewards_above": None, "max_steps": 1},
+        stages.cfg | {"weighting": VALUE | more, "policy_rewards_above": None, "max_steps": 1},
         critic=stages.above(None),
     )
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
