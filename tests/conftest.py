@@ -4,6 +4,8 @@ import os
 
 # Before anything imports torch. Threads that wait for a core which another test has would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without the bytecode of torch and its like, each process that starts compiles for ten seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import faulthandler
 import importlib.util
@@ -20,6 +22,7 @@ import pytest
 import sentencepiece as spm
 from hypothesis import settings
 
+sys.dont_write_bytecode = False
 # By default an example that takes 200 ms fails, which says how busy the machine is.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
