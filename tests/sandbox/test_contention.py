@@ -22,6 +22,8 @@ from wmtp_modules.sandbox.pool import FOLDER, Sandbox
 from wmtp_modules.sandbox.process import NOBODY
 from wmtp_modules.sandbox.worker import Worker
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 KINDS = ("bubblewrap", "landlock", "rlimits", "landlock alone", "rlimits alone")
 
