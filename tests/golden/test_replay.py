@@ -71,7 +71,7 @@ def draw(n_packs: int, length: int, *, seed: int, step: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def compare(server, assets, replay, tmp_path):
+def compare(ranks, assets, replay, tmp_path):
     """compare(recipe, world, overrides): run, replay, and hold the one against the other.
 
     Returns:
@@ -103,7 +103,7 @@ def compare(server, assets, replay, tmp_path):
 
     def go(recipe, world, overrides, reference=None, critic=None):
         cfg = assets.cfg | {"output_dir": str(tmp_path / "out")} | overrides
-        batches = server.run(recipe, cfg, world, tmp_path)
+        batches = ranks.run(recipe, cfg, world, tmp_path)
         controls = cfg.get("controls", [])
         outputs = {name: tmp_path / "out" / "controls" / name for name in controls}
         outputs[cfg["weighting"]["name"]] = tmp_path / "out"  # after its controls
@@ -302,7 +302,7 @@ class Stages:
 
 
 @pytest.fixture(scope="module")
-def stages_of(server, assets, replay, tmp_path_factory):
+def stages_of(ranks, assets, replay, tmp_path_factory):
     """stages_of(head): rewards from a column, a critic of a few steps, its values."""
 
     @cache
@@ -333,7 +333,7 @@ def stages_of(server, assets, replay, tmp_path_factory):
             "max_steps": 2,
         }
         cfg = assets.cfg | of_policy | blocks | {"output_dir": str(folder / "out")}
-        server.run("critic", cfg | {"stages": ["rewards", "critic", "values"]}, 1, folder)
+        ranks.run("critic", cfg | {"stages": ["rewards", "critic", "values"]}, 1, folder)
         return Stages(of_policy | blocks | {"stages": ["policy"]}, folder, assets, replay)
 
     return make

@@ -216,7 +216,7 @@ def test_the_critic_knows_what_it_must(how, staged, base, go, tmp_path):
     if how == "turn":
         summary, folder = staged[2], folder_of(staged[0])
     else:
-        more = {"objective": "pairs"} if how == "pairs" else {"head": "state"}
+        more = {"objective": "pairs"} if how == "pairs" else {"head": "state", "max_steps": 40}
         overrides = with_critic(base, tmp_path, **more)
         _, summary = go(overrides | {"stages": ["rewards", "critic"]})
         folder = folder_of(overrides)
@@ -563,7 +563,7 @@ def test_all_runs_of_a_config_read_and_hash_the_trunk_once(base, main, monkeypat
     monkeypatch.setattr(score_table, "file_hash", lambda p: hashed.append(p) or file_hash(p))
     monkeypatch.setattr(run_model, "load_into", noting)
     more = {"controls": ["uniform", "shuffled"], "output_dir": str(tmp_path / "out")}
-    main(with_critic(base, tmp_path) | more)
+    main(with_critic(base, tmp_path, max_steps=10) | more)
     assert hashed.count(base[0] / "last" / "consolidated.pth") == 1
     assert len(loaded) == 1 + 3  # the frozen trunk, and a model to train for each policy
 
@@ -571,11 +571,11 @@ def test_all_runs_of_a_config_read_and_hash_the_trunk_once(base, main, monkeypat
 @pytest.mark.slow
 def test_a_policy_on_other_values_is_neither_done_nor_resumed(staged, go, base, tmp_path):
     """The same config, but the critic that it names was trained anew and differently."""
-    first = with_critic(base, tmp_path)
+    first = with_critic(base, tmp_path, max_steps=10)
     go(first, tmp_path / "out")
     for name in ("critic", "values"):
         (tmp_path / name).rename(tmp_path / f"old_{name}")
-    again = with_critic(base, tmp_path, max_steps=50) | {"stages": ["critic", "values"]}
+    again = with_critic(base, tmp_path, max_steps=5) | {"stages": ["critic", "values"]}
     go(again)
     resumed = first | {"stages": ["policy"], "resume_from_checkpoint": True}
     with pytest.raises(SystemExit, match="was trained on other data, rewards or values"):
@@ -756,7 +756,7 @@ def test_a_value_cache_from_another_data_set(staged, go, base, base_config, tmp_
     source = tmp_path / "fewer.jsonl"
     lines = Path(base_config.dataset.source).read_text().splitlines()
     source.write_text("\n".join(lines[:300]) + "\n")
-    overrides = with_critic(base, tmp_path) | {"dataset": {"source": str(source)}}
+    overrides = with_critic(base, tmp_path, max_steps=10) | {"dataset": {"source": str(source)}}
     overrides["value_table"] = staged[0]["value_table"]
     with pytest.raises(SystemExit, match=r"made for something else \(.*dataset: the table has"):
         go(overrides, tmp_path / "out")
