@@ -43,7 +43,8 @@ def pytest_cmdline_main(config):
     if is_worker or not config.pluginmanager.hasplugin("xdist") or option.dist != "no":
         return
     if option.numprocesses is None and everything and not (option.usepdb or option.collectonly):
-        option.numprocesses = max(2, min(MOST_WORKERS, os.cpu_count() or 1))
+        # One more than there are processors, as many a test waits for something.
+        option.numprocesses = min(MOST_WORKERS, (os.cpu_count() or 1) + 1)
     if option.numprocesses:
         option.dist, option.loadscopereorder = "loadfile", False
 
