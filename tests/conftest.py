@@ -4,6 +4,8 @@ import os
 
 # Before anything imports torch. Threads that wait for a core which another test has would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without the bytecode of torch and its like, each process that starts compiles for ten seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import faulthandler
 import importlib.util
@@ -12,14 +14,15 @@ import signal
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import sentencepiece as spm
 from hypothesis import settings
 
+sys.dont_write_bytecode = False
 # By default an example that takes 200 ms fails, which says how busy the machine is.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
@@ -40,7 +43,8 @@ def pytest_cmdline_main(config):
     if is_worker or not config.pluginmanager.hasplugin("xdist") or option.dist != "no":
         return
     if option.numprocesses is None and everything and not (option.usepdb or option.collectonly):
-        option.numprocesses = max(2, min(MOST_WORKERS, os.cpu_count() or 1))
+        # One more than there are processors, as many a test waits for something.
+        option.numprocesses = min(MOST_WORKERS, (os.cpu_count() or 1) + 1)
     if option.numprocesses:
         option.dist, option.loadscopereorder = "loadfile", False
 
@@ -141,6 +145,26 @@ def children():
     started = Children()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """drawn(): a context in which pictures are drawn. The others of a file's tests are empty files:
+    one picture takes as long as the training of a small model.
+    """
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        @contextmanager
+        def draw() -> Iterator[None]:
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(Figure, "savefig", savefig)
+                yield
+
+        savefig = Figure.savefig
+        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
+        yield draw
 
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

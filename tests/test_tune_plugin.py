@@ -234,8 +234,14 @@ def test_a_process_that_imports_torchao_says_nothing():
     ("command", "ranks"),
     [
         ([TUNE, "run"], ["alone"]),
-        ([TUNE, "run", "--nproc_per_node", "2"], ["0", "1"]),
-        ([sys.executable, "-m", "torchtune._cli.tune", "run"], ["alone"]),
+        # Two ranks of our own recipe are in tests/recipes/test_tune_run.py.
+        pytest.param([TUNE, "run", "--nproc_per_node", "2"], ["0", "1"], marks=pytest.mark.nightly),
+        # What the plugin sees of this command is tested above, in this process.
+        pytest.param(
+            [sys.executable, "-m", "torchtune._cli.tune", "run"],
+            ["alone"],
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_tune_run_finds_our_recipe(user_folder, command, ranks):

@@ -1,11 +1,9 @@
-"""Small checkpoints, rows of token ids, and a server that runs recipes on them."""
+"""Small checkpoints, rows of token ids, and ranks that run recipes on them."""
 
 import importlib.util
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -41,21 +39,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-class Server:
-    """``fork_server.py`` as a process of its own: this one has threads by now."""
+class Ranks:
+    """Recipes in forked ranks."""
 
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "fork_server.py")],
-            cwd=HERE.parents[1],
-            env={k: v for k, v in os.environ.items() if not k.startswith(("PET_", "TORCHELASTIC"))}
-            | {"OMP_NUM_THREADS": "1", "WMTP_ALLOWED_COMPONENTS": "fork_server"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-        )
+    def __init__(self, fork_server) -> None:
+        self._forks = fork_server
+        self._run_rank = load_beside("ranks").run_rank
 
     def run(self, recipe: str, cfg: dict, world: int, folder: Path) -> list[list]:
         """Run a recipe on ``world`` ranks, all of which have to end well.
@@ -64,19 +53,14 @@ class Server:
             recipe: "rho1" or "critic".
             cfg: the whole config.
             world: number of ranks.
-            folder: for its logs.
+            folder: for what they leave.
 
         Returns:
             Token ids [world * batch_size, T] of every joint micro-batch, in order.
         """
         config = folder / "config.yaml"
         config.write_text(json.dumps(cfg))  # JSON is YAML
-        request = {"recipe": recipe, "config": str(config), "world": world, "folder": str(folder)}
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        assert answer, f"the server died:\n{self._log.read_text()[-3000:]}"
-        logs = [(folder / f"rank{rank}.log").read_text() for rank in range(world)]
-        assert json.loads(answer) == [0] * world, "\n".join(log[-3000:] for log in logs)
+        self._forks.call(self._run_rank, recipe, str(config), str(folder), ranks=world, timeout=380)
         of_ranks = [json.loads((folder / f"tokens{r}.json").read_text()) for r in range(world)]
         # Pack b of rank r is pack b * world + r of the joint micro-batch.
         return [
@@ -84,16 +68,10 @@ class Server:
             for own in zip(*of_ranks, strict=True)
         ]
 
-    def close(self) -> None:
-        self._process.kill()  # idle, and importing what it holds in reverse takes seconds
-        self._process.wait()
-
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("golden_server") / "log")
-    yield server
-    server.close()
+def ranks(fork_server):
+    return Ranks(fork_server)
 
 
 def make_rows(replay, seed: int, n: int) -> list:
@@ -166,7 +144,7 @@ class Assets:
         self.mtp_reference = write_checkpoint(
             folder / "mtp_reference", tokenizer, 3, n_layers=5, n_future_tokens=4, **shape
         )
-        rows_of = {"_component_": "fork_server.token_rows"}
+        rows_of = {"_component_": "ranks.token_rows"}
         self.cfg = {
             "device": "cpu",
             "dtype": "fp32",
@@ -210,6 +188,5 @@ class Assets:
 
 
 @pytest.fixture(scope="session")
-def assets(tmp_path_factory, replay, server, tiny_tokenizer_path):
-    """Made while the server, asked for first, imports."""
+def assets(tmp_path_factory, replay, tiny_tokenizer_path):
     return Assets(tmp_path_factory.mktemp("golden"), replay, tiny_tokenizer_path)

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torchtune.config import instantiate
 
-from wmtp_modules.quickstarts import functions, stdlib
+from wmtp_modules.quickstarts import functions, spoiled, stdlib
 from wmtp_modules.run.run import Run
 
 REMEMBERED = ("step", "micro_step", "_epoch", "_logged_epoch", "_best_loss", "heldout", "kept")
@@ -102,23 +102,41 @@ def small_disk(tmp_path):
 ROOT = Path(__file__).parents[2]
 TINY_VOCABULARY = 400
 TINY_STEPS = {  # of configs/quickstart/*.yaml
-    "base": 20,
-    "reference": 20,
-    "rho1": 10,
-    "critic_base": 20,
-    "critic": 10,
-    "eval_base": 20,
+    "base": 8,
+    "reference": 8,
+    "rho1": 5,
+    "critic_base": 8,
+    "critic": 4,
+    "eval_base": 8,
 }
 
 
 class TinyQuickstarts:
-    """Assets from every eighth file of the standard library, and the shipped configs cut short."""
+    """Assets from a few small files of the standard library, and the shipped configs cut short.
+
+    Data are made here, by the first that asks for them; models by the first run that needs them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._made: set[str] = set()
+
+    def _make_data(self, quickstart: str) -> None:
+        if quickstart in self._made:
+            return
+        self._made.add(quickstart)
+        files = [path for path in stdlib.stdlib_files() if path.stat().st_size < 12_000][::8]
+        texts, origin = spoiled.test_texts()
+        texts = {path: texts[path] for path in [*texts][::4]}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stdlib, "stdlib_files", lambda: files)
+            patch.setattr(spoiled, "test_texts", lambda: (texts, origin))
+            patch.setattr(functions, "_train_model", lambda *_: None)
+            instantiate(OmegaConf.load(self.config(quickstart)).prepare)
 
     def config(self, name: str, **changes: object) -> Path:
         """A shipped config with few steps; others that it requires come along."""
+        self._make_data({"base": "rho1", "reference": "rho1"}.get(name, name.split("_")[0]))
         cfg = OmegaConf.load(ROOT / "configs" / "quickstart" / f"{name}.yaml")
         cfg.assets_dir = str(self.folder / f"{name.split('_')[0]}_assets")
         if name in ("base", "reference", "rho1"):
@@ -138,6 +156,7 @@ class TinyQuickstarts:
             cfg.prepare.vocab_size = TINY_VOCABULARY
             if name == "critic":
                 cfg.prepare.update(n_critic=120, n_policy=40, n_heldout=60)
+                cfg.controls.uniform_good.max_steps = TINY_STEPS[name]
             if "model_config" in cfg.prepare:
                 cfg.prepare.model_config = str(self.config("eval_base"))
         if "requires" in cfg:
@@ -155,12 +174,4 @@ class TinyQuickstarts:
 
 @pytest.fixture(scope="session")
 def tiny_quickstarts(tmp_path_factory):
-    """Data are made here, models by the first run that needs them."""
-    tiny = TinyQuickstarts(tmp_path_factory.mktemp("tiny"))
-    files = stdlib.stdlib_files()[::8]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stdlib, "stdlib_files", lambda: files)
-        patch.setattr(functions, "_train_model", lambda *_: None)
-        for name in ("rho1", "critic", "eval"):
-            instantiate(OmegaConf.load(tiny.config(name)).prepare)
-    return tiny
+    return TinyQuickstarts(tmp_path_factory.mktemp("tiny"))

@@ -23,6 +23,8 @@ from wmtp_modules.run.run import Run
 from wmtp_modules.run.stopping import StopRequests
 from wmtp_modules.scoring import score_table
 
+pytestmark = pytest.mark.usefixtures("drawn")  # pictures are not
+
 ROOT = Path(__file__).parents[2]
 TABLES = ("rewards", "critic", "values")
 
@@ -176,14 +178,15 @@ def with_critic(base, folder: Path, **critic) -> dict:
 
 
 @pytest.fixture(scope="module")
-def staged(base, go, tmp_path_factory):
+def staged(base, go, drawn, tmp_path_factory):
     """Every stage, once: (overrides, output folder, summary).
 
     A table of token counts knows these responses, so no critic passes the gate here.
     """
     overrides = with_critic(base, tmp_path_factory.mktemp("stages"))
     overrides["allow_uninformative_critic"] = True
-    return overrides, *go(overrides)
+    with drawn():
+        return overrides, *go(overrides)
 
 
 def metrics_of(folder):
@@ -213,7 +216,7 @@ def test_the_critic_knows_what_it_must(how, staged, base, go, tmp_path):
     if how == "turn":
         summary, folder = staged[2], folder_of(staged[0])
     else:
-        more = {"objective": "pairs"} if how == "pairs" else {"head": "state"}
+        more = {"objective": "pairs"} if how == "pairs" else {"head": "state", "max_steps": 40}
         overrides = with_critic(base, tmp_path, **more)
         _, summary = go(overrides | {"stages": ["rewards", "critic"]})
         folder = folder_of(overrides)
@@ -342,13 +345,13 @@ def uniform_run(staged, go):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("advantage", ["gated", "ratio", "td", "gae"])
+@pytest.mark.parametrize("advantage", ["ratio", "td"])  # the others are in tests/golden
 def test_every_advantage_trains(staged, go, advantage):
     more = {"stages": ["policy"], "weighting": {"advantage": advantage}, "max_steps": 1}
     folder, _ = go(staged[0] | more | {"run_val_every_n_steps": 1, "save_every_n_steps": 1})
     line = metrics_of(folder)[-1]
     assert line["ess"] < 1
-    if advantage in ("td", "gae"):
+    if advantage == "td":
         means = [line[f"weight_mean_head_{k}"] for k in range(4)]
         assert means == pytest.approx([1.0] * 4, abs=1e-4)
 
@@ -387,15 +390,15 @@ def test_strength_zero_is_uniform(staged, go, uniform_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shuffled", "random_topk", "dft"])
+@pytest.mark.parametrize("name", ["random_topk", "dft"])  # shuffled is in tests/golden
 def test_every_control_runs(staged, go, name):
     overrides, _, _ = staged
     folder, summary = go(
-        overrides | {"stages": ["policy"], "weighting": {"name": name}, "max_steps": 3}
+        overrides | {"stages": ["policy"], "weighting": {"name": name}, "max_steps": 1}
     )
     line = metrics_of(folder)[-1]
     means = [line[f"weight_mean_head_{k}"] for k in range(4)]
-    assert means == pytest.approx([1.0] * 4, abs=0.5 if name == "shuffled" else 1e-4)
+    assert means == pytest.approx([1.0] * 4, abs=1e-4)
     assert line["ess"] < 1
     assert name in summary["heldout_loss"]
 
@@ -560,7 +563,7 @@ def test_all_runs_of_a_config_read_and_hash_the_trunk_once(base, main, monkeypat
     monkeypatch.setattr(score_table, "file_hash", lambda p: hashed.append(p) or file_hash(p))
     monkeypatch.setattr(run_model, "load_into", noting)
     more = {"controls": ["uniform", "shuffled"], "output_dir": str(tmp_path / "out")}
-    main(with_critic(base, tmp_path) | more)
+    main(with_critic(base, tmp_path, max_steps=10) | more)
     assert hashed.count(base[0] / "last" / "consolidated.pth") == 1
     assert len(loaded) == 1 + 3  # the frozen trunk, and a model to train for each policy
 
@@ -568,11 +571,11 @@ def test_all_runs_of_a_config_read_and_hash_the_trunk_once(base, main, monkeypat
 @pytest.mark.slow
 def test_a_policy_on_other_values_is_neither_done_nor_resumed(staged, go, base, tmp_path):
     """The same config, but the critic that it names was trained anew and differently."""
-    first = with_critic(base, tmp_path)
+    first = with_critic(base, tmp_path, max_steps=10)
     go(first, tmp_path / "out")
     for name in ("critic", "values"):
         (tmp_path / name).rename(tmp_path / f"old_{name}")
-    again = with_critic(base, tmp_path, max_steps=50) | {"stages": ["critic", "values"]}
+    again = with_critic(base, tmp_path, max_steps=5) | {"stages": ["critic", "values"]}
     go(again)
     resumed = first | {"stages": ["policy"], "resume_from_checkpoint": True}
     with pytest.raises(SystemExit, match="was trained on other data, rewards or values"):
@@ -753,7 +756,7 @@ def test_a_value_cache_from_another_data_set(staged, go, base, base_config, tmp_
     source = tmp_path / "fewer.jsonl"
     lines = Path(base_config.dataset.source).read_text().splitlines()
     source.write_text("\n".join(lines[:300]) + "\n")
-    overrides = with_critic(base, tmp_path) | {"dataset": {"source": str(source)}}
+    overrides = with_critic(base, tmp_path, max_steps=10) | {"dataset": {"source": str(source)}}
     overrides["value_table"] = staged[0]["value_table"]
     with pytest.raises(SystemExit, match=r"made for something else \(.*dataset: the table has"):
         go(overrides, tmp_path / "out")

@@ -2,15 +2,12 @@
 
 import importlib.util
 import json
-import os
-import socket
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2_tokenizer
 
@@ -23,6 +20,8 @@ from wmtp_modules.parallel.process_group import init_process_group
 from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.sandbox.jobs import SandboxError
 from wmtp_modules.sandbox.pool import Sandbox
+
+pytestmark = pytest.mark.usefixtures("drawn")  # pictures are not
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [*sorted((ROOT / "configs/eval").glob("*.yaml")), ROOT / "configs/quickstart/eval.yaml"]
@@ -277,15 +276,12 @@ def test_generation_figures_are_sums_over_samples():
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_samples_of_one(run, base, tmp_path):
+def test_two_ranks_make_the_samples_of_one(run, base, forks, tmp_path):
     _, out = run()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     cfg = OmegaConf.merge(
         base, {"output_dir": str(tmp_path / "two"), "stages": ["generate", "heldout"]}
     )
-    mp.start_processes(on_a_rank, (port, cfg), nprocs=2, start_method="spawn")
+    forks.call(on_a_rank, cfg)
     two = read_rows(tmp_path / "two" / "samples.jsonl")
     assert sorted(map(json.dumps, two)) == sorted(map(json.dumps, read_rows(out / "samples.jsonl")))
     one, _ = run(tmp_path / "one", stages="[heldout]")
@@ -296,10 +292,8 @@ def test_two_ranks_make_the_samples_of_one(run, base, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
-def on_a_rank(rank, port, cfg):
+def on_a_rank(rank, cfg):
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     recipe = import_recipe()
     device, _ = init_process_group("cpu")
     done = recipe.EvalMTPRecipe(cfg, device)
@@ -312,7 +306,7 @@ def on_a_rank(rank, port, cfg):
 # ----------------------------------------------------------------------------- execution
 
 
-def test_ready_made_samples(run, tier, tmp_path):
+def test_ready_made_samples(run, tier, tmp_path, drawn):
     """Right and wrong ones by verdict; the report has what scripts rely on."""
     samples = [
         {"task_id": "Own/0", "completion": "    return x\n"},
@@ -321,7 +315,8 @@ def test_ready_made_samples(run, tier, tmp_path):
         {"task_id": "Own/2", "completion": "    raise KeyError\n"},
     ]
     path = write_rows(tmp_path / "samples.jsonl", samples)
-    report, out = run(stages="[execute]", samples=path)
+    with drawn():
+        report, out = run(stages="[execute]", samples=path)
     rows = {(row["task_id"], row["sample"]): row for row in read_rows(out / "results.jsonl")}
     verdicts = [rows[key]["verdict"] for key in [("Own/0", 0), ("Own/0", 1), ("Own/2", 0)]]
     assert verdicts == ["pass", "wrong", "pass"]

@@ -28,6 +28,8 @@ from wmtp_modules.run.stopping import Stopped, StopRequests
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.scoring import reference as references
 
+pytestmark = pytest.mark.usefixtures("drawn")  # pictures are not
+
 ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(
     not cpp_compiler(), reason="torch.compile finds no C++ compiler ($CXX or g++)"
@@ -140,8 +142,9 @@ def run(recipe, one_process, base_config, tmp_path_factory, stops):
 
 
 @pytest.fixture(scope="module")
-def uniform(run):
-    return run()
+def uniform(run, drawn):
+    with drawn():
+        return run()
 
 
 @pytest.fixture(scope="module")
@@ -276,9 +279,8 @@ def test_activation_checkpointing_changes_nothing(run, uniform):
     assert_same_weights(folder, uniform[0])
 
 
-@pytest.mark.parametrize(
-    ("killed_in", "name"), [(5, "rho1"), pytest.param(9, "shuffled", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("killed_in", "name"), [(5, "rho1"), (9, "shuffled")])
 def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in, name):
     """Saved at steps 4 and 8, of which the second is in the second epoch."""
     more = {"max_steps": 10, "save_every_n_steps": 4, "batch_size": 16, "weighting": {"name": name}}
@@ -309,12 +311,14 @@ def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in,
     assert resumed["reference"] == summary["reference"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_all_that_it_had(run, recipe, check_resumed, tmp_path):
     saves = {"save_every_n_steps": 2, "run_val_every_n_steps": 2}
     cls = recipe.Rho1WMTPRecipeDistributed
     check_resumed(cls, lambda more, folder: run(saves | more, folder), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_strength_zero_is_plain_mtp(run, rho1, rho1_run):
     """One goes through per-token losses and the reference, the other folds ones in."""
     plain, _ = run(rho1 | {"weighting": {"name": "uniform"}})
@@ -511,6 +515,7 @@ def test_clipping_schedule_and_decay_reach_the_update(run, uniform):
     assert all((norm < 1e-6) == key.startswith("extra_heads.") for key, norm in moved.items())
 
 
+@pytest.mark.slow
 def test_epochs_padding_and_clipped_steps_are_told(run, uniform, monkeypatch, caplog, capsys):
     """Ten steps of 40 packs, an epoch has three; every fourth step is logged."""
     norms = [line["grad_norm"] for line in metrics_of(uniform[0]) if "loss" in line]
@@ -578,6 +583,7 @@ def test_a_longer_run_goes_on_with_its_own_schedule(run, uniform, tmp_path, capl
     assert f"the learning rate goes on at {cosine[0]:.3g} instead of 0." in caplog.text
 
 
+@pytest.mark.slow
 def test_a_stop_between_two_micro_steps_loses_and_repeats_nothing(
     run, rho1, stops, monkeypatch, tmp_path
 ):
@@ -625,6 +631,7 @@ def test_a_run_on_data_that_has_changed(run, uniform, base_config, tmp_path):
         source.write_text(content)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_ends_the_run_soon(run, recipe, monkeypatch, tmp_path):
     """Not only at the next save, which may be hours away."""
     publish = TrainingStates._publish
@@ -870,6 +877,7 @@ def test_a_finished_comparison_is_not_made_again(main, recipe, tmp_path, monkeyp
     assert one.split() == two.split()
 
 
+@pytest.mark.slow
 def test_controls_under_overrides_stand_everywhere_under_their_names(
     main, recipe, rho1, reference, tmp_path, monkeypatch, capsys
 ):

@@ -1,4 +1,4 @@
-"""The command line as a user types it: two real `tune run`, and forked starts that equal them."""
+"""The command line as a user types it: a real `tune run`, and forked starts that equal it."""
 
 import json
 import os
@@ -127,6 +127,7 @@ def test_a_typo_is_one_sentence(forks, tmp_path):
     assert done.stderr == f"{SENTENCE}\n"
 
 
+@pytest.mark.nightly  # a silent launcher: tests/distributed/test_signals.py; two ranks: below
 def test_a_typo_is_one_sentence_of_two_ranks(tmp_path):
     """It is also the last line: torchrun would add a traceback of its own."""
     done = tune("--nproc_per_node", 2, *with_typo(tmp_path))

@@ -10,6 +10,8 @@ import pytest
 
 from wmtp_modules.sandbox.jobs import Limits, StdinJob
 
+pytestmark = pytest.mark.slow
+
 GIVEN = "3 4\n5 6\n"
 TEXT = Path(__file__).with_name("idioms.txt").read_text()
 PARTS = re.split(r"^=== (\w+)\n", TEXT, flags=re.MULTILINE)[1:]
