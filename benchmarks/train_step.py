@@ -5,8 +5,8 @@
 One process, CPU. The variants are stepped in turn, so that the ratios hold when the machine's
 speed drifts. A Rho-1 step draws its reference losses from a table, as a run with cached scores
 does, and is compared with a uniform one through the same per-token loss. A critic's step draws its
-values from a table, makes advantages and weights, and folds them into the forward, as the uniform
-step that it is compared with does with ones.
+values from a table, makes weights of them, and folds these into the forward, as the uniform step
+that it is compared with does with ones.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from wmtp_modules.loss.mtp_loss import head_alphas, mtp_labels
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.sharding import init_weights_
 from wmtp_modules.scoring.reference import align_reference
-from wmtp_modules.weighting.advantage import CriticWeighting, advantages, standardise
+from wmtp_modules.weighting.advantage import CriticWeighting
 from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 B, T = 2, 128
@@ -45,11 +45,13 @@ def step(model, optimizer, weighting, folded, tokens, doc, scores_BT):
     labels = mtp_labels(tokens, doc >= 0, doc, K)
     mask = labels != -100
     if folded:
-        z = None
+        log_raw = None
         if weighting.needs_scores:
-            a = advantages(scores_BT, torch.ones_like(scores_BT), doc >= 0, doc, lam=weighting.lam)
-            z = standardise(a, 0.0, 1.0)
-        weights, _ = weighting(None, mask, doc, z, step=0)
+            good = torch.ones_like(scores_BT)
+            log_raw = weighting.log_raw(
+                scores_BT / 8, good, doc >= 0, doc, floor=0.05, mean=0.0, std=1.0
+            )
+        weights, _ = weighting(None, mask, doc, log_raw, step=0, scale_K=[1.0] * K)
         total, _ = model(tokens, labels, token_weights_BTK=head_alphas(K) * weights)
     else:
         losses = model(tokens, labels)
@@ -85,7 +87,8 @@ def main():
         "n=4 rho1 soft": (*four, TokenWeighting("rho1", selection="soft"), False),
         "n=1 uniform": (*one, TokenWeighting("uniform"), False),
         "folded uniform": (*four, CriticWeighting("uniform"), True),
-        "folded critic": (*four, CriticWeighting("critic"), True),
+        "folded value": (*four, CriticWeighting("critic"), True),
+        "folded gae": (*four, CriticWeighting("critic", advantage="gae"), True),
     }
     seconds = {name: [] for name in variants}
     for round_ in range(args.rounds + 2):
@@ -99,7 +102,8 @@ def main():
         ("n=4 rho1 topk", "n=4 uniform", 1.03),
         ("n=4 rho1 soft", "n=4 uniform", 1.03),
         ("n=4 uniform", "n=1 uniform", 1.10),
-        ("folded critic", "folded uniform", 1.02),
+        ("folded value", "folded uniform", 1.03),
+        ("folded gae", "folded uniform", 1.03),
     ):
         pairs = zip(seconds[name], seconds[base], strict=True)
         ratios = sorted(a / b for a, b in pairs)

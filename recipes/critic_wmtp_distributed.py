@@ -120,8 +120,6 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{block}: missing, the stages and the weighting need it")
     if critic and cfg.checkpointer is None:
         raise ConfigError("checkpointer: null, but a critic needs a trained trunk")
-    if cfg.get("critic") and objective_and_head(cfg) == ("pairs", "turn"):
-        raise ConfigError("critic.head: turn is for objective bce, leave it out with pairs")
     controls.check_controls(cfg, CriticWeighting.NAMES, check)
 
 
@@ -332,22 +330,17 @@ class CriticWMTPRecipeDistributed:
         """Some held-out responses with every token coloured by its weight; on rank 0."""
         cfg = merged(self._cfg, {"weighting": {"name": "critic"}})
         path, weighting = self._critic_dir / "weights.html", make_weighting(cfg)
-        above, made_from = cfg.get("policy_rewards_above"), self._values_made_from()
-        of = f"critic {made_from['critic'][:12]}, policy_rewards_above {above}"
-        caption = page_caption(weighting, of)
+        above, critic = cfg.get("policy_rewards_above"), self._values_made_from()["critic"]
+        caption = page_caption(weighting, f"critic {critic[:12]}, policy_rewards_above {above}")
         if self.watchdog.on_rank_zero(lambda: path.exists() and caption in path.read_text("utf-8")):
             return
-        chosen, _ = policy.policy_rows(self._train, self._heldout, above)
-        _, scale = self._packs_and_scale(cfg, chosen)
+        _, scale = self._packs_and_scale(cfg, self._train.above(above))
         pairs_val = pairs.heldout_pairs(self._heldout, seed=cfg.seed).rows_P2
         shown = shown_rows(self._heldout, pairs_val, PAGE_PAIRS)
+        rows = values.tokens_and_keep(self._heldout.rows.select(shown))
         if self._rank == 0:
-            rows = self._heldout.rows.select(shown)
             write_page(
-                path,
-                self._heldout,
-                shown,
-                values.row_values(self._trunk(), head, values.tokens_and_keep(rows)),
+                *(path, self._heldout, shown, values.row_values(self._trunk(), head, rows)),
                 weighting=weighting,
                 scale=scale,
                 tokenizer=self._tokenizer,
@@ -364,22 +357,18 @@ class CriticWMTPRecipeDistributed:
 
     def _packs_and_scale(self, cfg: DictConfig, chosen: np.ndarray) -> tuple[PackedDataset, dict]:
         """Packs of the rows that train, and the scale of their weights; a collective."""
-        weighting = make_weighting(cfg)
-        weighs = weighting.needs_values
-        packs = policy.policy_packs(
-            self._train,
-            chosen,
-            max_seq_len=cfg.tokenizer.max_seq_len,
-            seed=cfg.seed,
-            table=self._values() if weighs else None,
-        )
+        weighting, table, source = make_weighting(cfg), None, None
+        if weighting.needs_values:
+            table = self._values()
+            source = cfg.value_table.table_dir, self._values_made_from()
+        pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
+        packs = policy.policy_packs(self._train, chosen, table=table, **pack)
         scale = policy.weight_scale(
             *(packs, self._train, chosen, weighting),
             n_heads=self.model_args["n_future_tokens"],
             device=self.device,
             watchdog=self.watchdog,
-            table_dir=cfg.value_table.table_dir if weighs else None,
-            values=self._values_made_from() if weighs else None,
+            source=source,
         )
         return packs, scale
 
@@ -400,9 +389,8 @@ class CriticWMTPRecipeDistributed:
     def made_from(self, cfg: DictConfig) -> str:
         """Hash of what a policy of this config is trained on: rows, rewards, critic and values."""
         parts: list[object] = list(self._rows_made_from.values())
-        if cfg.get("rewards"):
-            both = self._train, self._heldout
-            parts += [[*map(float, x)] for one in both for x in (one.rewards, one.good)]
+        both = self._train, self._heldout
+        parts += [[*map(float, x)] for one in both for x in (one.rewards, one.good)]
         if make_weighting(cfg).needs_values:
             parts.append(self._values_made_from())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -517,15 +505,14 @@ class CriticWMTPRecipeDistributed:
 
     def save_checkpoint(self, folder: Path) -> None:
         """The model in Meta's format, in the dtype that computed the losses."""
-        tokenizer, dtype = self._cfg.tokenizer.path, DTYPES[self._cfg.dtype]
-        save_meta(self._model, folder, tokenizer_path=tokenizer, dtype=dtype)
+        path, dtype = self._cfg.tokenizer.path, DTYPES[self._cfg.dtype]
+        save_meta(self._model, folder, tokenizer_path=path, dtype=dtype)
 
     def finish(self, beside: dict[str, Path]) -> dict:
         """Draw the curves, also of the runs beside it, close everything, return the figures."""
         summary = self._run.summary() | {"made_from": self.made_from(self._cfg)}
         if shares := self._run.noise_shares():
-            names = "data", self._cfg.weighting.name
-            summary["weight_on_spoiled"] = dict(zip(names, shares, strict=True))
+            summary["weight_on_spoiled"] = {"data": shares[0], self._cfg.weighting.name: shares[1]}
         curves = Path(self._cfg.output_dir) / "curves.png"
         if self._rank == 0:
             own = {controls.name_of(self._cfg): curves.with_name("metrics.jsonl")}
@@ -571,13 +558,13 @@ def report(cfg: DictConfig, summary: dict) -> None:
     """Print the figures and where everything is."""
     if "critic" in summary:
         print_report(summary["critic"])
-        where = Path(cfg.critic.checkpoint_dir)
-        print(f"  pictures {where / 'calibration.png'} and {where / 'weights.html'}")
+        where = cfg.critic.checkpoint_dir
+        print(f"  pictures {where}/calibration.png and {where}/weights.html")
     if "heldout_loss" in summary:
         plan.print_losses(summary)
         if share := summary.get("weight_on_spoiled"):
-            told = (f"{share[name]:.1%} of {name}'s weight" for name in [*share][1:])
-            print(f"Spoiled: {share['data']:.1%} of the training targets, {', '.join(told)}")
+            data, weight = share.values()
+            print(f"Spoiled: {data:.1%} of the training targets, {weight:.1%} of their weight")
         plan.print_places(Path(cfg.output_dir), summary)
 
 

@@ -125,7 +125,6 @@ def test_only_components_are_renamed_wherever_they_stand(file):
     ("old", "name"),
     [
         ("quickstart", "prepare_stdlib"),
-        ("quickstart_critic", "prepare_critic_stdlib"),
         ("quickstart_eval", "prepare_functions"),
         ("training.metric_logging", "MLflowLogger"),
     ],

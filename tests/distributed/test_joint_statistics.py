@@ -17,7 +17,9 @@ VARIANTS = [{"name": name} for name in TokenWeighting.NAMES] + [
     {"name": "shuffled", "selection": "soft"},
     {"name": "shuffled", "scope": "document"},
 ]
-CRITIC_VARIANTS = [{"name": "critic"}, {"name": "critic", "temperature": 0.3}, {"name": "shuffled"}]
+CRITIC_VARIANTS = [{"name": "critic"}, {"name": "shuffled"}, {"name": "oracle"}] + [
+    {"name": name, "advantage": "gae"} for name in ("critic", "shuffled")
+]
 
 
 def joint_case(empty_rank):
@@ -39,9 +41,11 @@ def compute(variant, case):
 
 
 def compute_critic(variant, case):
-    """With standardised advantages, one per token, in the place of reference losses."""
+    """With logarithms of raw weights, one per token, in the place of reference losses."""
     losses_BTK, mask_BTK, doc_BT, _ = case
-    return CriticWeighting(**variant)(None, mask_BTK, doc_BT, losses_BTK[..., 0] - 1, step=5)
+    log_raw_BT = losses_BTK[..., 0] - 1
+    scale_K = [0.5, 0.6, 0.7, 0.8]
+    return CriticWeighting(**variant)(None, mask_BTK, doc_BT, log_raw_BT, step=5, scale_K=scale_K)
 
 
 def rank_main(rank, folder):

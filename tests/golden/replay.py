@@ -93,6 +93,13 @@ class Llama:
             columns.append(F.pad(-log_p.squeeze(1), (0, T - len(targets))))
         return torch.stack(columns, 1)
 
+    def entropy(self, trunk_TD: torch.Tensor) -> torch.Tensor:
+        """Entropy [T] of what head 0 expects next, in nats."""
+        hidden_TD = self._block(f"layers.{self._n_trunk}", trunk_TD)
+        hidden_TD = rms_norm(hidden_TD, self.weights["norm.weight"], self._eps)
+        log_p = (hidden_TD @ self.weights["output.weight"].T).log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
     def _block(self, name: str, x_TD: torch.Tensor) -> torch.Tensor:
         def weight(part: str) -> torch.Tensor:
             return self.weights[f"{name}.{part}.weight"]
@@ -138,15 +145,20 @@ class Llama:
 # ----------------------------------------------------------------------------- weights
 
 
-def calibrate(raw: torch.Tensor, w_min: float, w_max: float) -> torch.Tensor:
-    """clip(c * raw, w_min, w_max) with mean 1, c by bisection."""
+def scale_of(raw: torch.Tensor, w_min: float, w_max: float) -> float:
+    """The c for which clip(c * raw, w_min, w_max) has mean 1, by bisection."""
     low, high = 0.0, 1.0
     while (high * raw).clamp(w_min, w_max).mean() < 1:
         high *= 2
     for _ in range(200):
         c = (low + high) / 2
         low, high = (c, high) if (c * raw).clamp(w_min, w_max).mean() < 1 else (low, c)
-    return (high * raw).clamp(w_min, w_max)
+    return high
+
+
+def calibrate(raw: torch.Tensor, w_min: float, w_max: float) -> torch.Tensor:
+    """clip(c * raw, w_min, w_max) with mean 1."""
+    return (scale_of(raw, w_min, w_max) * raw).clamp(w_min, w_max)
 
 
 def softened(z: torch.Tensor, cfg: dict) -> torch.Tensor:
@@ -180,14 +192,140 @@ def shuffled(scores: torch.Tensor, groups: Sequence[int], keys: Sequence[float])
     return out
 
 
-def advantages(row: Row, values: Sequence[float], reward: float, lam: float) -> dict[int, float]:
+def response_of(row: Row) -> list[int]:
+    """Places of a row's response tokens; the first token of a row is none, no head predicts it."""
+    return [u for u in range(1, len(row.tokens)) if row.keep[u]]
+
+
+def advantages(row: Row, values: Sequence[float], good: float, lam: float) -> dict[int, float]:
     """Generalised advantage of each response token of a row, given V after every token."""
     found, after = {}, 0.0
-    response = [u for u in range(1, len(row.tokens)) if row.keep[u]]
+    response = response_of(row)
     for u in reversed(response):
-        delta = (reward if u == response[-1] else values[u]) - values[u - 1]
+        delta = (good if u == response[-1] else values[u]) - values[u - 1]
         found[u] = after = delta + lam * after
     return found
+
+
+def raw_weights(
+    row: Row, values: Sequence[float], advantage: str, floor: float
+) -> dict[int, float]:
+    """Raw weight of each response token of a row, given V after every token."""
+    response, found = response_of(row), {}
+    for u in response:
+        start, before = values[response[0] - 1], values[u - 1]
+        by = {
+            "value": 1.0,
+            "relative": max(start, floor),
+            "gated": max(before, start),
+            "ratio": before,
+        }[advantage]
+        found[u] = values[u] / by
+    return found
+
+
+@torch.no_grad()
+def critic_features(row: Row, model: Llama) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trunk's output [T, D], and surprise [T, 3] at each token, NaN where there is none.
+
+    Loss and entropy of head 0 one token earlier, loss of head 1 two tokens earlier.
+    """
+    T, trunk_TD = len(row.tokens), model.trunk(row.tokens)
+    loss_TK, entropy_T = model.losses(row.tokens, trunk_TD), model.entropy(trunk_TD)
+    surprise_T3 = torch.full((T, 3), math.nan, dtype=torch.float64)
+    for u in range(1, T):
+        surprise_T3[u, 0], surprise_T3[u, 1] = loss_TK[u - 1, 0], entropy_T[u - 1]
+        if u >= 2:
+            surprise_T3[u, 2] = loss_TK[u - 2, 1]
+    return trunk_TD, surprise_T3
+
+
+def critic_logits(row: Row, features: tuple, head: dict, kind: str) -> torch.Tensor:
+    """Logit [T] of V after every token of a row, from the tensors of a value head by name."""
+    trunk_TD, surprise_T3 = features
+    surprise_T3 = (surprise_T3 - head["surprise_mean"]) / head["surprise_std"]
+    normed_TD = rms_norm(trunk_TD, head["norm.scale"], 1e-6)
+    x_TE = torch.cat([normed_TD, surprise_T3.nan_to_num(nan=0.0)], 1)
+    inner_TD = x_TE @ head["hidden.weight"].T + head["hidden.bias"]
+    d_T = (inner_TD * inner_TD.sigmoid()) @ head["out.weight"][0] + head["out.bias"]
+    if kind == "state":
+        return head["base"] + d_T
+    response = response_of(row)
+    last_prompt = response[0] - 1 if response else 0
+    v0 = head["base"] + normed_TD[last_prompt] @ head["start.weight"][0] + head["start.bias"][0]
+    stays = torch.exp(-(1 + head["hazard"].exp()).log())
+    logits = []
+    for u in range(len(row.tokens)):
+        read = [j for j in response if j <= u]
+        # Odds of bad are those before the response, times what its tokens say of each place of
+        # the turn, or of none so far.
+        odds = stays ** len(read)
+        for i in range(len(read)):
+            odds = odds + (1 - stays) * stays**i * (-d_T[read[i:]].sum()).exp()
+        logits.append(v0 - odds.log())
+    return torch.stack(logits)
+
+
+def trained_critic(
+    rows: Sequence[Row], good: Sequence[float], model: Llama, cfg: dict, seed: int, draw: Callable
+) -> dict[str, torch.Tensor]:
+    """The value head after all steps of ``bce`` on one rank.
+
+    Args:
+        good: f(R) of each row.
+        cfg: the config's block ``critic``; its AdamW has all its arguments.
+        draw: ``draw(n_items, size, step, seed)``, which items a step takes.
+    """
+    features, kind = [critic_features(row, model) for row in rows], cfg["head"]
+    responses = [response_of(row) for row in rows]
+    judged = [[r[0] - 1, *r] if r else [] for r in responses]
+    mean = sum(good) / len(good)
+    every_N3 = torch.cat([f[1][at] for f, at in zip(features, judged, strict=True)])
+    known = [every_N3[~every_N3[:, i].isnan(), i] for i in range(3)]
+    fixed = {
+        "base": torch.tensor(math.log(mean / (1 - mean)), dtype=torch.float64),
+        "surprise_mean": torch.stack([x.mean() for x in known]),
+        "surprise_std": torch.stack([x.std(correction=0) for x in known]),
+    }
+    D = features[0][0].shape[1]
+    torch.manual_seed(seed)
+    hidden = torch.nn.Linear(D + 3, D)  # the one layer that starts at random
+    head = {"norm.scale": torch.ones(D), "hidden.weight": hidden.weight.detach()}
+    head |= {"hidden.bias": hidden.bias.detach()}
+    head |= {"out.weight": torch.zeros(1, D), "out.bias": torch.zeros(1)}
+    if kind == "turn":
+        head |= {"start.weight": torch.zeros(1, D), "start.bias": torch.zeros(1)}
+        head["hazard"] = torch.tensor(0.02).expm1().log()  # softplus of it is 0.02
+    head = {name: value.double().requires_grad_() for name, value in head.items()}
+    moments = dict.fromkeys(head, (0.0, 0.0))
+    items, optimizer = [i for i, r in enumerate(responses) if r], cfg["optimizer"]
+    for step in range(cfg["max_steps"]):
+        loss, count = torch.zeros((), dtype=torch.float64), 0
+        for item in draw(len(items), cfg["batch_size"], step, seed):
+            i = items[item]
+            logits = critic_logits(rows[i], features[i], head | fixed, kind)[judged[i]]
+            log_v, log_not = F.logsigmoid(logits), F.logsigmoid(-logits)
+            loss = loss - (good[i] * log_v + (1 - good[i]) * log_not).sum()
+            count += len(judged[i])
+        (loss / count).backward()
+        for name, w in head.items():
+            change, moments[name] = adamw(
+                step, w, w.grad, optimizer["lr"], optimizer, moments[name]
+            )
+            with torch.no_grad():
+                w += change
+            w.grad = None
+    return {name: w.detach() for name, w in head.items()} | fixed
+
+
+def adamw(step: int, w, grad, lr: float, optimizer: dict, moments: tuple) -> tuple:
+    """What AdamW adds to a parameter in a step, from 0, and its moments after it."""
+    beta1, beta2 = optimizer["betas"]
+    first = beta1 * moments[0] + (1 - beta1) * grad
+    second = beta2 * moments[1] + (1 - beta2) * grad.square()
+    unbiased = first / (1 - beta1 ** (step + 1)), second / (1 - beta2 ** (step + 1))
+    direction = unbiased[0] / (unbiased[1].sqrt() + optimizer["eps"])
+    return -lr * (optimizer["weight_decay"] * w.detach() + direction), (first, second)
 
 
 # -------------------------------------------------------------------------------- run
@@ -198,12 +336,12 @@ class Critic:
     """What the critic's stages leave to the policy.
 
     Attributes:
-        rewards: standardised, one per training row.
+        good: f(R), one per training row.
         policy_rows: training rows that train the policy.
         values: V after every token of each training row.
     """
 
-    rewards: list[float]
+    good: list[float]
     policy_rows: list[int]
     values: list[list[float]]
 
@@ -246,8 +384,13 @@ class Run:
         self.empty_packs = 0  # in which no head has a target
         self.times_seen = torch.zeros(len(rows), dtype=torch.int64)
         self._moments = {key: (0.0, 0.0) for key in self.model.weights}
-        if critic is not None:
-            self._z = self._standardised_advantages()
+        name = self.weighting["name"]
+        if name == "oracle" and critic is not None:
+            self.weighting = self.weighting | {"w_min": 0.0}
+        self._of_tokens: dict[int, dict[int, float]] = {}  # raw weights, or z of td and gae
+        self._scale_K: list[float] | None = None
+        if critic is not None and name in ("critic", "shuffled", "oracle"):
+            self._of_tokens = self._known_before_training()
 
     def __call__(self, micro_batches: Sequence[Sequence[Sequence[int]]]) -> list[dict]:
         """Train, and give what is logged, a line per step and one before them.
@@ -403,13 +546,8 @@ class Run:
         if optimizer["_component_"] == "torch.optim.SGD":
             return -lr * grad
         assert optimizer["_component_"] == "torch.optim.AdamW"
-        beta1, beta2 = optimizer["betas"]
-        first, second = moments[key]
-        first = beta1 * first + (1 - beta1) * grad
-        second = beta2 * second + (1 - beta2) * grad.square()
-        moments[key] = first, second
-        first, second = first / (1 - beta1 ** (step + 1)), second / (1 - beta2 ** (step + 1))
-        return -lr * (optimizer["weight_decay"] * w + first / (second.sqrt() + optimizer["eps"]))
+        change, moments[key] = adamw(step, w, grad, lr, optimizer, moments[key])
+        return change
 
     def schedule(self, step: int) -> float:
         """Share of the learning rate in a step, from 0: linear warm-up, then half a cosine."""
@@ -460,6 +598,9 @@ class Run:
                 weights = self._select(keys_NK[places, k], own, documents)
             elif name == "top_loss":
                 weights = self._select(losses_NK[places, k], own, documents)
+            elif self._scale_K is not None:
+                bounds = self.weighting["w_min"], self.weighting["w_max"]
+                weights = (self._scale_K[k] * scores_NK[places, k]).clamp(*bounds)
             elif self._critic is not None:  # critic and its shuffled, which permutes tokens
                 weights = softened(scores_NK[places, k], self.weighting)
             else:
@@ -484,13 +625,13 @@ class Run:
         return topk(scores, [scope_of(i) for i in own], self.weighting["ratio"])
 
     def _scores(self, documents, keys_of, losses_NK) -> torch.Tensor | None:
-        """Excess losses, or standardised advantages, at the targets of every head."""
-        if self.weighting["name"] not in ("rho1", "critic", "shuffled"):
+        """Excess losses, or what a critic says of the targets of every head."""
+        if self.weighting["name"] not in ("rho1", "critic", "shuffled", "oracle"):
             return None
-        if self._critic is not None:
+        if self._of_tokens:
             parts = []
             for document, keys in zip(documents, keys_of, strict=True):
-                z = self._z[document.row]
+                z = self._of_tokens[document.row]
                 if self.weighting["name"] == "shuffled":
                     order = sorted(z, key=lambda u: keys[u])
                     z = {u: z[other] for u, other in zip(z, order, strict=True)}
@@ -514,12 +655,37 @@ class Run:
 
     # ---------------------------------------------------------------------- critic
 
-    def _standardised_advantages(self) -> dict[int, dict[int, float]]:
+    def _known_before_training(self) -> dict[int, dict[int, float]]:
+        """Raw weight of every response token of the policy's rows, or z for td and gae.
+
+        In the order of the tokens, which is what a permutation of them goes by.
+        """
+        critic, advantage = self._critic, self.weighting["advantage"]
+        chosen = critic.policy_rows
+        if self.weighting["name"] == "oracle":
+            found = {
+                i: {u: float(not self.rows[i].noise[u]) for u in response_of(self.rows[i])}
+                for i in chosen
+            }
+        elif advantage in ("td", "gae"):
+            return self._standardised_advantages(0.0 if advantage == "td" else None)
+        else:
+            floor = 0.1 * sum(critic.good) / len(critic.good)
+            found = {
+                i: raw_weights(self.rows[i], critic.values[i], advantage, floor) for i in chosen
+            }
+        self._scale_K = []
+        for k in range(self.model.n_heads):  # head k predicts no earlier token than k + 1
+            raw = [x for of_row in found.values() for u, x in of_row.items() if u >= k + 1]
+            bounds = self.weighting["w_min"], self.weighting["w_max"]
+            self._scale_K.append(scale_of(torch.tensor(raw, dtype=torch.float64), *bounds))
+        return found
+
+    def _standardised_advantages(self, lam: float | None) -> dict[int, dict[int, float]]:
         """z of every response token of the policy's rows, over all of which it is standardised."""
-        lam = 0.0 if self.weighting["advantage"] == "td" else self.weighting["lam"]
-        critic = self._critic
+        critic, lam = self._critic, self.weighting["lam"] if lam is None else lam
         found = {
-            i: advantages(self.rows[i], critic.values[i], critic.rewards[i], lam)
+            i: advantages(self.rows[i], critic.values[i], critic.good[i], lam)
             for i in critic.policy_rows
         }
         every = torch.tensor(
@@ -527,7 +693,6 @@ class Run:
         )
         mean, std = every.mean().item(), every.std(correction=0).item()
         return {
-            # In the order of the tokens, which is what a permutation of them goes by.
             i: {u: min(5.0, max(-5.0, (of_row[u] - mean) / (std + 1e-6))) for u in sorted(of_row)}
             for i, of_row in found.items()
         }

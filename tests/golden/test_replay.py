@@ -5,18 +5,21 @@ same from the mathematics. Compared are what the steps added to all parameters t
 figure in metrics.jsonl. Not compared is what is logged of heads without targets.
 
 Of the code under test come, besides the recipes' files, only the names below: which tokens fall
-into which micro-batch is read off the model's embedding, and the two random controls share their
-drawing of random numbers with the recipe.
+into which micro-batch is read off the model's embedding; the random controls share their drawing of
+random numbers with the recipe, and the critic that of its batches.
 """
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from wmtp_modules.critic.pairs import joint_batch
 from wmtp_modules.weighting.controls import random_keys
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -58,6 +61,7 @@ CRITIC = {
     "strength": 1.0,
     "decay": 1.0,
 }
+VALUE = CRITIC | {"advantage": "value", "w_min": 0.0, "w_max": 3.0}
 CONTROLS = ["uniform", "random_topk", "shuffled", "dft", "top_loss"]
 
 
@@ -264,63 +268,133 @@ class Stages:
     def __init__(self, cfg: dict, folder: Path, assets, replay) -> None:
         self.cfg, self._assets, self._replay = cfg, assets, replay
         rewards = torch.tensor([row.reward for row in assets.rows], dtype=torch.float64)
-        rewards_val = torch.tensor([row.reward for row in assets.rows_val], dtype=torch.float64)
         mean, std = rewards.mean(), rewards.std(correction=0)
+        # Standardised above 0, that is above the mean, whatever the deviation.
         self._rewards = ((rewards - mean) / std).tolist()
-        self._rewards_val = ((rewards_val - mean) / std).tolist()
+        self._good = [float(reward > 0) for reward in self._rewards]
+        self.held_out = [row for row in assets.rows_val if row.reward > mean]  # whatever trains
         with pa.memory_map(str(folder / "values" / "part-000000.arrow")) as file:
-            self._values = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
+            self.table = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
+        state = load_file(folder / "critic" / "value_head.safetensors")
+        self.head = {name: value.double() for name, value in state.items()}
+        trunk, critic = replay.Llama(assets.model), cfg["critic"]
+        self.trained = replay.trained_critic(
+            assets.rows, self._good, trunk, critic, assets.cfg["seed"], joint_batch
+        )
+        self.values = [
+            replay.critic_logits(
+                row, replay.critic_features(row, trunk), self.trained, critic["head"]
+            )
+            .sigmoid()
+            .tolist()
+            for row in assets.rows
+        ]
 
     def above(self, threshold: float | None) -> "Stages":
         """With the responses that train the policy."""
         threshold = -math.inf if threshold is None else threshold
         self._chosen = [i for i, r in enumerate(self._rewards) if r > threshold]
-        pairs = zip(self._assets.rows_val, self._rewards_val, strict=True)
-        self.held_out = [row for row, reward in pairs if reward > threshold]
         return self
 
     def parts(self):
         """What one run starts from."""
-        return self._replay.Critic(self._rewards, self._chosen, self._values)
+        return self._replay.Critic(self._good, self._chosen, self.values)
 
 
 @pytest.fixture(scope="module")
-def stages(server, assets, replay, tmp_path_factory):
-    """Rewards from a column, a critic of a few steps, its values."""
-    folder = tmp_path_factory.mktemp("golden_critic")
-    blocks = {
-        "rewards": {"source": "column", "table_dir": str(folder / "rewards"), "batch_tokens": 999},
-        "critic": {
-            "objective": "regression",
-            "checkpoint_dir": str(folder / "critic"),
-            "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.05},
-            "batch_size": 16,
-            "max_steps": 12,
-            "eval_every_n_steps": 12,
-            "patience": 1,
-        },
-        "value_table": {"table_dir": str(folder / "values"), "batch_tokens": 999},
-        "allow_uninformative_critic": True,
-    }
-    of_policy = {
-        "batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "weighting": CRITIC,
-        "optimizer": SGD,
-        "clip_grad_norm": 1000.0,
-        "max_steps": 2,
-    }
-    cfg = assets.cfg | of_policy | blocks | {"output_dir": str(folder / "out")}
-    server.run("critic", cfg | {"stages": ["rewards", "critic", "values"]}, 1, folder)
-    return Stages(of_policy | blocks | {"stages": ["policy"]}, folder, assets, replay)
+def stages_of(server, assets, replay, tmp_path_factory):
+    """stages_of(head): rewards from a column, a critic of a few steps, its values."""
+
+    @cache
+    def make(head: str) -> Stages:
+        folder = tmp_path_factory.mktemp("golden_critic")
+        blocks = {
+            "rewards": {"source": "column", "table_dir": str(folder / "rewards")},
+            "critic": {
+                "objective": "bce",
+                "head": head,
+                "checkpoint_dir": str(folder / "critic"),
+                "optimizer": ADAMW | {"lr": 0.05},
+                "batch_size": 12,
+                "max_steps": 5,
+                "eval_every_n_steps": 5,
+                "patience": 1,
+            },
+            "value_table": {"table_dir": str(folder / "values"), "batch_tokens": 999},
+            "allow_uninformative_critic": True,
+        }
+        blocks["rewards"]["batch_tokens"] = 999
+        of_policy = {
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "weighting": CRITIC,
+            "optimizer": SGD,
+            "clip_grad_norm": 1000.0,
+            "max_steps": 2,
+        }
+        cfg = assets.cfg | of_policy | blocks | {"output_dir": str(folder / "out")}
+        server.run("critic", cfg | {"stages": ["rewards", "critic", "values"]}, 1, folder)
+        return Stages(of_policy | blocks | {"stages": ["policy"]}, folder, assets, replay)
+
+    return make
 
 
-def test_critic_gae_and_its_controls(compare, stages):
+@pytest.fixture(scope="module")
+def stages(stages_of):
+    return stages_of("turn")
+
+
+@pytest.mark.parametrize("head", ["turn", "state"])
+def test_a_critic_and_its_values(stages_of, head):
+    """The value head after all its steps, and V from it: sums over every place of a turn."""
+    stages = stages_of(head)
+    got, want = stages.head, stages.trained
+    assert got.keys() - want.keys() == {"kappa"}  # of pairs
+    for name, value in want.items():
+        error = (got[name] - value).norm() / value.norm()
+        assert error <= TOLERANCE, f"{name} is off by {error:.1e}"
+    assert want["out.weight"].abs().max() > 0.01
+    for own, table in zip(stages.values, stages.table, strict=True):
+        assert table == pytest.approx(own, rel=TOLERANCE)
+    spread = [max(own) - min(own) for own in stages.values if len(own) > 3]
+    assert max(spread) > 0.05
+
+
+def test_critic_value_and_its_controls(compare, stages):
     """Every response trains the policy, on two ranks with accumulation 2."""
     compare(
         "critic",
         2,
-        stages.cfg | {"policy_rewards_above": None, "controls": CONTROLS},
+        stages.cfg
+        | {
+            "weighting": VALUE,
+            "policy_rewards_above": None,
+            "controls": [*CONTROLS, "oracle"],
+            "max_steps": 1,
+        },
+        critic=stages.above(None),
+    )
+
+
+@pytest.mark.parametrize("advantage", ["relative", "gated", "ratio"])
+def test_critic_quotients(advantage, compare, stages):
+    """Bounds on both sides, some strength, and heads of unlike weight."""
+    more = {"advantage": advantage, "w_min": 0.4, "w_max": 1.3, "strength": 0.8, "decay": 0.7}
+    compare(
+        "critic",
+        2,
+        stages.cfg
+        | {"weighting": VALUE | more, "policy_rewards_above": None, "max_steps": 1}
+        | {"controls": ["shuffled"] if advantage == "gated" else []},
+        critic=stages.above(None),
+    )
+
+
+def test_critic_gae_and_its_shuffled(compare, stages):
+    compare(
+        "critic",
+        2,
+        stages.cfg | {"controls": ["shuffled"], "max_steps": 1},
         critic=stages.above(None),
     )
 

@@ -1,11 +1,17 @@
-"""Calibrated weights: exact mean, bounds, order, and no token that poisons the others."""
+"""Calibrated weights: exact mean, bounds, order, and no token that poisons the others.
+
+Of a micro-batch, and by one scale per head of a data set.
+"""
+
+import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp_modules.weighting.calibrate import calibrate
+from wmtp_modules.weighting import calibrate as calibrate_module
+from wmtp_modules.weighting.calibrate import calibrate, scaled_weights, solve_scale
 
 BOUNDS = [(0.1, 5.0), (0.0, 3.0), (0.5, 1.2), (0.9, 50.0)]
 
@@ -130,3 +136,98 @@ def test_bounds_without_solution_are_refused(bounds):
     raw_BTK, mask_BTK = random_case(5)
     with pytest.raises(ValueError, match="0 <= w_min < 1 < w_max"):
         calibrate(raw_BTK, mask_BTK, *bounds)
+
+
+# --------------------------------------------------------------- one scale for a data set
+
+
+def mean_of(c, log_raw_N, w_min, w_max):
+    return (c * log_raw_N.double().exp()).clamp(w_min, w_max).mean().item()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    bounds=st.sampled_from([*BOUNDS, (0.0, 20.0)]),
+    scale=st.floats(0.0, 20.0),
+    zeros=st.floats(0.0, 0.6),
+)
+def test_one_scale_gives_mean_one_over_a_data_set(seed, bounds, scale, zeros):
+    generator = torch.Generator().manual_seed(seed)
+    log_raw_N = scale * torch.randn(301, generator=generator)
+    log_raw_N[torch.rand(301, generator=generator) < zeros] = -torch.inf
+    first_K, (w_min, w_max) = [0, 40, 41, 300, 301], bounds
+    if (log_raw_N[300:].isinf()).any() or w_max * (1 - zeros) < 1.3:
+        return  # a mean of 1 is out of reach, see below
+    calls = []
+    got_K = solve_scale(
+        log_raw_N, first_K, w_min, w_max, add_up=lambda sums: calls.append(1) or sums
+    )
+    for first, c in zip(first_K[:4], got_K, strict=False):
+        assert mean_of(c, log_raw_N[first:], w_min, w_max) == pytest.approx(1, abs=1e-11)
+    assert got_K[4] == 1  # a head without targets
+    assert len(calls) < 150
+
+
+def test_ranks_and_chunks_make_no_difference(monkeypatch):
+    log_raw_N = torch.randn(90, generator=torch.Generator().manual_seed(1))
+    log_raw_N[::7] = -torch.inf
+    whole = solve_scale(log_raw_N, [0, 30], 0.0, 1.5)
+    monkeypatch.setattr(calibrate_module, "CHUNK", 7)
+    assert solve_scale(log_raw_N, [0, 30], 0.0, 1.5) == pytest.approx(whole, rel=1e-12)
+    # Three ranks in step: a barrier adds up what each has, the last of them nothing.
+    parts = [(log_raw_N[::2], [0, 15]), (log_raw_N[1::2], [0, 15]), (log_raw_N[:0], [0, 0])]
+    assert solve_in_threads(parts, 0.0, 1.5) == [pytest.approx(whole, rel=1e-12)] * 3
+
+
+def solve_in_threads(parts, w_min, w_max):
+    barrier, given, results = threading.Barrier(len(parts)), {}, {}
+
+    def rank(r):
+        def add_up(sums):
+            given[r] = sums
+            barrier.wait(30)
+            total = sum(given.values())
+            barrier.wait(30)
+            return total
+
+        results[r] = solve_scale(*parts[r], w_min, w_max, add_up=add_up)
+
+    threads = [threading.Thread(target=rank, args=(r,)) for r in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [results[r] for r in range(len(parts))]
+
+
+def test_a_scale_takes_few_passes():
+    """A pass over 500 million tokens takes seconds."""
+    log_raw_N = torch.rand(10_000, generator=torch.Generator().manual_seed(0)).log()
+    calls = []
+    for w_min, w_max in BOUNDS:
+        solve_scale(log_raw_N, [0, 1, 2, 3], w_min, w_max, add_up=lambda s: calls.append(1) or s)
+    assert len(calls) <= 10 * len(BOUNDS)
+
+
+def test_too_many_zeros_are_an_error_with_a_way_out():
+    log_raw_N = torch.full((100,), -torch.inf)
+    log_raw_N[:4] = 0.0
+    with pytest.raises(
+        ValueError,
+        match=r"96\.00% of head 0's 100 target tokens have a raw weight of 0.*w_max 20 .*"
+        r"raise weighting\.w_max above 25, or train on more good responses",
+    ):
+        solve_scale(log_raw_N, [0], 0.0, 20.0)
+    (c,) = solve_scale(log_raw_N, [0], 0.0, 25.5)
+    assert c == pytest.approx(25)
+    with pytest.raises(ValueError, match=r"100\.00% of head 1's 90 .*: train on more good"):
+        solve_scale(log_raw_N, [0, 10], 0.0, 26.0)
+
+
+def test_weights_of_a_scale():
+    log_raw_BTK = torch.tensor([0.5, 2.0, 0.0, 9.0, 1.0]).log().view(1, 5, 1)
+    mask_BTK = torch.tensor([1, 1, 1, 1, 0]).bool().view(1, 5, 1)
+    weights_BTK = scaled_weights(log_raw_BTK, mask_BTK, [0.5], 0.0, 4.0)
+    assert weights_BTK.flatten().tolist() == pytest.approx([0.25, 1.0, 0.0, 4.0, 0.0])
+    assert weights_BTK.dtype == torch.float32

@@ -29,7 +29,6 @@ VARIABLE = "WMTP_ALLOWED_COMPONENTS"
 # Modules that users' configs, and those kept by their runs, name as they were called before.
 MOVED = {
     "wmtp_modules.quickstart": "wmtp_modules.quickstarts.stdlib",
-    "wmtp_modules.quickstart_critic": "wmtp_modules.quickstarts.mutations",
     "wmtp_modules.quickstart_eval": "wmtp_modules.quickstarts.functions",
     "wmtp_modules.training.metric_logging": "wmtp_modules.run.metric_logging",
 }

@@ -92,4 +92,18 @@ def _reward_source_is_there(rewards: dict | None) -> str | None:
         return f"rewards.checkpointer: source {rewards['source']} reads no model"
 
 
-CRITIC_RULES = (_stages_in_order, _threshold_has_rewards, _reward_source_is_there)
+def _head_fits_objective(critic: dict | None) -> str | None:
+    if critic and critic.get("objective") == "pairs" and critic.get("head"):
+        return (
+            f"critic.head: {critic['head']} is for objective bce: leave it out with pairs, whose "
+            "evidence adds up"
+        )
+    return None
+
+
+CRITIC_RULES = (
+    _head_fits_objective,
+    _stages_in_order,
+    _threshold_has_rewards,
+    _reward_source_is_there,
+)

@@ -120,18 +120,16 @@ def weight_scale(
     n_heads: int,
     device: torch.device,
     watchdog: Watchdog,
-    table_dir: str | Path | None = None,
-    values: dict | None = None,
+    source: tuple[str | Path, dict] | None = None,
 ) -> dict:
     """What all rows that train say of the weights before any step; a collective.
 
-    It is found once and kept in ``table_dir``, beside the values that it was made from.
+    It is found once and kept beside the values that it was made from.
 
     Args:
         packs: of the ``chosen`` rows of ``train``; the ranks share the work.
         n_heads: K.
-        table_dir: folder of the values.
-        values: their fingerprint.
+        source: folder of the values and their fingerprint; None if they are not needed.
 
     Returns:
         ``floor`` of relative; ``statistics``, mean and deviation of the advantages of td and gae;
@@ -150,7 +148,8 @@ def weight_scale(
         return scale
     path, made_from = None, {}
     if weighting.needs_values:
-        assert table_dir is not None
+        assert source is not None
+        table_dir, values = source
         made_from = {
             "values": values,
             "advantage": weighting.advantage,

@@ -144,20 +144,32 @@ def part_of(key: str, shares: dict[str, float]) -> str | None:
 
 
 def deal_files(shares: dict[str, float], seed: int) -> dict[str, dict[str, str]]:
-    """Assign the files of the standard library to disjoint parts, by a hash of seed and content.
+    """Assign the files of the standard library to disjoint parts; see ``deal_texts``.
 
-    ``shares`` are of the files, the rest is not used. Returns for each part its texts, keyed by
-    path relative to the standard library.
+    Texts are keyed by path relative to the standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
+    texts = {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8", errors="strict")
+        for path in stdlib_files()
+    }
+    return deal_texts(texts, shares, seed)
+
+
+def deal_texts(
+    texts: dict[str, str], shares: dict[str, float], seed: int
+) -> dict[str, dict[str, str]]:
+    """Assign texts to disjoint parts, by a hash of seed and content.
+
+    ``shares`` are of the texts, the rest is not used. Returns for each part its texts by key.
+    """
     parts: dict[str, dict[str, str]] = {name: {} for name in shares}
     seen = set()
-    for path in stdlib_files():
-        text = path.read_text(encoding="utf-8", errors="strict")
+    for key, text in texts.items():
         name = part_of(f"{seed} {text}", shares)
         # A file under two names must not be on both sides of a split.
         if name is not None and text not in seen:
-            parts[name][path.relative_to(root).as_posix()] = text
+            parts[name][key] = text
         seen.add(text)
     return parts
 

@@ -170,7 +170,7 @@ def solve_scale(
                 is_open_K[k] = False
                 continue
             newton = c + (n - total) / inside if inside else -1.0
-            if low_K[k] < newton < high_K[k] and passes % 3 < 2:
+            if low_K[k] < newton < high_K[k] and (passes < 20 or passes % 3):
                 c_K[k] = newton
             elif high_K[k] == math.inf:
                 c_K[k] = 16 * c

@@ -1,14 +1,23 @@
 import ast
+import importlib.util
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import sentencepiece as spm
 
-from wmtp_modules.quickstarts import mutations as quickstart_critic
-from wmtp_modules.quickstarts.mutations import functions_of, mutate, prepare_critic_stdlib
-from wmtp_modules.quickstarts.stdlib import prepare_stdlib, stdlib_files
+from wmtp_modules.quickstarts import stdlib
+from wmtp_modules.quickstarts.stdlib import stdlib_files
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks/mutations.py"
+spec = importlib.util.spec_from_file_location("mutations", SCRIPT)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+functions_of, mutate = module.functions_of, module.mutate
+prepare_critic_stdlib = module.prepare_critic_stdlib
+
 
 SOURCE = '''
 class Box:
@@ -128,7 +137,7 @@ def test_mutations_follow_from_the_seed():
     ],
 )
 def test_changes_that_keep_the_length_come_first(body, kept, otherwise, monkeypatch):
-    monkeypatch.setattr(quickstart_critic, "DROPPED_RETURN_SHARE", 0)
+    monkeypatch.setattr(module, "DROPPED_RETURN_SHARE", 0)
     parameters = {"x = long + a": "long, a", "return a[b]": "a, b", "return z[a:]": "a"}
     function = functions_of(f"def f({parameters.get(body, '')}):\n    {body}")[0]
     drawn = {mutation.response.strip() for mutation in mutations(function)}
@@ -143,15 +152,29 @@ def test_dropped_returns_are_capped():
     function = functions_of("def f(a, b):\n    return a + b")[0]
     dropped = [m for m in mutations(function, 2_000) if m.kind == "dropped_return"]
     assert {(m.response, m.span) for m in dropped} == {("    a + b", (4, 9))}
-    share = quickstart_critic.DROPPED_RETURN_SHARE
+    share = module.DROPPED_RETURN_SHARE
     assert share / 2 < len(dropped) / 2_000 < share * 2
+
+
+def test_a_change_whose_reverse_was_made_more_often_comes_first():
+    function = functions_of("def f(a, b):\n    return a + b < b - a")[0]
+    made = Counter({("-", "+"): 3, ("<", ">"): 1})
+    assert {mutate(function, random.Random(i), len, made).change for i in range(20)} == {("+", "-")}
+
+
+def test_balanced_keeps_each_change_as_often_as_its_reverse():
+    changes = [("+", "-"), ("a", "b"), ("-", "+"), ("+", "-"), ("-", "+"), ("-", "+"), ("", " - 1")]
+    mutations = [module.Mutation("operator", "", (0, 1), change) for change in changes]
+    assert module.balanced(mutations) == [True, False, True, True, True, False, False]
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
-    """The quickstart's files: path of the folder, and their rows by name."""
-    folder = tmp_path_factory.mktemp("critic") / "assets"
-    prepare_critic_stdlib(str(folder), vocab_size=1024, max_tokens=96, seed=0)
+    """Files made from a part of the library: path of the folder, and their rows by name."""
+    folder, files = tmp_path_factory.mktemp("mutations") / "assets", stdlib_files()[::6]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stdlib, "stdlib_files", lambda: files)
+        prepare_critic_stdlib(str(folder), vocab_size=600, max_tokens=96, seed=0)
     rows = {
         name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         for name in ("base", "train", "heldout")
@@ -159,46 +182,42 @@ def assets(tmp_path_factory):
     return folder, rows
 
 
-@pytest.mark.slow
-def test_pairs_of_the_standard_library(assets):
+def test_pairs_of_the_standard_library_are_balanced(assets):
     folder, rows = assets
     tokenizer = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    assert len(rows["train"]) > 4_000  # two a pair
-    assert len(rows["heldout"]) > 600
     files = {
         name: {row["problem_id"].split(":")[0] for row in rows[name]}
-        for name in rows
-        if name != "base"
+        for name in ("train", "heldout")
     }
+    assert files["train"]
     assert not files["train"] & files["heldout"]
-    bodies, bad_bodies, problems, shorter, same = [], set(), [], 0, 0
-    for good, bad in zip(*(2 * [iter(rows["train"] + rows["heldout"])]), strict=True):
-        assert good["prompt"] == bad["prompt"]
-        assert good["problem_id"] == bad["problem_id"]
-        assert (good["reward"], bad["reward"]) == (1.0, 0.0)
-        assert "noise" not in good
-        ((start, end),) = bad["noise"]
-        assert 0 <= start < end
-        assert good["response"][:start] == bad["response"][:start]
-        assert good["response"].endswith(bad["response"][end:])
-        lengths = [
-            len(tokenizer.encode(row["prompt"] + row["response"])) + 2 for row in (good, bad)
-        ]
-        assert 30 <= lengths[0] <= 96
-        assert lengths[1] <= 96
-        shorter += lengths[1] < lengths[0]
-        same += lengths[1] == lengths[0]
-        bodies.append(good["response"])
-        bad_bodies.add(bad["response"])
-        problems.append(good["problem_id"])
-    assert len(set(bodies)) == len(bodies)
+    bodies, bad_bodies, problems = [], set(), []
+    for name in files:
+        changes = Counter()
+        for good, bad in zip(*(2 * [iter(rows[name])]), strict=True):
+            assert good["prompt"] == bad["prompt"]
+            assert good["problem_id"] == bad["problem_id"]
+            assert (good["reward"], bad["reward"]) == (1.0, 0.0)
+            assert "noise" not in good
+            ((start, end),) = bad["noise"]
+            assert 0 <= start < end
+            assert good["response"][:start] == bad["response"][:start]
+            tail = len(bad["response"]) - end
+            was = good["response"][start : len(good["response"]) - tail]
+            assert good["response"].endswith(bad["response"][end:])
+            changes[was, bad["response"][start:end]] += 1
+            for row in (good, bad):
+                n = len(tokenizer.encode(row["prompt"] + row["response"])) + 2
+                assert n <= 96
+            bodies.append(good["response"])
+            bad_bodies.add(bad["response"])
+            problems.append(good["problem_id"])
+        assert changes == Counter({change[::-1]: n for change, n in changes.items()})
+    assert len(set(bodies)) == len(bodies) > 100
     assert not set(bodies) & bad_bodies
     assert len(set(problems)) == len(problems)
-    assert same > 0.6 * len(bodies)
-    assert 0.46 < (shorter + same / 2) / len(bodies) < 0.54
 
 
-@pytest.mark.slow
 def test_files_of_base_hold_no_function_of_a_pair(assets):
     _, rows = assets
     bodies = {row["response"] for name in ("train", "heldout") for row in rows[name]}
@@ -206,17 +225,8 @@ def test_files_of_base_hold_no_function_of_a_pair(assets):
         assert not bodies & {function.response for function in functions_of(row["text"])}
 
 
-@pytest.mark.slow
-def test_folder_is_made_once_and_foreign_folders_stay(assets, tmp_path):
-    folder, _ = assets
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    prepare_critic_stdlib(str(folder), vocab_size=1024, max_tokens=96, seed=0)
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+def test_foreign_folders_stay(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    for path in (tmp_path, folder):
-        # The other quickstart's folder is as foreign as any.
-        with pytest.raises(ValueError, match="holds files that the quickstart did not make: use"):
-            prepare_stdlib(str(path), vocab_size=1024, corrupted_share=0.4, seed=0)
     with pytest.raises(ValueError, match="holds files that the quickstart did not make: use"):
         prepare_critic_stdlib(str(tmp_path), vocab_size=1024, max_tokens=96, seed=0)
     assert (tmp_path / "thesis.tex").exists()

@@ -1,8 +1,9 @@
-"""Makes good and bad responses for the critic's quickstart on this machine.
+"""Makes functions with one changed place, which the ablation keeps as a critic's hard setting.
 
 A function of the standard library is a prompt (its ``def`` line) with a good response (its body).
 The bad response is the same body with one place changed, so that it still parses but means
-something else; the row records the place.
+something else; the row records the place. A change from a to b is kept as often as one from b to
+a, so that counts of tokens do not tell good from bad.
 """
 
 import ast
@@ -10,7 +11,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate, compress, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from wmtp_modules.quickstarts.stdlib import assets_folder, deal_files, train_tok
 
 log = get_logger("INFO")
 
-VERSION = 2  # of the files made here; a new version makes them again
+VERSION = 3  # of the files made here; a new version makes them again
 PARTS = {"base": 0.35, "train": 0.55, "heldout": 0.1}  # shares of the files
 MIN_TOKENS = 30  # of a function with BOS and EOS: shorter ones leave little to judge
 # A dropped return always shortens the body, which gives the label away, so few functions get one.
@@ -65,6 +66,7 @@ class Mutation(NamedTuple):
     kind: str  # operator, variable, off_by_one or dropped_return
     response: str
     span: tuple[int, int]  # [start, end) of the changed text, in characters of ``response``
+    change: tuple[str, str]  # the text that was there, and what it became
 
 
 class _Edit(NamedTuple):
@@ -96,13 +98,17 @@ def functions_of(source: str) -> list[Function]:
 
 
 def mutate(
-    function: Function, rng: random.Random, n_tokens: Callable[[str], int] = len
+    function: Function,
+    rng: random.Random,
+    n_tokens: Callable[[str], int] = len,
+    made: Counter | None = None,
 ) -> Mutation | None:
     """Change one place of a body so that it parses and means something else; None if impossible.
 
     The possible changes are tried in random order, alternating between kinds: first those that keep
     the length by ``n_tokens``, then the others, because a change of length gives the label away. A
     dropped return comes first with probability ``DROPPED_RETURN_SHARE`` and is otherwise not tried.
+    ``made`` counts changes of other functions: whose reverse it has more often comes before others.
     """
     text = function.prompt + function.response
     tree, length = _canonical_tree(text), n_tokens(text)
@@ -119,8 +125,14 @@ def mutate(
         for turn, edit in enumerate(rng.sample(edits, len(edits)))
     ]
     first = returns if rng.random() < DROPPED_RETURN_SHARE else []
-    others = []
-    for edit in [*rng.sample(first, len(first)), *(edit for _, edit in sorted(turns))]:
+    others, made = [], made or Counter()
+
+    def turn_of(item: tuple[float, _Edit]) -> tuple:
+        change = text[item[1].start : item[1].end], item[1].text
+        return made[change] - made[change[::-1]], *item
+
+    ordered = [edit for _, edit in sorted(turns, key=turn_of)]
+    for edit in [*rng.sample(first, len(first)), *ordered]:
         changed = text[: edit.start] + edit.text + text[edit.end :]
         if edit.kind != "dropped_return" and n_tokens(changed) != length:
             others.append((edit, changed))
@@ -179,15 +191,20 @@ def _fill(folder: Path, vocab_size: int, max_tokens: int, seed: int) -> None:
                     seen.add(function.response)
                     functions.append((f"{path}:{function.line}:{function.name}", function))
     for name, functions in chosen.items():
-        rows, kinds, shorter = [], Counter(), 0.0
+        made: Counter = Counter()
+        pairs: list[tuple[str, Function, Mutation]] = []
         for problem, function in functions:
-            mutation = mutate(function, random.Random(f"{seed} {problem}"), n_tokens)
+            mutation = mutate(function, random.Random(f"{seed} {problem}"), n_tokens, made)
             if mutation is None or mutation.response in seen:
                 continue  # code that somebody wrote is not a bad response
+            if n_tokens(function.prompt + mutation.response) <= max_tokens:
+                made[mutation.change] += 1
+                pairs.append((problem, function, mutation))
+        rows, kinds, shorter = [], Counter(), 0.0
+        keep = balanced([mutation for *_, mutation in pairs])
+        for problem, function, mutation in compress(pairs, keep):
             bodies = (function.response, mutation.response)
             good, bad = (n_tokens(function.prompt + body) for body in bodies)
-            if bad > max_tokens:
-                continue
             kinds[mutation.kind] += 1
             shorter += (bad < good) + (bad == good) / 2
             shared = {"prompt": function.prompt, "problem_id": problem}
@@ -198,7 +215,7 @@ def _fill(folder: Path, vocab_size: int, max_tokens: int, seed: int) -> None:
         write_rows(folder / f"{name}.jsonl", rows)
         n_pairs = kinds.total()
         log.info(
-            f"  {name}: {n_pairs} pairs from {len(parts[name])} files "
+            f"  {name}: {n_pairs} pairs of {len(pairs)} from {len(parts[name])} files "
             f"({', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}); "
             f"the shorter one is the bad one in {shorter / n_pairs:.3f} of them, ties as half"
         )
@@ -238,9 +255,18 @@ def _differs(text: str, original: str) -> bool:
 
 def _mutation(function: Function, edit: _Edit, changed: str) -> Mutation:
     start = edit.start - len(function.prompt)
-    return Mutation(
-        edit.kind, changed.removeprefix(function.prompt), (start, start + len(edit.text))
-    )
+    was = function.response[start : edit.end - len(function.prompt)]
+    span = start, start + len(edit.text)
+    return Mutation(edit.kind, changed.removeprefix(function.prompt), span, (was, edit.text))
+
+
+def balanced(mutations: list[Mutation]) -> list[bool]:
+    """Which to keep, from the first on, so that each change is there as often as its reverse."""
+    total, kept, keep = Counter(one.change for one in mutations), Counter(), []
+    for one in mutations:
+        keep.append(kept[one.change] < total[one.change[::-1]])
+        kept[one.change] += keep[-1]
+    return keep
 
 
 def _edits(text: str) -> list[_Edit]:
