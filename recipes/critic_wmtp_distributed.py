@@ -363,14 +363,13 @@ class CriticWMTPRecipeDistributed:
             source = cfg.value_table.table_dir, self._values_made_from()
         pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
         packs = policy.policy_packs(self._train, chosen, table=table, **pack)
-        scale = policy.weight_scale(
+        return packs, policy.weight_scale(
             *(packs, self._train, chosen, weighting),
             n_heads=self.model_args["n_future_tokens"],
             device=self.device,
             watchdog=self.watchdog,
             source=source,
         )
-        return packs, scale
 
     def check_policies(self, runs: list[DictConfig]) -> None:
         """Raise now what a control would otherwise hide for hours."""

@@ -10,7 +10,7 @@ import sentencepiece as spm
 from wmtp_modules.quickstarts import spoiled
 from wmtp_modules.quickstarts.spoiled import Law, prepare_spoiled_stdlib, words_of
 
-SIZES = {"n_critic": 1000, "n_policy": 100, "n_heldout": 300}
+SIZES = {"n_critic": 800, "n_policy": 40, "n_heldout": 200}
 SOURCE = '''def outer(self, n=10):
     """Docstring with "quotes", it's 2 lines,
     see #3."""
@@ -53,10 +53,11 @@ def small_library():
 def made(tmp_path_factory, small_library):
     """A folder of the quickstart's files, made from few files, and a function that makes more."""
 
-    def make(name: str, **changed) -> dict[str, list[dict]]:
+    def make(name: str, n_files: int = 120, **changed) -> dict:
         folder = tmp_path_factory.mktemp(name) / "assets"
+        few = dict(list(small_library.items())[:n_files])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(spoiled, "test_texts", lambda: (small_library, "a few tests"))
+            patch.setattr(spoiled, "test_texts", lambda: (few, "a few tests"))
             patch.setattr(spoiled, "BASE_SHARE", 0.05)
             patch.setattr(spoiled, "PARTS", {"critic": 0.6, "policy": 0.15, "heldout": 0.25})
             arguments = SIZES | {"seed": 0} | changed
@@ -76,7 +77,7 @@ def rows(made):
 
 
 def test_files_of_the_parts_are_disjoint_and_no_line_is_in_two_responses(rows, small_library):
-    for name, size in (("critic", 1000), ("policy", 100), ("heldout", 300)):
+    for name, size in (("critic", 800), ("policy", 40), ("heldout", 200)):
         assert len(rows[name]) == size
         assert sum(row["reward"] for row in rows[name]) == round(0.2 * size)
         responses = [row["response"] for row in rows[name]]
@@ -109,21 +110,20 @@ def test_only_words_after_the_mark_change_and_they_keep_their_kind(rows, small_l
     library = [(text, words_of(text)) for text in small_library.values()]
     skeletons = [skeleton(*one) for one in library]
     bad = [row for row in rows["critic"] if not row["reward"]]
-    unchanged = 0
+    unchanged, found = 0, []
     for row in bad[:40]:
         ((start, end),) = row["noise"]
         assert 0 <= start < end == len(row["response"])
         sound = row["prompt"] + row["response"][:start]
         assert sound in "\n".join(small_library.values())
-        # Words of a stretch are known by what stands before, so it is read in its own file.
         unchanged += row["prompt"] + row["response"] in "\n".join(small_library.values())
         lines = [
             line for line in row["response"].split("\n") if "'" not in line and '"' not in line
         ]
         code = [line for line in lines if re.search(r"\w", line) and "#" not in line]
-        found = [any(skeleton(line, words_of(line)) in one for one in skeletons) for line in code]
-        assert sum(found) >= 0.8 * len(found)
+        found += [any(skeleton(line, words_of(line)) in one for one in skeletons) for line in code]
     assert unchanged == 0
+    assert sum(found) >= 0.85 * len(found) > 50  # the others stand inside a docstring
 
 
 def n_tokens(tokenizer, row) -> int:
@@ -165,19 +165,20 @@ def test_neither_length_nor_token_counts_tell_good_from_bad(rows):
     assert 0.42 < area(lengths["good"], lengths["bad"]) < 0.58
 
 
-def test_the_seed_decides(made, rows):
-    again, other = made("again"), made("other", seed=1)
+def test_the_seed_decides(made):
+    few = {"n_critic": 20, "n_policy": 10, "n_heldout": 10, "n_files": 60}
+    rows, again, other = (made("seed", seed=seed, **few) for seed in (0, 0, 1))
     for name in ("base", "critic", "policy", "heldout"):
         assert again[name] == rows[name]
         assert other[name] != rows[name]
 
 
 def test_shares_and_sizes_are_arguments_and_too_many_are_an_error(made):
-    rows = made("plenty", n_critic=20, n_policy=60, n_heldout=10, bad_share=0.7)
-    assert [len(rows[name]) for name in ("critic", "policy", "heldout")] == [20, 60, 10]
-    assert sum(row["reward"] for row in rows["policy"]) == 18
+    rows = made("plenty", n_critic=20, n_policy=20, n_heldout=10, bad_share=0.7, n_files=60)
+    assert [len(rows[name]) for name in ("critic", "policy", "heldout")] == [20, 20, 10]
+    assert sum(row["reward"] for row in rows["policy"]) == 6
     with pytest.raises(ValueError, match="hold fewer than 90000 responses: ask for fewer"):
-        made("too_many", n_policy=90_000)
+        made("too_many", n_critic=90_000, n_files=6)
 
 
 def test_folder_is_made_once_and_foreign_folders_stay(rows, tmp_path):

@@ -10,7 +10,8 @@ from wmtp_modules.run.figures import MOST_EPOCHS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/7b*.yaml") if path.parent.name != "eval")
-# CodeContests has 13,328 training problems; max_solutions is 16; rows have some 1,111 tokens.
+# CodeContests has 13,328 training problems; max_solutions is 16; rows have some 1,111 tokens. A
+# critic's policy has as many incorrect solutions.
 MOST_TOKENS = 13_328 * 16 * 1_111
 
 
@@ -27,7 +28,8 @@ def test_a_7b_config_sees_its_data_at_most_four_times(path):
     packs = ranks * cfg.batch_size * cfg.gradient_accumulation_steps
     tokens = packs * cfg.tokenizer.max_seq_len
     assert 0.24e6 < tokens < 0.27e6
-    epochs = cfg.max_steps * tokens / MOST_TOKENS
+    kinds = 2 if cfg.dataset.get("incorrect") else 1
+    epochs = cfg.max_steps * tokens / (MOST_TOKENS * kinds)
     assert epochs < 0.6 * MOST_EPOCHS  # problems with fewer than 16 solutions leave less data
     assert cfg.num_warmup_steps < 0.1 * cfg.max_steps
     assert f"{cfg.max_steps:,} steps are {epochs:.1f} epochs" in head

@@ -28,7 +28,7 @@ def model(tiny_model_args):
     torch.manual_seed(0)
     model = mtp_llama2(**tiny_model_args).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 

@@ -225,10 +225,11 @@ def raw_weights(
 
 
 @torch.no_grad()
-def critic_features(row: Row, model: Llama) -> tuple[torch.Tensor, torch.Tensor]:
-    """The trunk's output [T, D], and surprise [T, 3] at each token, NaN where there is none.
+def critic_features(row: Row, model: Llama) -> torch.Tensor:
+    """What a critic reads at each token, [T, D + 3]: trunk and surprise, NaN where there is none.
 
-    Loss and entropy of head 0 one token earlier, loss of head 1 two tokens earlier.
+    The trunk's output at a root mean square of 1; loss and entropy of head 0 one token earlier,
+    loss of head 1 two tokens earlier.
     """
     T, trunk_TD = len(row.tokens), model.trunk(row.tokens)
     loss_TK, entropy_T = model.losses(row.tokens, trunk_TD), model.entropy(trunk_TD)
@@ -237,22 +238,20 @@ def critic_features(row: Row, model: Llama) -> tuple[torch.Tensor, torch.Tensor]
         surprise_T3[u, 0], surprise_T3[u, 1] = loss_TK[u - 1, 0], entropy_T[u - 1]
         if u >= 2:
             surprise_T3[u, 2] = loss_TK[u - 2, 1]
-    return trunk_TD, surprise_T3
+    ones_D = torch.ones(trunk_TD.shape[1], dtype=torch.float64)
+    return torch.cat([rms_norm(trunk_TD, ones_D, 1e-6), surprise_T3], 1)
 
 
-def critic_logits(row: Row, features: tuple, head: dict, kind: str) -> torch.Tensor:
+def critic_logits(row: Row, features_TE: torch.Tensor, head: dict, kind: str) -> torch.Tensor:
     """Logit [T] of V after every token of a row, from the tensors of a value head by name."""
-    trunk_TD, surprise_T3 = features
-    surprise_T3 = (surprise_T3 - head["surprise_mean"]) / head["surprise_std"]
-    normed_TD = rms_norm(trunk_TD, head["norm.scale"], 1e-6)
-    x_TE = torch.cat([normed_TD, surprise_T3.nan_to_num(nan=0.0)], 1)
+    x_TE = ((features_TE - head["mean"]) / head["std"]).nan_to_num(nan=0.0)
     inner_TD = x_TE @ head["hidden.weight"].T + head["hidden.bias"]
     d_T = (inner_TD * inner_TD.sigmoid()) @ head["out.weight"][0] + head["out.bias"]
     if kind == "state":
         return head["base"] + d_T
     response = response_of(row)
     last_prompt = response[0] - 1 if response else 0
-    v0 = head["base"] + normed_TD[last_prompt] @ head["start.weight"][0] + head["start.bias"][0]
+    v0 = head["base"] + x_TE[last_prompt] @ head["start.weight"][0] + head["start.bias"][0]
     stays = torch.exp(-(1 + head["hazard"].exp()).log())
     logits = []
     for u in range(len(row.tokens)):
@@ -279,22 +278,21 @@ def trained_critic(
     features, kind = [critic_features(row, model) for row in rows], cfg["head"]
     responses = [response_of(row) for row in rows]
     judged = [[r[0] - 1, *r] if r else [] for r in responses]
-    mean = sum(good) / len(good)
-    every_N3 = torch.cat([f[1][at] for f, at in zip(features, judged, strict=True)])
-    known = [every_N3[~every_N3[:, i].isnan(), i] for i in range(3)]
+    share = sum(good) / len(good)
+    every_NE = torch.cat([f[at] for f, at in zip(features, judged, strict=True)])
+    known = [x[~x.isnan()] for x in every_NE.T]
     fixed = {
-        "base": torch.tensor(math.log(mean / (1 - mean)), dtype=torch.float64),
-        "surprise_mean": torch.stack([x.mean() for x in known]),
-        "surprise_std": torch.stack([x.std(correction=0) for x in known]),
+        "base": torch.tensor(math.log(share / (1 - share)), dtype=torch.float64),
+        "mean": torch.stack([x.mean() for x in known]),
+        "std": torch.stack([x.std(correction=0) for x in known]),
     }
-    D = features[0][0].shape[1]
+    D = every_NE.shape[1] - 3
     torch.manual_seed(seed)
     hidden = torch.nn.Linear(D + 3, D)  # the one layer that starts at random
-    head = {"norm.scale": torch.ones(D), "hidden.weight": hidden.weight.detach()}
-    head |= {"hidden.bias": hidden.bias.detach()}
+    head = {"hidden.weight": hidden.weight.detach(), "hidden.bias": hidden.bias.detach()}
     head |= {"out.weight": torch.zeros(1, D), "out.bias": torch.zeros(1)}
     if kind == "turn":
-        head |= {"start.weight": torch.zeros(1, D), "start.bias": torch.zeros(1)}
+        head |= {"start.weight": torch.zeros(1, D + 3), "start.bias": torch.zeros(1)}
         head["hazard"] = torch.tensor(0.02).expm1().log()  # softplus of it is 0.02
     head = {name: value.double().requires_grad_() for name, value in head.items()}
     moments = dict.fromkeys(head, (0.0, 0.0))

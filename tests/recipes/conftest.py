@@ -132,8 +132,12 @@ class TinyQuickstarts:
         if steps := TINY_STEPS.get(name):
             cfg.update(max_steps=steps, num_warmup_steps=2, save_every_n_steps=steps)
             cfg.update(run_val_every_n_steps=steps, log_every_n_steps=1)
+        if name == "critic_base":  # of few files, where one in twenty may be none
+            cfg.dataset.validation_fraction = 0.3
         if "prepare" in cfg:
             cfg.prepare.vocab_size = TINY_VOCABULARY
+            if name == "critic":
+                cfg.prepare.update(n_critic=120, n_policy=40, n_heldout=60)
             if "model_config" in cfg.prepare:
                 cfg.prepare.model_config = str(self.config("eval_base"))
         if "requires" in cfg:

@@ -13,10 +13,10 @@ import sys
 import sysconfig
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sentencepiece as spm
 from torchtune.utils import get_logger
@@ -113,6 +113,10 @@ class Source:
                 return range(first, at)
         return range(first, len(self.lines))
 
+    def threes(self) -> Iterator[tuple[str, ...]]:
+        """Each line with its two next ones, from the first on."""
+        return zip(self.lines, self.lines[1:], self.lines[2:], strict=False)
+
     def use(self, first: int, n_lines: int) -> None:
         self._free[first : first + n_lines] = [False] * n_lines
 
@@ -177,10 +181,16 @@ def prepare_spoiled_stdlib(
         write_rows(folder / "base.jsonl", [{"text": text} for text in base])
         log.info(f"  base: {len(base)} files, {sum(map(len, base)) / 1e6:.1f} MB")
         texts, origin = test_texts()
-        for name, part in deal_texts(texts, PARTS, seed).items():
+        parts = deal_texts(texts, PARTS, seed)
+        sources = {
+            name: [Source(text, tokenizer) for text in part.values()]
+            for name, part in parts.items()
+        }
+        # Code that stands in two files must not be on both sides of a split.
+        times = Counter(key for part in sources.values() for one in part for key in one.threes())
+        for name, part in parts.items():
             rng = random.Random(f"{seed} {name}")
-            sources = [Source(text, tokenizer) for text in part.values()]
-            rows = _responses(sources, sizes[name], bad_share, longest, tokenizer, rng)
+            rows = _responses(sources[name], times, sizes[name], bad_share, longest, tokenizer, rng)
             write_rows(folder / f"{name}.jsonl", rows)
             log.info(
                 f"  {name}: {len(rows)} responses, {bad_share:.0%} of them spoiled, from "
@@ -210,6 +220,7 @@ def test_texts() -> tuple[dict[str, str], str]:
 
 def _responses(
     sources: list[Source],
+    times: Counter,
     n_rows: int,
     bad_share: float,
     longest: int,
@@ -218,10 +229,16 @@ def _responses(
 ) -> list[dict]:
     """Rows with prompt, response, reward and noise, from disjoint lines in random order.
 
+    ``times`` counts three lines in a row over all files: what begins like another is left out.
     Good responses get lengths drawn from those of the bad ones, so that lengths tell nothing.
     """
     law = Law([word for source in sources for word in source.words])
-    places = [(source, first) for source in sources for first in range(1, len(source.lines))]
+    places = [
+        (source, first)
+        for source in sources
+        for first, lines in enumerate(source.threes(), start=1)  # the prompt is the line before
+        if times[lines] == 1
+    ]
     rng.shuffle(places)
     n_bad = round(n_rows * bad_share)
     rows: list[dict] = []
