@@ -338,7 +338,7 @@ def _filters(critic: str, places: dict, core: tuple[int, ...]) -> tuple[Arm, ...
 
 
 STATE = {"head": "state"}
-PAIRS = {"objective": "pairs", "head": None}
+PAIRS = {"objective": "pairs", "head": None}  # where a problem has good and bad responses
 PLENTY_VALUES = "the critic's values, plenty"
 SPOILED_FAMILY = Family(
     "spoiled",
@@ -349,7 +349,6 @@ SPOILED_FAMILY = Family(
         "base": Model("critic_base", {"output_dir": f"{SPOILED}/base"}),
         "critic": _critic(f"{SPOILED}/critic_turn", BASE_OF_CRITIC),
         "critic, state head": _critic(f"{SPOILED}/critic_state", BASE_OF_CRITIC, **STATE),
-        "critic, pairs": _critic(f"{SPOILED}/critic_pairs", BASE_OF_CRITIC, **PAIRS),
         PLENTY_VALUES: Model(
             "critic",
             BASE_OF_CRITIC
@@ -364,10 +363,8 @@ SPOILED_FAMILY = Family(
 
 
 def _critic_arms() -> tuple[Arm, ...]:
-    turn, state, pairs = (
-        _critic_in(f"{SPOILED}/critic_{name}", **critic)
-        for name, critic in (("turn", {}), ("state", STATE), ("pairs", PAIRS))
-    )
+    turn = _critic_in(f"{SPOILED}/critic_turn")
+    state = _critic_in(f"{SPOILED}/critic_state", **STATE)
     return (
         _weighed("uniform", "critic", turn, "uniform", True),
         *_filters("critic", turn, core=(20, 40, 80)),
@@ -380,7 +377,6 @@ def _critic_arms() -> tuple[Arm, ...]:
             for x in (0.25, 0.5, 0.75)
         ),
         _weighed("value, state head", "critic, state head", state, "critic", False),
-        _weighed("value, pairs", "critic, pairs", pairs, "critic", False),
     )
 
 
@@ -393,9 +389,7 @@ CRITIC_COMPARISONS = (
     *((name, "shuffled") for name in ADVANTAGES),
     *((name, "value") for name in ADVANTAGES),
     ("value, state head", "value"),
-    ("value, pairs", "value"),
     ("value, state head", "shuffled"),
-    ("value, pairs", "shuffled"),
 )
 SCARCE = Setting(
     "scarce",
