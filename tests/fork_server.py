@@ -8,7 +8,7 @@ connection closes, so that nothing outlives the test or pytest.
 A forked process has its own command line, environment, folder, output files and random seeds, runs
 a file as ``__main__``, and ends as any interpreter does. What it does not have is the interpreter's
 start: a test of that starts a real process. ``/proc/PID/environ`` is the server's. Pictures are
-empty files: a run of a few steps takes no longer than its picture would.
+not drawn: a run of a few steps takes no longer than its picture would.
 """
 
 import contextlib
@@ -314,6 +314,14 @@ class ForkServer:
 # -------------------------------------------------------------------------------- server
 
 
+def save_nothing(figure: object, target: object, **options: object) -> None:
+    """In place of ``Figure.savefig``, to a path or a file."""
+    if hasattr(target, "write"):
+        target.write(b"not drawn")
+    else:
+        Path(target).write_bytes(b"not drawn")
+
+
 def preload() -> None:
     """Import what recipes import. They themselves are read again at every start."""
     for name in PRELOADED:
@@ -323,7 +331,7 @@ def preload() -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     from matplotlib.figure import Figure
 
-    Figure.savefig = lambda figure, path, **options: Path(path).touch()
+    Figure.savefig = save_nothing
     gc.collect()
     gc.freeze()  # collections in children leave these pages shared
 

@@ -146,7 +146,7 @@ class TinyQuickstarts:
         ):
             cfg.output_dir = str(self.folder / name)
         if "model" in cfg:
-            cfg.model.vocab_size = TINY_VOCABULARY
+            cfg.model.update(vocab_size=TINY_VOCABULARY, embed_dim=32)
         if steps := TINY_STEPS.get(name):
             cfg.update(max_steps=steps, num_warmup_steps=2, save_every_n_steps=steps)
             cfg.update(run_val_every_n_steps=steps, log_every_n_steps=1)

@@ -1015,8 +1015,8 @@ def rank_main(rank, scenario, cfg, folder):
     dist.destroy_process_group()
 
 
-def killed_and_resumed(recipe, place, cfg, folder):
-    """A run, and the same run killed after step 5 and gone on with."""
+def killed(recipe, place, cfg, folder):
+    """A run, and the same run killed after step 5."""
     recipe.train_one(OmegaConf.merge(cfg, {"output_dir": str(folder / "whole")}), *place)
     cfg = OmegaConf.merge(cfg, {"output_dir": str(folder / "killed")})
     original = Run._log_step
@@ -1031,8 +1031,11 @@ def killed_and_resumed(recipe, place, cfg, folder):
     with pytest.raises(KeyboardInterrupt):
         recipe.train_one(cfg, *place)
     Run._log_step = original
-    if dist.get_rank() == 0:
-        shutil.copytree(folder / "killed", folder / "other")
+    return cfg
+
+
+def killed_and_resumed(recipe, place, cfg, folder):
+    cfg = killed(recipe, place, cfg, folder)
     patient_barrier()
     recipe.train_one(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), *place)
 
@@ -1098,11 +1101,11 @@ def test_another_number_of_ranks_goes_on_with_the_same_data(
 ):
     """Saved at step 4 by two ranks x 4, gone on with by one, through the end of an epoch."""
     more = {"max_steps": 14, "save_every_n_steps": 4, "batch_size": 4, "keep_last": 9}
-    forks.call(rank_main, "killed_and_resumed", OmegaConf.merge(base_config, more), tmp_path)
+    forks.call(rank_main, "killed", OmegaConf.merge(base_config, more), tmp_path)
     alone = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    run(more | alone | {"resume_from_checkpoint": True}, tmp_path / "other")
+    run(more | alone | {"resume_from_checkpoint": True}, tmp_path / "killed")
     whole = trained(tmp_path / "whole")
-    other = trained(tmp_path / "other")
+    other = trained(tmp_path / "killed")
     assert [line["step"] for line in other] == [line["step"] for line in whole]
     for got, want in zip(other, whole, strict=True):
         for key in ("loss", "val_loss", "weighted_loss"):
