@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,10 +150,15 @@ def test_two_conversions_into_one_folder(meta, tmp_path, children, capfd):
 
     def both(*ways):
         out = tmp_path / "-".join(ways)
-        started = [
-            children.begin(lambda to: sys.exit(convert.main([meta, str(out), "--to", to])), to)
-            for to in ways
-        ]
+        gate = tmp_path / f"{out.name}.gate"  # on a busy machine one may begin after the other
+
+        def one(to, name):
+            gate.with_suffix(name).touch()
+            while not all(gate.with_suffix(f".{i}").exists() for i in (0, 1)):
+                time.sleep(0.01)
+            sys.exit(convert.main([meta, str(out), "--to", to]))
+
+        started = [children.begin(one, to, f".{i}") for i, to in enumerate(ways)]
         return out, children.ends(*started)
 
     for to in ("hf", "meta"):

@@ -38,7 +38,7 @@ FINGERPRINT = {
     "kind": "next-token loss",
     "n_heads": 1,
 }
-CRITIC_FINGERPRINT = {"trunk": "t"}
+CRITIC_FINGERPRINT = {"head": "turn", "trunk": "t"}
 
 
 def score(rows: list[np.ndarray]) -> list[np.ndarray]:
@@ -232,7 +232,7 @@ class Readers:
         assert np.isfinite(model.score([("a", "b"), ("def f", "return 1")])).all()
 
     def make_critic(self, folder: Path) -> None:
-        head = ValueHead(16)
+        head = ValueHead(16, "turn")
         torch.nn.init.normal_(next(head.parameters()))
         record = {"fingerprint": CRITIC_FINGERPRINT, "settings": {"seed": 1}, "report": {"auc": 1}}
         save_critic(folder, head, record)
@@ -245,7 +245,7 @@ class Readers:
         torch.save(self._critic_state(), folder / "state.pt")
 
     def _critic_state(self) -> dict:
-        head = ValueHead(16)
+        head = ValueHead(16, "turn")
         optimizer = torch.optim.AdamW(head.parameters())
         return {
             "fingerprint": CRITIC_FINGERPRINT,
@@ -258,7 +258,7 @@ class Readers:
         }
 
     def read_critic_state(self, folder: Path) -> None:
-        head = ValueHead(16)
+        head = ValueHead(16, "turn")
         TrainingState(folder, CRITIC_FINGERPRINT).resume(head, torch.optim.AdamW(head.parameters()))
 
 

@@ -19,6 +19,7 @@ from torchtune.modules import attention_utils
 
 from wmtp_modules.loss import linear_cross_entropy as loss_module
 from wmtp_modules.memory.step import RECIPES, load_recipe
+from wmtp_modules.run import model
 
 RECIPE_NAMES = ("rho1_wmtp_distributed", "critic_wmtp_distributed")
 LENGTHS = ([[40, 24], [10, 30, 24]], [[64], [5, 59]], [[31, 33], [32, 32]])
@@ -170,3 +171,21 @@ def test_compiled_and_checkpointed_blocks_keep_the_names_of_their_parameters(rec
     for checkpointing in (False, True):
         model = set_up(recipe, cfg, enable_activation_checkpointing=checkpointing)
         assert model.state_dict().keys() == plain
+
+
+def test_a_model_that_does_not_fit_in_memory_is_one_sentence(monkeypatch):
+    """Of 128 GiB, as a mistyped width asks for."""
+
+    def instantiate(*_):
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 2**37"
+        )
+
+    monkeypatch.setattr(model.config, "instantiate", instantiate)
+    cfg = OmegaConf.create({"dtype": "fp32", "checkpointer": None, "model": {}})
+    for make in (lambda: model.make_model(cfg, None, None), lambda: model.frozen_model(cfg, None)):
+        with pytest.raises(ValueError, match="out of memory while the model was made, before any"):
+            make()
+    monkeypatch.setattr(model.config, "instantiate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.frozen_model(cfg, None)

@@ -12,7 +12,11 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
 from wmtp_modules.data.packing import pad_rows, row_lengths
-from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
+from wmtp_modules.loss.linear_cross_entropy import (
+    CHUNK_LOGITS_CPU,
+    CHUNK_LOGITS_CUDA,
+    linear_logits,
+)
 from wmtp_modules.loss.value_loss import judged_mask, response_mask
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import N_SURPRISE, ValueHead, features
@@ -57,10 +61,12 @@ def trunk_states(
     """
     hidden_BTD = model.trunk(tokens_BT)
     surprise_BT3 = torch.full((*tokens_BT.shape, N_SURPRISE), torch.nan, device=tokens_BT.device)
-    for k, head in enumerate(model.heads[:2]):
+    ahead_BTKD = model.output.norm(torch.stack([head(hidden_BTD) for head in model.heads[:2]], 2))
+    weight_VD = model.output.proj.weight
+    for k in range(ahead_BTKD.shape[2]):
         if tokens_BT.shape[1] > k + 1:
-            ahead_BTD = head(hidden_BTD)[:, : -k - 1]
-            loss_BT, entropy_BT = _loss_and_entropy(model, ahead_BTD, tokens_BT[:, k + 1 :])
+            ahead_BTD = ahead_BTKD[:, : -k - 1, k]
+            loss_BT, entropy_BT = _loss_and_entropy(ahead_BTD, weight_VD, tokens_BT[:, k + 1 :])
             surprise_BT3[:, k + 1 :, 2 * k] = loss_BT
             if k == 0:
                 surprise_BT3[:, 1:, 1] = entropy_BT
@@ -68,14 +74,15 @@ def trunk_states(
 
 
 def _loss_and_entropy(
-    model: MTPTransformer, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor
+    hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, targets_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy against the targets and entropy of the distribution, fp32 [B, T] each."""
-    V = model.output.proj.weight.shape[0]
     at_a_time = CHUNK_LOGITS_CUDA if hidden_BTD.device.type == "cuda" else CHUNK_LOGITS_CPU
     flat_ND, flat_N, found = hidden_BTD.flatten(0, 1), targets_BT.flatten(), []
-    for rows in torch.arange(len(flat_N), device=flat_N.device).split(max(1, at_a_time // V)):
-        log_p_NV = model.output(flat_ND[rows]).float().log_softmax(-1)
+    for rows in torch.arange(len(flat_N), device=flat_N.device).split(
+        max(1, at_a_time // len(weight_VD))
+    ):
+        log_p_NV = linear_logits(flat_ND[rows], weight_VD).log_softmax(-1)
         loss_N = -log_p_NV.gather(1, flat_N[rows, None]).squeeze(1)
         found.append(torch.stack([loss_N, -(log_p_NV.exp() * log_p_NV).sum(-1)]))
     loss_N, entropy_N = torch.cat(found, 1)

@@ -11,6 +11,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from wmtp_modules.checkpoints.read import check_model, load_into
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_, init_weights_, shard_model
+from wmtp_modules.run.out_of_memory import explain_too_large
 
 
 def checked_model_args(cfg: DictConfig) -> dict:
@@ -26,6 +27,7 @@ def checked_model_args(cfg: DictConfig) -> dict:
     return args
 
 
+@explain_too_large()
 def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTransformer:
     """The model to train, sharded over the ranks and filled from its checkpoint; a collective.
 
@@ -33,7 +35,7 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
     bf16 parameter round to nothing. Pure bf16 needs stochastic rounding to be of use.
 
     Raises:
-        ValueError: if the checkpoint does not hold this model.
+        ValueError: if the checkpoint does not hold this model, or memory does not.
     """
     compute_dtype = DTYPES[cfg.dtype]
     with torch.device("meta" if cfg.checkpointer else "cpu"):
@@ -69,6 +71,7 @@ def make_optimizer(cfg: DictConfig, model: MTPTransformer) -> tuple[Optimizer, L
     return optimizer, schedule
 
 
+@explain_too_large()
 def frozen_model(cfg: DictConfig, device: torch.device) -> MTPTransformer:
     """The checkpoint's model, whole on each rank and in compute precision."""
     with torch.device("meta"):

@@ -81,3 +81,17 @@ def explain_out_of_memory(
         peak, ranks = peak_memory_gib(device), dist.get_world_size()
         sentence = out_of_memory_sentence(cfg, model_args, ranks=ranks, peak_gib=peak)
         raise TrainingError(sentence) from error
+
+
+@contextmanager
+def explain_too_large() -> Iterator[None]:
+    """Raise ValueError where memory runs out while a model is made; a decorator as well."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            "out of memory while the model was made, before any step: take a smaller `model`, more "
+            f"ranks, or a larger machine; `{COMMAND}` says what a config needs"
+        ) from error
