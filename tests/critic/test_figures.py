@@ -223,3 +223,5 @@ def test_everything_is_printed(rows, case, capsys):
         "4 problems of the policy have no good response (p1, p2, p3, ...)",
     ):
         assert words in said
+    assert shortcomings(report)  # of random logits
+    assert said.count("not enough for the gate") == len(shortcomings(report))

@@ -318,6 +318,8 @@ def print_report(report: dict) -> None:
             f"{turn['rows']} responses (chance {turn['chance']:.1%}, token counts "
             f"{turn['token_table']:.1%}, the model's loss {turn['lm_loss']:.1%})"
         )
+    for lack in shortcomings(report):  # with allow_uninformative_critic: true, else it is an error
+        print(f"  not enough for the gate: {lack}")
     hopeless = report.get("hopeless_problems", {"count": 0})
     if hopeless["count"]:
         named = ", ".join(hopeless["names"][:3]) + (", ..." if hopeless["count"] > 3 else "")
