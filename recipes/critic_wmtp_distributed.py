@@ -86,9 +86,8 @@ SCHEMA = TRAINING_KEYS | {
         {
             "objective": Optional(("bce", "pairs")),  # bce if left out
             "head": Optional(("state", "turn")),  # turn if left out; pairs has its own
-            "dataset": Optional(
-                TRAINING_KEYS["dataset"]
-            ),  # what it learns from, the policy's if left out
+            # What it learns from; the policy's if left out.
+            "dataset": Optional(TRAINING_KEYS["dataset"]),
             "checkpoint_dir": str,
             "optimizer": OPTIMIZER,
             "batch_size": AtLeast(int, 1),  # rows, or pairs of rows, of a rank
@@ -376,7 +375,7 @@ class CriticWMTPRecipeDistributed:
         """Raise now what a control would otherwise hide for hours."""
         for cfg in runs:
             policy.policy_rows(self._train, self._heldout, cfg.get("policy_rewards_above"))
-            if make_weighting(cfg).name == "oracle":
+            if make_weighting(cfg).needs_marks:
                 policy.check_marks(self._train.rows)
         if any(make_weighting(cfg).needs_values for cfg in runs):
             self._values()

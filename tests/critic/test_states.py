@@ -6,9 +6,13 @@ import torch
 from datasets import Dataset
 
 from wmtp_modules.critic import states
+from wmtp_modules.critic.judge import Judge
+from wmtp_modules.critic.pairs import HeldoutPairs
+from wmtp_modules.critic.rewards import Responses
 from wmtp_modules.critic.states import RowStates, batch_of, set_feature_statistics_, trunk_states
 from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.value_head import ValueHead, features
+from wmtp_modules.run.watchdog import Watchdog
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +92,15 @@ def test_states_are_the_same_kept_or_not_and_computed_once(model, rows, kept, mo
             is_token = batch["doc"] >= 0
             torch.testing.assert_close(got[is_token], wanted[is_token], equal_nan=True)
     assert len(calls) == (2 if kept else 3)  # groups, or batches
+
+
+def test_a_head_that_is_not_finite_has_no_finite_heldout_loss(model, rows, gloo_group, tmp_path):
+    responses = Responses(rows, good=np.array([1.0, 0.0, 0.0]))
+    pairs = HeldoutPairs(np.array([[0, 1]]), "length")
+    judge = Judge(
+        model, responses, responses, pairs, objective="bce", watchdog=Watchdog(300, tmp_path)
+    )
+    head = ValueHead(model.args["embed_dim"], "state")
+    assert np.isfinite(judge.heldout_loss(head))
+    head.out.bias.data.fill_(torch.nan)
+    assert np.isnan(judge.heldout_loss(head))

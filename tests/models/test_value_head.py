@@ -124,3 +124,11 @@ def test_turn_stays_finite_over_thousands_of_tokens():
         (gradient_BT,) = torch.autograd.grad(logits_BT.sum(), d_BT)
         assert logits_BT.isfinite().all()
         assert gradient_BT.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_state_that_is_not_a_number_is_not_hidden(kind, inputs):
+    """Only surprise may be missing: a broken trunk must not look like one that knows nothing."""
+    hidden_BTD, surprise_BT3, y_BT = inputs
+    hidden_BTD[0, 4] = torch.nan
+    assert trained(kind)(hidden_BTD, surprise_BT3, y_BT)[0, 4].isnan()

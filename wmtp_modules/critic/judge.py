@@ -151,8 +151,8 @@ class Judge:
             for b, row in enumerate(indices.tolist()):
                 begin, end, u = *judged.offsets[row : row + 2], judged.first[row] - 1
                 found_2M[:, begin:end] = both_2BT[:, b, u : u + end - begin]
-        # A prompt of one token had no loss at it, which nothing reads.
-        (found_2M,) = all_reduce_sum(found_2M.nan_to_num(nan=0.0).to(head.base.device))
+        found_2M[1, judged.place == 0] = 0.0  # NaN at a row's first token, and read nowhere
+        (found_2M,) = all_reduce_sum(found_2M.to(head.base.device))
         return tuple(found_2M.cpu().numpy())
 
     def _share(self, indices: np.ndarray) -> Iterator[np.ndarray]:

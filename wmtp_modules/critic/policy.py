@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 
 from wmtp_modules.critic.rewards import Responses
 from wmtp_modules.data.packing import PackedDataset, collate
+from wmtp_modules.data.rows import has_marks
 from wmtp_modules.files import new_file, read_json
 from wmtp_modules.loss.value_loss import response_mask
 from wmtp_modules.parallel.process_group import all_reduce_sum
@@ -65,14 +66,11 @@ def policy_rows(
 
 def check_marks(rows: Dataset) -> None:
     """ValueError if no token of the rows is marked, as weighting ``oracle`` needs it."""
-    if "noise" in rows.column_names:
-        for batch in rows.select_columns("noise").with_format("numpy").iter(batch_size=4096):
-            if any(np.any(marks) for marks in batch["noise"]):
-                return
-    raise ValueError(
-        "weighting oracle knows which tokens are marked, and no row of this data set has a mark: "
-        "give rows the field noise, or leave oracle out"
-    )
+    if not has_marks(rows):
+        raise ValueError(
+            "weighting oracle knows which tokens are marked, and no row of this data set has a "
+            "mark: give rows the field noise, or leave oracle out"
+        )
 
 
 def policy_packs(
@@ -102,7 +100,7 @@ def log_raw_of(
 
     ``scale`` is of ``weight_scale``.
     """
-    if weighting.name == "oracle":
+    if weighting.needs_marks:
         return torch.where(batch["noise"], -torch.inf, 0.0)
     if not weighting.needs_values:
         return None
@@ -142,7 +140,7 @@ def weight_scale(
     """
     floor = FLOOR * float(train.good.mean()) if len(train.good) else 0.0
     scale: dict[str, Any] = {"floor": floor, "statistics": [0.0, 1.0], "scale_K": None}
-    if weighting.name == "oracle":
+    if weighting.needs_marks:
         check_marks(train.rows)
     if not weighting.needs_scores:
         return scale

@@ -69,7 +69,8 @@ class ValueHead(nn.Module):
             y_BT: bool, response tokens (``response_mask``), one run in each row.
         """
         features_BTE = (features(hidden_BTD, surprise_BT3) - self.mean) / self.std
-        features_BTE = features_BTE.nan_to_num(nan=0.0)
+        missing_BTE = F.pad(surprise_BT3.isnan(), (hidden_BTD.shape[-1], 0))
+        features_BTE = features_BTE.masked_fill(missing_BTE, 0.0)
         d_BT = self.out(F.silu(self.hidden(features_BTE))).squeeze(-1)
         if self.kind == "state":
             return self.base + d_BT

@@ -29,6 +29,13 @@ FLOOR = 0.1  # of V[s - 1] in ``relative``, times the mean of f: a hopeless prom
 TINY = torch.finfo(torch.float32).tiny  # below it a value is 0 for a quotient
 
 
+def response_starts(keep_BT: torch.Tensor, doc_BT: torch.Tensor) -> torch.Tensor:
+    """Bool, first token of each run of response tokens, [B, T]."""
+    y_BT = response_mask(keep_BT, doc_BT)
+    goes_on_BT = y_BT[:, :-1] & (doc_BT[:, 1:] == doc_BT[:, :-1])
+    return y_BT & ~F.pad(goes_on_BT, (1, 0))
+
+
 def check_one_response(keep_BT: torch.Tensor, doc_BT: torch.Tensor, row_BT: torch.Tensor) -> None:
     """Check that the response tokens of each document are one contiguous run.
 
@@ -36,9 +43,7 @@ def check_one_response(keep_BT: torch.Tensor, doc_BT: torch.Tensor, row_BT: torc
     device: call it once per data set, not once per step. The ValueError names the row of the
     data set, from ``row_BT``.
     """
-    y_BT = response_mask(keep_BT, doc_BT)
-    starts_BT = y_BT.clone()
-    starts_BT[:, 1:] &= ~(y_BT[:, :-1] & (doc_BT[:, 1:] == doc_BT[:, :-1]))
+    starts_BT = response_starts(keep_BT, doc_BT)
     rows, counts = row_BT[starts_BT].unique(return_counts=True)
     if (counts > 1).any():
         row = int(rows[counts > 1][0])
@@ -100,10 +105,8 @@ def values_at_start(
 
     s - 1 is the last prompt token, and the row's first token where there is no prompt.
     """
-    y_BT = response_mask(keep_BT, doc_BT)
-    starts_BT = y_BT.clone()
-    starts_BT[:, 1:] &= ~(y_BT[:, :-1] & (doc_BT[:, 1:] == doc_BT[:, :-1]))
-    place_T = torch.arange(y_BT.shape[1], device=y_BT.device)
+    starts_BT = response_starts(keep_BT, doc_BT)
+    place_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
     before_start_BT = torch.where(starts_BT, place_T - 1, 0).cummax(dim=1).values
     return values_BT.gather(1, before_start_BT)
 
