@@ -85,3 +85,10 @@ def test_mlflow_keeps_none(tmp_path):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "config.yaml" for path in files)
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_the_shells_working_directory_is_no_password(monkeypatch, tmp_path):
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.setenv("DB_PWD", SECRET)
+    assert hidden(f"cannot open {tmp_path}/train.jsonl") == f"cannot open {tmp_path}/train.jsonl"
+    assert hidden(f"x {SECRET}") == "x ***"

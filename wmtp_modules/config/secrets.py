@@ -22,7 +22,8 @@ def hidden(text: str) -> str:
     """A text that may quote a secret, to be shown or kept."""
     text = IN_PARAMETER.sub(rf"\1{HIDDEN}", IN_URL.sub(f"{HIDDEN}@", text))
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and value in text and SECRET_NAME.fullmatch(name):
+        is_secret = SECRET_NAME.fullmatch(name) and name != "PWD"  # the shell's working directory
+        if is_secret and len(value) >= SHORTEST:
             text = text.replace(value, HIDDEN)
     return text
 
