@@ -167,7 +167,7 @@ def _of_seed(changes: dict, seed: int) -> dict:
 STDLIB = f"{WORK}/stdlib_${{seed}}"
 MTP, NEXT, NEXT_LONG = "MTP reference", "next-token reference", "next-token reference, equal time"
 # Steps after which the next-token reference has taken the processor time of the MTP one.
-EQUAL_TIME_STEPS = 1100
+EQUAL_TIME_STEPS = 1230
 ONE_HEAD = {"model.n_future_tokens": 1, "model.num_layers": 3}
 FOUR_HEADS = {"model.n_future_tokens": 4, "model.num_layers": 6}
 
