@@ -2,11 +2,11 @@
 
 A response is a stretch of lines of source, its prompt the line before. A good one stands as
 somebody wrote it. In a bad one every word from a random line on is replaced by a word of the same
-kind, drawn as often as the text has it: structure and token counts stay, sense goes. The label is
-of the whole response; the row also records the spoiled characters, which no critic sees.
+kind and number of tokens, drawn as often as the files have it: punctuation, layout and token
+counts stay, sense goes. The label is of the whole response; the row also records the spoiled
+characters, which no critic sees.
 """
 
-import keyword
 import random
 import re
 import sys
@@ -31,22 +31,18 @@ from wmtp_modules.quickstarts.stdlib import (
 
 log = get_logger("INFO")
 
-VERSION = 1  # of the files made here; a new version makes them again
+VERSION = 2  # of the files made here; a new version makes them again
 BASE_SHARE = 0.35  # of the library's own files
-PARTS = {"critic": 0.35, "policy": 0.1, "heldout": 0.15}  # shares of the test files
+PARTS = {"critic": 0.5, "policy": 0.1, "heldout": 0.2}  # shares of the test files
 PACKAGE = "sympy"  # ships its tests, and the lock file has one version for every Python
 MIN_TOKENS = 84  # of a response
 PROMPT_TOKENS = 20  # at most
+TRIES = 20  # draws of a line's words, until it has as many tokens as before
 TURN_WITHIN = 2 / 3  # of a response's lines, so that a third of a bad one at least is spoiled
-KEYWORDS = frozenset(keyword.kwlist)
-# Words inside strings and comments are prose. A prefix such as in rb"" belongs to the quotes.
-SCAN = re.compile(
-    r"""(?:\b[rRbBuUfF]{1,2}(?=['"]))?(?P<prose>\#[^\n]*|'{3}.*?'{3}|"{3}.*?"{3}"""
-    r"""|'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*")|(?P<number>\b\d\w*)|(?P<name>[^\W\d]\w*)""",
-    re.DOTALL,
+# Escapes (\n), formats (%s) and what stands before quotes (rb"") are structure.
+WORDS = re.compile(
+    r"""(?<![\\%\w])(?![rRbBuUfF]{1,2}['"])(?:(?P<number>\d\w*)|(?P<word>[^\W\d]\w*))"""
 )
-# Escapes (\n) and formats (%s) are structure.
-PROSE = re.compile(r"(?<![\\%\w])(?:(?P<number>\d\w*)|(?P<text>[^\W\d]\w*))")
 
 
 class Word(NamedTuple):
@@ -54,40 +50,33 @@ class Word(NamedTuple):
 
     start: int  # in characters of the text
     end: int
-    kind: str  # keyword, name, number, or text in a string or comment
+    kind: str  # word or number
     text: str
 
 
 def words_of(source: str) -> list[Word]:
-    """The words of a source text in its order."""
-    words = []
-    for found in SCAN.finditer(source):
-        if found["prose"] is not None:
-            start, end = found.span("prose")
-            words += [
-                Word(*inner.span(), inner.lastgroup or "", inner[0])
-                for inner in PROSE.finditer(source, start, end)
-            ]
-        else:
-            kind = "keyword" if found[0] in KEYWORDS else found.lastgroup or ""
-            words.append(Word(*found.span(), kind, found[0]))
-    return words
+    """The words of a source text in its order: names, keywords and prose alike, and numbers."""
+    return [Word(*found.span(), found.lastgroup or "", found[0]) for found in WORDS.finditer(source)]
 
 
 class Law:
-    """How often each word of each kind stands in some texts, and draws from it."""
+    """How often words of each kind and number of tokens stand in some texts, and draws from it."""
 
-    def __init__(self, words: list[Word]) -> None:
-        counts: dict[str, Counter] = {}
-        for word in words:
-            counts.setdefault(word.kind, Counter())[word.text] += 1
-        self._kinds = {
-            kind: (list(counter), list(accumulate(counter.values())))
-            for kind, counter in counts.items()
+    def __init__(self, words: list[Word], tokenizer: spm.SentencePieceProcessor) -> None:
+        counts = Counter((word.kind, word.text) for word in words)
+        lengths = map(len, tokenizer.encode([text for _, text in counts]))
+        self._n_tokens = {text: n for (_, text), n in zip(counts, lengths, strict=True)}
+        drawn: dict[tuple[str, int], Counter] = {}
+        for (kind, text), n in counts.items():
+            drawn.setdefault((kind, self._n_tokens[text]), Counter())[text] = n
+        self._words = {
+            key: (list(counter), list(accumulate(counter.values())))
+            for key, counter in drawn.items()
         }
 
-    def draw(self, kind: str, rng: random.Random) -> str:
-        words, cumulative = self._kinds[kind]
+    def draw(self, like: Word, rng: random.Random) -> str:
+        """A word of the kind and the number of tokens of another one, which the texts hold."""
+        words, cumulative = self._words[like.kind, self._n_tokens[like.text]]
         return rng.choices(words, cum_weights=cumulative)[0]
 
 
@@ -117,8 +106,8 @@ class Source:
         """Each line with its two next ones, from the first on."""
         return zip(self.lines, self.lines[1:], self.lines[2:], strict=False)
 
-    def use(self, first: int, n_lines: int) -> None:
-        self._free[first : first + n_lines] = [False] * n_lines
+    def use(self, lines: range) -> None:
+        self._free[lines.start : lines.stop] = [False] * len(lines)
 
     def spoiled(self, at: int, law: Law, rng: random.Random) -> tuple[str, int | None]:
         """A line with its words drawn anew, and the character of its first change, if any."""
@@ -126,7 +115,7 @@ class Source:
         lo, hi = (bisect_left(self._word_starts, edge) for edge in (start, end))
         parts, position, change = [], start, None
         for word in self.words[lo:hi]:
-            drawn = law.draw(word.kind, rng)
+            drawn = law.draw(word, rng)
             parts.append(self.lines[at][position - start : word.start - start])
             if change is None and drawn != word.text:
                 change = sum(map(len, parts))
@@ -149,8 +138,8 @@ def prepare_spoiled_stdlib(
 
     ``base`` holds files of the library itself as plain text, for the starting model. The others
     hold responses from files of its test folder, no file in two of them: as it was written with
-    reward 1, or spoiled with reward 0 and its spoiled characters as ``noise``. Equally many of
-    each length are good in all three.
+    reward 1, or spoiled with reward 0 and its spoiled characters as ``noise``. Which of them are
+    bad is drawn after all else: lengths and places tell nothing.
 
     Args:
         max_tokens: of a row, with BOS and EOS; ValueError if no response would fit.
@@ -230,9 +219,10 @@ def _responses(
     """Rows with prompt, response, reward and noise, from disjoint lines in random order.
 
     ``times`` counts three lines in a row over all files: what begins like another is left out.
-    Good responses get lengths drawn from those of the bad ones, so that lengths tell nothing.
+    Every stretch is spoiled, and a good one then stays as it was written: which stretches can be
+    spoiled, and how long they are, tells nothing.
     """
-    law = Law([word for source in sources for word in source.words])
+    law = Law([word for source in sources for word in source.words], tokenizer)
     places = [
         (source, first)
         for source in sources
@@ -240,50 +230,57 @@ def _responses(
         if times[lines] == 1
     ]
     rng.shuffle(places)
-    n_bad = round(n_rows * bad_share)
+    is_bad = [row < round(n_rows * bad_share) for row in range(n_rows)]
+    rng.shuffle(is_bad)
     rows: list[dict] = []
-    lengths: list[int] = []  # of the bad ones
     for source, first in places:
         if len(rows) == n_rows:
             break
-        prompt, at = source.lines[first - 1], source.free_lines(first, longest)
-        if not at or not prompt.strip() or source.n_tokens[first - 1] > PROMPT_TOKENS:
+        at, prompt = source.free_lines(first, longest), source.lines[first - 1]
+        if not prompt.strip() or source.n_tokens[first - 1] > PROMPT_TOKENS:
             continue
-        is_bad = len(rows) < n_bad
-        lines, start = (
-            _spoil(source, at, law, rng) if is_bad else (source.lines[first : at.stop], 0)
-        )
-        wanted = range(MIN_TOKENS, longest + 1) if is_bad else (rng.choice(lengths),)
-        totals = list(accumulate(map(len, tokenizer.encode(lines))))
-        ends = [end for end, total in enumerate(totals, 1) if total in wanted]
+        totals = accumulate(source.n_tokens[first : at.stop])
+        ends = [end for end, total in enumerate(totals, first + 1) if total >= MIN_TOKENS]
         if not ends:
             continue
-        end = rng.choice(ends)
-        row: dict[str, Any] = {
-            "prompt": prompt,
-            "response": "".join(lines[:end]),
-            "reward": float(not is_bad),
-        }
-        if is_bad:
-            if start is None or start >= len(row["response"]):
-                continue
-            row["noise"] = [[start, len(row["response"])]]
-            lengths.append(totals[end - 1])
-        source.use(first, end)
+        at = range(first, rng.choice(ends))
+        spoiled = _spoil(source, at, law, tokenizer, rng)
+        if spoiled is None:
+            continue
+        row: dict[str, Any] = {"prompt": prompt}
+        if is_bad[len(rows)]:
+            text, start = spoiled
+            row |= {"response": text, "reward": 0.0, "noise": [[start, len(text)]]}
+        else:
+            row |= {"response": "".join(source.lines[first : at.stop]), "reward": 1.0}
+        source.use(at)
         rows.append(row)
     if len(rows) < n_rows:
         raise ValueError(f"the test files hold fewer than {n_rows} responses: ask for fewer")
-    rng.shuffle(rows)
     return rows
 
 
-def _spoil(source: Source, at: range, law: Law, rng: random.Random) -> tuple[list[str], int | None]:
-    """Lines with all words from a random line on drawn anew, and the first changed character."""
+def _spoil(
+    source: Source,
+    at: range,
+    law: Law,
+    tokenizer: spm.SentencePieceProcessor,
+    rng: random.Random,
+) -> tuple[str, int] | None:
+    """Lines with all words from a random one on drawn anew, and the first changed character.
+
+    None if nothing has changed, or a line could not keep its number of tokens.
+    """
     turn = at.start + rng.randrange(max(1, round(len(at) * TURN_WITHIN)))
-    lines, start = source.lines[at.start : turn], None
+    text, start = "".join(source.lines[at.start : turn]), None
     for line in range(turn, at.stop):
-        text, change = source.spoiled(line, law, rng)
+        for _ in range(TRIES):
+            spoiled, change = source.spoiled(line, law, rng)
+            if len(tokenizer.encode(spoiled)) == source.n_tokens[line]:
+                break
+        else:
+            return None
         if start is None and change is not None:
-            start = sum(map(len, lines)) + change
-        lines.append(text)
-    return lines, start
+            start = len(text) + change
+        text += spoiled
+    return None if start is None else (text, start)
