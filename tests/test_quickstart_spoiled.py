@@ -25,20 +25,22 @@ def test_words_have_kinds_and_everything_else_is_structure():
     by_kind: dict[str, list[str]] = {}
     for word in words:
         by_kind.setdefault(word.kind, []).append(word.text)
-    assert by_kind.pop("keyword") == ["def", "return", "if", "is", "not", "None", "else"]
-    prose = "Docstring with quotes it s lines see bytes it n a comment s end"
-    assert " ".join(by_kind.pop("text")) == prose
     assert by_kind.pop("number") == ["10", "2", "3", "0x1F", "1", "5"]
-    assert " ".join(by_kind.pop("name")) == "outer self n text self items n text join"
+    assert " ".join(by_kind.pop("word")) == (
+        "def outer self n Docstring with quotes it s lines see text bytes it n a comment s end "
+        "return self items if n is not None else text join"
+    )
     assert not by_kind
 
 
-def test_a_law_draws_as_often_as_the_text_has_it():
-    law, rng = Law(words_of("a = b + a + a * 1")), random.Random(0)
-    drawn = Counter(law.draw("name", rng) for _ in range(4_000))
+def test_a_law_draws_words_of_as_many_tokens_as_often_as_the_text_has_them(rows):
+    tokenizer = spm.SentencePieceProcessor(model_file=str(rows["folder"] / "tokenizer.model"))
+    law, rng = Law(words_of("a = b + a + a * 1 - xylophone"), tokenizer), random.Random(0)
+    a, one = words_of("a 1")
+    drawn = Counter(law.draw(a, rng) for _ in range(4_000))
     assert set(drawn) == {"a", "b"}
     assert 0.72 < drawn["a"] / 4_000 < 0.78
-    assert {law.draw("number", rng) for _ in range(10)} == {"1"}
+    assert {law.draw(one, rng) for _ in range(10)} == {"1"}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def area(good: list[float], bad: list[float]) -> float:
     return sum((g > b) + (g == b) / 2 for g in good for b in bad) / (len(good) * len(bad))
 
 
-def test_neither_length_nor_token_counts_tell_good_from_bad(rows):
+def test_token_counts_do_not_tell_good_from_bad(rows):
     tokenizer = spm.SentencePieceProcessor(model_file=str(rows["folder"] / "tokenizer.model"))
     counts = {0.0: Counter(), 1.0: Counter()}
     for row in rows["critic"]:
@@ -147,13 +149,11 @@ def test_neither_length_nor_token_counts_tell_good_from_bad(rows):
         return log(share[0] / share[1])
 
     scores: dict[str, list[float]] = {"good": [], "bad": [], "sound": [], "spoiled": []}
-    lengths: dict[str, list[float]] = {"good": [], "bad": []}
     for row in rows["heldout"]:
         kind = "good" if row["reward"] else "bad"
         tokens = tokenizer.encode(row["response"])
         assert 84 <= len(tokens) <= 124
         assert len(tokenizer.encode(row["prompt"] + row["response"])) + 2 <= 128
-        lengths[kind].append(len(tokens))
         scores[kind].append(sum(map(score, tokens)))
         start = row["noise"][0][0] if "noise" in row else len(row["response"])
         sound = len(tokenizer.encode(row["response"][:start]))
@@ -162,7 +162,6 @@ def test_neither_length_nor_token_counts_tell_good_from_bad(rows):
     some = [random.Random(0).sample(scores[kind], 2_000) for kind in ("sound", "spoiled")]
     assert 0.46 < area(*some) < 0.56
     assert 0.4 < area(scores["good"], scores["bad"]) < 0.69
-    assert 0.42 < area(lengths["good"], lengths["bad"]) < 0.58
 
 
 def test_the_seed_decides(made):
@@ -177,6 +176,13 @@ def test_shares_and_sizes_are_arguments_and_too_many_are_an_error(made):
     rows = made("plenty", n_critic=20, n_policy=20, n_heldout=10, bad_share=0.7, n_files=60)
     assert [len(rows[name]) for name in ("critic", "policy", "heldout")] == [20, 20, 10]
     assert sum(row["reward"] for row in rows["policy"]) == 6
+    # Which stretches are taken, and their lengths, do not depend on what becomes of them.
+    other = made("other", n_critic=20, n_policy=20, n_heldout=10, bad_share=0.2, n_files=60)
+    tokenizer = spm.SentencePieceProcessor(model_file=str(other["folder"] / "tokenizer.model"))
+    for name in ("critic", "policy", "heldout"):
+        for row, same in zip(rows[name], other[name], strict=True):
+            assert row["prompt"] == same["prompt"]
+            assert n_tokens(tokenizer, row) == n_tokens(tokenizer, same)
     with pytest.raises(ValueError, match="hold fewer than 90000 responses: ask for fewer"):
         made("too_many", n_critic=90_000, n_files=6)
 

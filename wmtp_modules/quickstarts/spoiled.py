@@ -226,8 +226,8 @@ def _responses(
     places = [
         (source, first)
         for source in sources
-        for first, lines in enumerate(source.threes(), start=1)  # the prompt is the line before
-        if times[lines] == 1
+        for first, lines in enumerate(source.threes())
+        if first > 0 and times[lines] == 1  # the prompt is the line before
     ]
     rng.shuffle(places)
     is_bad = [row < round(n_rows * bad_share) for row in range(n_rows)]
