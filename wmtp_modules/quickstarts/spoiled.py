@@ -2,9 +2,9 @@
 
 A response is a stretch of lines of source, its prompt the line before. A good one stands as
 somebody wrote it. In a bad one every word from a random line on is replaced by a word of the same
-kind and number of tokens, drawn as often as the files have it: punctuation, layout and token
-counts stay, sense goes. The label is of the whole response; the row also records the spoiled
-characters, which no critic sees.
+kind and number of tokens, drawn as often as the library has it, or these files: punctuation,
+layout and lengths stay, sense goes. The label is of the whole response; the row also records the
+spoiled characters, which no critic sees.
 """
 
 import random
@@ -37,6 +37,9 @@ PARTS = {"critic": 0.5, "policy": 0.1, "heldout": 0.2}  # shares of the test fil
 PACKAGE = "sympy"  # ships its tests, and the lock file has one version for every Python
 MIN_TOKENS = 84  # of a response
 PROMPT_TOKENS = 20  # at most
+# Of the words of a spoiled line, from the library's own files. Words of the test files alone teach
+# a small model as much as they mislead it; all from elsewhere would show in counts of tokens.
+FOREIGN_SHARE = 2 / 3
 TRIES = 20  # draws of a line's words, until it has as many tokens as before
 TURN_WITHIN = 2 / 3  # of a response's lines, so that a third of a bad one at least is spoiled
 # Escapes (\n), formats (%s) and what stands before quotes (rb"") are structure.
@@ -56,22 +59,32 @@ class Word(NamedTuple):
 
 def words_of(source: str) -> list[Word]:
     """The words of a source text in its order: names, keywords and prose alike, and numbers."""
-    return [Word(*found.span(), found.lastgroup or "", found[0]) for found in WORDS.finditer(source)]
+    return [
+        Word(*found.span(), found.lastgroup or "", found[0]) for found in WORDS.finditer(source)
+    ]
 
 
 class Law:
-    """How often words of each kind and number of tokens stand in some texts, and draws from it."""
+    """How often words of each kind and number of tokens stand in some texts, and draws from it.
 
-    def __init__(self, words: list[Word], tokenizer: spm.SentencePieceProcessor) -> None:
-        counts = Counter((word.kind, word.text) for word in words)
-        lengths = map(len, tokenizer.encode([text for _, text in counts]))
-        self._n_tokens = {text: n for (_, text), n in zip(counts, lengths, strict=True)}
-        drawn: dict[tuple[str, int], Counter] = {}
-        for (kind, text), n in counts.items():
-            drawn.setdefault((kind, self._n_tokens[text]), Counter())[text] = n
+    ``FOREIGN_SHARE`` of the draws are words of ``foreign`` texts, as often as those have them.
+    """
+
+    def __init__(
+        self, words: list[Word], foreign: list[Word], tokenizer: spm.SentencePieceProcessor
+    ) -> None:
+        own, other = (Counter((word.kind, word.text) for word in some) for some in (words, foreign))
+        scale = FOREIGN_SHARE / (1 - FOREIGN_SHARE) * own.total() / max(other.total(), 1)
+        found = list(own | other)
+        lengths = map(len, tokenizer.encode([text for _, text in found]))
+        self._n_tokens = {text: n for (_, text), n in zip(found, lengths, strict=True)}
+        drawn: dict[tuple[str, int], dict[str, float]] = {}
+        for key in found:
+            kind, text = key
+            often = own[key] + scale * other[key]
+            drawn.setdefault((kind, self._n_tokens[text]), {})[text] = often
         self._words = {
-            key: (list(counter), list(accumulate(counter.values())))
-            for key, counter in drawn.items()
+            key: (list(often), list(accumulate(often.values()))) for key, often in drawn.items()
         }
 
     def draw(self, like: Word, rng: random.Random) -> str:
@@ -165,7 +178,7 @@ def prepare_spoiled_stdlib(
     with assets_folder(Path(assets_dir), made_from) as folder:
         if folder is None:
             return
-        base = list(deal_files({"base": BASE_SHARE}, seed)["base"].values())
+        base: list[str] = list(deal_files({"base": BASE_SHARE}, seed)["base"].values())
         tokenizer = train_tokenizer(folder, base, vocab_size)
         write_rows(folder / "base.jsonl", [{"text": text} for text in base])
         log.info(f"  base: {len(base)} files, {sum(map(len, base)) / 1e6:.1f} MB")
@@ -175,11 +188,15 @@ def prepare_spoiled_stdlib(
             name: [Source(text, tokenizer) for text in part.values()]
             for name, part in parts.items()
         }
+        foreign = [word for text in base for word in words_of(text)]
         # Code that stands in two files must not be on both sides of a split.
         times = Counter(key for part in sources.values() for one in part for key in one.threes())
         for name, part in parts.items():
             rng = random.Random(f"{seed} {name}")
-            rows = _responses(sources[name], times, sizes[name], bad_share, longest, tokenizer, rng)
+            law = Law([x for one in sources[name] for x in one.words], foreign, tokenizer)
+            rows = _responses(
+                sources[name], times, law, sizes[name], bad_share, longest, tokenizer, rng
+            )
             write_rows(folder / f"{name}.jsonl", rows)
             log.info(
                 f"  {name}: {len(rows)} responses, {bad_share:.0%} of them spoiled, from "
@@ -210,6 +227,7 @@ def test_texts() -> tuple[dict[str, str], str]:
 def _responses(
     sources: list[Source],
     times: Counter,
+    law: Law,
     n_rows: int,
     bad_share: float,
     longest: int,
@@ -222,7 +240,6 @@ def _responses(
     Every stretch is spoiled, and a good one then stays as it was written: which stretches can be
     spoiled, and how long they are, tells nothing.
     """
-    law = Law([word for source in sources for word in source.words], tokenizer)
     places = [
         (source, first)
         for source in sources
