@@ -42,6 +42,28 @@ def build(args):
     return model
 
 
+def test_initial_values_are_pytorchs_and_the_seed_decides(tiny_model_args):
+    """Of width 32: a linear layer uniform in 1 / sqrt(32) of 0, the embedding normal(0, 1)."""
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first, again, other = (mtp_llama2(**tiny_model_args) for _ in range(3))
+    torch.random.set_rng_state(before)
+    for model, seed in ((first, 1), (again, 1), (other, 2)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)  # as after to_empty
+        init_weights_(model, seed)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, value in first.named_parameters():
+        assert torch.equal(value, again.get_parameter(name))
+        assert name.endswith(".scale") or not torch.equal(value, other.get_parameter(name))
+        assert not name.endswith(".scale") or (value == 1).all()
+    width = tiny_model_args["embed_dim"]
+    assert first.output.proj.weight.std().item() == pytest.approx((3 * width) ** -0.5, rel=0.05)
+    assert first.output.proj.weight.abs().max() <= width**-0.5
+    assert first.tok_embeddings.weight.std().item() == pytest.approx(1, rel=0.05)
+
+
 def reference_gradients(args):
     """One process, all rows at once, straight from the definition."""
     model = build(args)
