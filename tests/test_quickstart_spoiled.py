@@ -35,14 +35,11 @@ def test_words_have_kinds_and_everything_else_is_structure():
 
 def test_a_law_draws_words_of_as_many_tokens_as_often_as_the_text_has_them(rows):
     tokenizer = spm.SentencePieceProcessor(model_file=str(rows["folder"] / "tokenizer.model"))
-    own, foreign = words_of("a = b + a + a * 1 - xylophone"), words_of("c = c + xylograph")
-    law, rng = Law(own, foreign, tokenizer), random.Random(0)
+    law, rng = Law(words_of("a = b + a + a * 1 - xylophone"), tokenizer), random.Random(0)
     a, one = words_of("a 1")
     drawn = Counter(law.draw(a, rng) for _ in range(4_000))
-    assert set(drawn) == {"a", "b", "c"}
-    assert 0.72 < drawn["a"] / (drawn["a"] + drawn["b"]) < 0.78
-    # 6 own words, 4 of them short; of the foreign ones 2 of 3, which count for 2/3 of all.
-    assert drawn["c"] / 4_000 == pytest.approx(8 / (8 + 4), abs=0.03)
+    assert set(drawn) == {"a", "b"}
+    assert 0.72 < drawn["a"] / 4_000 < 0.78
     assert {law.draw(one, rng) for _ in range(10)} == {"1"}
 
 
@@ -163,8 +160,8 @@ def test_token_counts_do_not_tell_good_from_bad(rows):
         scores["sound"] += map(score, tokens[:sound])
         scores["spoiled"] += map(score, tokens[sound:])
     some = [random.Random(0).sample(scores[kind], 2_000) for kind in ("sound", "spoiled")]
-    assert 0.46 < area(*some) < 0.58
-    assert 0.4 < area(scores["good"], scores["bad"]) < 0.78
+    assert 0.46 < area(*some) < 0.56
+    assert 0.4 < area(scores["good"], scores["bad"]) < 0.69
 
 
 def test_the_seed_decides(made):

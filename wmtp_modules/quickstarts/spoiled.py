@@ -2,8 +2,8 @@
 
 A response is a stretch of lines of source, its prompt the line before. A good one stands as
 somebody wrote it. In a bad one every word from a random line on is replaced by a word of the same
-kind and number of tokens, drawn as often as the library has it, or these files: punctuation,
-layout and lengths stay, sense goes. The label is of the whole response; the row also records the
+kind and number of tokens, drawn as often as the part's files have it: punctuation, layout and
+lengths stay, sense goes. The label is of the whole response; the row also records the
 spoiled characters, which no critic sees.
 """
 
@@ -37,9 +37,6 @@ PARTS = {"critic": 0.5, "policy": 0.1, "heldout": 0.2}  # shares of the test fil
 PACKAGE = "sympy"  # ships its tests, and the lock file has one version for every Python
 MIN_TOKENS = 84  # of a response
 PROMPT_TOKENS = 20  # at most
-# Of the words of a spoiled line, from the library's own files. Words of the test files alone teach
-# a small model as much as they mislead it; all from elsewhere would show in counts of tokens.
-FOREIGN_SHARE = 2 / 3
 TRIES = 20  # draws of a line's words, until it has as many tokens as before
 TURN_WITHIN = 2 / 3  # of a response's lines, so that a third of a bad one at least is spoiled
 # Escapes (\n), formats (%s) and what stands before quotes (rb"") are structure.
@@ -65,27 +62,16 @@ def words_of(source: str) -> list[Word]:
 
 
 class Law:
-    """How often words of each kind and number of tokens stand in some texts, and draws from it.
+    """How often words of each kind and number of tokens stand in some texts, and draws from it."""
 
-    ``FOREIGN_SHARE`` of the draws are words of ``foreign`` texts, as often as those have them.
-    """
-
-    def __init__(
-        self, words: list[Word], foreign: list[Word], tokenizer: spm.SentencePieceProcessor
-    ) -> None:
-        own, other = (Counter((word.kind, word.text) for word in some) for some in (words, foreign))
-        scale = FOREIGN_SHARE / (1 - FOREIGN_SHARE) * own.total() / max(other.total(), 1)
-        found = list(own | other)
-        lengths = map(len, tokenizer.encode([text for _, text in found]))
-        self._n_tokens = {text: n for (_, text), n in zip(found, lengths, strict=True)}
-        drawn: dict[tuple[str, int], dict[str, float]] = {}
-        for key in found:
-            kind, text = key
-            often = own[key] + scale * other[key]
-            drawn.setdefault((kind, self._n_tokens[text]), {})[text] = often
-        self._words = {
-            key: (list(often), list(accumulate(often.values()))) for key, often in drawn.items()
-        }
+    def __init__(self, words: list[Word], tokenizer: spm.SentencePieceProcessor) -> None:
+        counts = Counter((word.kind, word.text) for word in words)
+        lengths = map(len, tokenizer.encode([text for _, text in counts]))
+        self._n_tokens = {text: n for (_, text), n in zip(counts, lengths, strict=True)}
+        often: dict[tuple[str, int], dict[str, int]] = {}
+        for (kind, text), n in counts.items():
+            often.setdefault((kind, self._n_tokens[text]), {})[text] = n
+        self._words = {key: (list(ns), list(accumulate(ns.values()))) for key, ns in often.items()}
 
     def draw(self, like: Word, rng: random.Random) -> str:
         """A word of the kind and the number of tokens of another one, which the texts hold."""
@@ -178,7 +164,7 @@ def prepare_spoiled_stdlib(
     with assets_folder(Path(assets_dir), made_from) as folder:
         if folder is None:
             return
-        base: list[str] = list(deal_files({"base": BASE_SHARE}, seed)["base"].values())
+        base = list(deal_files({"base": BASE_SHARE}, seed)["base"].values())
         tokenizer = train_tokenizer(folder, base, vocab_size)
         write_rows(folder / "base.jsonl", [{"text": text} for text in base])
         log.info(f"  base: {len(base)} files, {sum(map(len, base)) / 1e6:.1f} MB")
@@ -188,12 +174,11 @@ def prepare_spoiled_stdlib(
             name: [Source(text, tokenizer) for text in part.values()]
             for name, part in parts.items()
         }
-        foreign = [word for text in base for word in words_of(text)]
         # Code that stands in two files must not be on both sides of a split.
         times = Counter(key for part in sources.values() for one in part for key in one.threes())
         for name, part in parts.items():
             rng = random.Random(f"{seed} {name}")
-            law = Law([x for one in sources[name] for x in one.words], foreign, tokenizer)
+            law = Law([x for one in sources[name] for x in one.words], tokenizer)
             rows = _responses(
                 sources[name], times, law, sizes[name], bad_share, longest, tokenizer, rng
             )
