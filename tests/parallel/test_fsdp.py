@@ -62,6 +62,8 @@ def test_initial_values_are_pytorchs_and_the_seed_decides(tiny_model_args):
     assert first.output.proj.weight.std().item() == pytest.approx((3 * width) ** -0.5, rel=0.05)
     assert first.output.proj.weight.abs().max() <= width**-0.5
     assert first.tok_embeddings.weight.std().item() == pytest.approx(1, rel=0.05)
+    with pytest.raises(TypeError, match="LayerNorm has no initial values here"):
+        init_weights_(torch.nn.LayerNorm(4), 0)
 
 
 def reference_gradients(args):

@@ -41,6 +41,7 @@ def init_weights_(model: nn.Module, seed: int) -> None:
 
     A fixed deviation such as 0.02 suits a width of thousands. For one of a hundred it is a third of
     PyTorch's 1 / sqrt(3 width), and what a model learns in a few hundred steps suffers.
+    TypeError if a module has parameters that nothing here fills.
     """
     with torch.random.fork_rng(devices=[]):  # parameters are on the CPU
         torch.manual_seed(seed)
@@ -49,6 +50,8 @@ def init_weights_(model: nn.Module, seed: int) -> None:
                 module.reset_parameters()
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.scale)
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise TypeError(f"{type(module).__name__} has no initial values here")
 
 
 def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
