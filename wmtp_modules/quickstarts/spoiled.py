@@ -3,8 +3,8 @@
 A response is a stretch of lines of source, its prompt the line before. A good one stands as
 somebody wrote it. In a bad one every word from a random line on is replaced by a word of the same
 kind and number of tokens, drawn as often as the part's files have it: punctuation, layout and
-lengths stay, sense goes. The label is of the whole response; the row also records the
-spoiled characters, which no critic sees.
+lengths stay, sense goes. The label is of the whole response; the row also records the spoiled
+characters, which no critic sees.
 """
 
 import random
