@@ -99,7 +99,7 @@ def test_transformers_loads_the_export(
     model = build(args)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1 if parameter.ndim == 1 else 8)
+            parameter.mul_(1 if parameter.ndim == 1 else 2)  # more would amplify rounding
     write_hf(model.state_dict().items(), model.args, tmp_path / "h", tiny_tokenizer_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "h")
     tokens = torch.arange(2, 26).view(2, 12)

@@ -234,7 +234,7 @@ def test_first_gradient_is_that_of_the_definition(run, base_config, tmp_path):
     init_weights_(model, cfg.seed)
     with torch.no_grad():  # large enough weights that what attention sees matters
         for parameter in model.parameters():
-            parameter.mul_(10)
+            parameter.mul_(3)
     save_meta(model, tmp_path / "m", tokenizer_path=cfg.tokenizer.path, dtype=torch.float32)
     total, targets = 0.0, [0] * 4
     for pack in (packs[i] for i in range(cfg.batch_size)):
