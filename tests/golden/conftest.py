@@ -89,7 +89,8 @@ def make_rows(replay, seed: int, n: int) -> list:
             prompt = length  # nothing supervised, twice in a full row
         keep = [u >= prompt for u in range(length)]
         noise = [rng.random() < 0.3 for _ in range(length)]
-        rows.append(replay.Row(tokens, keep, noise, rng.gauss(0, 1)))
+        problem = None if i % 7 == 6 else f"problem {i % 2}"
+        rows.append(replay.Row(tokens, keep, noise, rng.gauss(0, 1), problem))
     return rows
 
 

@@ -21,6 +21,7 @@ FEATURES = Features(
         "keep": List(Value("bool")),
         "noise": List(Value("bool")),
         "reward": Value("float64"),
+        "problem_id": Value("string"),
     }
 )
 

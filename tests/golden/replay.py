@@ -28,6 +28,7 @@ class Row:
     keep: list[bool]
     noise: list[bool]
     reward: float
+    problem_id: str | None
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,9 @@ def critic_logits(row: Row, features_TE: torch.Tensor, head: dict, kind: str) ->
     if kind == "state":
         return head["base"] + d_T
     response = response_of(row)
+    if kind == "sum":
+        sums = [d_T[[j for j in response if j <= u]].sum() for u in range(len(row.tokens))]
+        return head["base"] + head["kappa"] * torch.stack(sums)
     last_prompt = response[0] - 1 if response else 0
     v0 = head["base"] + x_TE[last_prompt] @ head["start.weight"][0] + head["start.bias"][0]
     stays = torch.exp(-(1 + head["hazard"].exp()).log())
@@ -266,14 +270,21 @@ def critic_logits(row: Row, features_TE: torch.Tensor, head: dict, kind: str) ->
 
 
 def trained_critic(
-    rows: Sequence[Row], good: Sequence[float], model: Llama, cfg: dict, seed: int, draw: Callable
+    rows: Sequence[Row],
+    good: Sequence[float],
+    model: Llama,
+    cfg: dict,
+    seed: int,
+    draw: Callable,
+    items: Sequence[Sequence[int]],
 ) -> dict[str, torch.Tensor]:
-    """The value head after all steps of ``bce`` on one rank.
+    """The value head after all steps on one rank, and its scale.
 
     Args:
         good: f(R) of each row.
         cfg: the config's block ``critic``; its AdamW has all its arguments.
         draw: ``draw(n_items, size, step, seed)``, which items a step takes.
+        items: rows of each item: one for ``bce``, the better and the worse one for ``pairs``.
     """
     features, kind = [critic_features(row, model) for row in rows], cfg["head"]
     responses = [response_of(row) for row in rows]
@@ -285,6 +296,7 @@ def trained_critic(
         "base": torch.tensor(math.log(share / (1 - share)), dtype=torch.float64),
         "mean": torch.stack([x.mean() for x in known]),
         "std": torch.stack([x.std(correction=0) for x in known]),
+        "kappa": torch.ones((), dtype=torch.float64),
     }
     D = every_NE.shape[1] - 3
     torch.manual_seed(seed)
@@ -296,15 +308,20 @@ def trained_critic(
         head["hazard"] = torch.tensor(0.02).expm1().log()  # softplus of it is 0.02
     head = {name: value.double().requires_grad_() for name, value in head.items()}
     moments = dict.fromkeys(head, (0.0, 0.0))
-    items, optimizer = [i for i, r in enumerate(responses) if r], cfg["optimizer"]
+    optimizer = cfg["optimizer"]
+
+    def logits_of(i: int) -> torch.Tensor:
+        return critic_logits(rows[i], features[i], head | fixed, kind)
+
     for step in range(cfg["max_steps"]):
-        loss, count = torch.zeros((), dtype=torch.float64), 0
-        for item in draw(len(items), cfg["batch_size"], step, seed):
-            i = items[item]
-            logits = critic_logits(rows[i], features[i], head | fixed, kind)[judged[i]]
-            log_v, log_not = F.logsigmoid(logits), F.logsigmoid(-logits)
-            loss = loss - (good[i] * log_v + (1 - good[i]) * log_not).sum()
-            count += len(judged[i])
+        drawn = [items[item] for item in draw(len(items), cfg["batch_size"], step, seed)]
+        if cfg["objective"] == "pairs":
+            loss = sum(pair_loss(*((logits_of(i), responses[i]) for i in pair)) for pair in drawn)
+            count = len(drawn)
+        else:
+            of_rows = [i for (i,) in drawn]
+            loss = sum(bce(logits_of(i)[judged[i]], good[i]) for i in of_rows)
+            count = sum(len(judged[i]) for i in of_rows)
         (loss / count).backward()
         for name, w in head.items():
             change, moments[name] = adamw(
@@ -313,7 +330,39 @@ def trained_critic(
             with torch.no_grad():
                 w += change
             w.grad = None
-    return {name: w.detach() for name, w in head.items()} | fixed
+    head = {name: w.detach() for name, w in head.items()}
+    if cfg["objective"] == "pairs":
+        sums = [logits_of(i)[at] - fixed["base"] for i, at in enumerate(judged)]
+        of_tokens = torch.cat([torch.full((len(x),), g) for x, g in zip(sums, good, strict=True)])
+        fixed["kappa"] = fitted_kappa(torch.cat(sums), fixed["base"], of_tokens)
+    return head | fixed
+
+
+def bce(logits: torch.Tensor, good: float | torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies of sigmoid(logits) against f(R)."""
+    return -(good * F.logsigmoid(logits) + (1 - good) * F.logsigmoid(-logits)).sum()
+
+
+def pair_loss(better: tuple, worse: tuple) -> torch.Tensor:
+    """-log sigmoid(L[end] of the better - L[end] of the worse) + the mean d^2 of both."""
+    ends, squares, n = [], 0.0, 0
+    for logits, response in (better, worse):
+        d = [logits[u] - logits[u - 1] for u in response]
+        ends.append(sum(d))
+        squares, n = squares + sum(one**2 for one in d), n + len(d)
+    return squares / n - F.logsigmoid(ends[0] - ends[1])
+
+
+def fitted_kappa(sums: torch.Tensor, base: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+    """Where sigmoid(base + kappa sums) has the least cross-entropy, kappa >= 0, by thirds."""
+    low, high = 0.0, 1e3
+    for _ in range(300):
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        if bce(base + left * sums, good) <= bce(base + right * sums, good):
+            high = right
+        else:
+            low = left
+    return torch.tensor(low, dtype=torch.float64)
 
 
 def adamw(step: int, w, grad, lr: float, optimizer: dict, moments: tuple) -> tuple:

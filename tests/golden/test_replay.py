@@ -6,7 +6,7 @@ figure in metrics.jsonl. Not compared is what is logged of heads without targets
 
 Of the code under test come, besides the recipes' files, only the names below: which tokens fall
 into which micro-batch is read off the model's embedding; the random controls share their drawing of
-random numbers with the recipe, and the critic that of its batches.
+random numbers with the recipe, and the critic that of its batches and its pairs.
 """
 
 import json
@@ -14,12 +14,13 @@ import math
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from wmtp_modules.critic.pairs import joint_batch
+from wmtp_modules.critic.pairs import joint_batch, make_pairs
 from wmtp_modules.weighting.controls import random_keys
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -277,9 +278,17 @@ class Stages:
             self.table = pa.ipc.open_stream(file).read_all()["scores"].to_pylist()
         state = load_file(folder / "critic" / "value_head.safetensors")
         self.head = {name: value.double() for name, value in state.items()}
-        trunk, critic = replay.Llama(assets.model), cfg["critic"]
+        trunk, critic, seed = replay.Llama(assets.model), cfg["critic"], assets.cfg["seed"]
+        critic = critic | {"head": critic["head"] or "sum"}  # that of pairs
+        lengths = np.array([len(replay.response_of(row)) for row in assets.rows])
+        if critic["objective"] == "pairs":
+            problems = [row.problem_id for row in assets.rows]
+            items = make_pairs(lengths, np.array(self._good), problems, seed=seed).tolist()
+            assert len(items) > 3
+        else:
+            items = np.flatnonzero(lengths)[:, None].tolist()
         self.trained = replay.trained_critic(
-            assets.rows, self._good, trunk, critic, assets.cfg["seed"], joint_batch
+            assets.rows, self._good, trunk, critic, seed, joint_batch, items
         )
         self.values = [
             replay.critic_logits(
@@ -311,11 +320,11 @@ def stages_of(ranks, assets, replay, tmp_path_factory):
         blocks = {
             "rewards": {"source": "column", "table_dir": str(folder / "rewards")},
             "critic": {
-                "objective": "bce",
-                "head": head,
+                "objective": "pairs" if head == "sum" else "bce",
+                "head": None if head == "sum" else head,
                 "checkpoint_dir": str(folder / "critic"),
                 "optimizer": ADAMW | {"lr": 0.05},
-                "batch_size": 12,
+                "batch_size": 4 if head == "sum" else 12,
                 "max_steps": 5,
                 "eval_every_n_steps": 5,
                 "patience": 1,
@@ -344,12 +353,12 @@ def stages(stages_of):
     return stages_of("turn")
 
 
-@pytest.mark.parametrize("head", ["turn", "state"])
+@pytest.mark.parametrize("head", ["turn", "state", "sum"])
 def test_a_critic_and_its_values(stages_of, head):
-    """The value head after all its steps, and V from it: sums over every place of a turn."""
+    """The value head after all its steps, its scale, and V: sums over every place of a turn."""
     stages = stages_of(head)
     got, want = stages.head, stages.trained
-    assert got.keys() - want.keys() == {"kappa"}  # of pairs
+    assert got.keys() == want.keys()
     for name, value in want.items():
         error = (got[name] - value).norm() / value.norm()
         assert error <= TOLERANCE, f"{name} is off by {error:.1e}"
