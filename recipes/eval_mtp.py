@@ -238,7 +238,7 @@ class EvalMTPRecipe:
         cfg = self._cfg
         checkpoint = Checkpoint(cfg.checkpointer.checkpoint_dir)
         check_same_vocabulary(cfg.tokenizer.path, checkpoint.tokenizer_path)
-        max_seq_len = cfg.tokenizer.max_seq_len or checkpoint.args["max_seq_len"]
+        max_seq_len = cfg.tokenizer.get("max_seq_len") or checkpoint.args["max_seq_len"]
         args = model_args_from_folder(cfg.checkpointer.checkpoint_dir, max_seq_len=max_seq_len)
         self._tokenizer = config.instantiate(cfg.tokenizer, max_seq_len=max_seq_len)
         drafts = "decode_speed" in self._stages or (
@@ -338,11 +338,11 @@ class EvalMTPRecipe:
     def execute(self, samples: list[dict]) -> None:
         """Run the tasks' own solutions, then the samples without a result; on rank 0 only."""
         cfg = self._cfg
-        workers = cfg.execution.workers or len(os.sched_getaffinity(0))
+        workers = cfg.execution.get("workers") or len(os.sched_getaffinity(0))
         with Sandbox(cfg.execution.tier, workers) as sandbox:
             log.info(f"execute: sandbox tier {sandbox.tier}, {workers} workers")
             run = partial(run_samples, sandbox, self._tasks)
-            if cfg.samples == REFERENCE:
+            if cfg.get("samples") == REFERENCE:
                 references = results = run(samples, self._output_dir / "results.jsonl")
             else:
                 by_id = {task.task_id: task for task in self._tasks}

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch.utils.data import Subset
 
+from wmtp_modules.critic.pairs import fingerprint_responses
 from wmtp_modules.critic.rewards import Responses
 from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.data.rows import has_marks
@@ -157,7 +158,7 @@ def weight_scale(
             "heads": n_heads,
             "rows": hashlib.sha256(chosen.tobytes()).hexdigest(),
             "good": hashlib.sha256(train.good[chosen].tobytes()).hexdigest(),
-            "keep": watchdog.on_rank_zero(lambda: _fingerprint_keep(train.rows.select(chosen))),
+            "responses": watchdog.on_rank_zero(lambda: fingerprint_responses(train.rows)),
         }
         name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
         path = Path(table_dir) / f"scale-{name}.json"
@@ -222,15 +223,6 @@ def _raw_of_targets(
     counts = [sum(map(len, part)) for part in parts]
     flat = [one for part in parts for one in part]
     return torch.cat([torch.zeros(0), *flat]), [sum(counts[:k]) for k in range(n_heads)]
-
-
-def _fingerprint_keep(rows: Dataset) -> str:
-    """Hash of which tokens are response, which the tokens do not show."""
-    digest = hashlib.sha256()
-    for batch in rows.select_columns("keep").with_format("numpy").iter(batch_size=4096):
-        for keep in batch["keep"]:
-            digest.update(len(keep).to_bytes(8, "little") + np.asarray(keep, bool).tobytes())
-    return digest.hexdigest()
 
 
 def _read_scale(path: Path, made_from: dict) -> dict | None:
