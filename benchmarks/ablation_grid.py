@@ -44,6 +44,7 @@ class Arm:
     """One run of a setting; ``core`` ones are run without ``--all``.
 
     ``best_of`` names a group of arms that differ in their steps only: comparisons take the best.
+    ``prepare`` makes data beside the setting's.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Arm:
     needs: tuple[str, ...] = ()
     core: bool = False
     best_of: str = ""
+    prepare: tuple[tuple[str, dict], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,12 @@ PLENTY_DATA = (
         "prepare.n_heldout": 10,
     },
 )
+# The policy's very responses as they were written, but for one: a part has good ones and bad ones.
+SOUND = f"{WORK}/sound_${{seed}}"
+SOUND_DATA = (
+    "critic",
+    {"assets_dir": SOUND, "prepare.seed": "${seed}", "prepare.bad_share": 0.004},
+)
 PLENTY_ROWS = {"dataset.source": f"{PLENTY}/policy.jsonl"}
 PLENTY_PLACES = {
     "rewards.table_dir": f"{PLENTY}/made/rewards",
@@ -337,6 +345,17 @@ def _filters(critic: str, places: dict, core: tuple[int, ...]) -> tuple[Arm, ...
     return tuple(arms)
 
 
+def _unspoiled(places: dict) -> Arm:
+    """What spoiling costs at all: an upper bound that no weighting of spoiled text can reach."""
+    changes = places | {
+        "stages": ["rewards", "policy"],
+        "dataset.source": f"{SOUND}/policy.jsonl",
+        "rewards.table_dir": f"{SOUND}/rewards",
+    }
+    arm = _weighed("uniform, nothing spoiled", "critic", changes, "uniform", True)
+    return replace(arm, prepare=(SOUND_DATA,))
+
+
 STATE = {"head": "state"}
 PAIRS = {"objective": "pairs", "head": None}  # where a problem has good and bad responses
 PLENTY_VALUES = "the critic's values, plenty"
@@ -371,6 +390,7 @@ def _critic_arms() -> tuple[Arm, ...]:
         _weighed("shuffled", "critic", turn, "shuffled", True),
         _weighed("value", "critic", turn, "critic", True, advantage="value"),
         _weighed("oracle", "critic", turn, "oracle", True),
+        _unspoiled(turn),
         *(_weighed(name, "critic", turn, "critic", False, advantage=name) for name in ADVANTAGES),
         *(
             _weighed(f"value, strength {x}", "critic", turn, "critic", False, strength=x)
@@ -386,6 +406,8 @@ CRITIC_COMPARISONS = (
     ("value", "shuffled"),
     ("value", "oracle"),
     ("uniform_good", "uniform"),
+    ("uniform, nothing spoiled", "uniform"),
+    ("uniform, nothing spoiled", "oracle"),
     *((name, "shuffled") for name in ADVANTAGES),
     *((name, "value") for name in ADVANTAGES),
     ("value, state head", "value"),
@@ -528,7 +550,7 @@ def arm_job(setting: Setting, arm: Arm, seed: int) -> Job:
     to = {"output_dir": f"{WORK}/{setting.name}_{seed}/{folder}"}
     changes = common(setting.config, seed) | setting.changes | arm.changes | to
     needs = tuple(model_job(setting.family, name, seed) for name in arm.needs)
-    prepare = _data((*setting.family.prepare, *setting.prepare), seed)
+    prepare = _data((*setting.family.prepare, *setting.prepare, *arm.prepare), seed)
     changes = _of_seed(changes, seed)
     return Job(setting.name, arm.name, seed, setting.config, changes, prepare, needs)
 
