@@ -1,8 +1,9 @@
 """What ablation.py runs: models that arms share, settings with their arms, claims to compare.
 
 Everything is a shipped quickstart config with changes (dotted keys). Factors vary one at a time
-from the quickstart's own values. A seed deals files or rows to their parts, orders them and
-initialises the models; all arms of a seed share all of that, so differences are paired.
+from the quickstart's own values, the critic's from full weights (``strength`` 1). A seed deals files
+or rows to their parts, orders them and initialises the models; all arms of a seed share all of that,
+so differences are paired.
 """
 
 import copy
@@ -396,6 +397,8 @@ def _critic_arms() -> tuple[Arm, ...]:
             _weighed(f"value, strength {x}", "critic", turn, "critic", False, strength=x)
             for x in (0.25, 0.5, 0.75)
         ),
+        _weighed("shuffled, strength 0.5", "critic", turn, "shuffled", False, strength=0.5),
+        _weighed("oracle, strength 0.5", "critic", turn, "oracle", False, strength=0.5),
         _weighed("value, state head", "critic, state head", state, "critic", False),
     )
 
@@ -410,6 +413,9 @@ CRITIC_COMPARISONS = (
     ("uniform, nothing spoiled", "oracle"),
     *((name, "shuffled") for name in ADVANTAGES),
     *((name, "value") for name in ADVANTAGES),
+    *(("value, strength 0.5", name) for name in ("uniform", "uniform_good", "value")),
+    ("value, strength 0.5", "shuffled, strength 0.5"),
+    ("value, strength 0.5", "oracle, strength 0.5"),
     ("value, state head", "value"),
     ("value, state head", "shuffled"),
 )
@@ -534,6 +540,7 @@ def common(config: str, seed: int) -> dict:
     }
     if "critic" in cfg:
         changes["critic.batch_size"] = 2 * cfg["critic"]["batch_size"]
+        changes["weighting.strength"] = 1.0  # factors vary from full weights
     return changes
 
 

@@ -54,7 +54,7 @@ def test_rho1_beats_its_controls(quickstart):
 
 
 def test_the_critic_knows_and_its_weights_beat_the_filter(quickstart):
-    """Whether they beat uniform ones at this size is a finding, which README has, no condition."""
+    """By how little they beat uniform ones here is a finding over seeds, in docs/results.md."""
     folder, _ = quickstart("critic")
     summary = json.loads((folder / "out" / "summary.json").read_text())
     critic, area = summary["critic"], summary["critic"]["auc_spoiled"]
@@ -63,7 +63,7 @@ def test_the_critic_knows_and_its_weights_beat_the_filter(quickstart):
     mean = critic["mean_value"]
     assert mean["start"] == pytest.approx(mean["good_share"], abs=0.05)
     share = summary["weight_on_spoiled"]
-    assert 0 < share["critic"] < 0.85 * share["data"]
+    assert 0 < share["critic"] < 0.92 * share["data"]  # half of the weight is uniform
     losses = summary["heldout_loss"]
     for name in ("uniform", "critic", "oracle"):
         assert sum(losses[name]) < sum(losses["base"])
