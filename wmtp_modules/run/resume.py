@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchtune.training.metric_logging import flatten_dict
 
 from wmtp_modules.config.secrets import without_secrets
+from wmtp_modules.run.storing import as_named
 from wmtp_modules.run.training_state import read_run, saved_states, step_of
 
 # What may change when a run continues: where it lies, its length, and what does not touch its sums.
@@ -35,8 +36,8 @@ def resolved(cfg: DictConfig) -> dict:
 
 
 def kept(cfg: DictConfig) -> dict:
-    """The same without secrets, for what a run writes."""
-    return without_secrets(resolved(cfg))
+    """The same without secrets, stores by their URLs, for what a run writes."""
+    return without_secrets(as_named(resolved(cfg)))
 
 
 def packs_per_step(config: dict | DictConfig, world: int) -> int:
