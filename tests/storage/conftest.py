@@ -52,8 +52,12 @@ def post(server: str, what: str, data: bytes = b"") -> None:
 
 @pytest.fixture
 def refuse_keys(s3, s3_server):
-    """From now on the server asks for credentials that it knows, of which there are none."""
-    return lambda: post(s3_server, "reset-auth", b"0")
+    """refuse_keys(after): so many requests later the server knows no credentials; None: it does."""
+
+    def refuse(after: int | None = 0) -> None:
+        post(s3_server, "reset-auth", b"inf" if after is None else str(after).encode())
+
+    return refuse
 
 
 @pytest.fixture

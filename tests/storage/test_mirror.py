@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -244,7 +245,8 @@ class Dropping(threading.Thread):
             return  # the other direction has been cut
         finally:
             for one in (source, sink):
-                one.close()
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
 
 
 def test_connections_that_drop_in_the_middle(s3, s3_server, tmp_path, monkeypatch):
@@ -264,7 +266,7 @@ def test_connections_that_drop_in_the_middle(s3, s3_server, tmp_path, monkeypatc
     "url", ["s3://", "s3://b//x", "s3://b/../c", "hf://org", "hf://datasets/org"]
 )
 def test_no_name_of_anything(url, tmp_path):
-    with pytest.raises(ValueError, match="write s3://BUCKET|names no repository"):
+    with pytest.raises(ValueError, match=r"write s3://BUCKET|names no repository"):
         path_of(url, tmp_path)
 
 

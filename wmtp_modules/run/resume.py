@@ -19,6 +19,7 @@ FREE_KEYS = (
     *("output_dir", "resume_from_checkpoint", "max_steps", "run_val_every_n_steps", "replay"),
     *("save_every_n_steps", "keep_last", "log_every_n_steps", "metric_logger", "profiler"),
     *("max_hours", "collective_timeout_s", "max_skipped_steps", "controls", "requires", "prepare"),
+    "storage",  # where this machine keeps its copies
     "control",  # what it changes stands in the keys themselves
     *("compile", "enable_activation_checkpointing", "allow_uninformative_critic"),
     # Only their product with the number of ranks counts, see ``check_same_run``.

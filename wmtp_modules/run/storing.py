@@ -17,9 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from wmtp_modules.run.stopping import Stopped
-from wmtp_modules.storage.background import Background
-from wmtp_modules.storage.fetch import follower_of
-from wmtp_modules.storage.mirror import mirror
 from wmtp_modules.storage.places import Place, default_cache, is_url, path_of
 
 # Blocks whose URLs are no files; of trackers, and of what says where stores are.
@@ -34,8 +31,11 @@ def localized(cfg: DictConfig) -> DictConfig:
 
     Nothing is read yet. What lies below ``output_dir`` lies below its path.
     """
-    cache = cache_of(cfg)
-    _localize(cfg, "", cache)
+    cache, top = cache_of(cfg), [key for key in cfg if key == "output_dir"]
+    _localize(cfg, top, "", cache, True)  # first: others may lie in it
+    # Then what stands there as a URL, and last what others' values make one.
+    for interpolated in (False, True):
+        _localize(cfg, [*cfg], "", cache, interpolated)
     return cfg
 
 
@@ -44,23 +44,27 @@ def cache_of(cfg: DictConfig) -> Path:
     return Path(OmegaConf.select(cfg, "storage.cache") or default_cache()).expanduser().absolute()
 
 
-def _localize(node: DictConfig | ListConfig, above: str, cache: Path) -> None:
-    keys = [*node] if isinstance(node, DictConfig) else [*range(len(node))]
-    # First, as others may be interpolations of it.
-    for key in sorted(keys, key=lambda key: key != "output_dir"):
+def _localize(
+    node: DictConfig | ListConfig, keys: list, above: str, cache: Path, interpolated: bool
+) -> None:
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    for key in keys:
         dotted = f"{above}{key}"
         if dotted in NO_FILES or OmegaConf.is_missing(node, key):
             continue
-        try:
-            value = node[key]
-        except OmegaConfBaseException:  # the check of the config says so
-            continue
-        if isinstance(value, DictConfig | ListConfig):
-            if not OmegaConf.is_interpolation(node, key):
-                _localize(value, f"{dotted}.", cache)
-        elif is_url(value):
-            kind = "run" if key == "output_dir" else "folder" if dotted.endswith(TABLES) else "read"
-            node[key] = str(_placed(value.rstrip("/"), kind, cache).path)
+        if isinstance(raw[key], dict | list):
+            inner = node[key]
+            inside = [*inner] if isinstance(inner, DictConfig) else [*range(len(inner))]
+            _localize(inner, inside, f"{dotted}.", cache, interpolated)
+        elif is_url(raw[key]) or (interpolated and OmegaConf.is_interpolation(node, key)):
+            try:
+                value = node[key]
+            except OmegaConfBaseException:  # the check of the config says so
+                continue
+            if is_url(value):
+                is_table = dotted.endswith(TABLES)
+                kind = "run" if dotted == "output_dir" else "folder" if is_table else "read"
+                node[key] = str(_placed(value.rstrip("/"), kind, cache).path)
 
 
 def _placed(url: str, kind: str, cache: Path) -> Place:
@@ -95,8 +99,12 @@ def arrive(cfg: DictConfig) -> None:
     Raises:
         StoreError: with the URL, what is wrong, and the way out.
     """
-    cache = cache_of(cfg)
-    for place in [place for place in _places.values() if place.kind == "read"]:
+    from wmtp_modules.storage.mirror import mirror  # only who has a store needs it
+
+    cache, read = cache_of(cfg), [place for place in _places.values() if place.kind == "read"]
+    for place in read:
+        if any(place.url.startswith(f"{other.url}/") for other in read):
+            continue
         above = next((w for w in _written() if place.url.startswith(f"{w.url}/")), None)
         if place.path.is_symlink():
             place.path.unlink(missing_ok=True)
@@ -123,6 +131,9 @@ def followed(cfg: DictConfig) -> Iterator[None]:
     if dist.get_rank() != 0 or not (places := _written()):
         yield
         return
+    from wmtp_modules.storage.background import Background
+    from wmtp_modules.storage.fetch import follower_of
+
     own, resume = str(cfg.output_dir), bool(cfg.get("resume_from_checkpoint", True))
     thread = Background(
         [

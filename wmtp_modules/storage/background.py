@@ -1,4 +1,4 @@
-"""The thread that keeps stores up to folders while a run goes on; nothing it meets stops the run."""
+"""The thread that keeps stores up to folders during a run; nothing it meets stops the run."""
 
 import logging
 import shlex
@@ -51,9 +51,7 @@ class Background:
             except Exception as error:  # whatever it is: the run must go on
                 problem = problem or hidden(f"{error or type(error).__name__}")
         if problem and problem != self._problem:
-            log.warning(
-                "Not everything is in the store: %s. The run goes on; it is tried again", problem
-            )
+            log.warning("Not everything is in the store: %s. It is tried again", problem)
         self._problem = problem
         return not problem
 

@@ -1,4 +1,4 @@
-"""Objects of an S3 store: listed, read in parallel ranges, written, deleted; errors in one sentence.
+"""Objects of an S3 store: listed, read in parallel ranges, written, deleted; its errors.
 
 Endpoint and credentials are those that boto3 would find. s3fs retries what may pass; what remains
 is a ``StoreError``.
@@ -77,11 +77,17 @@ def errors_of(url: str, cache: Path | None = None) -> Iterator[None]:
         raise StoreError(hidden(f"{url} {_what(url, error, cache)}")) from error
 
 
+def _code(error: BaseException) -> str:
+    """The store's own name for an error, empty if it has not answered."""
+    response = getattr(error, "response", None)
+    return response["Error"].get("Code", "") if isinstance(response, dict) else ""
+
+
 def _what(url: str, error: BaseException, cache: Path | None) -> str:
     causes: list[BaseException] = [error]  # s3fs gives errors of Python for those of the store
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
-    code = next((c.response["Error"].get("Code", "") for c in causes if hasattr(c, "response")), "")
+    code = next(filter(None, map(_code, causes)), "")
     bucket, where = bucket_and_key(url)[0], endpoint() or "AWS"
     name, reason = type(error).__name__, " ".join(str(error).split()) or type(error).__name__
     if code in ("NoSuchBucket", "InvalidBucketName"):
@@ -266,8 +272,7 @@ def _blocks(url: str, there: Object, start: int) -> Iterator[bytes]:
                     return data
                 raise ConnectionError(f"{len(data)} of {end - begin} bytes came")
             except Exception as error:
-                is_final = hasattr(error.__cause__ or error, "response")  # the store has answered
-                if is_final or tried == TRIES:
+                if _code(error.__cause__ or error) or tried == TRIES:  # the store's own answer
                     raise
                 await asyncio.sleep(0.2 * 2**tried)
         raise AssertionError

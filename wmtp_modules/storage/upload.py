@@ -1,4 +1,4 @@
-"""Writing: a folder and its copy in the store, which follows it and never looks whole when it is not.
+"""Writing: a store follows a folder, and nothing in it ever looks whole that is not.
 
 Files that lie in a run's folder itself are objects of their own and appear whole. Those of any
 other folder (a checkpoint, a training state, a table) belong together: while they change the store
@@ -115,9 +115,9 @@ class Follower:
                 self._send_loose(here[unit], [n for n in here[unit] if n.endswith(COMES_LAST)])
                 for name in [n for n in self.up if _parent(n) == unit and n not in here[unit]]:
                     self._delete(name)
-            self._saved: set[str] = set()  # folders of states of which this process has sent one
-        self._loose_at = time.monotonic()
-        gone = {_parent(name) for name in self.up} - here.keys()
+            self._loose_at = time.monotonic()
+        gone = {_parent(name) for name in self.up} | self._open
+        gone -= here.keys()
         for unit in sorted(gone & self._gone if settle_s else gone):
             # Missing twice: while a folder is replaced it is not there for a moment.
             if not STATE.fullmatch(unit):
