@@ -57,6 +57,13 @@ def config(s3, tmp_path, tiny_tokenizer_path):
     return write
 
 
+@pytest.fixture(autouse=True)
+def no_folder_of_that_name():
+    """A URL that something takes for a path is a folder ``s3:`` where the command was started."""
+    yield
+    assert not Path("s3:").exists()
+
+
 def test_from_the_store_into_the_store(s3, forks, config, names, tmp_path):
     """Trained, gone on with on an empty disk by other ranks, and evaluated: all by URL."""
     first = forks.run([RHO1, "--config", config()], ranks=2)
@@ -93,6 +100,7 @@ def test_from_the_store_into_the_store(s3, forks, config, names, tmp_path):
         "tokenizer": {
             "_component_": "torchtune.models.llama2.llama2_tokenizer",
             "path": "${checkpointer.checkpoint_dir}/tokenizer.model",
+            "max_seq_len": None,
         },
         "heldout": {"source": "s3://bucket/val.jsonl", "batch_tokens": 128},
     }
