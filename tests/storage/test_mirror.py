@@ -123,22 +123,27 @@ def test_a_part_of_another_content_is_not_continued(s3, tmp_path):
     assert file.path.read_bytes() == b"x" * 1000
 
 
-def test_changed_while_it_is_read(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "BLOCK", 1000)
-    monkeypatch.setattr(store, "AT_ONCE", 1)
+def test_changed_after_it_was_cut(s3, tmp_path, monkeypatch):
     put(s3, "file", b"a" * 5000)
-    blocks = store._blocks
+    file, blocks = place("s3://bucket/file", tmp_path), store._blocks
 
-    def meanwhile(url, there, start):
-        for block in blocks(url, there, start):
-            yield block
-            put(s3, "file", b"b" * 5000)
+    def cut(url, there, start):
+        yield b"a" * 1000
+        raise ConnectionResetError("gone")
 
-    monkeypatch.setattr(store, "_blocks", meanwhile)
-    file = place("s3://bucket/file", tmp_path)
-    with pytest.raises(StoreError, match="changed while it was read"):
+    monkeypatch.setattr(store, "_blocks", cut)
+    with pytest.raises(StoreError, match="continues from what is there"):
         mirror(file, tmp_path)
-    assert not file.path.exists()
+    before = store.look(file.url)
+    put(s3, "file", b"b" * 5000)
+    with pytest.raises(StoreError, match="changed while it was read"), store.errors_of(file.url):
+        list(blocks(file.url, before, 1000))
+    with pytest.raises(StoreError, match="changed while it was read"):
+        store.gather(file.url, before, store.part_of(file.path, before))
+    monkeypatch.setattr(store, "_blocks", blocks)
+    mirror(file, tmp_path)
+    assert [one.name for one in file.path.parent.iterdir()] == ["file"]
+    assert file.path.read_bytes() == b"b" * 5000
 
 
 def test_two_who_ask_at_once_read_it_once(s3, tmp_path, children, requests):

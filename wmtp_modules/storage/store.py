@@ -1,4 +1,4 @@
-"""Objects of an S3 store: listed, read in parallel ranges, written, deleted; its errors.
+"""Objects of an S3 store: listed, read, written, deleted; errors in one sentence.
 
 Endpoint and credentials are those that boto3 would find. s3fs retries what may pass; what remains
 is a ``StoreError``.
@@ -10,8 +10,9 @@ import functools
 import hashlib
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,8 @@ from typing import Any
 from wmtp_modules.config.secrets import hidden
 from wmtp_modules.storage.places import bucket_and_key, endpoint
 
-BLOCK = 16 * 2**20  # bytes of one request
-AT_ONCE = 8  # requests
-TRIES = 4  # of a block whose connection drops in the middle
+BLOCK = 4 * 2**20  # bytes that are hashed and written at once
+TRIES = 4  # in a row without a byte, where a connection drops in the middle
 SHA256 = "sha256"  # in an object's metadata, of what we have written
 
 
@@ -215,6 +215,9 @@ def gather(url: str, there: Object, part: Path) -> str:
     """
     with errors_of(url, part.parent):
         part.parent.mkdir(parents=True, exist_ok=True)
+        for other in part.parent.glob(".*.part"):  # of a content that was replaced in the store
+            if other.stem.rpartition(".")[0] == part.stem.rpartition(".")[0] and other != part:
+                other.unlink()
         found = _head(url)
         if found is None or found[0] != there:
             part.unlink(missing_ok=True)
@@ -252,39 +255,45 @@ def gather(url: str, there: Object, part: Path) -> str:
 
 
 def _blocks(url: str, there: Object, start: int) -> Iterator[bytes]:
-    """The rest of an object in order; the next blocks are on their way meanwhile."""
+    """The rest of an object in order, in one request; what drops is asked for again from there."""
     system, (bucket, key) = _file_system(os.getpid(), endpoint()), bucket_and_key(url)
 
-    async def block(begin: int) -> bytes:
-        end = min(begin + BLOCK, there.size)
-        for tried in range(1, TRIES + 1):
-            try:
-                answer = await system._call_s3(
-                    "get_object",
-                    Bucket=bucket,
-                    Key=key,
-                    Range=f"bytes={begin}-{end - 1}",
-                    IfMatch=f'"{there.etag}"',
-                )
-                async with answer["Body"] as body:
-                    data = await body.read()
-                if len(data) == end - begin:
-                    return data
-                raise ConnectionError(f"{len(data)} of {end - begin} bytes came")
-            except Exception as error:
-                if _code(error.__cause__ or error) or tried == TRIES:  # the store's own answer
-                    raise
-                await asyncio.sleep(0.2 * 2**tried)
-        raise AssertionError
+    async def opened(begin: int) -> Any:
+        rest = {"Range": f"bytes={begin}-"} if begin else {}
+        match = f'"{there.etag}"'
+        return await system._call_s3("get_object", Bucket=bucket, Key=key, IfMatch=match, **rest)
 
-    begins, waiting = iter(range(start, there.size, BLOCK)), deque()
-    try:
-        while True:
-            while len(waiting) < AT_ONCE and (begin := next(begins, None)) is not None:
-                waiting.append(asyncio.run_coroutine_threadsafe(block(begin), system.loop))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        for one in waiting:
-            one.cancel()
+    async def block_of(body: Any) -> bytes:
+        parts, size = [], 0
+        try:
+            while size < BLOCK and (part := await body.read(min(BLOCK - size, 2**20))):
+                parts.append(part)
+                size += len(part)
+        except Exception:
+            if not parts:
+                raise
+        return b"".join(parts)
+
+    def begun(work: Coroutine) -> Future:
+        return asyncio.run_coroutine_threadsafe(work, system.loop)
+
+    failures = 0
+    while start < there.size:
+        try:
+            body = begun(opened(start)).result()["Body"]
+            coming = begun(block_of(body))
+            try:
+                while block := coming.result():
+                    coming = begun(block_of(body))  # on its way while this one is written
+                    yield block
+                    start, failures = start + len(block), 0
+            finally:
+                coming.cancel()
+                system.loop.call_soon_threadsafe(body.close)
+            if start < there.size:
+                raise ConnectionError(f"it ended after {start} of {there.size} bytes")
+        except Exception as error:
+            failures += 1
+            if _code(error.__cause__ or error) or failures == TRIES:  # the store's own answer
+                raise
+            time.sleep(0.2 * 2**failures)
