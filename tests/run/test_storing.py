@@ -75,3 +75,11 @@ def test_what_another_run_of_the_command_writes(cfg, tmp_path, monkeypatch):
     best.mkdir(parents=True)
     (best / "params.json").write_text("{}")
     assert (tmp_path / "s3/b/reference/best/params.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "value", ["gs://b/run", "s3:/b/run", "S3://b/run", "https://host/run", "hf://org/name", "s3://"]
+)
+def test_no_url_becomes_a_folder(value):
+    with pytest.raises(ValueError, match=r"s3://BUCKET/NAME"):
+        storing.localized(OmegaConf.create({"output_dir": value}))

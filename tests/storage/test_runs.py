@@ -69,6 +69,7 @@ def test_from_the_store_into_the_store(s3, forks, config, names, tmp_path):
     first = forks.run([RHO1, "--config", config()], ranks=2)
     assert first.wait() == [0, 0], first.stderr
     assert "not in s3" not in first.stderr
+    assert "Store        s3://bucket/run" in first.stdout
     kept = names()
     assert {n.split("/")[1] for n in kept if n[:9] == "training_"} == {"step_000004"}
     assert {"summary.json", "config.yaml", "metrics.jsonl", "best/consolidated.pth"} <= kept

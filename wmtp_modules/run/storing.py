@@ -4,6 +4,7 @@
 knows a URL. ``arrive`` reads what is read, ``followed`` brings up what is written.
 """
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,18 +17,23 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from wmtp_modules.config.check import ConfigError
+from wmtp_modules.config.secrets import hidden
 from wmtp_modules.run.stopping import Stopped
 from wmtp_modules.storage.places import Place, default_cache, is_url, path_of
 
 # Blocks whose URLs are no files; of trackers, and of what says where stores are.
 NO_FILES = ("metric_logger", "tracking", "registry", "storage")
+# Keys of paths, of which no other URL may become a folder "gs:".
+FOLDERS = ("output_dir", "table_dir", "checkpoint_dir", "path", "assets_dir")
+OTHER_URL = re.compile(r"[A-Za-z][\w+.-]+:/")
 TABLES = ("table_dir", "critic.checkpoint_dir")  # read and written, by what their key ends in
 
 _places: dict[str, Place] = {}  # of this process's configs, by URL
 
 
 def localized(cfg: DictConfig) -> DictConfig:
-    """A config with paths in place of the URLs of a store; ValueError if one names nothing.
+    """A config with paths in place of the URLs of a store; ValueError if one is of no use here.
 
     Nothing is read yet. What lies below ``output_dir`` lies below its path.
     """
@@ -56,6 +62,11 @@ def _localize(
             inner = node[key]
             inside = [*inner] if isinstance(inner, DictConfig) else [*range(len(inner))]
             _localize(inner, inside, f"{dotted}.", cache, interpolated)
+        elif key in FOLDERS and OTHER_URL.match(str(raw[key])) and not is_url(raw[key]):
+            raise ConfigError(
+                f"{dotted}: {raw[key]} is neither a path nor a URL that is known here: write "
+                "s3://BUCKET/NAME, hf://ORG/NAME to read, or a folder"
+            )
         elif is_url(raw[key]) or (interpolated and OmegaConf.is_interpolation(node, key)):
             try:
                 value = node[key]
@@ -148,7 +159,10 @@ def followed(cfg: DictConfig) -> Iterator[None]:
         is_stopped = True
         raise
     finally:
-        for told in thread.close(is_stopped=is_stopped):
+        rest = thread.close(is_stopped=is_stopped)
+        if not rest:
+            print(f"Store        {', '.join(hidden(place.url) for place in places)}")
+        for told in rest:
             for bar in list(getattr(tqdm, "_instances", ())):
                 bar.close()
             print(told, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from wmtp_modules.files import sync
 from wmtp_modules.storage import store
 from wmtp_modules.storage.mirror import INCOMPLETE
-from wmtp_modules.storage.places import S3, Place
+from wmtp_modules.storage.places import Place
 from wmtp_modules.storage.store import Object
 from wmtp_modules.storage.upload import MANIFEST, RUN, STATE, Follower, is_not_sent, signature_of
 
@@ -25,13 +25,8 @@ def follower_of(place: Place, cache: Path, *, resume: bool = True) -> Follower:
 
     Raises:
         StoreError: if the store cannot be used, or the disk has no room.
-        ValueError: if starting over would delete a run that was interrupted, or the URL is not one
-            that can be written to.
+        ValueError: if starting over would delete a run that was interrupted.
     """
-    if not place.url.startswith(S3):
-        raise ValueError(
-            f"{place.url}: nothing is written there: name a folder, or s3://BUCKET/NAME"
-        )
     follower = Follower(place.path, place.url, place.kind, is_anew=not resume)
     found = store.objects_in(follower.url)
     units: dict[str, Objects] = {}

@@ -41,7 +41,8 @@ def path_of(url: str, cache: Path, kind: str = "read") -> Path:
     """The path of a URL that is read or written, see ``Place``.
 
     Raises:
-        ValueError: if it names no bucket or repository, or leads out of its folder.
+        ValueError: if it names no bucket or repository, leads out of its folder, or nothing can be
+            written there.
     """
     scheme, rest = url[:5], url[5:].rstrip("/")
     parts = rest.split("/")
@@ -53,6 +54,8 @@ def path_of(url: str, cache: Path, kind: str = "read") -> Path:
         raise ValueError(
             f"{url} names no repository: write hf://ORG/NAME, or hf://datasets/ORG/NAME"
         )
+    if scheme == HF and kind != "read":
+        raise ValueError(f"{url}: nothing is written there: name a folder, or s3://BUCKET/NAME")
     first = scheme[:2]
     if scheme == S3 and (own := endpoint()):
         first += "-" + hashlib.sha256(own.rstrip("/").encode()).hexdigest()[:8]
