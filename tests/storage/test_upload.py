@@ -466,6 +466,22 @@ def test_a_store_that_hangs_does_not_hold_up_a_run_that_was_stopped(run, monkeyp
     assert "4 files" in told
 
 
+def test_an_endpoint_with_a_password(run, monkeypatch):
+    """It is not written down, and sync asks for it."""
+    from wmtp_modules.storage.sync import send_rest
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:planted-secret@host:9000")
+    Follower(run, RUN, "run").save()
+    assert "planted-secret" not in (run / upload.RECORD).read_text()
+    for value in (None, "http://other:9000"):
+        monkeypatch.delenv("AWS_ENDPOINT_URL")
+        if value:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", value)
+        with pytest.raises(ValueError, match=r"AWS_ENDPOINT_URL is .*: set it as it was"):
+            send_rest(run)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "x")
+
+
 def test_sync_of_no_run(tmp_path):
     from wmtp_modules.storage.sync import send_rest
 

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from wmtp_modules.config.secrets import HIDDEN, hidden
 from wmtp_modules.files import alone_in, read_json
 from wmtp_modules.storage.background import rest_of
 from wmtp_modules.storage.places import endpoint
@@ -31,12 +32,12 @@ def send_rest(folder: Path) -> str:
             "end, or the run's output_dir in the cache (storage.cache)"
         )
     known = read_json(record)
-    if known["endpoint"] and not endpoint():
+    if known["endpoint"] and not endpoint() and HIDDEN not in known["endpoint"]:
         os.environ["AWS_ENDPOINT_URL"] = known["endpoint"]
-    elif known["endpoint"] != endpoint():
+    elif known["endpoint"] != hidden(endpoint() or ""):
         raise ValueError(
             f"{folder} goes to the store at {known['endpoint'] or 'AWS'}, and AWS_ENDPOINT_URL is "
-            f"{endpoint()}: set it back"
+            f"{hidden(endpoint() or 'not set')}: set it as it was"
         )
     with alone_in(folder, wait=False):
         follower = Follower(folder.absolute(), known["url"], known["kind"])
@@ -54,7 +55,7 @@ def main() -> None:
     try:
         print(send_rest(parser.parse_args().run_dir))
     except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(hidden(f"{type(error).__name__}: {error}"))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from wmtp_modules.config.secrets import hidden
 from wmtp_modules.files import read_json
 from wmtp_modules.storage import store
 from wmtp_modules.storage.mirror import INCOMPLETE
@@ -62,10 +63,11 @@ class Follower:
         """Write down what the store has; by now the run's folder may be gone."""
         if not self.folder.exists():
             return
-        known = {"url": self.url, "kind": self.kind, "endpoint": endpoint(), "up": self.up}
+        known: dict = {"url": self.url, "kind": self.kind, "endpoint": hidden(endpoint() or "")}
+        known |= {"up": self.up, "open": sorted(self._open)}
         # Written often and not synced: without it the store is asked, and files are sent again.
         unfinished = self.folder / f"{RECORD}.tmp"
-        unfinished.write_text(json.dumps(known | {"open": sorted(self._open)}))
+        unfinished.write_text(json.dumps(known))
         unfinished.replace(self.folder / RECORD)
 
     def is_up(self, name: str, signature: Signature) -> bool:
