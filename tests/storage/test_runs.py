@@ -1,9 +1,13 @@
 """Whole runs, two ranks and one, whose files are in a store."""
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -139,3 +143,28 @@ def test_a_store_that_cannot_be_used_is_one_sentence(forks, config, refuse_keys,
     (told,) = [line for line in run.stderr.splitlines() if "StoreError" in line]
     assert "Traceback" not in run.stderr
     assert ("s3://gone/run" if fault == "bucket" else "AWS_ACCESS_KEY_ID") in told
+
+
+def test_a_run_that_is_told_to_stop(s3, forks, config, names):
+    """It saves, sends what it can in a few seconds, and what is in the store is whole."""
+    file = config(max_steps=2000, save_every_n_steps=20, run_val_every_n_steps=2000)
+    run = forks.start([RHO1, "--config", file])
+    end = time.monotonic() + 200
+    while not any(name.endswith("manifest.json") for name in names()):
+        assert time.monotonic() < end
+        assert run.poll() == [None], run.stderr
+        time.sleep(0.2)
+    os.kill(run.pids[0], signal.SIGTERM)
+    assert run.wait() == [75], run.stderr
+    states = {n.split("/")[1] for n in names() if n.endswith("manifest.json")}
+    assert states
+    for state in states - {n.split("/")[1] for n in names() if n.endswith(".incomplete")}:
+        manifest = s3.get_object(Bucket="bucket", Key=f"run/training_state/{state}/manifest.json")[
+            "Body"
+        ].read()
+        for name, known in json.loads(manifest)["files"].items():
+            data = s3.get_object(Bucket="bucket", Key=f"run/training_state/{state}/{name}")
+            assert hashlib.sha256(data["Body"].read()).hexdigest() == known["sha256"]
+    left = "storage.sync" in run.stderr
+    step = int(re.search(r"after step (\d+), which is saved", run.stderr)[1])
+    assert left or states == {f"step_{step:06d}"}
