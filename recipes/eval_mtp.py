@@ -77,6 +77,7 @@ STAGES = ("generate", "execute", "heldout", "decode_speed")
 # Every key of a config; a component's keys are read from its signature.
 SCHEMA = {
     "output_dir": str,
+    "storage": Optional({"cache": str}),
     "stages": list[str],
     "device": ("cuda", "cpu"),
     "dtype": ("bf16", "fp32"),

@@ -8,6 +8,7 @@ OPTIMIZER = Component(given=("params",), keys={"lr": Optional(Above(float, 0))},
 
 TRAINING_KEYS = {
     "output_dir": str,
+    "storage": Optional({"cache": str}),  # folder on this machine for what lies in a store
     "device": ("cuda", "cpu"),
     "dtype": ("bf16", "fp32"),
     "fp32_master_weights": bool,

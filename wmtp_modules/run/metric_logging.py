@@ -20,6 +20,7 @@ from torchtune.training.metric_logging import MetricLoggerInterface, Scalar, fla
 
 from wmtp_modules.config.secrets import hidden, without_secrets
 from wmtp_modules.files import new_file, only_writer
+from wmtp_modules.run.storing import as_named
 
 
 def _number(value: Any) -> int | float:
@@ -188,7 +189,7 @@ class MLflowLogger(MetricLoggerInterface):
         """
         from mlflow.entities import Param
 
-        plain = without_secrets(OmegaConf.to_container(config, resolve=True))
+        plain = without_secrets(as_named(OmegaConf.to_container(config, resolve=True)))
         flat = flatten_dict(plain)
         known = self._client.get_run(self.run_id).data.params if self._resumed else {}
         params = [Param(key, str(value)) for key, value in flat.items() if key not in known]

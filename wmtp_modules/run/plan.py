@@ -21,6 +21,7 @@ from wmtp_modules.run.out_of_memory import explain_out_of_memory
 from wmtp_modules.run.resume import check_not_begun, kept
 from wmtp_modules.run.start import exit_with_message
 from wmtp_modules.run.stopping import StopRequests
+from wmtp_modules.run.storing import localized
 
 
 def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[DictConfig]:
@@ -33,7 +34,7 @@ def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[
         except ConfigError as error:
             raise ConfigError(f"requires: {error}") from error
         # Resuming makes a finished one a no-op and continues one that was killed.
-        runs.append(merged(required, inherited, {"resume_from_checkpoint": True}))
+        runs.append(localized(merged(required, inherited, {"resume_from_checkpoint": True})))
         check(runs[-1])
     return runs
 
@@ -127,7 +128,7 @@ def finished(cfg: DictConfig) -> dict | None:
     files = [Path(cfg.output_dir) / name for name in ("config.yaml", "summary.json")]
     if not all(file.exists() for file in files):
         return None
-    same = {"resume_from_checkpoint": None}
+    same = {"resume_from_checkpoint": None, "storage": None}
     if not cfg.get("controls"):  # what a control's run had beside it is of no matter to it
         same["controls"] = None
     if kept(load_config(files[0])) | same != kept(cfg) | same:

@@ -128,6 +128,7 @@ class Run:
         jsonl = JSONLLogger(self._output_dir / "metrics.jsonl", resume_step=self.step)
         known = {"run_id": run_id} if run_id else {}
         self._loggers = [jsonl, config.instantiate(self._cfg.metric_logger, **known)]
+        shown.output_dir = str(self._output_dir)  # torchtune's loggers write there; no URL then
         for logger in self._loggers:
             logger.log_config(shown)
 

@@ -25,6 +25,7 @@ from wmtp_modules.parallel.process_group import (
     patient_barrier,
 )
 from wmtp_modules.run.stopping import StopRequests, exit_code
+from wmtp_modules.run.storing import arrive, followed, localized
 from wmtp_modules.tune_plugin import note_spoken
 
 # Seconds that a rank which failed alone waits before it says so: rank 0 may fail in the same way a
@@ -73,7 +74,7 @@ def parse(main: Callable[[DictConfig], None]) -> Callable[[], None]:
     def wrapper() -> None:
         with exit_with_message(ValueError, OSError):
             check_environment()
-            cfg = read_config(description=sys.modules[main.__module__].__doc__)
+            cfg = localized(read_config(description=sys.modules[main.__module__].__doc__))
         main(cfg)
 
     return wrapper
@@ -103,6 +104,11 @@ def process_group(
             if os.environ.get("RANK") == "0":
                 _tell_others(JOINING)
             device, mesh = init_process_group(cfg.device, cfg.get("collective_timeout_s"))
+        with exit_with_message(ValueError, OSError):
+            if not cfg.get("replay"):  # what is in a store comes now, however long it takes
+                stack.enter_context(followed(cfg))
+            arrive(cfg)
+        patient_barrier()
         yield device, mesh, stops
     patient_barrier()  # a rank that leaves early would abort another's gloo threads
     dist.destroy_process_group()
