@@ -143,6 +143,8 @@ class MLflowLogger(MetricLoggerInterface):
         resume: bool | None = False,
         required: bool = True,
     ) -> None:
+        for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):  # what the user set stays
+            os.environ.setdefault(name, "true")
         self._uri = uri_of(tracking_uri)
         self.tracking_uri = hidden(self._uri)
         self._resume, self._required = resume, required
@@ -154,6 +156,7 @@ class MLflowLogger(MetricLoggerInterface):
         self._before = self._outbox.order()
         self._follower: subprocess.Popen | None = None
         self._started_at, self._is_closed = 0.0, False
+        self._known = Position()
         self._order = Order(
             uri=self.tracking_uri,
             experiment=experiment_name,
@@ -218,10 +221,11 @@ class MLflowLogger(MetricLoggerInterface):
             log.warning("No process follows the run for MLflow: %s", error)
 
     def _position(self) -> Position:
-        """What MLflow has of this run."""
+        """What MLflow has of this run, as far as is known."""
         position = self._outbox.position()
-        is_ours = position.token == self._order.token and position.session == self._order.session
-        return position if is_ours else Position()
+        if position.token == self._order.token and position.session == self._order.session:
+            self._known = position  # else another start has the folder, or it is removed
+        return self._known
 
     def _wait(self, until: Callable[[], object], longest: float = ANSWER_S) -> None:
         """Wait until something is so, or the follower has left, or nothing moves for so long."""
@@ -303,6 +307,7 @@ class MLflowLogger(MetricLoggerInterface):
         self._order.tags["exit_reason"] = hidden(reason or status.lower())
         self._hand_over()
         self._wait(lambda: False, patience)
+        self._position()
         if self._own and self._follower and self._follower.poll() == 0:
             shutil.rmtree(self._outbox.run_dir, ignore_errors=True)
 

@@ -6,6 +6,7 @@ waits in memory, gives up after some attempts, and a kill loses it.
 """
 
 import os
+import select
 import signal
 import sys
 import time
@@ -28,6 +29,11 @@ def say(sentence: str) -> None:
     sys.stderr.flush()
 
 
+def has_ended(process: int | None) -> bool:
+    """Whether the process of a pidfd, None of one that was gone already, runs no more."""
+    return process is None or bool(select.select([process], [], [], 0)[0])
+
+
 def sync_command(run_dir: Path) -> str:
     return f"python -m wmtp_modules.tracking.sync {run_dir}"
 
@@ -41,10 +47,15 @@ def ended_as(outbox: Outbox, order: Order) -> str:
     return order.status or "KILLED"
 
 
-def follow(run_dir: Path, session: str, uri: str, parent: int, is_required: bool = False) -> bool:
+def follow(run_dir: Path, session: str, uri: str, parent: int | None, *, is_required: bool) -> bool:
     """Deliver until the run has ended and MLflow has all, or does not answer any more.
 
-    ``is_required``: the run itself tells that the store cannot be used at the start, and ends.
+    Args:
+        run_dir: the run's folder.
+        session: the start of the run that is followed; another one has another follower.
+        uri: of the store.
+        parent: a pidfd of the run's process, None if that has ended.
+        is_required: the run itself tells that the store cannot be used at its start, and ends.
 
     Returns:
         Whether MLflow has all.
@@ -57,7 +68,7 @@ def follow(run_dir: Path, session: str, uri: str, parent: int, is_required: bool
             order = outbox.order()
             if order is None or order.session != session:
                 return True  # another start of the run has its own follower
-            is_over = order.status is not None or os.getppid() != parent
+            is_over = order.status is not None or has_ended(parent)
             if is_over and ended_at is None:
                 ended_at = time.monotonic()
             try:
@@ -90,28 +101,32 @@ def follow(run_dir: Path, session: str, uri: str, parent: int, is_required: bool
             _sleep(wait, outbox, session, parent, is_over)
 
 
-def _sleep(seconds: float, outbox: Outbox, session: str, parent: int, is_over: bool) -> None:
+def _sleep(seconds: float, outbox: Outbox, session: str, parent: int | None, is_over: bool) -> None:
     """Until there is something to do: a run that ends shall not wait for a long pause."""
     until = time.monotonic() + (min(seconds, 2.0) if is_over else seconds)
     file = outbox.folder / "run.json"
     before = file.stat().st_mtime_ns if file.exists() else None
     while time.monotonic() < until:
         time.sleep(0.1)
-        if not is_over and os.getppid() != parent:
+        if not is_over and has_ended(parent):
             return
         if (file.stat().st_mtime_ns if file.exists() else None) != before:
             return
 
 
 def main() -> None:
-    run_dir, session, parent = sys.argv[1:]
+    run_dir, session, pid = sys.argv[1:]
+    try:
+        parent = os.pidfd_open(int(pid))
+    except ProcessLookupError:
+        parent = None
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(one, signal.SIG_IGN)  # meant for the run, after whose end this ends
     os.nice(5)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     uri, is_required = os.environ["MLFLOW_TRACKING_URI"], "WMTP_QUIET_TRACKING" in os.environ
-    done = follow(Path(run_dir), session, uri, int(parent), is_required)
+    done = follow(Path(run_dir), session, uri, parent, is_required=is_required)
     sys.exit(0 if done else 1)
 
 

@@ -34,7 +34,7 @@ def uri_of(named: str | None) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or named
     if not uri:
         raise ValueError(
-            "no MLflow store: set tracking.uri or metric_logger.tracking_uri, for example to "
+            "no MLflow store: set metric_logger.tracking_uri or tracking.uri, for example to "
             "sqlite:///runs/mlflow.db, or the environment variable MLFLOW_TRACKING_URI"
         )
     if HIDDEN in uri:
