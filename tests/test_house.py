@@ -21,7 +21,7 @@ LEVELS = (
     ("run",),
     ("scoring", "checkpoints"),
     ("evaluation", "parallel", "generation"),
-    ("data", "weighting", "models"),
+    ("data", "weighting", "models", "tracking"),
     ("loss", "config", "sandbox", "files", "progress", "tune_plugin"),
 )
 LEVEL_OF = {room: len(LEVELS) - i for i, rooms in enumerate(LEVELS) for room in rooms}

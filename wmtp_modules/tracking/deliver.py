@@ -174,7 +174,7 @@ class Delivery:
         """
         from mlflow.exceptions import MlflowException
 
-        run_id, refused, reason = self.position.run_id, [], ""
+        run_id, refused, reason = str(self.position.run_id), [], ""
         try:
             self._client.log_batch(run_id, **{what: entities})
             return
