@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -11,8 +12,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-
-from wmtp_modules.run import metric_logging
 
 HERE = Path(__file__).parent
 
@@ -58,19 +57,19 @@ def mlflow_server(fork_server, tmp_path_factory):
     server = MLflowServer(fork_server, tmp_path_factory.mktemp("mlflow_server"))
     server.start()
     with urllib.request.urlopen(f"{server.uri}/api/2.0/mlflow/experiments/get?experiment_id=0"):
-        yield server  # its tables are made
-    server.kill()
+        server.kill()  # its tables are made, which takes longest
+    return server
 
 
 @pytest.fixture
-def server(mlflow_server, monkeypatch):
-    """Running at the start of a test, whatever the one before did to it."""
+def server(mlflow_server, forks, monkeypatch):
+    """The server, running at the start of a test."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    if mlflow_server.started is None or mlflow_server.started.poll() != [None]:
-        mlflow_server.start()
-    return mlflow_server
+    mlflow_server.start()
+    yield mlflow_server
+    mlflow_server.kill()
 
 
 @pytest.fixture
@@ -200,9 +199,13 @@ def followers(forks, monkeypatch):
     """Processes that follow runs, which are forked: importing MLflow takes seconds."""
     made: list[Forked] = []
 
-    def popen(command, *, env, **options):
-        made.append(Forked(forks, command, env))
+    real = subprocess.Popen
+
+    def popen(command, *args, **options):
+        if "wmtp_modules.tracking.follow" not in command:
+            return real(command, *args, **options)
+        made.append(Forked(forks, command, options["env"]))
         return made[-1]
 
-    monkeypatch.setattr(metric_logging.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     return made
