@@ -81,14 +81,12 @@ def follow(run_dir: Path, session: str, uri: str, parent: int | None, *, is_requ
                             f"Warning: {problem}: the run goes on, its figures stay in "
                             f"{outbox.metrics} and are sent when it answers"
                         )
-                    delivery.position.session, delivery.position.problem = session, problem
-                    outbox.save(delivery.position)
+                    _note(outbox, delivery, session, problem)
                 is_away, wait = True, min(2 * wait, LONGEST_WAIT_S)
             else:
                 if is_away:
                     say(f"The MLflow store {hidden(uri)} has got everything")
-                    delivery.position.problem = None
-                    outbox.save(delivery.position)
+                    _note(outbox, delivery, session, None)
                 is_away, wait = False, TICK_S
                 if is_over:
                     return True
@@ -99,6 +97,14 @@ def follow(run_dir: Path, session: str, uri: str, parent: int | None, *, is_requ
                 )
                 return False
             _sleep(wait, outbox, session, parent, is_over)
+
+
+def _note(outbox: Outbox, delivery: Delivery, session: str, problem: str | None) -> None:
+    delivery.position.session, delivery.position.problem = session, problem
+    try:
+        outbox.save(delivery.position)
+    except OSError as error:  # a full disk: the store knows what it has got
+        say(f"Warning: {error}")
 
 
 def _sleep(seconds: float, outbox: Outbox, session: str, parent: int | None, is_over: bool) -> None:

@@ -14,6 +14,7 @@ TOKEN = "wmtp.run"  # tag by which a run is found whose making was not answered
 DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "300",
@@ -123,6 +124,16 @@ def problem_of(uri: str, error: Exception) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What MLflow, SQLAlchemy, a driver or a server said, in one line without secrets."""
+    """What MLflow, SQLAlchemy, a driver or a server said, in one line without secrets.
+
+    Of a connection that fails MLflow quotes all layers of its client; the lowest one says why.
+    """
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, OSError) and below.errno and not below.filename:
+            return f"{below.strerror}"
+        if isinstance(below, TimeoutError):
+            return "no answer in time"
+        below = below.__cause__ or below.__context__
     text = hidden(str(error).partition("\n")[0]) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
