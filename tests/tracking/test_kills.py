@@ -48,7 +48,7 @@ RUN = """
 def test_20_kills_of_the_server_and_2_of_the_run(
     seed, server, forks, mlflow_client, checks, tmp_path
 ):
-    draw, last = random.Random(seed), 1500
+    draw, last = random.Random(seed), 900
     script, folder = tmp_path / "run.py", tmp_path / "run"
     script.write_text(textwrap.dedent(RUN))
     folder.mkdir()
