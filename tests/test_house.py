@@ -43,11 +43,13 @@ MOST_LINES = {
 # Of wmtp_modules and recipes. Values as plain Python compares them, accounts of what others do
 # to a program, locks between runs and refusals that say the way out took it from 17,000 to this.
 # Since then: controls as sets of overrides, a critic's heads, figures, weights and their scale.
-MOST_LINES_OF_ALL = 21_100
+# What follows a run into MLflow, whatever fails there, took 850.
+MOST_LINES_OF_ALL = 21_900
 MOST_NAMES_OF_RHO1 = 40  # that its recipe imports from wmtp_modules
 # Of it and all first-party files that it imports at its start. A reference's held-out losses beside
-# the model's took 80, controls as sets of overrides 210, the data set's scale of weights 100.
-MOST_LINES_BEHIND_RHO1 = 9_800
+# the model's took 80, controls as sets of overrides 210, the data set's scale of weights 100,
+# a run that MLflow cannot stop 430.
+MOST_LINES_BEHIND_RHO1 = 10_300
 
 # They take up to seconds, which nobody who mistyped a key shall wait for: imported where used.
 # (torchtune imports datasets, and datasets pandas, whatever we do.)

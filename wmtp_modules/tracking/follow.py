@@ -15,7 +15,7 @@ from pathlib import Path
 from wmtp_modules.config.secrets import hidden
 from wmtp_modules.files import alone_in, read_json
 from wmtp_modules.tracking.deliver import Delivery
-from wmtp_modules.tracking.outbox import Order, Outbox
+from wmtp_modules.tracking.outbox import Order, Outbox, sync_command
 from wmtp_modules.tracking.store import DEFAULTS, problem_of
 
 TICK_S = 1.0  # between two looks at the file
@@ -32,10 +32,6 @@ def say(sentence: str) -> None:
 def has_ended(process: int | None) -> bool:
     """Whether the process of a pidfd, None of one that was gone already, runs no more."""
     return process is None or bool(select.select([process], [], [], 0)[0])
-
-
-def sync_command(run_dir: Path) -> str:
-    return f"python -m wmtp_modules.tracking.sync {run_dir}"
 
 
 def ended_as(outbox: Outbox, order: Order) -> str:

@@ -80,6 +80,11 @@ class Outbox:
             unfinished.write_text(json.dumps(asdict(content), indent=1), encoding="utf-8")
 
 
+def sync_command(run_dir: Path) -> str:
+    """What sends the rest of a run's folder."""
+    return f"python -m wmtp_modules.tracking.sync {run_dir}"
+
+
 def _read(path: Path, kind: Any) -> Any:
     """None if there is no such file; keys of other versions are left out."""
     if not path.exists():
