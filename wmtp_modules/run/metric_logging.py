@@ -33,7 +33,9 @@ from wmtp_modules.tracking.store import uri_of
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 60.0  # without progress, for MLflow's process to start and a call to be over
+# Without progress. MLflow's process ends much earlier by itself, but may take long to start where
+# all cores are busy.
+ANSWER_S = 300.0
 STOP_S = 5.0  # the same where a scheduler's grace runs
 RESTART_S = 60.0  # between two starts of a process that something ends
 last_words: str | None = None

@@ -124,9 +124,10 @@ def main() -> None:
         parent = None
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(one, signal.SIG_IGN)  # meant for the run, after whose end this ends
-    os.nice(5)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if "WMTP_QUIET_TRACKING" not in os.environ:  # else the run waits
+        os.nice(5)
     uri, is_required = os.environ["MLFLOW_TRACKING_URI"], "WMTP_QUIET_TRACKING" in os.environ
     done = follow(Path(run_dir), session, uri, parent, is_required=is_required)
     sys.exit(0 if done else 1)
