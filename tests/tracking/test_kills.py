@@ -84,5 +84,7 @@ def test_20_kills_of_the_server_and_2_of_the_run(
     assert found == checks.expected(folder / "metrics.jsonl")
     info = mlflow_client.get_run(run_id).info
     assert info.status == "FINISHED"
-    assert len(mlflow_client.search_runs([info.experiment_id])) == 1 + seed
+    token = mlflow_client.get_run(run_id).data.tags["wmtp.run"]
+    same = mlflow_client.search_runs([info.experiment_id], f"tags.`wmtp.run` = '{token}'")
+    assert len(same) == 1
     print(json.dumps({"figures": sum(map(len, found.values())), "run": run.stdout}))
