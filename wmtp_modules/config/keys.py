@@ -6,6 +6,9 @@ from wmtp_modules.config.check import Above, AtLeast, Component, Nullable, Optio
 
 OPTIMIZER = Component(given=("params",), keys={"lr": Optional(Above(float, 0))}, makes="Optimizer")
 
+# Where MLflow is, and whether a run may begin without it.
+TRACKING = Optional({"uri": Optional(str), "required": Optional(bool)})
+
 TRAINING_KEYS = {
     "output_dir": str,
     "storage": Optional({"cache": str}),  # folder on this machine for what lies in a store
@@ -37,7 +40,8 @@ TRAINING_KEYS = {
     "log_every_n_steps": AtLeast(int, 1),
     "enable_activation_checkpointing": bool,
     "compile": bool,
-    "metric_logger": Component(makes="MetricLoggerInterface"),
+    "metric_logger": Optional(Component(makes="MetricLoggerInterface")),
+    "tracking": TRACKING,
     "profiler": training.setup_torch_profiler,
     # What comes before the run, and beside it for comparison.
     "assets_dir": Optional(str),

@@ -24,6 +24,7 @@ from wmtp_modules.parallel.process_group import (
     local_device,
     patient_barrier,
 )
+from wmtp_modules.run.metric_logging import note_last_words
 from wmtp_modules.run.stopping import StopRequests, exit_code
 from wmtp_modules.run.storing import arrive, followed, localized
 from wmtp_modules.tune_plugin import note_spoken
@@ -56,6 +57,7 @@ def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # the sentence gets a line of its own
         sentence, rank = hidden(f"{type(error).__name__}: {error}"), os.environ.get("RANK", "0")
+        note_last_words(sentence)
         if not rank.isdecimal() or int(rank) == 0:
             _tell_others(FAILED)
             note_spoken()
