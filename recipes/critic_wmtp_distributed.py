@@ -51,6 +51,7 @@ from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import all_reduce_sum, rank_zero_first
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.progress import progress_bar
+from wmtp_modules.registry.models import register_run
 from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.bad_steps import what_is_wrong
@@ -610,6 +611,8 @@ def make_runs(cfg: DictConfig, runs: list[DictConfig], recipe, stops: StopReques
     report(cfg, summary)
     if runs:
         plan.write_summary(output_dir, summary)
+        if cfg.get("registry"):
+            register_run(output_dir, cfg.registry.model_name)
     elif (output_dir / "summary.json").exists():  # a policy's figures stay
         before = json.loads((output_dir / "summary.json").read_text())
         plan.write_summary(output_dir, before | summary)

@@ -35,6 +35,7 @@ from wmtp_modules.data.rows import has_marks
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
+from wmtp_modules.registry.models import register_run
 from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.figures import heldout_losses, noise_sums
@@ -368,6 +369,8 @@ def recipe_main(cfg: DictConfig) -> None:
         if dist.get_rank() == 0:
             plan.write_summary(Path(cfg.output_dir), summary)
             report(cfg, summary)
+            if cfg.get("registry"):
+                register_run(cfg.output_dir, cfg.registry.model_name)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ TRAINING_KEYS = {
     "compile": bool,
     "metric_logger": Optional(Component(makes="MetricLoggerInterface")),
     "tracking": TRACKING,
+    "registry": Optional({"model_name": str}),  # register best/ at the end, under this name
     "profiler": training.setup_torch_profiler,
     # What comes before the run, and beside it for comparison.
     "assets_dir": Optional(str),

@@ -425,6 +425,7 @@ class Run:
         """Held-out loss per head before and after, and where the logger has the run."""
         losses = {"base": self.heldout["base"], name_of(self._cfg): self.heldout["last"]}
         summary: dict = {"steps": self.step, "heldout_loss": losses}
+        summary["data"] = {"tokens": self._dataset.n_tokens, "packs": len(self._dataset)}
         if (clipped := self._clipped.in_all()) is not None:
             summary["clipped_share"] = clipped
         if self._loggers and hasattr(self._loggers[-1], "location"):
