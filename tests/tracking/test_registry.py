@@ -104,21 +104,19 @@ def test_a_registry_that_is_away_is_a_warning_with_the_command(make_run, caplog,
     assert "hunter2" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
+def test_mistakes_are_one_sentence(make_run, tmp_path, capsys):
+    places = {"run": make_run(), "tmp": tmp_path}
+    for argv, message in (
         (["promote", "nobody"], "no model nobody is registered"),
         (["register", "{run}", "a/b"], "cannot name a model"),
         (["register", "{tmp}", "m"], "no training run has ended there"),
         (["register", "{run}", "m", "--evaluation", "{tmp}"], "report.json is not there"),
-    ],
-)
-def test_mistakes_are_one_sentence(make_run, tmp_path, capsys, argv, message):
-    argv = [part.format(run=make_run(), tmp=tmp_path) for part in argv]
-    assert main([f"--uri=sqlite:///{tmp_path}/mlflow.db", *argv]) == 1
-    *_, said = capsys.readouterr().err.splitlines()  # MLflow may say that it makes a file
-    assert said.startswith("error: ")
-    assert message in said
+    ):
+        words = [part.format(**places) for part in argv]
+        assert main([f"--uri=sqlite:///{tmp_path}/mlflow.db", *words]) == 1
+        *_, said = capsys.readouterr().err.splitlines()  # MLflow may say that it makes a file
+        assert said.startswith("error: ")
+        assert message in said
 
 
 def test_the_card_says_what_the_folder_says(make_run, tmp_path):
