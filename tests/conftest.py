@@ -61,6 +61,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_configure(config):
     config.bound_file = os.fdopen(os.dup(2), "w")  # stderr itself is captured during a test
+    config.pluginmanager.register(load(Path(__file__).with_name("servers.py")), "servers")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A room is a folder of wmtp_modules or one of its files; upper levels may import lower ones, rooms
 # of one level each other in one direction.
 LEVELS = (
-    ("recipes", "convert", "estimate_memory"),  # what a command line starts
+    ("recipes", "convert", "estimate_memory", "sync"),  # what a command line starts
     ("reports", "critic", "quickstarts", "memory"),
     ("run",),
     ("scoring", "checkpoints", "storage"),

@@ -121,13 +121,13 @@ def test_the_store_goes_away_in_the_middle(s3, refuse_keys, forks, config, names
     refuse_keys(16)
     run = forks.run([RHO1, "--config", config()])
     assert run.wait() == [0], run.stderr
-    told = [line for line in run.stderr.splitlines() if "wmtp_modules.storage.sync" in line]
+    told = [line for line in run.stderr.splitlines() if "wmtp_modules.sync" in line]
     assert len(told) == 1
     assert "s3://bucket/run" in told[0]
     assert "AWS_ACCESS_KEY_ID" in told[0]
     refuse_keys(None)
     folder = re.search(r"sync (\S+)`", told[0])[1]
-    sent = forks.run(["-m", "wmtp_modules.storage.sync", folder])
+    sent = forks.run(["-m", "wmtp_modules.sync", folder])
     assert sent.wait() == [0], sent.stderr
     assert {"summary.json", "last/params.json"} <= names()
     assert not {n for n in names() if "incomplete" in n}
@@ -165,6 +165,6 @@ def test_a_run_that_is_told_to_stop(s3, forks, config, names):
         for name, known in json.loads(manifest)["files"].items():
             data = s3.get_object(Bucket="bucket", Key=f"run/training_state/{state}/{name}")
             assert hashlib.sha256(data["Body"].read()).hexdigest() == known["sha256"]
-    left = "storage.sync" in run.stderr
+    left = "wmtp_modules.sync" in run.stderr
     step = int(re.search(r"after step (\d+), which is saved", run.stderr)[1])
     assert left or states == {f"step_{step:06d}"}

@@ -27,9 +27,9 @@ from torchtune.training.metric_logging import MetricLoggerInterface, Scalar, fla
 
 from wmtp_modules.config.components import todays_name
 from wmtp_modules.config.secrets import hidden, without_secrets
-from wmtp_modules.files import new_file
+from wmtp_modules.files import new_file, sync_command
 from wmtp_modules.run.storing import as_named
-from wmtp_modules.tracking.outbox import Order, Outbox, Position, sync_command
+from wmtp_modules.tracking.outbox import Order, Outbox, Position
 from wmtp_modules.tracking.store import uri_of
 
 log = logging.getLogger(__name__)
