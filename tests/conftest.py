@@ -4,6 +4,8 @@ import os
 
 # Before anything imports torch. Threads that wait for a core which another test has would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing that a test starts writes to this folder's runs/: it names its stores itself.
+os.environ["WMTP_ENVIRONMENT"] = os.path.join(os.path.dirname(__file__), "environment.yaml")
 # Without the bytecode of torch and its like, each process that starts compiles for ten seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

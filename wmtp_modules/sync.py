@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from wmtp_modules.config.secrets import HIDDEN, hidden
+from wmtp_modules.config.secrets import HIDDEN, guard_output, hidden
 from wmtp_modules.files import alone_in, read_json
 from wmtp_modules.storage.background import rest_of
 from wmtp_modules.storage.places import endpoint
@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_dir", type=Path, nargs="+", metavar="RUN_DIR")
+    guard_output()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     failed = False

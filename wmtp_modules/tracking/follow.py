@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from wmtp_modules.config.secrets import hidden
+from wmtp_modules.config.secrets import guard_output, hidden
 from wmtp_modules.files import alone_in, read_json, sync_command
 from wmtp_modules.tracking.deliver import Delivery
 from wmtp_modules.tracking.outbox import ORDER, Order, Outbox
@@ -117,6 +117,7 @@ def _sleep(seconds: float, outbox: Outbox, session: str, parent: int | None, is_
 
 
 def main() -> None:
+    guard_output()
     run_dir, session, pid = sys.argv[1:]
     try:
         parent = os.pidfd_open(int(pid))

@@ -32,6 +32,7 @@ class Order:
     run_name: str | None = None
     run_id: str | None = None
     ended: str | None = None
+    artifact_root: str | None = None  # of a new experiment
     must_exist: bool = False  # else a run that was deleted is made anew
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
