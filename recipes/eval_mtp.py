@@ -30,7 +30,7 @@ from wmtp_modules.checkpoints.read import (
     model_args_from_folder,
 )
 from wmtp_modules.config.check import Above, AtLeast, Component, Optional, check_config
-from wmtp_modules.config.keys import TRACKING
+from wmtp_modules.config.keys import STORAGE, TRACKING
 from wmtp_modules.evaluation.compare import COMPARISONS
 from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
 from wmtp_modules.evaluation.execution import run_samples
@@ -77,7 +77,7 @@ STAGES = ("generate", "execute", "heldout", "decode_speed")
 # Every key of a config; a component's keys are read from its signature.
 SCHEMA = {
     "output_dir": str,
-    "storage": Optional({"cache": str}),
+    "storage": STORAGE,
     "stages": list[str],
     "device": ("cuda", "cpu"),
     "dtype": ("bf16", "fp32"),

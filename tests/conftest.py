@@ -4,6 +4,8 @@ import os
 
 # Before anything imports torch. Threads that wait for a core which another test has would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing that a test starts writes to this folder's runs/: it names its stores itself.
+os.environ["WMTP_ENVIRONMENT"] = os.path.join(os.path.dirname(__file__), "environment.yaml")
 # Without the bytecode of torch and its like, each process that starts compiles for ten seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -61,6 +63,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_configure(config):
     config.bound_file = os.fdopen(os.dup(2), "w")  # stderr itself is captured during a test
+    config.pluginmanager.register(load(Path(__file__).with_name("servers.py")), "servers")
 
 
 @pytest.hookimpl(wrapper=True)

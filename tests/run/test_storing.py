@@ -17,6 +17,7 @@ def no_places(monkeypatch):
 @pytest.fixture
 def cfg(tmp_path, monkeypatch):
     monkeypatch.setenv("BUCKET", "b")
+    monkeypatch.setenv("WMTP_URL_VARIABLES", "BUCKET")
     return OmegaConf.create(
         {
             "output_dir": "s3://${oc.env:BUCKET}/run/",
@@ -78,8 +79,17 @@ def test_what_another_run_of_the_command_writes(cfg, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "value", ["gs://b/run", "s3:/b/run", "S3://b/run", "https://host/run", "hf://org/name", "s3://"]
+    "value",
+    [
+        "gs://b/run",
+        "s3:/b/run",
+        "S3://b/run",
+        "https://host/run",
+        "hf://org/name",
+        "s3://",
+        "s3://b:p@b/x",
+    ],
 )
 def test_no_url_becomes_a_folder(value):
-    with pytest.raises(ValueError, match=r"s3://BUCKET/NAME"):
+    with pytest.raises(ValueError, match=r"s3://BUCKET/NAME|names no user"):
         storing.localized(OmegaConf.create({"output_dir": value}))

@@ -9,6 +9,7 @@ import signal
 import textwrap
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -68,6 +69,80 @@ def no_folder_of_that_name():
     assert not Path("s3:").exists()
 
 
+PLANTED = {  # one of each kind
+    "AWS_ACCESS_KEY_ID": "planted-key-id-of-aws",
+    "AWS_SECRET_ACCESS_KEY": "planted/secret+of-aws",
+    "AWS_SESSION_TOKEN": "planted-session-token",
+    "HF_TOKEN": "hf_plantedplantedplantedplanted",
+    "MLFLOW_TRACKING_PASSWORD": "planted-of-mlflow",
+    "WMTP_TRACKING_URI": "http://me:planted-in-uri@127.0.0.1:{port}",
+}
+IN_TEXTS = (*list(PLANTED.values())[:-1], "planted-in-uri", "plant/ed@in-uri")
+
+
+def found_in(places, texts):
+    """Files and texts that hold something planted, however it is spelt."""
+    spelt = {form.encode() for one in IN_TEXTS for form in (one, quote(one), quote(one, safe=""))}
+    contents = {name: text.encode() for name, text in texts.items()}
+    for place in places:
+        contents |= {str(f): f.read_bytes() for f in place.rglob("*") if f.is_file()}
+    assert len(contents) > len(texts)
+    return [(name, one) for name, data in contents.items() for one in spelt if one in data]
+
+
+def test_a_store_a_server_and_secrets(
+    s3, server, forks, config, names, mlflow_client, tmp_path, monkeypatch
+):
+    """Two ranks against both: sound, resumed on an empty disk, failed. No byte has a secret."""
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value.format(port=server.port))
+    where = tmp_path / "environment.yaml"
+    own = {"root": "s3://bucket", "cache": str(tmp_path / "cache")}
+    tracking = {"uri": "${oc.env:WMTP_TRACKING_URI}"}
+    where.write_text(yaml.safe_dump({"storage": own, "tracking": tracking}))
+    place = "${oc.select:storage.root,runs}/run"
+    file = config(output_dir=place, metric_logger=None, storage=None, max_steps=2)
+    text = file.read_text().replace("storage: null\n", "").replace("metric_logger: null\n", "")
+    file.write_text(text)
+    command, texts = [RHO1, "--config", file, f"environment={where}"], {}
+
+    first = forks.run(command, ranks=2)
+    assert first.wait() == [0, 0], first.stderr
+    texts |= {"first out": first.stdout, "first err": first.stderr}
+    assert {"summary.json", "last/params.json", "tracking/run.json"} <= names()
+
+    def objects():
+        page = s3.list_objects_v2(Bucket="bucket")
+        keys = [one["Key"] for one in page["Contents"]]
+        return {k: s3.get_object(Bucket="bucket", Key=k)["Body"].read() for k in keys}
+
+    def read(name):
+        return json.loads(objects()[f"run/{name}"])
+
+    run_id = re.search(r"run (\w{32}) in http", read("summary.json")["tracking"])[1]
+    run = mlflow_client.get_run(run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "run")
+    assert run.data.params["output_dir"] == "s3://bucket/run"
+    shutil.rmtree(tmp_path / "cache")
+    second = forks.run([*command, "max_steps=4"], ranks=2)
+    assert second.wait() == [0, 0], second.stderr
+    texts |= {"second out": second.stdout, "second err": second.stderr}
+    assert "Resumed" in second.stdout + second.stderr
+    history = mlflow_client.get_metric_history(run_id, "loss")
+    assert [one.step for one in history] == [1, 2, 3, 4]
+    assert mlflow_client.get_run(run_id).info.status == "FINISHED"
+
+    monkeypatch.setenv("WMTP_TRACKING_URI", "http://me:plant/ed@in-uri@127.0.0.1:9/")
+    third = forks.run([*command, "max_steps=6", "tracking.required=true"])
+    assert third.wait() == [1]
+    assert "cannot be used" in third.stderr
+    assert "Traceback" not in third.stderr
+    texts |= {"third out": third.stdout, "third err": third.stderr}
+    texts |= {f"s3 {name}": data.decode("latin-1") for name, data in objects().items()}
+    assert found_in([tmp_path, server.folder], texts) == []
+
+
+@pytest.mark.nightly
 def test_from_the_store_into_the_store(s3, forks, config, names, tmp_path):
     """Trained, gone on with on an empty disk by other ranks, and evaluated: all by URL."""
     first = forks.run([RHO1, "--config", config()], ranks=2)
@@ -116,18 +191,19 @@ def test_from_the_store_into_the_store(s3, forks, config, names, tmp_path):
     assert any("report" in name or "evaluation" in name for name in names("evaluation/"))
 
 
+@pytest.mark.nightly
 def test_the_store_goes_away_in_the_middle(s3, refuse_keys, forks, config, names):
     """The run goes on to its end, which says what is not up; sync sends it later."""
     refuse_keys(16)
     run = forks.run([RHO1, "--config", config()])
     assert run.wait() == [0], run.stderr
-    told = [line for line in run.stderr.splitlines() if "wmtp_modules.storage.sync" in line]
+    told = [line for line in run.stderr.splitlines() if "wmtp_modules.sync" in line]
     assert len(told) == 1
     assert "s3://bucket/run" in told[0]
     assert "AWS_ACCESS_KEY_ID" in told[0]
     refuse_keys(None)
     folder = re.search(r"sync (\S+)`", told[0])[1]
-    sent = forks.run(["-m", "wmtp_modules.storage.sync", folder])
+    sent = forks.run(["-m", "wmtp_modules.sync", folder])
     assert sent.wait() == [0], sent.stderr
     assert {"summary.json", "last/params.json"} <= names()
     assert not {n for n in names() if "incomplete" in n}
@@ -145,6 +221,7 @@ def test_a_store_that_cannot_be_used_is_one_sentence(forks, config, refuse_keys,
     assert ("s3://gone/run" if fault == "bucket" else "AWS_ACCESS_KEY_ID") in told
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_told_to_stop(s3, forks, config, names):
     """It saves, sends what it can in a few seconds, and what is in the store is whole."""
     file = config(max_steps=2000, save_every_n_steps=20, run_val_every_n_steps=2000)
@@ -165,6 +242,6 @@ def test_a_run_that_is_told_to_stop(s3, forks, config, names):
         for name, known in json.loads(manifest)["files"].items():
             data = s3.get_object(Bucket="bucket", Key=f"run/training_state/{state}/{name}")
             assert hashlib.sha256(data["Body"].read()).hexdigest() == known["sha256"]
-    left = "storage.sync" in run.stderr
+    left = "wmtp_modules.sync" in run.stderr
     step = int(re.search(r"after step (\d+), which is saved", run.stderr)[1])
     assert left or states == {f"step_{step:06d}"}

@@ -436,10 +436,10 @@ def test_a_failure_stops_nothing_and_is_told(s3, run, caplog, impatient, names, 
     assert caplog.text.count("Not everything is in the store") == 1
     assert "4 files" in told
     assert f"are not in {RUN} yet: {RUN}/training_state/step_000002/.metadata cannot be" in told
-    assert told.endswith(f"send them with `python -m wmtp_modules.storage.sync {run}`")
+    assert told.endswith(f"send them with `python -m wmtp_modules.sync {run}`")
     assert "\n" not in told
     monkeypatch.setattr(store, "put", put)
-    command = [sys.executable, "-m", "wmtp_modules.storage.sync", str(run)]
+    command = [sys.executable, "-m", "wmtp_modules.sync", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "4 files sent" in done.stdout
@@ -468,7 +468,7 @@ def test_a_store_that_hangs_does_not_hold_up_a_run_that_was_stopped(run, monkeyp
 
 def test_an_endpoint_with_a_password(run, monkeypatch):
     """It is not written down, and sync asks for it."""
-    from wmtp_modules.storage.sync import send_rest
+    from wmtp_modules.sync import send_files
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:planted-secret@host:9000")
     Follower(run, RUN, "run").save()
@@ -478,15 +478,8 @@ def test_an_endpoint_with_a_password(run, monkeypatch):
         if value:
             monkeypatch.setenv("AWS_ENDPOINT_URL", value)
         with pytest.raises(ValueError, match=r"AWS_ENDPOINT_URL is .*: set it as it was"):
-            send_rest(run)
+            send_files(run)
         monkeypatch.setenv("AWS_ENDPOINT_URL", "x")
-
-
-def test_sync_of_no_run(tmp_path):
-    from wmtp_modules.storage.sync import send_rest
-
-    with pytest.raises(ValueError, match="is no folder that goes into a store"):
-        send_rest(tmp_path)
 
 
 def test_all_is_up(run):

@@ -3,13 +3,14 @@
 import json
 import math
 import secrets
+import shutil
 
 import pytest
 
+from wmtp_modules import sync
 from wmtp_modules.run.metric_logging import JSONLLogger
 from wmtp_modules.tracking.deliver import Delivery, mlflow_name
 from wmtp_modules.tracking.outbox import Order, Outbox
-from wmtp_modules.tracking.sync import sync
 
 
 class Sent:
@@ -94,7 +95,7 @@ def test_what_a_lost_position_file_knew_the_server_knows(server, mlflow_client, 
         sent.jsonl.log("loss", step, step)
     sent.send()
     before = sent.run_id
-    (tmp_path / "tracking" / "position.json").unlink()
+    (tmp_path / "tracking" / ".position.json").unlink()
     sent.jsonl.log("loss", 5, 5)
     sent.anew()
     sent.send()
@@ -171,8 +172,6 @@ def test_names():
 
 
 def test_sync_sends_the_rest_of_a_killed_run(server, mlflow_client, checks, tmp_path, capsys):
-    from wmtp_modules.tracking import sync as command
-
     run_dir = tmp_path / "run" / "controls" / "uniform"
     run_dir.mkdir(parents=True)
     sent = Sent(run_dir, server.uri)
@@ -181,27 +180,30 @@ def test_sync_sends_the_rest_of_a_killed_run(server, mlflow_client, checks, tmp_
     sent.jsonl.log("loss", 2.0, 2)
     server.kill()
     with pytest.raises(SystemExit) as ended:
-        command.main([str(tmp_path / "run")])
+        sync.main([str(tmp_path / "run")])
     assert ended.value.code == 1
     told = capsys.readouterr().err
     assert f"the MLflow store {server.uri} cannot be used" in told
     assert "Traceback" not in told
     server.start()
-    assert sent.run_id in sync(run_dir)
+    assert sent.run_id in sync.send_figures(run_dir)
     run = mlflow_client.get_run(sent.run_id)
     assert run.info.status == "KILLED"
     assert "without a word" in run.data.tags["exit_reason"]
     assert checks.history(mlflow_client, sent.run_id) == checks.expected(sent.outbox.metrics)
-    with pytest.raises(ValueError, match="keeps nothing for MLflow"):
-        sync(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        sync.main([str(tmp_path / "empty")])
+    assert "keeps nothing for MLflow or a store" in capsys.readouterr().err
 
 
-def test_a_locked_sqlite_store(tmp_path, checks, monkeypatch):
+def test_a_locked_sqlite_store(tmp_path, mlflow_tables, checks, monkeypatch):
     import sqlite3
 
     from mlflow import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(mlflow_tables, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db?timeout=1"
     sent = Sent(tmp_path / "run", uri)
     sent.jsonl.log("loss", 1.0, 1)

@@ -148,7 +148,7 @@ def test_no_server_at_the_start(required, followers, server, tmp_path):
         return
     logger.log_config(cfg)
     assert "not yet in http://***@" in logger.location
-    assert f"wmtp_modules.tracking.sync {tmp_path}" in logger.location
+    assert f"wmtp_modules.sync {tmp_path}" in logger.location
     logger.close(patience=20)
     kept = "".join(file.read_text() for file in (tmp_path / "tracking").iterdir())
     assert "secret-word" not in kept + followers[0].started.stderr

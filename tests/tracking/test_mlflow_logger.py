@@ -1,6 +1,7 @@
 """MLflow's logger as a config names it, and by hand: a real SQLite store, errors, resuming."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,9 +15,10 @@ pytestmark = pytest.mark.usefixtures("followers")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Folder and URI of one SQLite store: making its tables takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow") / "made" / "on demand"
+def store(mlflow_tables, tmp_path_factory):
+    """Folder and URI of one SQLite store."""
+    folder = tmp_path_factory.mktemp("mlflow with a space")
+    shutil.copy(mlflow_tables, folder / "mlflow.db")
     return folder, f"sqlite:///{folder}/mlflow.db"
 
 

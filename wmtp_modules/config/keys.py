@@ -6,12 +6,29 @@ from wmtp_modules.config.check import Above, AtLeast, Component, Nullable, Optio
 
 OPTIMIZER = Component(given=("params",), keys={"lr": Optional(Above(float, 0))}, makes="Optimizer")
 
-# Where MLflow is, and whether a run may begin without it.
-TRACKING = Optional({"uri": Optional(str), "required": Optional(bool)})
+# Where MLflow is, whether a run may begin without it, and what the run is called there.
+TRACKING = Optional(
+    {
+        "uri": Optional(str),
+        "required": Optional(bool),
+        "artifact_root": Optional(str),
+        "experiment": Optional(str),
+        "run_name": Optional(str),
+    }
+)
+# Where a run's files go, and folders on this machine: for what lies in a store, and for the moment.
+STORAGE = Optional(
+    {
+        "root": Optional(str),
+        "cache": Optional(str),
+        "endpoint": Optional(str),
+        "scratch": Optional(str),
+    }
+)
 
 TRAINING_KEYS = {
     "output_dir": str,
-    "storage": Optional({"cache": str}),  # folder on this machine for what lies in a store
+    "storage": STORAGE,
     "device": ("cuda", "cpu"),
     "dtype": ("bf16", "fp32"),
     "fp32_master_weights": bool,

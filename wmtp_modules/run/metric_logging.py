@@ -27,9 +27,9 @@ from torchtune.training.metric_logging import MetricLoggerInterface, Scalar, fla
 
 from wmtp_modules.config.components import todays_name
 from wmtp_modules.config.secrets import hidden, without_secrets
-from wmtp_modules.files import new_file
+from wmtp_modules.files import new_file, sync_command
 from wmtp_modules.run.storing import as_named
-from wmtp_modules.tracking.outbox import Order, Outbox, Position, sync_command
+from wmtp_modules.tracking.outbox import Order, Outbox, Position
 from wmtp_modules.tracking.store import uri_of
 
 log = logging.getLogger(__name__)
@@ -129,6 +129,8 @@ class MLflowLogger(MetricLoggerInterface):
             logger writes figures to a folder of its own.
         resume: whether the run in ``run_dir`` goes on; None: if it has the same config.
         required: whether a store that cannot be used at the start is an error, not a warning.
+        artifact_root: where a new experiment keeps its artifacts, such as ``s3://bucket/mlflow``;
+            None leaves it to the server.
 
     Raises:
         ValueError: if no tracking URI is known, or the store or the run to continue must be there
@@ -144,6 +146,7 @@ class MLflowLogger(MetricLoggerInterface):
         run_dir: str | Path | None = None,
         resume: bool | None = False,
         required: bool = True,
+        artifact_root: str | None = None,
     ) -> None:
         for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):  # what the user set stays
             os.environ.setdefault(name, "true")
@@ -167,6 +170,7 @@ class MLflowLogger(MetricLoggerInterface):
             run_name=run_name,
             run_id=run_id,
             must_exist=self._own is not None,
+            artifact_root=artifact_root,
             tags=code_version(),
         )
         # A recipe that raises never reaches close(): its run must not show as running for ever.
@@ -331,11 +335,18 @@ def make_logger(
     if block is None and not tracking.get("uri"):
         return None
     name = f"{MLflowLogger.__module__}.{MLflowLogger.__name__}"
-    block = block or OmegaConf.create({"_component_": name, "run_name": run_dir.name})
+    block = block or OmegaConf.create(
+        {
+            "_component_": name,
+            "experiment_name": tracking.get("experiment") or "wmtp",
+            "run_name": tracking.get("run_name") or run_dir.name,
+        }
+    )
     known: dict[str, Any] = {"run_id": run_id} if run_id else {}
     if todays_name(block["_component_"]) == name:
         known |= {"run_dir": run_dir, "resume": resume}
         known["required"] = bool(tracking.get("required"))
+        known["artifact_root"] = tracking.get("artifact_root")
         if not block.get("tracking_uri"):
             known["tracking_uri"] = tracking.get("uri")
     return config.instantiate(block, **known)

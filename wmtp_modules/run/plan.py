@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from wmtp_modules.config.check import ConfigError
+from wmtp_modules.config.environment import of_required
 from wmtp_modules.config.file import load_config, merged
 from wmtp_modules.files import alone_in, new_file
 from wmtp_modules.parallel.process_group import patient_barrier
@@ -30,7 +31,7 @@ def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[
     for path in cfg.get("requires") or []:
         inherited = {key: cfg[key] for key in ("device", "assets_dir") if key in cfg}
         try:
-            required = load_config(path)
+            required = merged(OmegaConf.create(of_required(cfg)), load_config(path))
         except ConfigError as error:
             raise ConfigError(f"requires: {error}") from error
         # Resuming makes a finished one a no-op and continues one that was killed.
@@ -128,7 +129,8 @@ def finished(cfg: DictConfig) -> dict | None:
     files = [Path(cfg.output_dir) / name for name in ("config.yaml", "summary.json")]
     if not all(file.exists() for file in files):
         return None
-    same = {"resume_from_checkpoint": None, "storage": None, "registry": None}
+    # Not what it computes:
+    same = dict.fromkeys(("resume_from_checkpoint", "storage", "tracking", "registry"))
     if not cfg.get("controls"):  # what a control's run had beside it is of no matter to it
         same["controls"] = None
     if kept(load_config(files[0])) | same != kept(cfg) | same:

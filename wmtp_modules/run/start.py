@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from wmtp_modules.config.file import read_config
-from wmtp_modules.config.secrets import hidden
+from wmtp_modules.config.secrets import guard_output, hidden
 from wmtp_modules.files import alone_in
 from wmtp_modules.parallel.process_group import (
     check_environment,
@@ -74,6 +74,7 @@ def parse(main: Callable[[DictConfig], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapper() -> None:
+        guard_output()
         with exit_with_message(ValueError, OSError):
             check_environment()
             cfg = localized(read_config(description=sys.modules[main.__module__].__doc__))

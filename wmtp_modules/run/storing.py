@@ -4,9 +4,11 @@
 knows a URL. ``arrive`` reads what is read, ``followed`` brings up what is written.
 """
 
+import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from wmtp_modules.config.check import ConfigError
-from wmtp_modules.config.secrets import hidden
+from wmtp_modules.config.environment import refuse_variables
+from wmtp_modules.config.secrets import hidden, remember
 from wmtp_modules.run.stopping import Stopped
 from wmtp_modules.storage.places import Place, default_cache, is_url, path_of
 
@@ -35,14 +38,35 @@ _places: dict[str, Place] = {}  # of this process's configs, by URL
 def localized(cfg: DictConfig) -> DictConfig:
     """A config with paths in place of the URLs of a store; ValueError if one is of no use here.
 
-    Nothing is read yet. What lies below ``output_dir`` lies below its path.
+    Nothing is read yet. What lies below ``output_dir`` lies below its path. The endpoint and the
+    scratch disk of ``storage`` hold for this process from here on; AWS_ENDPOINT_URL goes before.
     """
+    refuse_variables(cfg)
+    _remember_secrets(cfg)
+    if own := OmegaConf.select(cfg, "storage.endpoint"):
+        os.environ.setdefault("AWS_ENDPOINT_URL", own)
+    if scratch := OmegaConf.select(cfg, "storage.scratch"):
+        folder = Path(scratch).expanduser().absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     cache, top = cache_of(cfg), [key for key in cfg if key == "output_dir"]
     _localize(cfg, top, "", cache, True)  # first: others may lie in it
     # Then what stands there as a URL, and last what others' values make one.
     for interpolated in (False, True):
         _localize(cfg, [*cfg], "", cache, interpolated)
     return cfg
+
+
+def _remember_secrets(node: DictConfig | ListConfig) -> None:
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        try:
+            value = node[key]
+        except OmegaConfBaseException:  # the check of the config says so
+            continue
+        if isinstance(value, DictConfig | ListConfig):
+            _remember_secrets(value)
+        else:
+            remember(value, str(key))
 
 
 def cache_of(cfg: DictConfig) -> Path:

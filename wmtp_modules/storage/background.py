@@ -1,11 +1,11 @@
 """The thread that keeps stores up to folders during a run; nothing it meets stops the run."""
 
 import logging
-import shlex
 import threading
 import time
 
 from wmtp_modules.config.secrets import hidden
+from wmtp_modules.files import sync_command
 from wmtp_modules.storage.upload import Follower
 
 log = logging.getLogger(__name__)
@@ -74,10 +74,9 @@ def rest_of(follower: Follower, problem: str = "") -> str | None:
     if not missing:
         return None
     size, first = sum(missing.values()), min(missing)
-    command = f"python -m wmtp_modules.storage.sync {shlex.quote(str(follower.folder))}"
     reason = f": {problem}" if problem else ""
     return (
         f"{len(missing)} files ({size / 1e6:.1f} MB), such as {first}, are not in "
         f"{hidden(follower.url)} yet{reason}. They are whole in {follower.folder}; send them with "
-        f"`{command}`"
+        f"`{sync_command(follower.folder)}`"
     )

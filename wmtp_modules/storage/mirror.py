@@ -80,7 +80,7 @@ def refuse_incomplete(url: str, found: dict[str, store.Object]) -> None:
             folder = f"{url}/{name}".removesuffix(f"/{INCOMPLETE}")
             raise StoreError(
                 f"{folder} is not whole: a run is writing it, or was stopped while it did. Wait, "
-                "or finish it where that run was (python -m wmtp_modules.storage.sync RUN_DIR)"
+                "or finish it where that run was (python -m wmtp_modules.sync RUN_DIR)"
             )
 
 

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from wmtp_modules.config.secrets import hidden
+
 S3, HF = "s3://", "hf://"
 
 
@@ -46,6 +48,11 @@ def path_of(url: str, cache: Path, kind: str = "read") -> Path:
     """
     scheme, rest = url[:5], url[5:].rstrip("/")
     parts = rest.split("/")
+    if (scheme == S3 and "@" in parts[0]) or ":" in parts[0]:
+        raise ValueError(
+            f"{hidden(url)}: the URL of a store names no user, password or port: credentials and "
+            "AWS_ENDPOINT_URL are set in the environment, see docs/storage.md"
+        )
     if not all(parts) or {".", ".."} & {*parts} or "\\" in rest:
         raise ValueError(
             f"{url} is not the name of something in a store: write s3://BUCKET/NAME or hf://ORG/NAME"

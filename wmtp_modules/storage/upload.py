@@ -24,7 +24,8 @@ LOOSE_EVERY_S = 30.0  # such as metrics.jsonl, which grows with every step
 RECORD = ".store.json"  # in the folder: what the store has of it
 MANIFEST = "manifest.json"
 STATE = re.compile(r"(?:.*/)?training_state/step_(\d+)")
-RUN = re.compile(r"|(?:.*/)?controls/[^/]+")  # folders whose files are objects of their own
+# Folders whose files are objects of their own.
+RUN = re.compile(r"|tracking|(?:.*/)?controls/[^/]+(?:/tracking)?")
 # Locks, and what is being written or has been replaced. Dot files are ours, but for DCP's.
 NOT_SENT = re.compile(
     r"\.(?!metadata$).*|.*\.(partial|old|tmp|dropped|damaged\d*|lock)(-\d+-[0-9a-f]{8})?"

@@ -113,7 +113,7 @@ class Delivery:
             self._lines, self._waiting = Lines(self._outbox.metrics), []
             self.read()
         if run_id is None:
-            made_as = order.experiment, order.run_name, order.token
+            made_as = order.experiment, order.artifact_root, order.run_name, order.token
             run_id = make_run(self._client, self._uri, *made_as)
         if status is None:
             self._client.update_run(run_id, status="RUNNING")

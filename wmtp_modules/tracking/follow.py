@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from wmtp_modules.config.secrets import hidden
-from wmtp_modules.files import alone_in, read_json
+from wmtp_modules.config.secrets import guard_output, hidden
+from wmtp_modules.files import alone_in, read_json, sync_command
 from wmtp_modules.tracking.deliver import Delivery
-from wmtp_modules.tracking.outbox import Order, Outbox, sync_command
+from wmtp_modules.tracking.outbox import ORDER, Order, Outbox
 from wmtp_modules.tracking.store import DEFAULTS, problem_of
 
 TICK_S = 1.0  # between two looks at the file
@@ -106,7 +106,7 @@ def _note(outbox: Outbox, delivery: Delivery, session: str, problem: str | None)
 def _sleep(seconds: float, outbox: Outbox, session: str, parent: int | None, is_over: bool) -> None:
     """Until there is something to do: a run that ends shall not wait for a long pause."""
     until = time.monotonic() + (min(seconds, 2.0) if is_over else seconds)
-    file = outbox.folder / "run.json"
+    file = outbox.folder / ORDER
     before = file.stat().st_mtime_ns if file.exists() else None
     while time.monotonic() < until:
         time.sleep(0.1)
@@ -117,6 +117,7 @@ def _sleep(seconds: float, outbox: Outbox, session: str, parent: int | None, is_
 
 
 def main() -> None:
+    guard_output()
     run_dir, session, pid = sys.argv[1:]
     try:
         parent = os.pidfd_open(int(pid))

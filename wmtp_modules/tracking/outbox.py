@@ -1,6 +1,6 @@
 """``RUN_DIR/tracking``: what of a run MLflow shall get, and how far it has got it.
 
-``run.json`` is written by the run, ``position.json`` by who delivers; figures stand in
+``run.json`` is written by the run, ``.position.json`` by who delivers; figures stand in
 ``metrics.jsonl`` alone. Nothing here holds a secret.
 """
 
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_modules.files import new_file, read_json
+
+ORDER = "run.json"
+POSITION = ".position.json"  # of this machine: MLflow knows as much, and a store need not
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Order:
     run_name: str | None = None
     run_id: str | None = None
     ended: str | None = None
+    artifact_root: str | None = None  # of a new experiment
     must_exist: bool = False  # else a run that was deleted is made anew
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -67,22 +71,17 @@ class Outbox:
         self.metrics = self.run_dir / "metrics.jsonl"
 
     def order(self) -> Order | None:
-        return _read(self.folder / "run.json", Order)
+        return _read(self.folder / ORDER, Order)
 
     def position(self) -> Position:
-        return _read(self.folder / "position.json", Position) or Position()
+        return _read(self.folder / POSITION, Position) or Position()
 
     def save(self, content: Order | Position) -> None:
         """Durably, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = "run.json" if isinstance(content, Order) else "position.json"
+        name = ORDER if isinstance(content, Order) else POSITION
         with new_file(self.folder / name) as unfinished:
             unfinished.write_text(json.dumps(asdict(content), indent=1), encoding="utf-8")
-
-
-def sync_command(run_dir: Path) -> str:
-    """What sends the rest of a run's folder."""
-    return f"python -m wmtp_modules.tracking.sync {run_dir}"
 
 
 def _read(path: Path, kind: Any) -> Any:

@@ -89,13 +89,22 @@ def is_there(client: Any, run_id: str) -> bool:
         raise
 
 
-def make_run(client: Any, uri: str, experiment: str, name: str | None, token: str) -> str:
+def make_run(
+    client: Any,
+    uri: str,
+    experiment: str,
+    artifact_root: str | None,
+    name: str | None,
+    token: str,
+) -> str:
     """The id of a new run, or of the one that an earlier call made whose answer was lost.
 
-    New experiments of an SQLite file keep their artifacts beside it, in ``mlflow_artifacts``.
+    New experiments of an SQLite file keep their artifacts beside it, in ``mlflow_artifacts``, where
+    no ``artifact_root`` is given.
     """
     database = sqlite_file(uri)
     artifacts = (database.parent / "mlflow_artifacts").as_uri() if database else None
+    artifacts = f"{artifact_root.rstrip('/')}/{experiment}" if artifact_root else artifacts
     experiment_id = _experiment_id(client, experiment, artifacts)
     found = client.search_runs([experiment_id], f"tags.`{TOKEN}` = '{token}'", max_results=1)
     if found:
