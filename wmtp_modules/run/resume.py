@@ -18,7 +18,7 @@ from wmtp_modules.run.training_state import read_run, saved_states, step_of
 FREE_KEYS = (
     *("output_dir", "resume_from_checkpoint", "max_steps", "run_val_every_n_steps", "replay"),
     *("save_every_n_steps", "keep_last", "log_every_n_steps", "metric_logger", "tracking"),
-    *("registry", "profiler"),
+    "registry",
     *("max_hours", "collective_timeout_s", "max_skipped_steps", "controls", "requires", "prepare"),
     "storage",  # where this machine keeps its copies
     "control",  # what it changes stands in the keys themselves
