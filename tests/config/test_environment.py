@@ -101,7 +101,7 @@ def test_no_shipped_recipe_names_a_server_or_a_store():
 def test_no_config_sends_a_variable_somewhere(config, monkeypatch):
     monkeypatch.setenv("PLANTED", "planted-secret")
     monkeypatch.delenv("WMTP_URL_VARIABLES", raising=False)
-    with pytest.raises(ConfigError, match="WMTP_URL_VARIABLES=(PLANTED|NOT_SET)") as caught:
+    with pytest.raises(ConfigError, match=r"WMTP_URL_VARIABLES=(PLANTED|NOT_SET)") as caught:
         refuse_variables(OmegaConf.create(config))
     assert "planted-secret" not in str(caught.value)
     monkeypatch.setenv("WMTP_URL_VARIABLES", "OTHER, PLANTED,NOT_SET")
