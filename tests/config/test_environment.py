@@ -6,6 +6,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from wmtp_modules.config import environment
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.environment import FOR_URLS, of_required, refuse_variables
 from wmtp_modules.config.file import read_config
@@ -55,6 +56,11 @@ def test_the_variable_chooses_and_the_command_line_goes_before_it(read, monkeypa
     assert cfg.storage.endpoint is None
     refuse_variables(cfg)
     assert read({"seed": 1}, "environment=local").tracking.uri.startswith("sqlite")
+
+
+def test_a_library_without_the_repositorys_configs(read, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "FOLDER", tmp_path / "nowhere")
+    assert read({"seed": 1}) == {"seed": 1}
 
 
 def test_an_environment_that_is_none(read, tmp_path):
