@@ -429,7 +429,9 @@ class EvalMTPRecipe:
         """Print the report and log it."""
         report = self._report
         if logger := make_logger(self._cfg, self._output_dir):
-            logger.log_config(self._cfg)
+            logger.log_config(
+                OmegaConf.create(kept(self._cfg) | {"output_dir": self._cfg.output_dir})
+            )
             for one in (JSONLLogger(self._output_dir / "metrics.jsonl"), logger):
                 one.log_dict(report_metrics(report), step=0)
             if hasattr(logger, "log_artifact"):

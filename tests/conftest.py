@@ -13,6 +13,7 @@ import faulthandler
 import importlib.util
 import logging
 import signal
+import subprocess
 import sys
 import sysconfig
 import traceback
@@ -169,6 +170,24 @@ def drawn():
         forked = load(Path(__file__).with_name("fork_server.py"))
         patch.setattr(Figure, "savefig", forked.save_nothing)
         yield draw
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(kib): a file system of that size; grown by a second call."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def make(kib):
+        again = ["-o", f"remount,size={kib}k"] if os.path.ismount(disk) else ["-o", f"size={kib}k"]
+        command = ["mount", "-t", "tmpfs", *again, "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a small disk is a mounted tmpfs, which takes root")
+        return disk
+
+    yield make
+    if os.path.ismount(disk):
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a log may be open
 
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

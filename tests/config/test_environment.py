@@ -6,6 +6,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from wmtp_modules.config import environment
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.environment import FOR_URLS, of_required, refuse_variables
 from wmtp_modules.config.file import read_config
@@ -57,6 +58,11 @@ def test_the_variable_chooses_and_the_command_line_goes_before_it(read, monkeypa
     assert read({"seed": 1}, "environment=local").tracking.uri.startswith("sqlite")
 
 
+def test_a_library_without_the_repositorys_configs(read, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "FOLDER", tmp_path / "nowhere")
+    assert read({"seed": 1}) == {"seed": 1}
+
+
 def test_an_environment_that_is_none(read, tmp_path):
     with pytest.raises(ConfigError, match=r"environment=clutser: .* has cluster, local"):
         read({}, "environment=clutser")
@@ -101,7 +107,7 @@ def test_no_shipped_recipe_names_a_server_or_a_store():
 def test_no_config_sends_a_variable_somewhere(config, monkeypatch):
     monkeypatch.setenv("PLANTED", "planted-secret")
     monkeypatch.delenv("WMTP_URL_VARIABLES", raising=False)
-    with pytest.raises(ConfigError, match="WMTP_URL_VARIABLES=(PLANTED|NOT_SET)") as caught:
+    with pytest.raises(ConfigError, match=r"WMTP_URL_VARIABLES=(PLANTED|NOT_SET)") as caught:
         refuse_variables(OmegaConf.create(config))
     assert "planted-secret" not in str(caught.value)
     monkeypatch.setenv("WMTP_URL_VARIABLES", "OTHER, PLANTED,NOT_SET")

@@ -88,7 +88,7 @@ def test_a_forked_start_equals_a_real_one(quickstart, forks, tiny_quickstarts, t
     assert all(torch.equal(forked[name], tensor) for name, tensor in real.items())
     assert figures_of(tmp_path / "out") == figures_of(folder)
     names = {path.name for path in folder.iterdir()}
-    more = {"torchtune_config.yaml", "controls"}
+    more = {"torchtune_config.yaml", "tracking", "controls"}
     assert names - more == {path.name for path in (tmp_path / "out").iterdir()} - more
 
 

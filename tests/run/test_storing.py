@@ -87,7 +87,7 @@ def test_what_another_run_of_the_command_writes(cfg, tmp_path, monkeypatch):
         "https://host/run",
         "hf://org/name",
         "s3://",
-        "s3://b:p@b/x",
+        "s3://me:planted@b/run",
     ],
 )
 def test_no_url_becomes_a_folder(value):

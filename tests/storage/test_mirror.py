@@ -219,6 +219,19 @@ def test_no_space(s3, tmp_path, monkeypatch):
         mirror(place("s3://bucket/file", tmp_path), tmp_path)
 
 
+def test_a_disk_that_is_full_and_then_is_not(s3, small_disk, requests):
+    content = os.urandom(3_000_000)
+    put(s3, "file", content)
+    disk = small_disk(1000)
+    with pytest.raises(StoreError, match=rf"s3://bucket/file does not fit on the disk of {disk} "):
+        mirror(place("s3://bucket/file", disk), disk)
+    assert not place("s3://bucket/file", disk).path.exists()
+    small_disk(5000)
+    mirror(place("s3://bucket/file", disk), disk)
+    assert place("s3://bucket/file", disk).path.read_bytes() == content
+    assert [start > 0 for _, start in requests] == [False, True]  # it went on from there
+
+
 class Dropping(threading.Thread):
     """Passes connections on to a server; cuts the first answers that are longer than ``after``."""
 

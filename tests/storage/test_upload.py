@@ -311,6 +311,21 @@ def test_resume_on_an_empty_disk(s3, run, tmp_path, in_store):
     check_never_half(in_store())
 
 
+def test_an_empty_disk_that_is_too_small(s3, run, small_disk):
+    """The run does not begin, and what is in the store stays whole."""
+    state(run, 2)
+    (run / "training_state/step_000002/big.distcp").write_bytes(os.urandom(3_000_000))
+    Follower(run, RUN, "run").send()
+    disk = small_disk(1000)
+    with pytest.raises(StoreError, match=rf"does not fit on the disk of {disk}"):
+        follower_of(place(disk), disk)
+    assert not list(disk.rglob("step_000002"))
+    small_disk(9000)
+    follower_of(place(disk), disk)
+    (state_here,) = disk.rglob("step_000002")
+    assert (state_here / "big.distcp").stat().st_size == 3_000_000
+
+
 def test_what_is_newer_here_stays_and_goes_up(s3, run, tmp_path, in_store):
     state(run, 2)
     (run / "metrics.jsonl").write_text("2\n")

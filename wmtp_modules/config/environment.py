@@ -16,6 +16,7 @@ from omegaconf.resolvers.oc import env
 from wmtp_modules.config.check import ConfigError
 
 FOLDER = Path("configs") / "environments"
+DEFAULT = "local"
 BLOCKS = ("storage", "tracking")
 # What a required run takes over from the one that requires it: the place, not the name.
 INHERITED = ("uri", "required", "artifact_root")
@@ -32,21 +33,26 @@ MARK = "WMTPvariable"
 
 def take_choice(overrides: list[str]) -> str:
     """The environment that a command line chooses, whose override is taken out of the list."""
-    chosen = os.environ.get("WMTP_ENVIRONMENT") or "local"
+    chosen = os.environ.get("WMTP_ENVIRONMENT") or DEFAULT
     for one in [one for one in overrides if one.startswith("environment=")]:
         overrides.remove(one)
         chosen = one.partition("=")[2]
     return chosen
 
 
-def file_of(chosen: str) -> Path:
-    """The file of an environment; ConfigError if there is none."""
+def file_of(chosen: str) -> Path | None:
+    """The file of an environment; ConfigError if there is none.
+
+    None is for the default where the library was installed without the repository's configs.
+    """
     if chosen.endswith((".yaml", ".yml")) or os.sep in chosen:
         return Path(chosen).expanduser()  # who reads it says whether it is there
     folders = [FOLDER, Path(__file__).parents[2] / FOLDER]
     for folder in folders:
         if (file := folder / f"{chosen}.yaml").is_file():
             return file
+    if chosen == DEFAULT:
+        return None
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     raise ConfigError(
         f"environment={chosen}: {FOLDER} has {', '.join(known) or 'no such file'}: choose one of "

@@ -39,8 +39,10 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
     )
     known, overrides = parser.parse_known_args(argv)
     place = environment.file_of(environment.take_choice(overrides))
-    below = load_config(place)
-    environment.check_blocks(below, place)
+    below = OmegaConf.create({})
+    if place is not None:
+        below = load_config(place)
+        environment.check_blocks(below, place)
     flags = [argument for argument in overrides if argument.startswith("-")]
     if flags:
         raise ConfigError(

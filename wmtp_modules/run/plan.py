@@ -129,8 +129,8 @@ def finished(cfg: DictConfig) -> dict | None:
     files = [Path(cfg.output_dir) / name for name in ("config.yaml", "summary.json")]
     if not all(file.exists() for file in files):
         return None
-    # Not what it computes:
-    same = dict.fromkeys(("resume_from_checkpoint", "storage", "tracking", "registry"))
+    places = ("resume_from_checkpoint", "storage", "tracking", "metric_logger", "registry")
+    same: dict = dict.fromkeys(places)  # not what it computes
     if not cfg.get("controls"):  # what a control's run had beside it is of no matter to it
         same["controls"] = None
     if kept(load_config(files[0])) | same != kept(cfg) | same:
