@@ -13,8 +13,8 @@ import numpy as np
 
 from wmtp_modules.reports.metrics import MOST_POINTS, Curve, thinned
 
-WIDTH, HEIGHT = 360, 220  # of a viewBox; a page scales it
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 34
+WIDTH, HEIGHT = 320, 200  # of a viewBox; a page scales it
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 34
 LOOKS = 7  # colours and shapes
 DASHES = ("", "6 3", "2 3")
 # Values so much above their median that a linear axis would show a flat line are on a log axis.
@@ -70,9 +70,7 @@ def chart(
     x = np.concatenate([part.steps for part in drawn])
     is_log = floor is None and y.min() > 0 and y.max() > LOG_FROM * np.median(y)
     axis = _Axis(x.min(), x.max(), _bounds(y, floor, ceiling, is_log), is_log)
-    parts = [axis.grid()]
-    for line in lines:
-        parts.append(_shapes(line, axis))
+    parts = [axis.grid(), *(_shapes(line, axis) for line in lines[::-1])]  # the first on top
     for step, told in _spread(marks):
         at, bottom = axis.x(step), HEIGHT - BOTTOM
         shape = f"M{at - 4:.1f},{bottom}h8L{at:.1f},{bottom - 7}z"

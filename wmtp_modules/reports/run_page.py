@@ -19,15 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from wmtp_modules.config.secrets import HIDDEN, without_secrets
+from wmtp_modules.config.secrets import HIDDEN, hidden, without_secrets
 from wmtp_modules.reports import page
 from wmtp_modules.reports.charts import Line, bands, chart, number
 from wmtp_modules.reports.metrics import MOST_POINTS, Curve, Metrics, read_metrics, smoothed
-from wmtp_modules.reports.tokens import tokens_html
+from wmtp_modules.reports.tokens import tokens_html, write_tokens
+
+if TYPE_CHECKING:  # a page is made without it
+    from torchtune.models.llama2 import Llama2Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -114,16 +117,25 @@ def controls_of(run: RunFolder) -> list[RunFolder]:
     return found
 
 
-def draw_run(folder: str | Path, summary: Mapping[str, Any] | None = None) -> Path | None:
-    """Write a run's page; None, and a warning, where that is not possible: no run ends for it.
+def draw_run(
+    folder: str | Path,
+    summary: Mapping[str, Any] | None = None,
+    tokenizer: "Llama2Tokenizer | None" = None,
+    shown: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a run's page; where that is not possible, only a warning: no run ends for it.
 
-    ``summary`` is what ``summary.json`` is about to hold.
+    Args:
+        summary: what ``summary.json`` is about to hold.
+        shown: the last micro-batch, as ``write_tokens`` takes it with the ``tokenizer``.
     """
     try:
-        return write_run_page(folder, summary)
+        if shown and tokenizer:
+            write_tokens(Path(folder) / "tokens.json", tokenizer, **shown)
+        write_run_page(folder, summary)
     except Exception as error:  # whatever a page trips over, the run is worth more
-        log.warning("no %s: %s: %s", Path(folder) / "run.html", type(error).__name__, error)
-        return None
+        told = hidden(f"{type(error).__name__}: {error}")
+        log.warning("%s could not be drawn: %s", Path(folder) / "run.html", told)
 
 
 def write_run_page(folder: str | Path, summary: Mapping[str, Any] | None = None) -> Path:
@@ -189,7 +201,8 @@ def _head(runs: Sequence[RunFolder]) -> str:
     if run.skipped or run.spikes:
         parts.append(
             page.paragraph(
-                f"{len(run.skipped)} skipped steps and {len(run.spikes)} loss spikes, below.",
+                f"Steps that were skipped: {len(run.skipped):,}. Loss spikes: "
+                f"{len(run.spikes):,}. They are listed below.",
                 "warning",
             )
         )
@@ -300,7 +313,7 @@ def _on_noise(runs: Sequence[RunFolder]) -> str:
     lines = _lines(runs, "noise_in_weight", smooth=True)
     data = runs[0].metrics.get("noise_in_data")
     if data is not None and len(data.finite):
-        lines.append(Line("of the targets", smoothed(data, _smoothing(data)), look=6))
+        lines.append(Line("of the targets", smoothed(data, smoothing(data)), look=6))
     return chart("On marked noise", lines, unit="share of the weight", floor=0.0)
 
 
@@ -348,7 +361,7 @@ def _config(runs: Sequence[RunFolder]) -> str:
         return ""
     parts = []
     if len(runs) > 1:
-        flat = [_flat(one) for one in runs]
+        flat = [flat_settings(one) for one in runs]
         keys = [key for key in dict.fromkeys(k for f in flat for k in f)]
         rows = [
             [key, *(_shown(f, key) for f in flat)]
@@ -405,14 +418,14 @@ def _lines(runs: Sequence[RunFolder], key: str, *, smooth: bool = False, every: 
         if curve is None or not len(curve.finite):
             continue
         if smooth and len(curve.finite) > 20:
-            soft = smoothed(curve, _smoothing(curve))
+            soft = smoothed(curve, smoothing(curve))
             lines.append(Line(run.name, soft, look, pale=curve))
         else:
             lines.append(Line(run.name, curve, look, every=every))
     return lines
 
 
-def _smoothing(curve: Curve) -> float:
+def smoothing(curve: Curve) -> float:
     """An average over about a fortieth of the run, ten points at least."""
     return 1 - 1 / max(10, len(curve) / 40)
 
@@ -459,7 +472,7 @@ def _rows_told(rows: Any) -> str:
     return ", ".join(map(str, flat[:12])) + more
 
 
-def _flat(run: RunFolder) -> dict[str, Any]:
+def flat_settings(run: RunFolder) -> dict[str, Any]:
     """Settings by dotted key, without what differs in any case; its own folder has a name."""
     kept = {key: value for key, value in run.settings.items() if key not in OWN_KEYS}
     own = str(run.settings.get("output_dir") or "")

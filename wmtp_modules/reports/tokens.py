@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from wmtp_modules.files import new_file
@@ -30,7 +31,7 @@ def write_tokens(
     batch: Mapping[str, "torch.Tensor"],
     mask_BTK: "torch.Tensor",
     of_heads: Mapping[str, "torch.Tensor"],
-    of_tokens: Mapping[str, "torch.Tensor"],
+    of_tokens: Mapping[str, "torch.Tensor"] = MappingProxyType({}),
 ) -> None:
     """Write ``tokens.json``: a micro-batch of this rank, whole rows as far as they fit.
 

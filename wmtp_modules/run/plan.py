@@ -1,5 +1,6 @@
 """The runs that one config asks for: required ones, then its own in turn, and their table."""
 
+import atexit
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -70,10 +71,16 @@ def train(
 ) -> dict:
     """Train what a recipe has set up, then write its summary; Stopped when it has saved and ends.
 
-    The recipe has ``model_args``, ``device``, ``watchdog``, ``train`` and ``finish``.
+    The recipe has ``model_args``, ``device``, ``watchdog``, ``train`` and ``finish``; if it has
+    ``draw``, rank 0 calls that as well when the process ends early, after all has been said.
     ``beside`` are metrics files of the runs before, drawn in the same picture; ``started`` is
     ``time.perf_counter()`` when the run's setup began.
     """
+    draw = getattr(recipe, "draw", lambda: None)
+    if (
+        dist.get_rank() == 0
+    ):  # not before the exit: a stop must be quick, and the page says how the run ended
+        atexit.register(draw)
     with (
         exit_with_message(TrainingError, OSError),
         explain_out_of_memory(cfg, recipe.model_args, recipe.device),
@@ -81,6 +88,7 @@ def train(
         recipe.watchdog,
     ):
         recipe.train()
+    atexit.unregister(draw)
     seconds = round(time.perf_counter() - started, 1)
     with exit_with_message(OSError):
         # "seconds" of the run that has controls becomes the sum of all.
@@ -165,6 +173,7 @@ def print_losses(summary: dict) -> None:
 def print_places(output_dir: Path, summary: dict) -> None:
     """Where a run's checkpoints, picture and figures are."""
     print(f"Checkpoints  {output_dir / 'best'} and {output_dir / 'last'}")
+    print(f"Page         {output_dir / 'run.html'}")
     print(f"Curves       {output_dir / 'curves.png'}")
     print(f"Figures      {output_dir / 'summary.json'} and {output_dir / 'metrics.jsonl'}")
     if "tracking" in summary:

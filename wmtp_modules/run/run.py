@@ -36,6 +36,7 @@ from wmtp_modules.run.figures import (
     step_metrics,
 )
 from wmtp_modules.run.metric_logging import JSONLLogger
+from wmtp_modules.run.start import launched_as
 from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.run.watchdog import Watchdog
@@ -119,12 +120,14 @@ class Run:
             return
         self._output_dir.mkdir(parents=True, exist_ok=True)
         # What an earlier run left here must not look like this one's.
-        (self._output_dir / "summary.json").unlink(missing_ok=True)
+        stale = () if self.step else ("tokens.json", "run.html")
+        for name in ("summary.json", *stale):
+            (self._output_dir / name).unlink(missing_ok=True)
         clear_exit(self._output_dir)
         self._bad_steps.write_files()
         shown = OmegaConf.create(resume.kept(self._cfg))
         with new_file(self._output_dir / "config.yaml") as unfinished:
-            OmegaConf.save(shown, unfinished)
+            unfinished.write_text(f"# {launched_as()}\n{OmegaConf.to_yaml(shown)}", "utf-8")
         jsonl = JSONLLogger(self._output_dir / "metrics.jsonl", resume_step=self.step)
         known = {"run_id": run_id} if run_id else {}
         self._loggers = [jsonl, config.instantiate(self._cfg.metric_logger, **known)]
