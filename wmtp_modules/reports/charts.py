@@ -66,7 +66,7 @@ def chart(
     y = np.concatenate(
         [*values, *(end for line in lines if _has_band(line) for end in _ends(line))]
     )
-    y = y[np.isfinite(y)]
+    y = y[np.isfinite(y)].clip(floor, ceiling)  # an interval may be wider than what can be
     x = np.concatenate([part.steps for part in drawn])
     is_log = floor is None and y.min() > 0 and y.max() > LOG_FROM * np.median(y)
     axis = _Axis(x.min(), x.max(), _bounds(y, floor, ceiling, is_log), is_log)
@@ -152,7 +152,8 @@ class _Axis:
             at = self.y(value)
             if lines:
                 parts.append(f"<path class='grid' d='M{LEFT},{at:.1f}H{right}'/>")
-            parts.append(f"<text x='{LEFT - 5}' y='{at + 4:.1f}' class='y'>{number(value)}</text>")
+            told = number(value) if self._is_log else _tick(value, ticks)
+            parts.append(f"<text x='{LEFT - 5}' y='{at + 4:.1f}' class='y'>{told}</text>")
         for step in _ticks(*self._x, about=4, whole=True):
             at = self.x(step)
             parts.append(f"<path class='grid' d='M{at:.1f},{bottom}v4'/>")
@@ -170,7 +171,8 @@ def _bounds(
         return low / 1.1, high * 1.1
     low = low if floor is None else min(low, floor)
     high = high if ceiling is None else max(high, ceiling)
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    is_flat = high - low <= 1e-6 * abs(high)  # rounding is no course
+    room = 0.05 * ((abs(high) or 1.0) if is_flat else high - low)
     return (
         low if floor is not None and low == floor else low - room,
         high if ceiling is not None and high == ceiling else high + room,
@@ -185,6 +187,14 @@ def _ticks(low: float, high: float, about: int = 5, whole: bool = False) -> list
     step = max(step, 1) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _tick(value: float, ticks: Sequence[float]) -> str:
+    """As many digits as tell the ticks of an axis apart."""
+    apart = ticks[1] - ticks[0] if len(ticks) > 1 else abs(value)
+    if 1e-4 <= apart < 1e3 and abs(value) < 10_000:
+        return f"{value:.{max(0, -math.floor(math.log10(apart) + 1e-9))}f}"
+    return number(value)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ class Arm:
 
     runs: list[RunFolder]
     name: str = ""
-    notes: list[str] = field(default_factory=list)
 
     @property
     def seeds(self) -> list[Any]:
@@ -226,15 +225,12 @@ def notes_on(arms: Sequence[Arm], baseline: Arm) -> list[str]:
         notes.append("The arms were validated last at different steps.")
     if all(len(arm.figures()[1]) < 2 for arm in arms):
         notes.append("One seed of each arm: no intervals, and small differences mean nothing.")
-    bases = {
-        round(_mean(run.heldout[0]), 3) for arm in arms for run in arm.runs if 0 in run.heldout
-    }
     by_seed: dict[Any, set] = {}
     for arm in arms:
         for seed, run in zip(arm.seeds, arm.runs, strict=True):
             if 0 in run.heldout:
                 by_seed.setdefault(seed, set()).add(round(_mean(run.heldout[0]), 6))
-    if len(bases) > 1 and any(len(values) > 1 for values in by_seed.values()):
+    if any(len(values) > 1 for values in by_seed.values()):
         notes.append(
             "Runs of one seed had different losses before training: they began from other models "
             "or are validated on other text, and then their losses do not compare."
@@ -275,8 +271,8 @@ def write_comparison(path: str | Path, arms: Sequence[Arm], baseline: Arm) -> No
         *(page.paragraph(note, "warning") for note in notes_on(arms, baseline)),
         page.section(
             "Held-out loss",
+            page.charts(_chart("Mean of heads", arms, "val_loss", every=True, unit=NATS)),
             page.charts(
-                _chart("Mean of heads", arms, "val_loss", every=True, unit=NATS),
                 *(
                     _chart(f"Head {k}", arms, f"val_loss_head_{k}", every=True, unit=NATS)
                     for k in heads
@@ -286,8 +282,8 @@ def write_comparison(path: str | Path, arms: Sequence[Arm], baseline: Arm) -> No
         page.section(
             "Training loss",
             page.paragraph("Unweighted, smoothed.", "caption"),
+            page.charts(_chart("Mean of heads", arms, "loss", smooth=True, unit=NATS)),
             page.charts(
-                _chart("Mean of heads", arms, "loss", smooth=True, unit=NATS),
                 *(
                     _chart(f"Head {k}", arms, f"loss_head_{k}", smooth=True, unit=NATS)
                     for k in heads

@@ -242,34 +242,36 @@ def _heldout(runs: Sequence[RunFolder]) -> str:
     if reference and len(reference) == K:
         rows.insert(1 if base else 0, ["reference", "", *_cells(reference), *head[K + 3 :]])
         rows[1 if base else 0][K + 3 :] = [""] * len(head[K + 3 :])
-    figures = [_runs_chart("Mean of heads", runs, "val_loss", unit=NATS, every=True)]
+    mean = _runs_chart("Mean of heads", runs, "val_loss", unit=NATS, every=True)
+    figures = []
     if K > 1:
-        figures += [
+        figures = [
             _runs_chart(f"Head {k}", runs, f"val_loss_head_{k}", unit=NATS, every=True)
             for k in range(K)
         ]
     seen = page.paragraph(told, "caption") + page.table(head, rows, own=len(rows) - 1)
-    return page.section(
-        "Held-out loss", seen if rows else "", page.charts(*figures), name="heldout"
-    )
+    top = f"<div class='beside'><div>{seen}</div>{mean}</div>\n" if rows else page.charts(mean)
+    return page.section("Held-out loss", top, page.charts(*figures), name="heldout")
 
 
 def _training(runs: Sequence[RunFolder]) -> str:
     run = runs[0]
     K = len(run.metrics.by_head("loss"))
     marks = [(one["step"], f"step {one['step']}: {_why(one)}") for one in run.skipped + run.spikes]
-    figures = [_runs_chart("Mean of heads", runs, "loss", unit=NATS, smooth=True, marks=marks)]
+    means = page.charts(
+        _runs_chart("Mean of heads", runs, "loss", unit=NATS, smooth=True, marks=marks),
+        _runs_chart("Weighted, as it is trained on", runs, "weighted_loss", unit=NATS, smooth=True),
+    )
+    figures = []
     if K > 1:
-        figures += [
+        figures = [
             _runs_chart(f"Head {k}", runs, f"loss_head_{k}", unit=NATS, smooth=True)
             for k in range(K)
         ]
-    told = (
-        "Unweighted, so that runs under other weightings compare. Smoothed; the raw line is pale."
-    )
+    told = "Loss by head is unweighted, so that runs under other weightings compare. Smoothed; the raw line is pale."
     if marks:
         told += f" Triangles: skipped steps and spikes of {run.name}."
-    drawn = page.charts(*figures)
+    drawn = means + page.charts(*figures)
     caption = page.paragraph(told, "caption") if drawn else ""
     return page.section("Training loss", caption, drawn, name="training")
 
@@ -326,7 +328,6 @@ def _optimisation(runs: Sequence[RunFolder]) -> str:
         _runs_chart(
             "Clipped", runs, "clipped_share", unit="share of steps", floor=0.0, smooth=True
         ),
-        _runs_chart("Weighted loss", runs, "weighted_loss", unit=NATS, smooth=True),
     )
     return page.section("Optimisation", drawn, name="steps")
 
