@@ -96,7 +96,7 @@ def read_run(folder: str | Path) -> RunFolder:
     return RunFolder(
         folder,
         metrics,
-        settings=_settings(text),
+        settings=without_secrets(_settings(text)),
         command=first.removeprefix("# ") if first.startswith("# tune run") else "",
         summary=_json(folder / "summary.json"),
         stopped=_json(folder / "exit.json"),
@@ -268,7 +268,10 @@ def _training(runs: Sequence[RunFolder]) -> str:
             _runs_chart(f"Head {k}", runs, f"loss_head_{k}", unit=NATS, smooth=True)
             for k in range(K)
         ]
-    told = "Loss by head is unweighted, so that runs under other weightings compare. Smoothed; the raw line is pale."
+    told = (
+        "Loss by head is unweighted, so that runs under other weightings compare. Smoothed; the "
+        "raw line is pale."
+    )
     if marks:
         told += f" Triangles: skipped steps and spikes of {run.name}."
     drawn = means + page.charts(*figures)
@@ -372,7 +375,7 @@ def _config(runs: Sequence[RunFolder]) -> str:
         told = "Where the run and its controls differ; all else is the same."
         parts += [page.paragraph(told, "caption")]
         parts += [page.table(["", *(one.name for one in runs)], rows, kind="text")]
-    text = yaml.safe_dump(without_secrets(run.settings), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True)
     parts.append(
         f"<details><summary>The whole config</summary><pre>{escape(text)}</pre></details>\n"
     )
@@ -481,7 +484,7 @@ def flat_settings(run: RunFolder) -> dict[str, Any]:
     def placed(value: Any) -> Any:
         return value.replace(own, "${output_dir}") if own and isinstance(value, str) else value
 
-    return {key: placed(value) for key, value in _by_dotted_key(without_secrets(kept)).items()}
+    return {key: placed(value) for key, value in _by_dotted_key(kept).items()}
 
 
 def _by_dotted_key(block: dict, above: str = "") -> dict[str, Any]:

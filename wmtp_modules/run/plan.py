@@ -77,9 +77,7 @@ def train(
     ``time.perf_counter()`` when the run's setup began.
     """
     draw = getattr(recipe, "draw", lambda: None)
-    if (
-        dist.get_rank() == 0
-    ):  # not before the exit: a stop must be quick, and the page says how the run ended
+    if dist.get_rank() == 0:  # at the exit: a stop must be quick, and the page says how it ended
         atexit.register(draw)
     with (
         exit_with_message(TrainingError, OSError),
