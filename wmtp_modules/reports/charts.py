@@ -66,7 +66,9 @@ def chart(
     y = np.concatenate(
         [*values, *(end for line in lines if _has_band(line) for end in _ends(line))]
     )
-    y = y[np.isfinite(y)].clip(floor, ceiling)  # an interval may be wider than what can be
+    y = y[np.isfinite(y)]
+    if floor is not None:  # an interval may be wider than what can be
+        y = y.clip(min=floor)
     x = np.concatenate([part.steps for part in drawn])
     is_log = floor is None and y.min() > 0 and y.max() > LOG_FROM * np.median(y)
     axis = _Axis(x.min(), x.max(), _bounds(y, floor, ceiling, is_log), is_log)

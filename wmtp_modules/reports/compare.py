@@ -161,7 +161,7 @@ def _name(arms: list[Arm]) -> None:
     names = [arm.name for arm in arms]
     for arm in arms:
         if names.count(arm.name) > 1:
-            arm.name = f"{arm.runs[0].name} ({arm.runs[0].folder})"
+            arm.name += f" in {arm.runs[0].folder}"
 
 
 def baseline_of(arms: Sequence[Arm], name: str | None = None) -> Arm:

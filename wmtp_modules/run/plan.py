@@ -21,7 +21,7 @@ from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.run.out_of_memory import explain_out_of_memory
 from wmtp_modules.run.resume import check_not_begun, kept
 from wmtp_modules.run.start import exit_with_message
-from wmtp_modules.run.stopping import StopRequests
+from wmtp_modules.run.stopping import Stopped, StopRequests
 
 
 def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[DictConfig]:
@@ -72,21 +72,22 @@ def train(
     """Train what a recipe has set up, then write its summary; Stopped when it has saved and ends.
 
     The recipe has ``model_args``, ``device``, ``watchdog``, ``train`` and ``finish``; if it has
-    ``draw``, rank 0 calls that as well when the process ends early, after all has been said.
+    ``draw``, rank 0 calls that at the exit of a process whose run stops or fails.
     ``beside`` are metrics files of the runs before, drawn in the same picture; ``started`` is
     ``time.perf_counter()`` when the run's setup began.
     """
-    draw = getattr(recipe, "draw", lambda: None)
-    if dist.get_rank() == 0:  # at the exit: a stop must be quick, and the page says how it ended
-        atexit.register(draw)
     with (
         exit_with_message(TrainingError, OSError),
         explain_out_of_memory(cfg, recipe.model_args, recipe.device),
         stops.step_by_step(),
         recipe.watchdog,
     ):
-        recipe.train()
-    atexit.unregister(draw)
+        try:
+            recipe.train()
+        except (Stopped, TrainingError):
+            if dist.get_rank() == 0 and hasattr(recipe, "draw"):
+                atexit.register(recipe.draw)  # not now: a stop must be quick
+            raise
     seconds = round(time.perf_counter() - started, 1)
     with exit_with_message(OSError):
         # "seconds" of the run that has controls becomes the sum of all.
