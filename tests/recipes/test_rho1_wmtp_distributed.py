@@ -643,6 +643,8 @@ def test_a_run_that_starts_over_leaves_no_state_of_the_one_before(run, uniform, 
     folder = shutil.copytree(uniform[0], tmp_path / "run")
     run({"max_steps": 2, "save_every_n_steps": 2}, folder)
     assert [path.name for path in (folder / "training_state").iterdir()] == ["step_000002"]
+    assert "Complete after 2 steps." in (folder / "run.html").read_text()
+    assert json.loads((folder / "tokens.json").read_text())["step"] == 2
 
 
 def test_a_run_on_data_that_has_changed(run, uniform, base_config, tmp_path):
