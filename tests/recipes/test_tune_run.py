@@ -70,7 +70,8 @@ def test_quickstart_tells_what_it_found_and_where_everything_is(quickstart):
     assert (beside["heads"], len(beside["heldout_loss"])) == (4, 4)
     for losses in summary["heldout_loss"].values():
         assert all(f"{loss:.3f}" in done.stdout for loss in losses)
-    for what in (folder / "best", folder / "curves.png", folder / "summary.json"):
+    for name in ("best", "run.html", "curves.png", "summary.json"):
+        what = folder / name
         assert str(what) in done.stdout
         assert what.exists()
     assert "mlflow ui --backend-store-uri" in done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """The runs that one config asks for: required ones, then its own in turn, and their table."""
 
+import atexit
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.run.out_of_memory import explain_out_of_memory
 from wmtp_modules.run.resume import check_not_begun, kept
 from wmtp_modules.run.start import exit_with_message
-from wmtp_modules.run.stopping import StopRequests
+from wmtp_modules.run.stopping import Stopped, StopRequests
 from wmtp_modules.run.storing import localized
 
 
@@ -72,7 +73,8 @@ def train(
 ) -> dict:
     """Train what a recipe has set up, then write its summary; Stopped when it has saved and ends.
 
-    The recipe has ``model_args``, ``device``, ``watchdog``, ``train`` and ``finish``.
+    The recipe has ``model_args``, ``device``, ``watchdog``, ``train`` and ``finish``; if it has
+    ``draw``, rank 0 calls that at the exit of a process whose run stops or fails.
     ``beside`` are metrics files of the runs before, drawn in the same picture; ``started`` is
     ``time.perf_counter()`` when the run's setup began.
     """
@@ -82,7 +84,12 @@ def train(
         stops.step_by_step(),
         recipe.watchdog,
     ):
-        recipe.train()
+        try:
+            recipe.train()
+        except (Stopped, TrainingError):
+            if dist.get_rank() == 0 and hasattr(recipe, "draw"):
+                atexit.register(recipe.draw)  # not now: a stop must be quick
+            raise
     seconds = round(time.perf_counter() - started, 1)
     with exit_with_message(OSError):
         # "seconds" of the run that has controls becomes the sum of all.
@@ -168,6 +175,7 @@ def print_losses(summary: dict) -> None:
 def print_places(output_dir: Path, summary: dict) -> None:
     """Where a run's checkpoints, picture and figures are."""
     print(f"Checkpoints  {output_dir / 'best'} and {output_dir / 'last'}")
+    print(f"Page         {output_dir / 'run.html'}")
     print(f"Curves       {output_dir / 'curves.png'}")
     print(f"Figures      {output_dir / 'summary.json'} and {output_dir / 'metrics.jsonl'}")
     if "tracking" in summary:

@@ -42,6 +42,7 @@ from wmtp_modules.run.metric_logging import (
     describe_machine,
     make_logger,
 )
+from wmtp_modules.run.start import launched_as
 from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.run.watchdog import Watchdog
@@ -125,12 +126,14 @@ class Run:
             return
         self._output_dir.mkdir(parents=True, exist_ok=True)
         # What an earlier run left here must not look like this one's.
-        (self._output_dir / "summary.json").unlink(missing_ok=True)
+        stale = () if self.step else ("tokens.json", "run.html")
+        for name in ("summary.json", *stale):
+            (self._output_dir / name).unlink(missing_ok=True)
         clear_exit(self._output_dir)
         self._bad_steps.write_files()
         shown = OmegaConf.create(resume.kept(self._cfg))
         with new_file(self._output_dir / "config.yaml") as unfinished:
-            OmegaConf.save(shown, unfinished)
+            unfinished.write_text(f"# {launched_as()}\n{OmegaConf.to_yaml(shown)}", "utf-8")
         jsonl = JSONLLogger(self._output_dir / "metrics.jsonl", resume_step=self.step)
         # Without a state to go on from it is the same run in MLflow if its config is the same.
         from_start = None if self._cfg.resume_from_checkpoint else False

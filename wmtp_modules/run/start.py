@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -81,6 +82,16 @@ def parse(main: Callable[[DictConfig], None]) -> Callable[[], None]:
         main(cfg)
 
     return wrapper
+
+
+def launched_as() -> str:
+    """How this process's recipe was started, but for its config: ``tune run ... RECIPE``."""
+    world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = f" --nnodes {world // local}" if world > local else ""
+    recipe = os.path.relpath(sys.argv[0]) if os.path.isabs(sys.argv[0]) else sys.argv[0]
+    recipe = sys.argv[0] if recipe.startswith("..") else recipe
+    command = f"tune run{nodes} --nproc_per_node {local} {shlex.quote(recipe)}"
+    return command.replace("\n", " ")  # one line, whatever a folder is called
 
 
 @contextmanager
