@@ -223,7 +223,7 @@ def test_a_disk_that_is_full_and_then_is_not(s3, small_disk, requests):
     content = os.urandom(3_000_000)
     put(s3, "file", content)
     disk = small_disk(1000)
-    with pytest.raises(StoreError, match=rf"s3://bucket/file does not fit on the disk of {disk} "):
+    with pytest.raises(StoreError, match=rf"s3://bucket/file does not fit on the disk of {disk}"):
         mirror(place("s3://bucket/file", disk), disk)
     assert not place("s3://bucket/file", disk).path.exists()
     small_disk(5000)
