@@ -134,7 +134,7 @@ class Registry:
         known = Outbox(run_dir).position().run_id
         if known is not None and self._ask(is_there, self._client, known):
             return known
-        made = "wmtp_registry", run_dir.name, secrets.token_hex(16)
+        made = "wmtp_registry", None, run_dir.name, secrets.token_hex(16)
         run_id = self._ask(make_run, self._client, self._uri, *made)
         self._ask(self._client.set_terminated, run_id)
         return run_id
