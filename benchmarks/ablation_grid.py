@@ -1,9 +1,9 @@
 """What ablation.py runs: models that arms share, settings with their arms, claims to compare.
 
 Everything is a shipped quickstart config with changes (dotted keys). Factors vary one at a time
-from the quickstart's own values, the critic's from full weights (``strength`` 1). A seed deals files
-or rows to their parts, orders them and initialises the models; all arms of a seed share all of that,
-so differences are paired.
+from the quickstart's own values, the critic's from full weights (``strength`` 1). A seed deals
+files or rows to their parts, orders them and initialises the models; all arms of a seed share all
+of that, so differences are paired.
 """
 
 import copy
