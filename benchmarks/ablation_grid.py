@@ -347,7 +347,7 @@ def _filters(critic: str, places: dict, core: tuple[int, ...]) -> tuple[Arm, ...
 
 
 def _unspoiled(places: dict) -> Arm:
-    """What spoiling costs at all: an upper bound that no weighting of spoiled text can reach."""
+    """What spoiling costs at all: about what a weighting of spoiled text could win at most."""
     changes = places | {
         "stages": ["rewards", "policy"],
         "dataset.source": f"{SOUND}/policy.jsonl",

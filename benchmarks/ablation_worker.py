@@ -125,9 +125,10 @@ def train(recipe: Any, cfg: DictConfig) -> dict:
         "spikes": n_lines(output_dir / "loss_spikes.jsonl"),
         "skipped": n_lines(output_dir / "skipped_steps.jsonl"),
     }
-    if marked:  # means over steps
+    if marked:  # means over steps; one without a marked target logs no share of it, which is 0
+        steps = sum("weighted_loss" in line for line in lines)
         for name in ("noise_in_data", "noise_in_weight"):
-            measures[name] = sum(line[name] for line in marked) / len(marked)
+            measures[name] = sum(line[name] for line in marked) / steps
     return measures
 
 
