@@ -422,6 +422,7 @@ class CriticWMTPRecipeDistributed:
             made_from=self.made_from(cfg),
             validate=self.validate,
             export=self.save_checkpoint,
+            draw=self.draw,
             kept={"scale": scale},
         )
         if not cfg.get("replay"):
@@ -623,8 +624,8 @@ def make_runs(cfg: DictConfig, runs: list[DictConfig], recipe, stops: StopReques
     report(cfg, summary)
     if runs:
         plan.write_summary(output_dir, summary)
-        if cfg.get("registry"):
-            register_run(output_dir, cfg.registry.model_name)
+        if model_name := (cfg.get("registry") or {}).get("model_name"):
+            register_run(output_dir, model_name)
     elif (output_dir / "summary.json").exists():  # a policy's figures stay
         before = json.loads((output_dir / "summary.json").read_text())
         plan.write_summary(output_dir, before | summary)

@@ -30,7 +30,7 @@ from wmtp_modules.checkpoints.read import (
     model_args_from_folder,
 )
 from wmtp_modules.config.check import Above, AtLeast, Component, Optional, check_config
-from wmtp_modules.config.keys import STORAGE, TRACKING
+from wmtp_modules.config.keys import REGISTRY, STORAGE, TRACKING
 from wmtp_modules.evaluation.compare import COMPARISONS
 from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
 from wmtp_modules.evaluation.execution import run_samples
@@ -124,6 +124,7 @@ SCHEMA = {
     ),
     "metric_logger": Optional(Component(makes="MetricLoggerInterface")),
     "tracking": TRACKING,
+    "registry": REGISTRY,  # an environment may have it; an evaluation registers nothing
     # Runs before the evaluation: the quickstart makes its data and model here.
     "assets_dir": Optional(str),
     "prepare": Optional(Component()),

@@ -157,6 +157,7 @@ class Rho1WMTPRecipeDistributed:
             made_from=share_from_rank_zero(made_from),
             validate=self.validate,
             export=self.save_checkpoint,
+            draw=self.draw,
         )
         if not cfg.get("replay"):
             self._run.begin()
@@ -381,8 +382,8 @@ def recipe_main(cfg: DictConfig) -> None:
         if dist.get_rank() == 0:
             plan.write_summary(Path(cfg.output_dir), summary)
             report(cfg, summary)
-            if cfg.get("registry"):
-                register_run(cfg.output_dir, cfg.registry.model_name)
+            if model_name := (cfg.get("registry") or {}).get("model_name"):
+                register_run(cfg.output_dir, model_name)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing that a test starts writes to this folder's runs/: it names its stores itself.
 os.environ["WMTP_ENVIRONMENT"] = os.path.join(os.path.dirname(__file__), "environment.yaml")
+# A machine's load comes when it comes: only its own tests look at it.
+os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"
 # Without the bytecode of torch and its like, each process that starts compiles for ten seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

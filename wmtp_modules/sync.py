@@ -21,7 +21,7 @@ from wmtp_modules.storage.upload import RECORD, Follower
 from wmtp_modules.tracking.deliver import Delivery
 from wmtp_modules.tracking.follow import ended_as, say
 from wmtp_modules.tracking.outbox import ORDER, Outbox
-from wmtp_modules.tracking.store import DEFAULTS, problem_of, uri_of
+from wmtp_modules.tracking.store import problem_of, uri_of
 
 
 def send_figures(run_dir: Path) -> str:
@@ -95,8 +95,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("run_dir", type=Path, nargs="+", metavar="RUN_DIR")
     guard_output()
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
     failed = False
     for folder in parser.parse_args(argv).run_dir:
         try:

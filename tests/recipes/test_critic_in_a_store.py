@@ -21,6 +21,7 @@ def test_every_stage_in_a_store_and_found_there_on_an_empty_disk(
                 "rewards.table_dir": "s3://bucket/rewards",
                 "storage": {"cache": str(tmp_path / cache)},
                 "resume_from_checkpoint": True,
+                "allow_uninformative_critic": True,
                 **changes,
             },
         )

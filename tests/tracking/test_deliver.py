@@ -4,11 +4,14 @@ import json
 import math
 import secrets
 import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from wmtp_modules import sync
 from wmtp_modules.run.metric_logging import JSONLLogger
+from wmtp_modules.tracking import deliver
 from wmtp_modules.tracking.deliver import Delivery, mlflow_name
 from wmtp_modules.tracking.outbox import Order, Outbox
 
@@ -216,3 +219,30 @@ def test_a_locked_sqlite_store(tmp_path, mlflow_tables, checks, monkeypatch):
     sent.send("FINISHED")
     history = checks.history(MlflowClient(uri), sent.run_id)
     assert history == checks.expected(sent.outbox.metrics)
+
+
+def test_the_machine_s_load_arrives_once_beside_the_figures(
+    proxy, mlflow_client, checks, tmp_path, monkeypatch
+):
+    """Its steps are seconds; every answer to it is lost once, and another process goes on."""
+    clock = SimpleNamespace(time=lambda: started + ticks, monotonic=time.monotonic)
+    sent, started, ticks = Sent(tmp_path, proxy.uri), time.time(), 0
+    sent.send()
+    began = mlflow_client.get_run(sent.run_id).info.start_time
+    monkeypatch.setattr(deliver, "time", clock)
+    seconds = []
+    for step in range(1, 5):
+        ticks += 10
+        seconds.append((int(clock.time() * 1000) - began) // 1000)
+        sent.delivery.sample({"system/cpu": step, "system/disk": 2 * step})
+        sent.jsonl.log("loss", step, step)
+        proxy.fault = lambda path: "lost" if "log-batch" in path else "pass"
+        assert sent.try_send() is not None
+        proxy.fault = lambda path: "pass"
+        if step == 3:
+            sent.delivery.sample({})  # within an interval
+        sent.send()
+    found = checks.history(mlflow_client, sent.run_id)
+    assert found.pop("system/cpu") == list(zip(seconds, range(1, 5), strict=True))
+    assert [value for _, value in found.pop("system/disk")] == [2, 4, 6, 8]
+    assert found == checks.expected(sent.outbox.metrics)

@@ -17,7 +17,7 @@ from wmtp_modules.config.check import ConfigError
 
 FOLDER = Path("configs") / "environments"
 DEFAULT = "local"
-BLOCKS = ("storage", "tracking")
+BLOCKS = ("storage", "tracking", "registry")
 # What a required run takes over from the one that requires it: the place, not the name.
 INHERITED = ("uri", "required", "artifact_root")
 # Variables whose values may stand in URLs, and anywhere in the blocks of an environment: they name
@@ -26,6 +26,7 @@ FOR_URLS = (
     *("WMTP_STORAGE_ROOT", "WMTP_STORAGE_CACHE", "WMTP_STORAGE_ENDPOINT", "WMTP_SCRATCH"),
     *("WMTP_TRACKING_URI", "WMTP_ARTIFACT_ROOT", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL"),
     *("AWS_ENDPOINT_URL_S3", "USER", "LOGNAME", "HOME", "HOSTNAME", "TMPDIR", "XDG_CACHE_HOME"),
+    "WMTP_MODEL_NAME",
     *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_TASK_ID"),
 )
 MARK = "WMTPvariable"
@@ -65,7 +66,7 @@ def check_blocks(cfg: DictConfig, file: Path) -> None:
     others = sorted(str(key) for key in cfg if key not in BLOCKS)
     if others:
         raise ConfigError(
-            f"{file}: {', '.join(others)}: an environment has the blocks {' and '.join(BLOCKS)}; "
+            f"{file}: {', '.join(others)}: an environment has the blocks {', '.join(BLOCKS)}; "
             "what else a run is stands in its own YAML"
         )
 

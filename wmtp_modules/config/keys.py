@@ -16,6 +16,8 @@ TRACKING = Optional(
         "run_name": Optional(str),
     }
 )
+# Name under which best/ is registered at the end of a training run; null: it is not.
+REGISTRY = Optional({"model_name": Optional(str)})
 # Where a run's files go, and folders on this machine: for what lies in a store, and for the moment.
 STORAGE = Optional(
     {
@@ -59,7 +61,7 @@ TRAINING_KEYS = {
     "compile": bool,
     "metric_logger": Optional(Component(makes="MetricLoggerInterface")),
     "tracking": TRACKING,
-    "registry": Optional({"model_name": str}),  # register best/ at the end, under this name
+    "registry": REGISTRY,
     "profiler": training.setup_torch_profiler,
     # What comes before the run, and beside it for comparison.
     "assets_dir": Optional(str),

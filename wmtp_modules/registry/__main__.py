@@ -10,14 +10,12 @@ both. A new version is the candidate, one that is promoted production, which fet
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from wmtp_modules.config.secrets import hidden
 from wmtp_modules.registry.models import CANDIDATE, PRODUCTION, Registry
 from wmtp_modules.tracking.outbox import Outbox
-from wmtp_modules.tracking.store import DEFAULTS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,8 +45,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
-    for key, value in DEFAULTS.items():
-        os.environ.setdefault(key, value)
     try:
         print(run(args))
     except (ValueError, OSError) as error:

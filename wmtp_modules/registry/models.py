@@ -16,7 +16,14 @@ from wmtp_modules.files import new_folder
 from wmtp_modules.registry.card import model_card
 from wmtp_modules.scoring.score_table import fingerprint_checkpoint
 from wmtp_modules.tracking.outbox import Outbox
-from wmtp_modules.tracking.store import is_there, make_run, open_client, problem_of, uri_of
+from wmtp_modules.tracking.store import (
+    is_there,
+    make_run,
+    open_client,
+    problem_of,
+    set_defaults,
+    uri_of,
+)
 
 log = utils.get_logger("INFO")
 
@@ -38,6 +45,7 @@ class Registry:
     """
 
     def __init__(self, uri: str | None = None) -> None:
+        set_defaults()
         self._uri = uri_of(uri)
         self._client = self._ask(open_client, self._uri)
 

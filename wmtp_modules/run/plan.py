@@ -1,6 +1,5 @@
 """The runs that one config asks for: required ones, then its own in turn, and their table."""
 
-import atexit
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.run.out_of_memory import explain_out_of_memory
 from wmtp_modules.run.resume import check_not_begun, kept
 from wmtp_modules.run.start import exit_with_message
-from wmtp_modules.run.stopping import Stopped, StopRequests
+from wmtp_modules.run.stopping import StopRequests
 from wmtp_modules.run.storing import localized
 
 
@@ -73,8 +72,8 @@ def train(
 ) -> dict:
     """Train what a recipe has set up, then write its summary; Stopped when it has saved and ends.
 
-    The recipe has ``model_args``, ``device``, ``watchdog``, ``train`` and ``finish``; if it has
-    ``draw``, rank 0 calls that at the exit of a process whose run stops or fails.
+    The recipe has ``model_args``, ``device``, ``watchdog``, ``train``, ``finish``, and ``draw`` for
+    rank 0 where the run fails; one that stops has drawn itself.
     ``beside`` are metrics files of the runs before, drawn in the same picture; ``started`` is
     ``time.perf_counter()`` when the run's setup began.
     """
@@ -86,9 +85,9 @@ def train(
     ):
         try:
             recipe.train()
-        except (Stopped, TrainingError):
-            if dist.get_rank() == 0 and hasattr(recipe, "draw"):
-                atexit.register(recipe.draw)  # not now: a stop must be quick
+        except TrainingError:
+            if dist.get_rank() == 0:
+                recipe.draw()
             raise
     seconds = round(time.perf_counter() - started, 1)
     with exit_with_message(OSError):

@@ -57,6 +57,7 @@ class Run:
         made_from: names data, scores and so on; a state made from others is refused.
         validate: gives the held-out loss of each head, equal on all ranks.
         export: writes the model to a folder.
+        draw: writes the run's page, on rank 0.
         kept: what else a resumed run must find again: tensors and plain values by name.
 
     Attributes:
@@ -79,6 +80,7 @@ class Run:
         made_from: Any,
         validate: Callable[[], list[float]],
         export: Callable[[Path], None],
+        draw: Callable[[], None],
         kept: dict[str, Any] | None = None,
     ) -> None:
         self._cfg = cfg
@@ -92,7 +94,7 @@ class Run:
         self._alphas_K = alphas_K
         self._made_from = made_from
         self._validate = validate
-        self._export = export
+        self._export, self._draw = export, draw
         self.kept = kept or {}
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.step = self.micro_step = self._epoch = 0
@@ -410,8 +412,12 @@ class Run:
             self.save_checkpoint(self._states)
         with self._watchdog.paused():
             self._states.wait()
-            if self._loggers and isinstance(self._loggers[-1], MLflowLogger):
-                self._loggers[-1].close("KILLED", reason, patience=STOP_S)
+            if self.rank == 0:  # what follows may be cut short
+                self._stops.write_down(Stopped(reason, self.step))
+                self._draw()
+                if isinstance(self._loggers[-1], MLflowLogger):
+                    self._loggers[-1].log_artifact(self._output_dir / "run.html")
+                    self._loggers[-1].close("KILLED", reason, patience=STOP_S)
         raise Stopped(reason, self.step)
 
     def finish_steps(self) -> None:

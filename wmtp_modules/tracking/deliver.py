@@ -6,7 +6,8 @@ store is asked for the last step of each figure; what it has is not sent again.
 
 import re
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -18,10 +19,13 @@ from wmtp_modules.tracking.store import (
     make_run,
     open_client,
     reason_of,
+    set_defaults,
 )
+from wmtp_modules.tracking.system import SYSTEM
 
 MOST_METRICS, MOST_PARAMS = 1000, 100  # of a call
 MOST_WAITING = 50_000  # figures in memory; what is beyond stays in the file
+MOST_SAMPLES = 1000  # of the machine, in an outage; older ones are dropped
 LONGEST_NAME, LONGEST_TAG = 250, 5000
 SHORT_VALUE = 250  # characters of a parameter that every version of a server takes
 # In MLflow's own words: what stands between may answer 400 for a while, which is BAD_REQUEST.
@@ -43,11 +47,14 @@ class Delivery:
     """
 
     def __init__(self, outbox: Outbox, uri: str, say: Callable[[str], None]) -> None:
+        set_defaults()
         self._outbox, self._uri, self._say = outbox, uri, say
         self.position: Position = outbox.position()
         self._lines = Lines(outbox.metrics)
         self._waiting: list[Any] = []  # mlflow Metrics
+        self._samples: deque[tuple[int, dict[str, float]]] = deque(maxlen=MOST_SAMPLES)
         self._client: Any = None
+        self._began = 0  # the run in MLflow, in milliseconds
         self._is_open = self._is_certain = False
         self._params: dict[str, str] | None = None
         self._tags: dict[str, str] = {}
@@ -69,6 +76,7 @@ class Delivery:
             while self._waiting:
                 self._send_metrics(order)
                 self.read()
+            self._send_samples()
             failed = self._send_artifacts(order)
             if status is not None and self.position.status != status:
                 self._client.set_terminated(self.position.run_id, status)
@@ -79,6 +87,11 @@ class Delivery:
             raise
         if failed is not None:
             raise failed
+
+    def sample(self, figures: Mapping[str, float]) -> None:
+        """Take up how busy the machine is now, which stands in no file."""
+        if figures:
+            self._samples.append((int(time.time() * 1000), dict(figures)))
 
     def read(self) -> None:
         """Take up what is new in the file; it gets the time of now."""
@@ -118,6 +131,7 @@ class Delivery:
         if status is None:
             self._client.update_run(run_id, status="RUNNING")
             self.position.status = None
+        self._began = self._client.get_run(run_id).info.start_time
         self._save(run_id=run_id, session=order.session)
         if order.ended and order.ended != run_id and is_there(self._client, order.ended):
             info = self._client.get_run(order.ended).info
@@ -159,11 +173,30 @@ class Delivery:
         del self._waiting[: len(some)]
         self._save(problem=None)
 
+    def _send_samples(self) -> None:
+        """Their step is the second since the run began in MLflow."""
+        from mlflow.entities import Metric
+
+        if self._samples and not self._is_certain:
+            self._drop_what_is_there()
+        while self._samples:
+            at, figures = self._samples[0]
+            step = self._second(at)
+            some = [Metric(name, value, at, step) for name, value in figures.items()]
+            self._or_one_by_one("metrics", some)
+            self._samples.popleft()
+
+    def _second(self, at: int) -> int:
+        return (at - self._began) // 1000
+
     def _drop_what_is_there(self) -> None:
         """Figures go in order, so the last step of each tells which have arrived."""
         run = self._client.get_run(self.position.run_id)
         last = {one.key: one.step for one in run.data._metric_objs}  # ``metrics`` has no steps
         self._waiting = [one for one in self._waiting if one.step > last.get(one.key, -1)]
+        seconds = max((step for name, step in last.items() if name.startswith(SYSTEM)), default=-1)
+        while self._samples and self._second(self._samples[0][0]) <= seconds:
+            self._samples.popleft()
         self._is_certain = True
 
     def _or_one_by_one(self, what: str, entities: list) -> None:

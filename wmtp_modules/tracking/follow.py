@@ -16,7 +16,8 @@ from wmtp_modules.config.secrets import guard_output, hidden
 from wmtp_modules.files import alone_in, read_json, sync_command
 from wmtp_modules.tracking.deliver import Delivery
 from wmtp_modules.tracking.outbox import ORDER, Order, Outbox
-from wmtp_modules.tracking.store import DEFAULTS, problem_of
+from wmtp_modules.tracking.store import problem_of
+from wmtp_modules.tracking.system import SystemMetrics
 
 TICK_S = 1.0  # between two looks at the file
 LONGEST_WAIT_S = 30.0  # between two attempts in an outage
@@ -59,6 +60,7 @@ def follow(run_dir: Path, session: str, uri: str, parent: int | None, *, is_requ
     outbox = Outbox(run_dir)
     with alone_in(outbox.folder, wait=True):  # the follower of the start before ends by itself
         delivery = Delivery(outbox, uri, say)
+        machine = SystemMetrics(say)
         wait, ended_at, is_away = TICK_S, None, False
         while True:
             order = outbox.order()
@@ -67,6 +69,8 @@ def follow(run_dir: Path, session: str, uri: str, parent: int | None, *, is_requ
             is_over = order.status is not None or has_ended(parent)
             if is_over and ended_at is None:
                 ended_at = time.monotonic()
+            if not is_over:
+                delivery.sample(machine.new())
             try:
                 delivery.send(order, ended_as(outbox, order) if is_over else None)
             except Exception as error:  # whatever MLflow, a driver or a server may raise
@@ -125,8 +129,6 @@ def main() -> None:
         parent = None
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(one, signal.SIG_IGN)  # meant for the run, after whose end this ends
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
     if "WMTP_QUIET_TRACKING" not in os.environ:  # else the run waits
         os.nice(5)
     uri, is_required = os.environ["MLFLOW_TRACKING_URI"], "WMTP_QUIET_TRACKING" in os.environ

@@ -22,6 +22,12 @@ DEFAULTS = {
 }
 
 
+def set_defaults() -> None:
+    """Before the first import of mlflow in a process."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
 class MissingRunError(ValueError):
     """The run to continue is not in the store."""
 
