@@ -222,9 +222,10 @@ def test_a_store_that_cannot_be_used_is_one_sentence(forks, config, refuse_keys,
 
 
 @pytest.mark.nightly
-def test_a_run_that_is_told_to_stop(s3, forks, config, names):
+def test_a_run_that_is_told_to_stop(s3, server, mlflow_client, forks, config, names):
     """It saves, sends what it can in a few seconds, and what is in the store is whole."""
-    file = config(max_steps=2000, save_every_n_steps=20, run_val_every_n_steps=2000)
+    own = {"metric_logger": None, "tracking": {"uri": server.uri}}
+    file = config(max_steps=2000, save_every_n_steps=20, run_val_every_n_steps=2000, **own)
     run = forks.start([RHO1, "--config", file])
     end = time.monotonic() + 200
     while not any(name.endswith("manifest.json") for name in names()):
@@ -233,15 +234,25 @@ def test_a_run_that_is_told_to_stop(s3, forks, config, names):
         time.sleep(0.2)
     os.kill(run.pids[0], signal.SIGTERM)
     assert run.wait() == [75], run.stderr
+
+    def read(name):
+        return s3.get_object(Bucket="bucket", Key=f"run/{name}")["Body"].read()
+
     states = {n.split("/")[1] for n in names() if n.endswith("manifest.json")}
     assert states
     for state in states - {n.split("/")[1] for n in names() if n.endswith(".incomplete")}:
-        manifest = s3.get_object(Bucket="bucket", Key=f"run/training_state/{state}/manifest.json")[
-            "Body"
-        ].read()
+        manifest = read(f"training_state/{state}/manifest.json")
         for name, known in json.loads(manifest)["files"].items():
-            data = s3.get_object(Bucket="bucket", Key=f"run/training_state/{state}/{name}")
-            assert hashlib.sha256(data["Body"].read()).hexdigest() == known["sha256"]
+            data = read(f"training_state/{state}/{name}")
+            assert hashlib.sha256(data).hexdigest() == known["sha256"]
     left = "wmtp_modules.sync" in run.stderr
     step = int(re.search(r"after step (\d+), which is saved", run.stderr)[1])
-    assert left or states == {f"step_{step:06d}"}
+    if not left:
+        assert states == {f"step_{step:06d}"}
+        assert json.loads(read("exit.json")) == {"reason": "SIGTERM", "step": step}
+        assert b"Stopped by SIGTERM" in read("run.html")
+    (experiment,) = [e for e in mlflow_client.search_experiments() if e.name == "wmtp"]
+    (tracked,) = mlflow_client.search_runs([experiment.experiment_id], max_results=1)
+    assert (tracked.info.status, tracked.data.tags["exit_reason"]) == ("KILLED", "SIGTERM")
+    pictures = {one.path for one in mlflow_client.list_artifacts(tracked.info.run_id)}
+    assert "run.html" in pictures
