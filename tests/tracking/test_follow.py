@@ -179,3 +179,21 @@ def test_only_tracking_is_enough_and_none_is_none(server, followers, mlflow_clie
     logger.close()
     assert mlflow_client.get_run(logger.run_id).info.run_name == "my_run"
     assert os.listdir(tmp_path / "my_run") == ["tracking"]
+
+
+def test_a_follower_that_was_killed_before_the_end_has_a_successor(
+    server, followers, mlflow_client, checks, tmp_path
+):
+    """It would be too early to start another one for the next step, but not for the last."""
+    logger, log = begin(tmp_path, server.uri)
+    log({"loss": 1.0}, 1)
+    wait_until(lambda: Outbox(tmp_path).position().step == 1)
+    followers[0].kill()
+    wait_until(lambda: followers[0].poll() is not None)
+    log({"loss": 0.5}, 2)
+    assert len(followers) == 1
+    logger.close()
+    assert len(followers) == 2
+    figures = checks.history(mlflow_client, logger.run_id)
+    assert figures == checks.expected(tmp_path / "metrics.jsonl") == {"loss": [(1, 1.0), (2, 0.5)]}
+    assert mlflow_client.get_run(logger.run_id).info.status == "FINISHED"

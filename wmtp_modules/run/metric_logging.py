@@ -286,9 +286,12 @@ class MLflowLogger(MetricLoggerInterface):
         """Numbers or one-element tensors; those of a run with ``run_dir`` are in its file."""
         if self._own:
             self._own.log_dict(payload, step)
-        has_left = self._follower is not None and self._follower.poll() is not None
-        if has_left and time.monotonic() - self._started_at > RESTART_S:  # something killed it
+        if self._has_left() and time.monotonic() - self._started_at > RESTART_S:
             self._start_follower()
+
+    def _has_left(self) -> bool:
+        """Whether something has killed the process beside this one, as long as the run goes on."""
+        return self._follower is not None and self._follower.poll() is not None
 
     def log_artifact(self, path: str | Path) -> None:
         self._order.artifacts.append(str(Path(path).absolute()))
@@ -312,8 +315,16 @@ class MLflowLogger(MetricLoggerInterface):
         self._order.status = status
         self._order.tags["exit_reason"] = hidden(reason or status.lower())
         self._hand_over()
+        if self._has_left():
+            self._start_follower()
         self._wait(lambda: False, patience)
         self._position()
+        if self._follower and self._follower.poll() not in (None, 0, 1):  # 1: it has said so
+            log.warning(
+                "MLflow may not have got everything of %s: `%s` sends the rest",
+                self._outbox.run_dir,
+                sync_command(self._outbox.run_dir),
+            )
         if self._own and self._follower and self._follower.poll() == 0:
             shutil.rmtree(self._outbox.run_dir, ignore_errors=True)
 
