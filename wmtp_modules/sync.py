@@ -64,6 +64,7 @@ def send_files(folder: Path) -> str:
         )
     with alone_in(folder, wait=False):
         follower = Follower(folder.absolute(), known["url"], known["kind"])
+        follower.look()
         n_before = len(follower.missing())
         follower.send()
         if left := rest_of(follower):

@@ -215,7 +215,8 @@ def test_killed_at_every_moment(run, tmp_path, monkeypatch):
     assert moment > 20
 
 
-def test_a_process_killed_at_random_moments(s3, run, children, in_store):
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.nightly)])
+def test_a_process_killed_at_random_moments(s3, run, children, in_store, kills):
     draw = random.Random(0)
 
     def send():
@@ -229,7 +230,7 @@ def test_a_process_killed_at_random_moments(s3, run, children, in_store):
                     shutil.rmtree(other)
             follower.send()
 
-    for _ in range(4):
+    for _ in range(kills):
         draw.random()
         pid = children.begin(send)
         time.sleep(1 + draw.random())
@@ -471,6 +472,21 @@ def test_the_bucket_goes_or_the_key(s3, run, impatient, refuse_keys, caplog, fau
     state(run, 2)
     (told,) = thread.close()
     assert ("no bucket bucket" if fault == "bucket" else "AWS_ACCESS_KEY_ID") in told
+
+
+def test_a_bucket_that_was_deleted_and_made_anew(s3, run, impatient, names, in_store, caplog):
+    """What was up before goes up again."""
+    best(run, "v1")
+    thread = Background([Follower(run, RUN, "run")])
+    wait_for(lambda: names() == {*contents(run)})
+    for name in names():
+        s3.delete_object(Bucket="bucket", Key=f"run/{name}")
+    s3.delete_bucket(Bucket="bucket")
+    state(run, 2)
+    wait_for(lambda: "no bucket bucket" in caplog.text)
+    s3.create_bucket(Bucket="bucket")
+    assert thread.close() == []
+    assert in_store() == contents(run)
 
 
 def test_a_store_that_hangs_does_not_hold_up_a_run_that_was_stopped(run, monkeypatch, impatient):

@@ -106,6 +106,20 @@ def test_what_a_lost_position_file_knew_the_server_knows(server, mlflow_client, 
     assert checks.history(mlflow_client, before) == checks.expected(sent.outbox.metrics)
 
 
+def test_figures_that_are_there_take_no_room(server, mlflow_client, checks, tmp_path, monkeypatch):
+    """Of a long run: who begins anew reads past all that was delivered, and ends with the last."""
+    monkeypatch.setattr(deliver, "MOST_WAITING", 4)
+    sent = Sent(tmp_path, server.uri)
+    for step in range(9):
+        sent.jsonl.log_dict({"loss": step, "ess": 0.5}, step)
+    sent.send()
+    sent.jsonl.log_dict({"loss": 9, "ess": 0.5}, 9)
+    sent.anew()
+    sent.send("FINISHED")
+    assert checks.history(mlflow_client, sent.run_id) == checks.expected(sent.outbox.metrics)
+    assert sent.outbox.position().step == 9
+
+
 def test_a_resumed_run_resends_no_step(server, mlflow_client, tmp_path):
     sent = Sent(tmp_path, server.uri)
     for step in range(6):

@@ -116,7 +116,7 @@ def test_20_kills_of_the_server_and_2_of_the_run(
         twice = [step for step, times in steps.items() if times > 1]
         if has != wants:
             wrong[name] = {"lacks": lacks[:9], "twice": twice[:9], "order": has == sorted(has)}
-    assert wrong == {}
+    assert wrong == {}, run.stderr[-3000:]
     info = mlflow_client.get_run(run_id).info
     assert info.status == "FINISHED"
     token = mlflow_client.get_run(run_id).data.tags["wmtp.run"]

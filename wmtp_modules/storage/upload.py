@@ -54,6 +54,7 @@ class Follower:
         self._open: set[str] = set()  # folders whose objects are not whole
         self._gone: set[str] = set()  # folders that the last pass missed here
         self._saved: set[str] = set()  # folders of states of which this process has sent one
+        self._is_unsure = False  # whether the store has what was sent: a call has failed
         self._loose_at = float("-inf")  # when files that are objects of their own were last sent
         record = folder / RECORD
         if record.exists() and (before := read_json(record))["url"] == self.url:
@@ -78,6 +79,17 @@ class Follower:
         """Folders that the store has in part: the next pass makes them whole, or deletes them."""
         self._open |= set(units)
 
+    def look(self) -> None:
+        """Ask the store what it has: a bucket may have been emptied, or deleted and made anew.
+
+        Raises:
+            StoreError: if it cannot be used.
+        """
+        found = store.objects_in(self.url)
+        has = {name for name, of in self.up.items() if name in found and found[name].etag == of[2]}
+        self.up = {name: self.up[name] for name in self.up if name in has}
+        self.save()
+
     def missing(self) -> dict[str, int]:
         """Files that are not up as they are here, with their bytes."""
         return {
@@ -98,6 +110,13 @@ class Follower:
         Raises:
             StoreError: with the first that could not be sent; what was is not sent again.
         """
+        if self._is_unsure:
+            self.look()
+        self._is_unsure = True
+        self._send(settle_s)
+        self._is_unsure = False
+
+    def _send(self, settle_s: float) -> None:
         here = self._scan()
         self._start_over(here)
         loose = [unit for unit in here if self._is_loose(unit)]

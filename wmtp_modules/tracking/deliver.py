@@ -8,7 +8,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from itertools import islice
 from typing import Any
 
 from wmtp_modules.config.secrets import hidden
@@ -98,8 +97,9 @@ class Delivery:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        room = max(0, MOST_WAITING - len(self._waiting))
-        for step, name, value in islice(self._lines.new(), room):
+        lines = self._lines.new()
+        while len(self._waiting) < MOST_WAITING and (figure := next(lines, None)):
+            step, name, value = figure
             if not self.position.has(step, name := mlflow_name(name)):
                 self._waiting.append(Metric(name, value, now, step))
 
