@@ -75,6 +75,9 @@ def test_quickstart_tells_what_it_found_and_where_everything_is(quickstart):
         assert str(what) in done.stdout
         assert what.exists()
     assert "mlflow ui --backend-store-uri" in done.stdout + done.stderr
+    (manifest,) = folder.parent.rglob("scores/manifest.json")
+    tags = json.loads((folder / "tracking" / "run.json").read_text())["tags"]
+    assert json.loads(tags["scores.reference"]) == json.loads(manifest.read_text())["fingerprint"]
 
 
 def test_a_forked_start_equals_a_real_one(quickstart, forks, tiny_quickstarts, tmp_path):

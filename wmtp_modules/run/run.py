@@ -6,6 +6,7 @@ same methods in the same order.
 Shapes: K heads.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -146,8 +147,10 @@ class Run:
         for one in self._loggers:
             one.log_config(shown)
         if isinstance(logger, MLflowLogger):
+            tables = self._dataset.scores_made_from.items()
+            tags = {f"scores.{name}": json.dumps(fingerprint) for name, fingerprint in tables}
             machine = describe_machine(self._device, self.world)
-            logger.log_tags(machine | {"made_from": self._made_from})
+            logger.log_tags(tags | machine | {"made_from": self._made_from})
 
     def _resume(self) -> str | None:
         """Continue from the newest sound training state; returns the logger's run."""

@@ -63,8 +63,9 @@ def _monitors() -> list[Any]:
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
+    kinds: tuple[Any, ...] = CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor
     found = []
-    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+    for kind in kinds:
         try:
             found.append(kind())
         except (ImportError, RuntimeError, AttributeError, OSError):  # no GPU, no network
