@@ -2,10 +2,11 @@
 
     uv run python benchmarks/mirror.py --mb 2000
 
-The server is moto's, in a process of its own, and holds the object in memory. The plain copy is
-s3fs's ``get_file``, the client of the mirror, into a file that is then synced, as the mirror's is.
-Pairs alternate; the median of plain seconds over mirrored ones has to be at least 0.8. Then two
-processes ask at once: the server must send the object once.
+The server is moto's, in a process of its own; but the object's content comes from a file, as moto
+copies all of it for every range. ``--each`` limits a connection to so many MB/s: what a store far
+away does. The plain copy is s3fs's ``get_file``, the client of the mirror, into a file that is then
+synced, as the mirror's is. Pairs alternate; the median of plain seconds over mirrored ones has to
+be at least 0.8. Then two processes ask at once: the server must send the object once.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -31,7 +33,12 @@ KEYS = {
 URL = "s3://bucket/object.bin"
 
 
-def serve(queue: multiprocessing.Queue, sent: "multiprocessing.sharedctypes.Synchronized") -> None:
+def serve(
+    queue: multiprocessing.Queue,
+    sent: "multiprocessing.sharedctypes.Synchronized",
+    source: Path,
+    each: float,
+) -> None:
     """An S3 server that counts the bytes of the object's content that it sends."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
@@ -39,11 +46,27 @@ def serve(queue: multiprocessing.Queue, sent: "multiprocessing.sharedctypes.Sync
     application = DomainDispatcherApplication(create_backend_app)
 
     def counting(environ: dict, start_response: object) -> object:
-        for block in application(environ, start_response):
-            if environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith(".bin"):
+        if environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith(".bin"):
+            return content_of(environ, start_response)
+        return application(environ, start_response)
+
+    def content_of(environ: dict, start_response: Callable) -> Iterator[bytes]:
+        size = source.stat().st_size
+        first, _, last = environ.get("HTTP_RANGE", "bytes=0-")[len("bytes=") :].partition("-")
+        start, end = int(first), min(int(last or size), size - 1) + 1
+        headers = {"Content-Length": str(end - start)}
+        headers |= {"Content-Range": f"bytes {start}-{end - 1}/{size}"}
+        start_response("206 Partial Content", list(headers.items()))
+        with source.open("rb") as file:
+            file.seek(start)
+            while start < end:
+                block = file.read(min(2**20, end - start))
+                start += len(block)
                 with sent.get_lock():
                     sent.value += len(block)
-            yield block
+                yield block
+                if each:
+                    time.sleep(len(block) / 1e6 / each)
 
     server = make_server("127.0.0.1", 0, counting, threaded=True)
     queue.put(server.server_port)
@@ -74,14 +97,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mb", type=int, default=2000)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--each", type=float, default=0.0, help="MB/s of a connection; 0: no limit")
     args = parser.parse_args()
     os.environ.update(KEYS)
     spawn = multiprocessing.get_context("spawn")
     queue, sent = spawn.Queue(), spawn.Value("q", 0)
-    server = spawn.Process(target=serve, args=(queue, sent), daemon=True)
+    folder = Path(tempfile.mkdtemp(prefix="wmtp_mirror_"))
+    what = queue, sent, folder / "source.bin", args.each
+    server = spawn.Process(target=serve, args=what, daemon=True)
     server.start()
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{queue.get(timeout=120)}"
-    folder = Path(tempfile.mkdtemp(prefix="wmtp_mirror_"))
     try:
         print(hardware())
         found = measure(folder, args.mb * 10**6, args.pairs, sent, spawn)

@@ -10,8 +10,8 @@ import functools
 import hashlib
 import os
 import re
-import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ from typing import Any
 from wmtp_modules.config.secrets import hidden
 from wmtp_modules.storage.places import bucket_and_key, endpoint
 
-BLOCK = 4 * 2**20  # bytes that are hashed and written at once
+BLOCK = 8 * 2**20  # bytes of a request, hashed and written at once
+AT_ONCE = 10  # requests, as many as s3fs has connections
 TRIES = 4  # in a row without a byte, where a connection drops in the middle
 SHA256 = "sha256"  # in an object's metadata, of what we have written
 
@@ -255,45 +256,42 @@ def gather(url: str, there: Object, part: Path) -> str:
 
 
 def _blocks(url: str, there: Object, start: int) -> Iterator[bytes]:
-    """The rest of an object in order, in one request; what drops is asked for again from there."""
+    """The rest of an object in order, by some requests at once: one alone is slow at most stores.
+
+    What drops is asked for again from where it was.
+    """
     system, (bucket, key) = _file_system(os.getpid(), endpoint()), bucket_and_key(url)
+    match = f'"{there.etag}"'
 
-    async def opened(begin: int) -> Any:
-        rest = {"Range": f"bytes={begin}-"} if begin else {}
-        match = f'"{there.etag}"'
-        return await system._call_s3("get_object", Bucket=bucket, Key=key, IfMatch=match, **rest)
-
-    async def block_of(body: Any) -> bytes:
-        parts, size = [], 0
-        try:
-            while size < BLOCK and (part := await body.read(min(BLOCK - size, 2**20))):
-                parts.append(part)
-                size += len(part)
-        except Exception:
-            if not parts:
-                raise
-        return b"".join(parts)
-
-    def begun(work: Coroutine) -> Future:
-        return asyncio.run_coroutine_threadsafe(work, system.loop)
-
-    failures = 0
-    while start < there.size:
-        try:
-            body = begun(opened(start)).result()["Body"]
-            coming = begun(block_of(body))
+    async def block_of(begin: int, end: int) -> bytes:
+        got, failures = bytearray(), 0
+        while True:
+            before = len(got)
+            rest = f"bytes={begin + before}-{end - 1}"
             try:
-                while block := coming.result():
-                    coming = begun(block_of(body))  # on its way while this one is written
-                    yield block
-                    start, failures = start + len(block), 0
-            finally:
-                coming.cancel()
-                system.loop.call_soon_threadsafe(body.close)
-            if start < there.size:
-                raise ConnectionError(f"it ended after {start} of {there.size} bytes")
-        except Exception as error:
-            failures += 1
-            if _code(error.__cause__ or error) or failures == TRIES:  # the store's own answer
-                raise
-            time.sleep(0.2 * 2**failures)
+                answer = await system._call_s3(
+                    "get_object", Bucket=bucket, Key=key, IfMatch=match, Range=rest
+                )
+                async with answer["Body"] as body:
+                    while some := await body.read(2**20):
+                        got += some
+                if len(got) == end - begin:
+                    return bytes(got)
+                raise ConnectionError(f"it ended after {begin + len(got)} of {there.size} bytes")
+            except Exception as error:
+                failures = 1 if len(got) > before else failures + 1
+                if _code(error.__cause__ or error) or failures == TRIES:  # the store's own answer
+                    raise
+                await asyncio.sleep(0.2 * 2**failures)
+
+    coming: deque[Future] = deque()
+    try:
+        while start < there.size or coming:
+            while start < there.size and len(coming) < AT_ONCE:
+                end = min(start + BLOCK, there.size)
+                coming.append(asyncio.run_coroutine_threadsafe(block_of(start, end), system.loop))
+                start = end
+            yield coming.popleft().result()
+    finally:
+        for one in coming:
+            one.cancel()
