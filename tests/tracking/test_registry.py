@@ -78,6 +78,16 @@ def test_from_a_run_to_a_folder_that_recipes_take(server, make_run, tmp_path, ca
     assert re.match(r"1  @production +run \w+", lines[1])
 
 
+def test_without_a_uri_it_is_the_environment_s(make_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WMTP_TRACKING_URI", raising=False)
+    monkeypatch.setenv("WMTP_ENVIRONMENT", "cluster")
+    assert main(["list", "nobody"]) == 1
+    assert "WMTP_TRACKING_URI" in capsys.readouterr().err
+    monkeypatch.setenv("WMTP_TRACKING_URI", f"sqlite:///{tmp_path}/mine.db")
+    assert main(["list", "nobody"]) == 1
+    assert f"registered in sqlite:///{tmp_path}/mine.db" in capsys.readouterr().err
+
+
 def test_what_was_changed_in_the_store_is_not_handed_out(server, make_run, tmp_path):
     run, registry = make_run(), Registry(server.uri)
     version, _ = registry.register(run, "m")

@@ -38,11 +38,7 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
         "where files and figures go: docs/environments.md."
     )
     known, overrides = parser.parse_known_args(argv)
-    place = environment.file_of(environment.take_choice(overrides))
-    below = OmegaConf.create({})
-    if place is not None:
-        below = load_config(place)
-        environment.check_blocks(below, place)
+    below = read_environment(overrides)
     flags = [argument for argument in overrides if argument.startswith("-")]
     if flags:
         raise ConfigError(
@@ -58,6 +54,20 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
             f"({_in_one_line(error)})"
         ) from error
     _rename_moved_(cfg)
+    return cfg
+
+
+def read_environment(overrides: list[str]) -> DictConfig:
+    """The environment that overrides choose, which are taken out of the list, or WMTP_ENVIRONMENT.
+
+    Raises:
+        ConfigError: if there is none of that name, or it is not one.
+    """
+    place = environment.file_of(environment.take_choice(overrides))
+    if place is None:
+        return OmegaConf.create({})
+    cfg = load_config(place)
+    environment.check_blocks(cfg, place)
     return cfg
 
 

@@ -5,14 +5,19 @@
     python -m wmtp_modules.registry fetch NAME FOLDER [--which WHICH]
     python -m wmtp_modules.registry list NAME
 
-The store is --uri, else that of the run; the environment variable MLFLOW_TRACKING_URI goes before
-both. A new version is the candidate, one that is promoted production, which fetch takes.
+The store is --uri, else that of the run, else that of the environment (WMTP_ENVIRONMENT); the
+variable MLFLOW_TRACKING_URI goes before them. A new version is the candidate, one that is promoted
+production, which fetch takes.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wmtp_modules.config.file import read_environment
 from wmtp_modules.config.secrets import hidden
 from wmtp_modules.registry.models import CANDIDATE, PRODUCTION, Registry
 from wmtp_modules.tracking.outbox import Outbox
@@ -55,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     order = Outbox(args.run_dir).order() if args.command == "register" else None
-    registry = Registry(args.uri or (order.uri if order else None))
+    registry = Registry(args.uri or (order.uri if order else _uri_of_environment()))
     if args.command == "register":
         version, is_new = registry.register(args.run_dir, args.name, args.evaluation)
         done = "registered" if is_new else "was registered; its card is new"
@@ -71,6 +76,13 @@ def run(args: argparse.Namespace) -> str:
         for version, aliases, run_id in registry.versions(args.name)
     ]
     return "\n".join(lines) or f"{args.name} has no versions"
+
+
+def _uri_of_environment() -> str | None:
+    try:
+        return OmegaConf.select(read_environment([]), "tracking.uri")
+    except OmegaConfBaseException as error:  # a variable that is not set
+        raise ValueError(f"tracking.uri of the environment: {error}".partition("\n")[0]) from error
 
 
 if __name__ == "__main__":
