@@ -151,6 +151,7 @@ class Run:
             tags = {f"scores.{name}": json.dumps(fingerprint) for name, fingerprint in tables}
             machine = describe_machine(self._device, self.world)
             logger.log_tags(tags | machine | {"made_from": self._made_from})
+            logger.log_artifact(self._output_dir / "run.html")  # however the run ends
 
     def _resume(self) -> str | None:
         """Continue from the newest sound training state; returns the logger's run."""
@@ -419,7 +420,6 @@ class Run:
                 self._stops.write_down(Stopped(reason, self.step))
                 self._draw()
                 if isinstance(self._loggers[-1], MLflowLogger):
-                    self._loggers[-1].log_artifact(self._output_dir / "run.html")
                     self._loggers[-1].close("KILLED", reason, patience=STOP_S)
         raise Stopped(reason, self.step)
 
