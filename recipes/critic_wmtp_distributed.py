@@ -51,7 +51,9 @@ from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import all_reduce_sum, rank_zero_first
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.progress import progress_bar
+from wmtp_modules.registry.models import register_run
 from wmtp_modules.reports.curves import plot_curves
+from wmtp_modules.reports.run_page import draw_run
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.bad_steps import what_is_wrong
 from wmtp_modules.run.figures import TrainingError, heldout_losses, noise_sums
@@ -156,6 +158,7 @@ class CriticWMTPRecipeDistributed:
         self._weighting = make_weighting(cfg)
         self._critic_dir = Path(cfg.critic.checkpoint_dir if cfg.get("critic") else "none")
         self._frozen: MTPTransformer | None = None  # the critic's trunk, while it is needed
+        self._shown: dict = {}  # the policy's last micro-batch, for the page
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
     # ------------------------------------------------- setup, with the rewards
@@ -419,6 +422,7 @@ class CriticWMTPRecipeDistributed:
             made_from=self.made_from(cfg),
             validate=self.validate,
             export=self.save_checkpoint,
+            draw=self.draw,
             kept={"scale": scale},
         )
         if not cfg.get("replay"):
@@ -470,6 +474,10 @@ class CriticWMTPRecipeDistributed:
             "tokens": (batch["doc"] >= 0).sum(),
             "noise": noise_sums(batch["noise"], mask_BTK, weights_BTK),
         }
+        self._shown = {"step": run.step + 1, "batch": batch, "mask_BTK": mask_BTK}
+        self._shown["of_heads"] = {"weight": weights_BTK, "loss": losses_BTK.detach()}
+        if "values" in batch:
+            self._shown["of_tokens"] = {"value after it": batch["values"]}
         return loss, sums, stats
 
     def train(self) -> None:
@@ -516,9 +524,15 @@ class CriticWMTPRecipeDistributed:
         if self._rank == 0:
             own = {controls.name_of(self._cfg): curves.with_name("metrics.jsonl")}
             plot_curves(beside | own, curves)
+            self.draw(summary)
         names = ("critic.json", "calibration.png", "weights.html")
-        self._run.close(curves, *(self._critic_dir / name for name in names))
+        pictures = curves, curves.with_name("run.html")
+        self._run.close(*pictures, *(self._critic_dir / name for name in names))
         return summary
+
+    def draw(self, summary: dict | None = None) -> None:
+        """The page of the policy's run as far as it has come; rank 0 calls it."""
+        draw_run(self._cfg.output_dir, summary, self._tokenizer, self._shown)
 
     def replay(self) -> None:
         """Repeat the step at which a run stopped, and train nothing."""
@@ -610,6 +624,8 @@ def make_runs(cfg: DictConfig, runs: list[DictConfig], recipe, stops: StopReques
     report(cfg, summary)
     if runs:
         plan.write_summary(output_dir, summary)
+        if model_name := (cfg.get("registry") or {}).get("model_name"):
+            register_run(output_dir, model_name)
     elif (output_dir / "summary.json").exists():  # a policy's figures stay
         before = json.loads((output_dir / "summary.json").read_text())
         plan.write_summary(output_dir, before | summary)

@@ -30,6 +30,7 @@ from wmtp_modules.checkpoints.read import (
     model_args_from_folder,
 )
 from wmtp_modules.config.check import Above, AtLeast, Component, Optional, check_config
+from wmtp_modules.config.keys import REGISTRY, STORAGE, TRACKING
 from wmtp_modules.evaluation.compare import COMPARISONS
 from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
 from wmtp_modules.evaluation.execution import run_samples
@@ -58,12 +59,11 @@ from wmtp_modules.progress import progress_bar
 from wmtp_modules.reports.evaluation import FILES as REPORTS
 from wmtp_modules.reports.evaluation import (
     build_report,
-    describe_machine,
     print_report,
     report_metrics,
     write_report,
 )
-from wmtp_modules.run.metric_logging import code_version
+from wmtp_modules.run.metric_logging import JSONLLogger, code_version, describe_machine, make_logger
 from wmtp_modules.run.resume import kept
 from wmtp_modules.run.start import exit_with_message, parse, process_group
 from wmtp_modules.run.stopping import clear_exit
@@ -77,6 +77,7 @@ STAGES = ("generate", "execute", "heldout", "decode_speed")
 # Every key of a config; a component's keys are read from its signature.
 SCHEMA = {
     "output_dir": str,
+    "storage": STORAGE,
     "stages": list[str],
     "device": ("cuda", "cpu"),
     "dtype": ("bf16", "fp32"),
@@ -122,6 +123,8 @@ SCHEMA = {
         }
     ),
     "metric_logger": Optional(Component(makes="MetricLoggerInterface")),
+    "tracking": TRACKING,
+    "registry": REGISTRY,  # an environment may have it; an evaluation registers nothing
     # Runs before the evaluation: the quickstart makes its data and model here.
     "assets_dir": Optional(str),
     "prepare": Optional(Component()),
@@ -426,10 +429,12 @@ class EvalMTPRecipe:
     def tell(self) -> None:
         """Print the report and log it."""
         report = self._report
-        if self._cfg.get("metric_logger"):
-            logger = config.instantiate(self._cfg.metric_logger)
-            logger.log_config(self._cfg)
-            logger.log_dict(report_metrics(report), step=0)
+        if logger := make_logger(self._cfg, self._output_dir):
+            logger.log_config(
+                OmegaConf.create(kept(self._cfg) | {"output_dir": self._cfg.output_dir})
+            )
+            for one in (JSONLLogger(self._output_dir / "metrics.jsonl"), logger):
+                one.log_dict(report_metrics(report), step=0)
             if hasattr(logger, "log_artifact"):
                 for path in sorted(self._output_dir.glob("[!.]*.*")):
                     logger.log_artifact(path)

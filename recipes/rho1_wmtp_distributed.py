@@ -35,7 +35,9 @@ from wmtp_modules.data.rows import has_marks
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
+from wmtp_modules.registry.models import register_run
 from wmtp_modules.reports.curves import plot_curves
+from wmtp_modules.reports.run_page import draw_run
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.figures import heldout_losses, noise_sums
 from wmtp_modules.run.model import checked_model_args, make_model, make_optimizer
@@ -121,6 +123,7 @@ class Rho1WMTPRecipeDistributed:
         self._reference_model = None  # unless it scores
         self._reference: tuple[int, list[float]] | None = None  # its heads, held-out losses
         self._beside_model: dict = {}  # these and the model's
+        self._shown: dict = {}  # the last micro-batch, for the page
         self.watchdog = Watchdog(cfg.collective_timeout_s, cfg.output_dir)
 
     # ---------------------------------------------------------------- setup
@@ -130,6 +133,7 @@ class Rho1WMTPRecipeDistributed:
         training.set_seed(cfg.seed)
         self.model_args = checked_model_args(cfg)
 
+        self._tokenizer = config.instantiate(cfg.tokenizer)
         rows, rows_val = load_rows(cfg)
         pack = {"max_seq_len": cfg.tokenizer.max_seq_len, "seed": cfg.seed}
         self._dataset_val = PackedDataset(rows_val, **pack)
@@ -153,6 +157,7 @@ class Rho1WMTPRecipeDistributed:
             made_from=share_from_rank_zero(made_from),
             validate=self.validate,
             export=self.save_checkpoint,
+            draw=self.draw,
         )
         if not cfg.get("replay"):
             self._run.begin()
@@ -237,6 +242,10 @@ class Rho1WMTPRecipeDistributed:
         }
         if reference_BTK is not None:  # to see whether all of them are finite
             sums["reference"] = torch.where(mask_BTK, reference_BTK, 0).sum()
+        self._shown = {"step": self._run.step + 1, "batch": batch, "mask_BTK": mask_BTK}
+        self._shown["of_heads"] = {"weight": weights_BTK, "loss": losses_BTK.detach()} | (
+            {} if reference_BTK is None else {"reference": reference_BTK}
+        )
         return loss, sums, stats
 
     def _reference_BTK(self, batch: dict, inputs: dict) -> torch.Tensor | None:
@@ -301,8 +310,13 @@ class Rho1WMTPRecipeDistributed:
         if self._rank == 0:
             own = {controls.name_of(self._cfg): curves.with_name("metrics.jsonl")}
             plot_curves(beside | own, curves)
-        self._run.close(curves)
+            self.draw(summary)
+        self._run.close(curves, curves.with_name("run.html"))
         return summary
+
+    def draw(self, summary: dict | None = None) -> None:
+        """The page of the run as far as it has come; rank 0 calls it."""
+        draw_run(self._cfg.output_dir, summary, self._tokenizer, self._shown)
 
     def replay(self) -> None:
         """Repeat the step at which a run stopped, and train nothing."""
@@ -368,6 +382,8 @@ def recipe_main(cfg: DictConfig) -> None:
         if dist.get_rank() == 0:
             plan.write_summary(Path(cfg.output_dir), summary)
             report(cfg, summary)
+            if model_name := (cfg.get("registry") or {}).get("model_name"):
+                register_run(cfg.output_dir, model_name)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ import os
 
 # Before anything imports torch. Threads that wait for a core which another test has would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing that a test starts writes to this folder's runs/: it names its stores itself.
+os.environ["WMTP_ENVIRONMENT"] = os.path.join(os.path.dirname(__file__), "environment.yaml")
+# A machine's load comes when it comes: only its own tests look at it.
+os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"
 # Without the bytecode of torch and its like, each process that starts compiles for ten seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -11,6 +15,7 @@ import faulthandler
 import importlib.util
 import logging
 import signal
+import subprocess
 import sys
 import sysconfig
 import traceback
@@ -61,6 +66,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_configure(config):
     config.bound_file = os.fdopen(os.dup(2), "w")  # stderr itself is captured during a test
+    config.pluginmanager.register(load(Path(__file__).with_name("servers.py")), "servers")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -166,6 +172,24 @@ def drawn():
         forked = load(Path(__file__).with_name("fork_server.py"))
         patch.setattr(Figure, "savefig", forked.save_nothing)
         yield draw
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(kib): a file system of that size; grown by a second call."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def make(kib):
+        again = ["-o", f"remount,size={kib}k"] if os.path.ismount(disk) else ["-o", f"size={kib}k"]
+        command = ["mount", "-t", "tmpfs", *again, "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a small disk is a mounted tmpfs, which takes root")
+        return disk
+
+    yield make
+    if os.path.ismount(disk):
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a log may be open
 
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 PRELOADED = (
     *("torch", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torchtune"),
     *("datasets", "matplotlib.figure", "matplotlib.backends.backend_agg", "sentencepiece"),
-    *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "sklearn.metrics"),
+    *("mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.server", "sklearn.metrics"),
 )
 TIMEOUT_S = 180.0  # of one start, on a machine that does other things meanwhile
 KILLED_AFTER_S = 30.0  # torchrun's patience with ranks that it has asked to end

@@ -401,3 +401,8 @@ _PAGE = re.compile(
     rb"|(Entry|Repository) not found|Invalid username or password|Access to \w+ \S+ is restricted",
     re.IGNORECASE,
 )
+
+
+def sync_command(run_dir: Path) -> str:
+    """What sends the rest of a run's folder to MLflow and its store."""
+    return f"python -m wmtp_modules.sync {shlex.quote(str(run_dir))}"

@@ -11,6 +11,7 @@ from omegaconf.errors import InterpolationResolutionError, UnsupportedInterpolat
 
 from wmtp_modules.config.check import Component, ConfigError, check_config
 from wmtp_modules.config.components import VARIABLE, NotAllowedError, locate, todays_name
+from wmtp_modules.config.environment import refuse_variables
 
 ROOT = Path(__file__).parents[2]
 
@@ -204,4 +205,14 @@ def test_nothing_of_ours_registers_a_resolver(folder):
     """``${oc.env:X}`` reads the environment and runs nothing; a resolver of ours could."""
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
-    assert not [file for file in files if re.search(r"register\w*_resolver", file.read_text())]
+    found = [file for file in files if re.search(r"register\w*_resolver", file.read_text())]
+    # It puts another oc.env in place while it looks where variables go, and then OmegaConf's back.
+    assert [file.name for file in found if file.name != "environment.py"] == []
+
+
+def test_variables_are_themselves_after_the_look(monkeypatch):
+    monkeypatch.setenv("PLANTED", "value")
+    cfg = OmegaConf.create({"note": "${oc.env:PLANTED}", "tracking": {"uri": "${note}"}})
+    with pytest.raises(ConfigError, match="PLANTED"):
+        refuse_variables(cfg)
+    assert cfg.note == "value"

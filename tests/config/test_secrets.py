@@ -1,9 +1,13 @@
 """What is secret stays out of what a run writes, wherever it stands in a config or a text."""
 
+import logging
+import sys
+
 import pytest
 from omegaconf import OmegaConf
 
-from wmtp_modules.config.secrets import hidden, without_secrets
+from wmtp_modules.config.secrets import guard_output, hidden, without_secrets
+from wmtp_modules.run import storing
 from wmtp_modules.run.metric_logging import MLflowLogger
 from wmtp_modules.run.plan import finished, write_summary
 from wmtp_modules.run.resume import kept
@@ -23,6 +27,13 @@ SECRET = "open-sesame-42"
         f"mssql+pyodbc:///?odbc_connect=Driver=x;UID=me;PWD={SECRET};Server=y",
         f"tune run --config x metric_logger.api_key={SECRET}",
         f"cannot open {SECRET} as it is no address",
+        f"https://me:p/{SECRET}@host/mlflow",  # a slash in a password, not escaped
+        f"https://me:p@/{SECRET}@host/mlflow",
+        f"https://host/x?password={SECRET}",
+        f"https://host/x?a=b&token={SECRET}&c=d",
+        f"https://host/x?X-Amz-Signature={SECRET}&X-Amz-Date=1",
+        f"connect(password='{SECRET}')",
+        f"Authorization: Bearer {SECRET}",
     ],
 )
 def test_a_text_is_shown_without_its_secret(text, monkeypatch):
@@ -32,7 +43,15 @@ def test_a_text_is_shown_without_its_secret(text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["sqlite:///runs/mlflow.db", "a@b", "file://x y@z", "max_tokens=3", "https://host/a@b"]
+    "text",
+    [
+        "sqlite:///runs/mlflow.db",
+        "a@b",
+        "file://x y@z",
+        "max_tokens=3",
+        "https://host/a@b",
+        "hf://org/name@main",
+    ],
 )
 def test_what_is_no_secret_stays(text):
     assert hidden(text) == text
@@ -58,6 +77,40 @@ def test_keys_that_name_a_secret_are_hidden_and_others_are_not():
         "api_key": "***",
         "hub": {"token": "***", "password": ""},
     }
+
+
+def test_a_value_is_hidden_wherever_it_stands_that_a_config_had_under_such_a_name(monkeypatch):
+    monkeypatch.setenv("HARMLESS", "open/sesame 43")
+    cfg = {"logger": {"api_key": "${oc.env:HARMLESS}"}, "uri": "http://me:ali+baba/44@host"}
+    cfg |= {"pin": {"password": 12345678}, "output_dir": "runs/x"}
+    storing.localized(OmegaConf.create(cfg))
+    for text in ("open/sesame 43", "open%2Fsesame%2043", "open%2Fsesame+43", "ali+baba/44"):
+        assert hidden(f"cannot use {text}!") == "cannot use ***!"
+    assert hidden("12345678") == "***"
+    assert kept(OmegaConf.create(cfg))["pin"] == {"password": "***"}
+
+
+def test_shapes_of_tokens_are_known():
+    for token in ("hf_" + "aB3" * 10, "AKIA" + "ABCD" * 4, "ASIA" + "ABC2" * 4):
+        assert hidden(f"refused {token}.") == "refused ***."
+
+
+def test_logs_and_tracebacks(monkeypatch, capsys, caplog):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    made = logging.getLogRecordFactory()
+    try:
+        guard_output()
+        logging.getLogger("x").warning("cannot reach %s", f"http://me:{SECRET}@host")
+        try:
+            raise RuntimeError(f"http://me:{SECRET}@host")
+        except RuntimeError as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        logging.setLogRecordFactory(made)
+    assert caplog.messages == ["cannot reach http://***@host"]
+    told = capsys.readouterr().err
+    assert "RuntimeError: http://***@host" in told
+    assert SECRET not in told
 
 
 def test_an_error_is_told_without_it(capsys):

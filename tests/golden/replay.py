@@ -563,6 +563,8 @@ class Run:
                 "mean": w.mean().item(),
                 "ess": (w.sum() ** 2 / (len(w) * w.square().sum())).item(),
                 "selected": (w >= 1 - near).double().mean().item(),
+                "low": (w < 0.5 - near).double().mean().item(),
+                "high": (w >= 2 - near).double().mean().item(),
                 "at_min": (w <= w_min + near).double().mean().item(),
                 "at_max": (w >= w_max - near).double().mean().item(),
             }

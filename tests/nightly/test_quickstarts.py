@@ -27,7 +27,7 @@ def quickstart(tmp_path_factory):
         (command,) = (line for line in COMMANDS if line.endswith(f"quickstart/{config}.yaml"))
         folder = tmp_path_factory.mktemp(config)
         more = [f"output_dir={folder}/out", f"assets_dir={folder}/assets"]
-        more += [f"metric_logger.tracking_uri=sqlite:///{folder}/mlflow.db"]
+        more += [f"tracking.uri=sqlite:///{folder}/mlflow.db"]
         tune = Path(sys.executable).with_name("tune")
         done = subprocess.run(
             [tune, *shlex.split(command)[1:], *more],

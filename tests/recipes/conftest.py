@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -77,24 +75,6 @@ def check_resumed(monkeypatch):
         assert skipped["step"] == 2
 
     return check
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """small_disk(kib): a file system of that size; grown by a second call."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def make(kib):
-        again = ["-o", f"remount,size={kib}k"] if os.path.ismount(disk) else ["-o", f"size={kib}k"]
-        command = ["mount", "-t", "tmpfs", *again, "tmpfs", str(disk)]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("a small disk is a mounted tmpfs, which takes root")
-        return disk
-
-    yield make
-    if os.path.ismount(disk):
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a log may be open
 
 
 # ------------------------------------------------------------- quickstarts of a few steps

@@ -262,6 +262,9 @@ def test_what_the_stages_leave(staged):
     for name in ("best", "last"):
         files = {file.name for file in (output / name).iterdir()}
         assert files == {"consolidated.pth", "params.json", "tokenizer.model"}
+    page = (output / "run.html").read_text()
+    assert f"Complete after {summary['steps']} steps." in page
+    assert "value after it 0." in page
 
 
 @pytest.mark.slow

@@ -206,6 +206,33 @@ def test_what_a_run_leaves(uniform):
     assert all(line["ess"] == 1.0 and line["selected_share"] == 1.0 for line in steps)
     assert summary["steps"] == 6
     assert (folder / "curves.png").stat().st_size > 5000
+    page = (folder / "run.html").read_text()
+    assert "Complete after 6 steps." in page
+    assert f"{steps[-1]['lr']:.4g}" in page
+    assert "resume_from_checkpoint=true" in page
+
+
+def test_the_page_shows_the_tokens_that_were_trained_on(rho1_run, base_config):
+    """Every document is a row, its weights and losses are those of the last step."""
+    folder, _ = rho1_run
+    last = metrics_of(folder)[-1]
+    record = json.loads((folder / "tokens.json").read_text())
+    assert (record["step"], record["of_heads"]) == (6, ["weight", "loss", "reference"])
+    assert record["left_out"] == 0
+    lines = Path(base_config.dataset.source).read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    for document in record["documents"]:
+        assert "".join(document["tokens"]) == texts[document["row"]]
+    for k in range(4):
+        heads = [heads[k] for one in record["documents"] for heads in one["heads"] if heads[k]]
+        weight, loss, reference = torch.tensor(heads, dtype=torch.float64).T
+        assert weight.mean().item() == pytest.approx(last[f"weight_mean_head_{k}"], rel=1e-3)
+        assert loss.mean().item() == pytest.approx(last[f"loss_head_{k}"], rel=1e-3)
+        excess = loss - reference
+        assert excess[weight > 1].min() >= excess[weight == 0].max() - 1e-3
+    page = (folder / "run.html").read_text()
+    assert page.count("<div class='code'>") == len(record["documents"])
+    assert ", reference " in page
 
 
 def test_what_a_run_leaves_holds_no_secret(run, tmp_path, monkeypatch):
@@ -616,6 +643,8 @@ def test_a_run_that_starts_over_leaves_no_state_of_the_one_before(run, uniform, 
     folder = shutil.copytree(uniform[0], tmp_path / "run")
     run({"max_steps": 2, "save_every_n_steps": 2}, folder)
     assert [path.name for path in (folder / "training_state").iterdir()] == ["step_000002"]
+    assert "Complete after 2 steps." in (folder / "run.html").read_text()
+    assert json.loads((folder / "tokens.json").read_text())["step"] == 2
 
 
 def test_a_run_on_data_that_has_changed(run, uniform, base_config, tmp_path):

@@ -70,10 +70,14 @@ def test_quickstart_tells_what_it_found_and_where_everything_is(quickstart):
     assert (beside["heads"], len(beside["heldout_loss"])) == (4, 4)
     for losses in summary["heldout_loss"].values():
         assert all(f"{loss:.3f}" in done.stdout for loss in losses)
-    for what in (folder / "best", folder / "curves.png", folder / "summary.json"):
+    for name in ("best", "run.html", "curves.png", "summary.json"):
+        what = folder / name
         assert str(what) in done.stdout
         assert what.exists()
     assert "mlflow ui --backend-store-uri" in done.stdout + done.stderr
+    (manifest,) = folder.parent.rglob("scores/manifest.json")
+    tags = json.loads((folder / "tracking" / "run.json").read_text())["tags"]
+    assert json.loads(tags["scores.reference"]) == json.loads(manifest.read_text())["fingerprint"]
 
 
 def test_a_forked_start_equals_a_real_one(quickstart, forks, tiny_quickstarts, tmp_path):
@@ -88,7 +92,7 @@ def test_a_forked_start_equals_a_real_one(quickstart, forks, tiny_quickstarts, t
     assert all(torch.equal(forked[name], tensor) for name, tensor in real.items())
     assert figures_of(tmp_path / "out") == figures_of(folder)
     names = {path.name for path in folder.iterdir()}
-    more = {"torchtune_config.yaml", "controls"}
+    more = {"torchtune_config.yaml", "tracking", "controls"}
     assert names - more == {path.name for path in (tmp_path / "out").iterdir()} - more
 
 

@@ -48,6 +48,8 @@ def test_a_stopped_run_ends_with_75_and_goes_on(tiny_quickstarts, forks, tmp_pat
     assert said["reason"] == "SIGTERM"
     assert 3 <= said["step"] < 16
     assert f"Stopped by SIGTERM after step {said['step']}, which is saved" in first.stderr
+    page = (folder / "run.html").read_text()
+    assert "Stopped by SIGTERM" in page
     assert [path.name for path in (folder / "training_state").iterdir()] == [
         f"step_{said['step']:06d}"
     ]

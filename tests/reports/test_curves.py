@@ -5,6 +5,7 @@ import pytest
 
 from wmtp_modules.reports import curves
 from wmtp_modules.reports.curves import plot_curves
+from wmtp_modules.reports.metrics import read_metrics
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def metrics(tmp_path):
 
 
 def test_every_panel_says_what_it_shows(metrics):
-    figure = curves._curves({name: curves._read(path) for name, path in metrics.items()})
+    figure = curves._curves({name: read_metrics(path) for name, path in metrics.items()})
     axes = [axis for part in figure.subfigs for axis in part.axes]
     assert [axis.get_title() for axis in axes] == [
         "Held-out loss, mean of heads",
@@ -39,7 +40,7 @@ def test_every_panel_says_what_it_shows(metrics):
 
 
 def test_many_runs_of_long_names_are_told_apart_inside_the_picture(metrics):
-    lines = curves._read(metrics["rho1"])
+    lines = read_metrics(metrics["rho1"])
     figure = curves._curves({f"another_{i}_{'n' * 30}": lines for i in range(16)})
     (legend,) = figure.legends
     figure.canvas.draw()

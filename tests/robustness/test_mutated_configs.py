@@ -16,6 +16,7 @@ from wmtp_modules.run.stopping import StopRequests
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("configs/**/*.yaml"))
+SHIPPED = [path for path in SHIPPED if path.parent.name != "environments"]  # of no recipe
 SHARE_OF_SHIPPED = 0.6
 MOST_RUNS = 5
 

@@ -76,7 +76,7 @@ def test_a_head_without_targets_has_no_figures():
         *(f"loss_head_{k}" for k in (0, 1)),
         *(
             f"weight_{n}_head_{k}"
-            for n in ("mean", "ess", "selected", "at_min", "at_max")
+            for n in ("mean", "ess", "selected", "at_min", "at_max", "low", "high")
             for k in (0, 1)
         ),
     }

@@ -1,7 +1,9 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -10,14 +12,17 @@ from omegaconf import OmegaConf
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.files import alone_in
 from wmtp_modules.run.controls import name_of, runs_of
+from wmtp_modules.run.figures import TrainingError
 from wmtp_modules.run.plan import (
     finished,
     in_turn,
     print_losses,
     required_runs,
     run_all,
+    train,
     write_summary,
 )
+from wmtp_modules.run.stopping import Stopped
 
 # ------------------------------------------------------------------- required runs
 
@@ -164,3 +169,28 @@ def test_a_finished_control_does_not_mind_what_stands_beside_it(tmp_path):
     assert finished(OmegaConf.merge(cfg, {"controls": None}))
     assert not finished(OmegaConf.merge(cfg, {"controls": ["a"]}))  # its picture shows them
     assert not finished(OmegaConf.merge(cfg, {"controls": None, "x": 2}))
+
+
+@pytest.mark.parametrize(
+    ("raised", "ends", "is_drawn"),
+    [
+        (None, None, False),  # its own end draws it
+        (Stopped("SIGTERM", 3), Stopped, False),  # so has it
+        (TrainingError("the loss is nan"), SystemExit, True),
+        (RuntimeError("a device hangs"), RuntimeError, False),  # who knows what still works
+    ],
+)
+def test_a_run_that_fails_is_drawn(tmp_path, gloo_group, raised, ends, is_drawn):
+    def go():
+        if raised:
+            raise raised
+
+    drawn = []
+    recipe = SimpleNamespace(train=go, finish=lambda beside: {}, draw=lambda: drawn.append(1))
+    recipe.watchdog, recipe.model_args, recipe.device = nullcontext(), {}, "cpu"
+    stops = SimpleNamespace(step_by_step=nullcontext)
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "device": "cpu"})
+    with pytest.raises(ends) if ends else nullcontext():
+        train(recipe, cfg, stops, {}, 0.0)
+    assert drawn == [1] * is_drawn
+    assert (tmp_path / "summary.json").exists() == (raised is None)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.files import alone_in
 from wmtp_modules.run import start
-from wmtp_modules.run.start import exit_with_message
+from wmtp_modules.run.start import exit_with_message, launched_as
 
 
 @pytest.fixture
@@ -132,3 +132,21 @@ def test_only_rank_0_takes_the_folder(tmp_path, monkeypatch, children, capfd):
         assert children.ends(rank_1) == [1]
     told = "rank 1: ValueError: device 'nowhere' is not cuda or cpu"  # what comes next
     assert told in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "world", "local", "said"),
+    [
+        ("recipes/x.py", None, None, "tune run --nproc_per_node 1 recipes/x.py"),
+        ("{here}/recipes/my x.py", 8, 8, "tune run --nproc_per_node 8 'recipes/my x.py'"),
+        ("/elsewhere/x.py", 16, 8, "tune run --nnodes 2 --nproc_per_node 8 /elsewhere/x.py"),
+    ],
+)
+def test_how_a_run_was_started(monkeypatch, tmp_path, script, world, local, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script.format(here=tmp_path), "--config", "c.yaml"])
+    for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", local)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, str(value))
+    assert launched_as() == said

@@ -130,6 +130,8 @@ def test_stats_by_hand():
         "mean": 1.0,
         "ess": 0.5,
         "selected": 0.5,
+        "low": 0.5,
+        "high": 0.5,
         "at_min": 0.5,
         "at_max": 0.5,
         "count": 4.0,

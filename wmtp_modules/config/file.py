@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from yaml import MarkedYAMLError, YAMLError
 
+from wmtp_modules.config import environment
 from wmtp_modules.config.check import COMPONENT, ConfigError
 from wmtp_modules.config.components import todays_name
 
@@ -22,6 +23,7 @@ from wmtp_modules.config.components import todays_name
 def read_config(argv: Sequence[str] | None = None, description: str | None = None) -> DictConfig:
     """The config of ``--config FILE key=value ... ~key``, overrides merged as torchtune does.
 
+    Below the file is the environment, see ``config/environment.py``; ``environment=`` is no key.
     ``argv`` None takes this process's arguments; ``description`` is shown by ``--help``.
 
     Raises:
@@ -31,23 +33,42 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run")
-    parser.epilog = "Any key of the file can be set by key=value, and taken out by ~key."
+    parser.epilog = (
+        "Any key of the file can be set by key=value, and taken out by ~key. environment=NAME says "
+        "where files and figures go: docs/environments.md."
+    )
     known, overrides = parser.parse_known_args(argv)
+    below = read_environment(overrides)
     flags = [argument for argument in overrides if argument.startswith("-")]
     if flags:
         raise ConfigError(
             f"{flags[0]} is not an option of a recipe: give --config FILE, overrides as key=value"
         )
-    values = cast(dict[str, Any], OmegaConf.to_container(load_config(known.config)))
+    own = load_config(known.config)
     try:
-        merged = _merge_yaml_and_cli_args(Namespace(**values), overrides)
+        values = cast(dict[str, Any], OmegaConf.to_container(merged(below, own)))
+        cfg = _merge_yaml_and_cli_args(Namespace(**values), overrides)
     except (ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(
             f"the overrides {' '.join(overrides)} cannot be merged into {known.config} "
             f"({_in_one_line(error)})"
         ) from error
-    _rename_moved_(merged)
-    return merged
+    _rename_moved_(cfg)
+    return cfg
+
+
+def read_environment(overrides: list[str]) -> DictConfig:
+    """The environment that overrides choose, which are taken out of the list, or WMTP_ENVIRONMENT.
+
+    Raises:
+        ConfigError: if there is none of that name, or it is not one.
+    """
+    place = environment.file_of(environment.take_choice(overrides))
+    if place is None:
+        return OmegaConf.create({})
+    cfg = load_config(place)
+    environment.check_blocks(cfg, place)
+    return cfg
 
 
 def merged(cfg: DictConfig, *changes: DictConfig | dict) -> DictConfig:

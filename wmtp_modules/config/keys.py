@@ -6,8 +6,31 @@ from wmtp_modules.config.check import Above, AtLeast, Component, Nullable, Optio
 
 OPTIMIZER = Component(given=("params",), keys={"lr": Optional(Above(float, 0))}, makes="Optimizer")
 
+# Where MLflow is, whether a run may begin without it, and what the run is called there.
+TRACKING = Optional(
+    {
+        "uri": Optional(str),
+        "required": Optional(bool),
+        "artifact_root": Optional(str),
+        "experiment": Optional(str),
+        "run_name": Optional(str),
+    }
+)
+# Name under which best/ is registered at the end of a training run; null: it is not.
+REGISTRY = Optional({"model_name": Optional(str)})
+# Where a run's files go, and folders on this machine: for what lies in a store, and for the moment.
+STORAGE = Optional(
+    {
+        "root": Optional(str),
+        "cache": Optional(str),
+        "endpoint": Optional(str),
+        "scratch": Optional(str),
+    }
+)
+
 TRAINING_KEYS = {
     "output_dir": str,
+    "storage": STORAGE,
     "device": ("cuda", "cpu"),
     "dtype": ("bf16", "fp32"),
     "fp32_master_weights": bool,
@@ -36,7 +59,9 @@ TRAINING_KEYS = {
     "log_every_n_steps": AtLeast(int, 1),
     "enable_activation_checkpointing": bool,
     "compile": bool,
-    "metric_logger": Component(makes="MetricLoggerInterface"),
+    "metric_logger": Optional(Component(makes="MetricLoggerInterface")),
+    "tracking": TRACKING,
+    "registry": REGISTRY,
     "profiler": training.setup_torch_profiler,
     # What comes before the run, and beside it for comparison.
     "assets_dir": Optional(str),

@@ -89,6 +89,12 @@ class PackedDataset(Dataset):
         return len(self._bounds) - 1
 
     @property
+    def scores_made_from(self) -> dict[str, dict]:
+        """Fingerprint of each score table, by its name; scores in memory have none."""
+        tables = self._scores.items()
+        return {name: table.fingerprint for name, table in tables if hasattr(table, "fingerprint")}
+
+    @property
     def padding_share(self) -> float:
         """Share of all packs' positions that no row fills."""
         return 1 - self.n_tokens / (len(self) * self.max_seq_len)

@@ -3,7 +3,6 @@
 matplotlib takes two seconds to import, so it is imported only when something is drawn.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wmtp_modules.files import new_file
+from wmtp_modules.reports.metrics import Metrics, read_metrics, smoothed, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -
     Raises:
         ValueError: if there is nothing to draw.
     """
-    figure = _curves({name: _read(path) for name, path in metrics_by_run.items()})
+    figure = _curves({name: read_metrics(path) for name, path in metrics_by_run.items()})
     if figure is None:
         raise ValueError(f"no loss to draw in {', '.join(map(str, metrics_by_run.values()))}")
     _save(figure, out_png)
@@ -64,9 +64,9 @@ def _finish(axis: "Axes") -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _curves(runs: Mapping[str, list[dict]]) -> "Figure | None":
+def _curves(runs: Mapping[str, Metrics]) -> "Figure | None":
     """The picture of ``plot_curves``; None if there is nothing to draw."""
-    keys = {key for lines in runs.values() for line in lines for key in line}
+    keys = {key for run in runs.values() for key in run.curves}
     heads = sum(key.startswith("val_loss_head_") for key in keys)
     wide = [
         ("val_loss", "Held-out loss, mean of heads", "loss (nats per token)"),
@@ -154,25 +154,19 @@ def _save(figure: "Figure", out_png: str | Path) -> None:
         figure.savefig(unfinished, format="png", dpi=130)
 
 
-def _read(path: str | Path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def _draw(axis: "Axes", runs: Mapping[str, list[dict]], key: str, *, smooth: bool) -> None:
+def _draw(axis: "Axes", runs: Mapping[str, Metrics], key: str, *, smooth: bool) -> None:
     """One line per run; values that were not finite (null) are skipped."""
-    for index, (name, lines) in enumerate(runs.items()):
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        if not points:
+    for index, (name, run) in enumerate(runs.items()):
+        if key not in run.curves or not len(curve := run.curves[key].finite):
             continue
-        steps, values = zip(*points, strict=True)
-        look = style(index)
+        look, shown = style(index), thinned(curve)
         if smooth:
-            axis.plot(steps, values, color=look["color"], alpha=0.25, linewidth=0.8)
-            values = _smoothed(values)
-        every = max(1, len(steps) // 12)
+            axis.plot(shown.steps, shown.values, color=look["color"], alpha=0.25, linewidth=0.8)
+            shown = thinned(smoothed(curve, SMOOTHING))
+        every = max(1, len(shown) // 12)
         axis.plot(
-            steps,
-            values,
+            shown.steps,
+            shown.values,
             label=name,
             linewidth=1.6,
             markersize=4,
@@ -180,13 +174,3 @@ def _draw(axis: "Axes", runs: Mapping[str, list[dict]], key: str, *, smooth: boo
             **look,
         )
     _finish(axis)
-
-
-def _smoothed(values: tuple[float, ...]) -> list[float]:
-    """Exponential average, unbiased at the start."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = SMOOTHING * total + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + 1 - SMOOTHING
-        smoothed.append(total / weight)
-    return smoothed

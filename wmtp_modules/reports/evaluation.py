@@ -2,14 +2,10 @@
 
 import io
 import json
-import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from wmtp_modules.evaluation.compare import other_comparison
 from wmtp_modules.evaluation.pass_at_k import best_temperatures, pass_at_k
@@ -138,17 +134,6 @@ def report_metrics(report: Mapping) -> dict[str, float]:
     names += ("plain_tokens_per_s", "self_speculative_tokens_per_s")
     metrics |= {name: report.get(name) for name in names}
     return {name: value for name, value in metrics.items() if value is not None}
-
-
-def describe_machine(device: torch.device, ranks: int) -> dict:
-    """What a speed or a time limit was measured on."""
-    is_cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "ranks": ranks,
-        "python": platform.python_version(),
-    }
 
 
 def print_report(report: Mapping) -> None:

@@ -3,19 +3,17 @@
 import math
 from html import escape
 from pathlib import Path
-from string import Template
+from typing import TYPE_CHECKING
 
-from torchtune.models.llama2 import Llama2Tokenizer
+from wmtp_modules.reports.page import paragraph, write_page
 
-from wmtp_modules.files import new_file
+if TYPE_CHECKING:  # a page is made without it
+    from torchtune.models.llama2 import Llama2Tokenizer
 
 # A weight of 1 has no colour; colours are strongest from this factor below and above.
 FULL = 4.0
 OPACITY = 0.7  # of the strongest colour, so that text stays readable
 LEGEND = {"≤ 0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "1": 1, "1.5": 1.5, "2": 2, "≥ 4": 4}
-
-# The page around the texts, for string.Template.
-PAGE = Path(__file__).with_suffix(".html")
 
 
 def write_weights_page(
@@ -53,18 +51,23 @@ def write_weights_page(
                 )
         spans = "".join(map(_token_span, *columns))
         sections.append(
-            f"<h2>{escape(function['name'])}</h2>\n<p class='note'>{escape(function['note'])}</p>\n"
+            f"<h3>{escape(function['name'])}</h3>\n<p class='note'>{escape(function['note'])}</p>\n"
             f"<div class='code'>{spans}</div>\n"
         )
-    legend = "".join(f"<span{_colour(weight)}>{name}</span>" for name, weight in LEGEND.items())
-    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=escape(title), caption=escape(caption), legend=legend, sections="".join(sections)
+    top = f"<h1>{escape(title)}</h1>\n{paragraph(caption, 'caption')}"
+    write_page(path, title, top + legend() + "".join(sections), narrow=True)
+
+
+def legend() -> str:
+    """What the colours mean."""
+    scale = "".join(f"<span{_colour(weight)}>{name}</span>" for name, weight in LEGEND.items())
+    return (
+        f"<p class='legend'>weight {scale} <span class='unsupervised'>not supervised</span>"
+        "<span class='marked'>marked</span></p>\n"
     )
-    with new_file(Path(path)) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
 
 
-def token_texts(tokenizer: Llama2Tokenizer, ids: list[int]) -> list[str]:
+def token_texts(tokenizer: "Llama2Tokenizer", ids: list[int]) -> list[str]:
     """Text of every token; joined they give ``tokenizer.decode(ids)``.
 
     BOS and EOS are empty, and so are the byte tokens of a character except the last, which is the

@@ -187,10 +187,11 @@ def _control(cfg: DictConfig, name: str, overrides: dict[str, Any], is_plain: bo
     control = merged(without_overrides, dict.fromkeys(others))
     control.pop("control", None)
     if not is_plain:  # of a plain one the weighting says it all
-        logger: Any = OmegaConf.to_container(control.get("metric_logger") or OmegaConf.create({}))
-        for key, value in logger.items():
-            if isinstance(value, str):  # such as run_name: it is called by its name there too
-                control.metric_logger[key] = value.replace("${weighting.name}", name)
+        for block in filter(None, map(control.get, ("metric_logger", "tracking"))):
+            plain: Any = OmegaConf.to_container(block)
+            for key, value in plain.items():
+                if isinstance(value, str):  # such as run_name: it is called by its name there too
+                    block[key] = value.replace("${weighting.name}", name)
         control = merged(control, {"control": {"name": name, "overrides": overrides}})
     try:
         control = merged(control, changes)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 
 from wmtp_modules.config.check import ConfigError
+from wmtp_modules.config.environment import of_required
 from wmtp_modules.config.file import load_config, merged
 from wmtp_modules.files import alone_in, new_file
 from wmtp_modules.parallel.process_group import patient_barrier
@@ -21,6 +22,7 @@ from wmtp_modules.run.out_of_memory import explain_out_of_memory
 from wmtp_modules.run.resume import check_not_begun, kept
 from wmtp_modules.run.start import exit_with_message
 from wmtp_modules.run.stopping import StopRequests
+from wmtp_modules.run.storing import localized
 
 
 def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[DictConfig]:
@@ -29,11 +31,11 @@ def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[
     for path in cfg.get("requires") or []:
         inherited = {key: cfg[key] for key in ("device", "assets_dir") if key in cfg}
         try:
-            required = load_config(path)
+            required = merged(OmegaConf.create(of_required(cfg)), load_config(path))
         except ConfigError as error:
             raise ConfigError(f"requires: {error}") from error
         # Resuming makes a finished one a no-op and continues one that was killed.
-        runs.append(merged(required, inherited, {"resume_from_checkpoint": True}))
+        runs.append(localized(merged(required, inherited, {"resume_from_checkpoint": True})))
         check(runs[-1])
     return runs
 
@@ -70,7 +72,8 @@ def train(
 ) -> dict:
     """Train what a recipe has set up, then write its summary; Stopped when it has saved and ends.
 
-    The recipe has ``model_args``, ``device``, ``watchdog``, ``train`` and ``finish``.
+    The recipe has ``model_args``, ``device``, ``watchdog``, ``train``, ``finish``, and ``draw`` for
+    rank 0 where the run fails; one that stops has drawn itself.
     ``beside`` are metrics files of the runs before, drawn in the same picture; ``started`` is
     ``time.perf_counter()`` when the run's setup began.
     """
@@ -80,7 +83,12 @@ def train(
         stops.step_by_step(),
         recipe.watchdog,
     ):
-        recipe.train()
+        try:
+            recipe.train()
+        except TrainingError:
+            if dist.get_rank() == 0:
+                recipe.draw()
+            raise
     seconds = round(time.perf_counter() - started, 1)
     with exit_with_message(OSError):
         # "seconds" of the run that has controls becomes the sum of all.
@@ -127,7 +135,8 @@ def finished(cfg: DictConfig) -> dict | None:
     files = [Path(cfg.output_dir) / name for name in ("config.yaml", "summary.json")]
     if not all(file.exists() for file in files):
         return None
-    same = {"resume_from_checkpoint": None}
+    places = ("resume_from_checkpoint", "storage", "tracking", "metric_logger", "registry")
+    same: dict = dict.fromkeys(places)  # not what it computes
     if not cfg.get("controls"):  # what a control's run had beside it is of no matter to it
         same["controls"] = None
     if kept(load_config(files[0])) | same != kept(cfg) | same:
@@ -165,6 +174,7 @@ def print_losses(summary: dict) -> None:
 def print_places(output_dir: Path, summary: dict) -> None:
     """Where a run's checkpoints, picture and figures are."""
     print(f"Checkpoints  {output_dir / 'best'} and {output_dir / 'last'}")
+    print(f"Page         {output_dir / 'run.html'}")
     print(f"Curves       {output_dir / 'curves.png'}")
     print(f"Figures      {output_dir / 'summary.json'} and {output_dir / 'metrics.jsonl'}")
     if "tracking" in summary:

@@ -11,15 +11,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchtune.training.metric_logging import flatten_dict
 
 from wmtp_modules.config.secrets import without_secrets
+from wmtp_modules.run.storing import as_named
 from wmtp_modules.run.training_state import read_run, saved_states, step_of
 
 # What may change when a run continues: where it lies, its length, and what does not touch its sums.
 FREE_KEYS = (
     *("output_dir", "resume_from_checkpoint", "max_steps", "run_val_every_n_steps", "replay"),
-    *("save_every_n_steps", "keep_last", "log_every_n_steps", "metric_logger", "profiler"),
+    *("save_every_n_steps", "keep_last", "log_every_n_steps", "metric_logger", "tracking"),
+    "registry",
     *("max_hours", "collective_timeout_s", "max_skipped_steps", "controls", "requires", "prepare"),
+    "storage",  # where this machine keeps its copies
     "control",  # what it changes stands in the keys themselves
-    *("compile", "enable_activation_checkpointing", "allow_uninformative_critic"),
+    *("profiler", "compile", "enable_activation_checkpointing", "allow_uninformative_critic"),
     # Only their product with the number of ranks counts, see ``check_same_run``.
     *("batch_size", "gradient_accumulation_steps"),
 )
@@ -35,8 +38,8 @@ def resolved(cfg: DictConfig) -> dict:
 
 
 def kept(cfg: DictConfig) -> dict:
-    """The same without secrets, for what a run writes."""
-    return without_secrets(resolved(cfg))
+    """The same without secrets, stores by their URLs, for what a run writes."""
+    return without_secrets(as_named(resolved(cfg)))
 
 
 def packs_per_step(config: dict | DictConfig, world: int) -> int:

@@ -6,6 +6,7 @@ same methods in the same order.
 Shapes: K heads.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import LRScheduler
-from torchtune import config, training, utils
+from torchtune import training, utils
 
 from wmtp_modules.data.loader import epoch_dataloader, packs_of_epoch, to_device
 from wmtp_modules.data.packing import PackedDataset
@@ -35,7 +36,14 @@ from wmtp_modules.run.figures import (
     peak_memory_gib,
     step_metrics,
 )
-from wmtp_modules.run.metric_logging import JSONLLogger
+from wmtp_modules.run.metric_logging import (
+    STOP_S,
+    JSONLLogger,
+    MLflowLogger,
+    describe_machine,
+    make_logger,
+)
+from wmtp_modules.run.start import launched_as
 from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.run.watchdog import Watchdog
@@ -50,6 +58,7 @@ class Run:
         made_from: names data, scores and so on; a state made from others is refused.
         validate: gives the held-out loss of each head, equal on all ranks.
         export: writes the model to a folder.
+        draw: writes the run's page, on rank 0.
         kept: what else a resumed run must find again: tensors and plain values by name.
 
     Attributes:
@@ -72,6 +81,7 @@ class Run:
         made_from: Any,
         validate: Callable[[], list[float]],
         export: Callable[[Path], None],
+        draw: Callable[[], None],
         kept: dict[str, Any] | None = None,
     ) -> None:
         self._cfg = cfg
@@ -85,7 +95,7 @@ class Run:
         self._alphas_K = alphas_K
         self._made_from = made_from
         self._validate = validate
-        self._export = export
+        self._export, self._draw = export, draw
         self.kept = kept or {}
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.step = self.micro_step = self._epoch = 0
@@ -119,17 +129,29 @@ class Run:
             return
         self._output_dir.mkdir(parents=True, exist_ok=True)
         # What an earlier run left here must not look like this one's.
-        (self._output_dir / "summary.json").unlink(missing_ok=True)
+        stale = () if self.step else ("tokens.json", "run.html")
+        for name in ("summary.json", *stale):
+            (self._output_dir / name).unlink(missing_ok=True)
         clear_exit(self._output_dir)
         self._bad_steps.write_files()
         shown = OmegaConf.create(resume.kept(self._cfg))
         with new_file(self._output_dir / "config.yaml") as unfinished:
-            OmegaConf.save(shown, unfinished)
+            unfinished.write_text(f"# {launched_as()}\n{OmegaConf.to_yaml(shown)}", "utf-8")
         jsonl = JSONLLogger(self._output_dir / "metrics.jsonl", resume_step=self.step)
-        known = {"run_id": run_id} if run_id else {}
-        self._loggers = [jsonl, config.instantiate(self._cfg.metric_logger, **known)]
-        for logger in self._loggers:
-            logger.log_config(shown)
+        # Without a state to go on from it is the same run in MLflow if its config is the same.
+        from_start = None if self._cfg.resume_from_checkpoint else False
+        resume_tracking = True if self._states.last_step is not None else from_start
+        logger = make_logger(self._cfg, self._output_dir, run_id, resume_tracking)
+        self._loggers = [one for one in (jsonl, logger) if one is not None]
+        shown.output_dir = str(self._output_dir)  # torchtune's loggers write there; no URL then
+        for one in self._loggers:
+            one.log_config(shown)
+        if isinstance(logger, MLflowLogger):
+            tables = self._dataset.scores_made_from.items()
+            tags = {f"scores.{name}": json.dumps(fingerprint) for name, fingerprint in tables}
+            machine = describe_machine(self._device, self.world)
+            logger.log_tags(tags | machine | {"made_from": self._made_from})
+            logger.log_artifact(self._output_dir / "run.html")  # however the run ends
 
     def _resume(self) -> str | None:
         """Continue from the newest sound training state; returns the logger's run."""
@@ -394,8 +416,11 @@ class Run:
             self.save_checkpoint(self._states)
         with self._watchdog.paused():
             self._states.wait()
-            if self._loggers and hasattr(self._loggers[-1], "run_id"):
-                self._loggers[-1].close("KILLED")
+            if self.rank == 0:  # what follows may be cut short
+                self._stops.write_down(Stopped(reason, self.step))
+                self._draw()
+                if isinstance(self._loggers[-1], MLflowLogger):
+                    self._loggers[-1].close("KILLED", reason, patience=STOP_S)
         raise Stopped(reason, self.step)
 
     def finish_steps(self) -> None:
@@ -412,6 +437,7 @@ class Run:
         """Held-out loss per head before and after, and where the logger has the run."""
         losses = {"base": self.heldout["base"], name_of(self._cfg): self.heldout["last"]}
         summary: dict = {"steps": self.step, "heldout_loss": losses}
+        summary["data"] = {"tokens": self._dataset.n_tokens, "packs": len(self._dataset)}
         if (clipped := self._clipped.in_all()) is not None:
             summary["clipped_share"] = clipped
         if self._loggers and hasattr(self._loggers[-1], "location"):

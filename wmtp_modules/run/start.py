@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from wmtp_modules.config.file import read_config
-from wmtp_modules.config.secrets import hidden
+from wmtp_modules.config.secrets import guard_output, hidden
 from wmtp_modules.files import alone_in
 from wmtp_modules.parallel.process_group import (
     check_environment,
@@ -24,7 +25,9 @@ from wmtp_modules.parallel.process_group import (
     local_device,
     patient_barrier,
 )
+from wmtp_modules.run.metric_logging import note_last_words
 from wmtp_modules.run.stopping import StopRequests, exit_code
+from wmtp_modules.run.storing import arrive, followed, localized
 from wmtp_modules.tune_plugin import note_spoken
 
 # Seconds that a rank which failed alone waits before it says so: rank 0 may fail in the same way a
@@ -55,6 +58,7 @@ def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # the sentence gets a line of its own
         sentence, rank = hidden(f"{type(error).__name__}: {error}"), os.environ.get("RANK", "0")
+        note_last_words(sentence)
         if not rank.isdecimal() or int(rank) == 0:
             _tell_others(FAILED)
             note_spoken()
@@ -71,12 +75,23 @@ def parse(main: Callable[[DictConfig], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapper() -> None:
+        guard_output()
         with exit_with_message(ValueError, OSError):
             check_environment()
-            cfg = read_config(description=sys.modules[main.__module__].__doc__)
+            cfg = localized(read_config(description=sys.modules[main.__module__].__doc__))
         main(cfg)
 
     return wrapper
+
+
+def launched_as() -> str:
+    """How this process's recipe was started, but for its config: ``tune run ... RECIPE``."""
+    world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = f" --nnodes {world // local}" if world > local else ""
+    recipe = os.path.relpath(sys.argv[0]) if os.path.isabs(sys.argv[0]) else sys.argv[0]
+    recipe = sys.argv[0] if recipe.startswith("..") else recipe
+    command = f"tune run{nodes} --nproc_per_node {local} {shlex.quote(recipe)}"
+    return command.replace("\n", " ")  # one line, whatever a folder is called
 
 
 @contextmanager
@@ -103,6 +118,11 @@ def process_group(
             if os.environ.get("RANK") == "0":
                 _tell_others(JOINING)
             device, mesh = init_process_group(cfg.device, cfg.get("collective_timeout_s"))
+        with exit_with_message(ValueError, OSError):
+            if not cfg.get("replay"):  # what is in a store comes now, however long it takes
+                stack.enter_context(followed(cfg))
+            arrive(cfg)
+        patient_barrier()
         yield device, mesh, stops
     patient_barrier()  # a rank that leaves early would abort another's gloo threads
     dist.destroy_process_group()

@@ -227,6 +227,15 @@ class StopRequests:
         sys.stderr.flush()
         os._exit(EXIT_STOPPED)
 
+    def write_down(self, stopped: Stopped) -> OSError | None:
+        """``exit.json`` of the command, by rank 0; returns why it could not be written."""
+        if self._output_dir is not None:
+            try:
+                write_exit(self._output_dir, stopped.reason, stopped.step)
+            except OSError as error:  # the disk is full: what matters is on it
+                return error
+        return None
+
     def _tell(self, stopped: Stopped) -> None:
         """In ``exit.json`` and one sentence, by rank 0."""
         if _rank() != 0:
@@ -235,11 +244,8 @@ class StopRequests:
         if stopped.step is not None:
             when = f"after step {stopped.step}, which is saved"
         told = f"Stopped by {stopped.reason} {when}: {self._again} continues from there"
-        if self._output_dir is not None:
-            try:
-                write_exit(self._output_dir, stopped.reason, stopped.step)
-            except OSError as error:  # the disk is full: what matters is on it
-                told += f"; exit.json could not be written ({error})"
+        if error := self.write_down(stopped):
+            told += f"; exit.json could not be written ({error})"
         sys.stderr.write(f"\n{told}\n")
         sys.stderr.flush()
         note_spoken()

@@ -83,13 +83,15 @@ def fingerprint_rows(rows: Dataset) -> str:
 class ScoreTable:
     """A complete table, memory-mapped; ``table[row]`` is fp32 [len], or [len, K] for K > 1 heads.
 
-    In a table with one score per row it is fp32 [1]. Created by ``open``.
+    In a table with one score per row it is fp32 [1]. Created by ``open``. ``fingerprint`` says what
+    it was made of.
     """
 
-    def __init__(self, scores: Dataset, n_heads: int, *, is_per_row: bool = False) -> None:
+    def __init__(self, scores: Dataset, fingerprint: dict) -> None:
         self._scores = scores.with_format("arrow")
-        self._n_heads = n_heads
-        self._is_per_row = is_per_row
+        self.fingerprint = fingerprint
+        self._n_heads = fingerprint["n_heads"]
+        self._is_per_row = _is_per_row(fingerprint)
 
     @classmethod
     def open(cls, folder: str | Path, fingerprint: dict, rows: Dataset) -> "ScoreTable":
@@ -124,9 +126,7 @@ class ScoreTable:
                 parts.append(_read_part(_part_path(folder, part), expected, stamp))
             except ValueError as error:
                 raise ValueError(f"{error}: score again, intact parts are kept") from error
-        return cls(
-            concatenate_datasets(parts), fingerprint["n_heads"], is_per_row=_is_per_row(fingerprint)
-        )
+        return cls(concatenate_datasets(parts), fingerprint)
 
     def __len__(self) -> int:
         return len(self._scores)

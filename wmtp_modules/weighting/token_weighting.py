@@ -58,9 +58,10 @@ def weight_stats(
 
     Returns:
         fp32 tensors [K]: ``mean``; ``ess``, the effective share of tokens
-        (sum w)^2 / (n sum w^2); ``selected``, the share with w >= 1; ``at_min`` and ``at_max``,
-        the shares not inside the bounds; and ``count``, the number n of targets. A head without a
-        target has none of these figures: NaN, and count 0.
+        (sum w)^2 / (n sum w^2); ``selected``, the share with w >= 1; ``low`` and ``high``, the
+        shares with w < 1/2 and w >= 2; ``at_min`` and ``at_max``, the shares not inside the
+        bounds; and ``count``, the number n of targets. A head without a target has none of these
+        figures: NaN, and count 0.
     """
     weights_BTK = weights_BTK.double()
     count_K = mask_BTK.sum(dim=(0, 1))
@@ -74,6 +75,8 @@ def weight_stats(
         # Weights that are all 0 (a critic may give them) have ESS 0.
         "ess": (sum_K.square() / (count_K * square_K.clamp(min=1e-12))).float(),
         "selected": share(weights_BTK >= 1 - 1e-6),
+        "low": share(weights_BTK < 0.5 - 1e-6),
+        "high": share(weights_BTK >= 2 - 1e-6),
         "at_min": share(weights_BTK <= w_min + 1e-6),
         "at_max": share(weights_BTK >= w_max - 1e-6),
         "count": count_K.float(),
