@@ -24,6 +24,7 @@ from wmtp_modules.files import (
     disk_errors,
     new_file,
     new_folder,
+    only_writer,
     recover_folder,
 )
 
@@ -366,6 +367,13 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path, monkeypatch, caplog):
     assert contents(tmp_path / "best") == {"one"}
     assert "files cannot be locked" in caplog.text
     assert (tmp_path / "best.partial-7-0123abcd").exists()
+
+
+def test_a_folder_may_lie_where_nothing_is_yet(tmp_path):
+    """Such as a config's assets_dir, or the benchmarks'."""
+    with only_writer(tmp_path / "a" / "b" / "new") as is_locked:
+        assert is_locked
+        assert [one.name for one in (tmp_path / "a" / "b").iterdir()] == [".new.lock"]
 
 
 def test_what_another_process_made_of_the_same_is_left(tmp_path):

@@ -82,9 +82,10 @@ def alone_in(
 def only_writer(path: str | Path) -> AbstractContextManager[bool]:
     """Be the only one that makes a file or folder anew; waits for others, as ``alone_in`` does.
 
-    The lock is a file beside it. Gives False if the file system has no locks.
+    The lock is a file beside it, whose folder is made. Gives False if the file system has no locks.
     """
     path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
     return _locked(path.with_name(f".{path.name}.lock"), path)
 
 
