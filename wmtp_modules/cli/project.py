@@ -1,0 +1,55 @@
+"""Makes a project of a user's own: recipe, config, some data, a README; it runs as it stands."""
+
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+
+from wmtp_modules.catalog import recipes
+from wmtp_modules.quickstarts.stdlib import deal_files, train_tokenizer, write_rows
+
+RECIPE = "rho1_wmtp_distributed"
+CONFIG = Path(__file__).with_name("project.yaml")
+VOCABULARY = 512  # as the config has it
+SHARES = {"train": 0.05, "heldout": 0.02}  # of the standard library's files
+CHARACTERS = 2_000  # of each: a stub, to be replaced
+README = """\
+# {name}
+`recipe.py` is the program, yours to change; `config.yaml` says with what it runs; `data/*.jsonl` are rows {{"text"}} to be replaced by yours.
+Check: `wmtp check config.yaml`. Run, here: `tune run recipe.py --config config.yaml`; on several processes: `tune run --nproc_per_node 2 recipe.py --config config.yaml`.
+Then open `runs/first/run.html`: losses, speed, and what stands in the data.
+More to copy: `tune ls`, `tune cp wmtp/rho1_7b 7b.yaml`. Memory before GPUs are rented: `wmtp estimate-memory config.yaml --ranks 8`.
+"""
+
+
+def new_project(folder: str | Path) -> str:
+    """Make a project in a new or empty folder; returns what to do next.
+
+    Raises:
+        ValueError: if there is something in the folder.
+        OSError: if it cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder: give a new one")
+    parts = deal_files(SHARES, seed=0)
+    rows = {name: [text[:CHARACTERS] for text in part.values()] for name, part in parts.items()}
+    # Made elsewhere: DIR may be the current folder, and sentencepiece splits paths at commas.
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch, "project")
+        data = made / "data"
+        data.mkdir(parents=True)
+        for name, texts in rows.items():
+            write_rows(data / f"{name}.jsonl", [{"text": text} for text in texts])
+        train_tokenizer(data, rows["train"], VOCABULARY)
+        (data / "tokenizer.vocab").unlink(missing_ok=True)
+        # copyfile: an installed file may be read-only, this one is to be changed.
+        shutil.copyfile(recipes()[RECIPE], made / "recipe.py")
+        shutil.copyfile(CONFIG, made / "config.yaml")
+        readme = README.format(name=folder.absolute().name)
+        (made / "README.md").write_text(readme, "utf-8")
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+    return (
+        f"{folder}: recipe.py, config.yaml, data/ and README.md. To run it:\n"
+        f"  cd {shlex.quote(str(folder))}\n  tune run recipe.py --config config.yaml"
+    )
