@@ -16,13 +16,13 @@ ROOT = Path(__file__).parent.parent
 # A room is a folder of wmtp_modules or one of its files; upper levels may import lower ones, rooms
 # of one level each other in one direction.
 LEVELS = (
-    ("recipes", "convert", "estimate_memory", "sync"),  # what a command line starts
+    ("recipes", "cli", "convert", "estimate_memory", "sync"),  # what a command line starts
     ("reports", "registry", "critic", "quickstarts", "memory"),
     ("run",),
     ("scoring", "checkpoints", "storage"),
     ("evaluation", "parallel", "generation"),
     ("data", "weighting", "models", "tracking"),
-    ("loss", "config", "sandbox", "files", "progress", "tune_plugin"),
+    ("loss", "config", "sandbox", "files", "progress", "tune_plugin", "catalog"),
 )
 LEVEL_OF = {room: len(LEVELS) - i for i, rooms in enumerate(LEVELS) for room in rooms}
 
@@ -33,7 +33,7 @@ EXPORTS = {
 }
 
 # Rooms that may know a config object; every other function takes tensors, paths and numbers.
-KNOWS_CONFIGS = {"recipes", "run", "config", "memory", "estimate_memory", "registry"}
+KNOWS_CONFIGS = {"recipes", "run", "config", "memory", "estimate_memory", "registry", "cli"}
 
 MOST_LINES = {
     "recipes/rho1_wmtp_distributed.py": 480,

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import config_from_args, get_args_parser
 
 from wmtp_modules import tune_plugin
+from wmtp_modules.cli.tune import activate
 
 TUNE = Path(sys.executable).with_name("tune")
 RECIPE = """
@@ -118,15 +119,20 @@ def test_embedded_interpreter_without_argv(user_folder, monkeypatch):
     assert sys.path == ["elsewhere"]
 
 
-def test_folder_without_recipes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["elsewhere"])
-    monkeypatch.setattr(sys, "argv", ["tune", "run", "recipes/toy.py"])
-    tune_plugin.activate()
+@pytest.mark.parametrize("recipe", ["mine.py", "/far/mine.py", "rho1_wmtp_distributed"])
+def test_folder_without_a_package_recipes(user_folder, monkeypatch, recipe):
+    """A recipe that is not torchtune's has the launcher's settings; the search order stays."""
+    (user_folder / "recipes" / "__init__.py").unlink()
+    monkeypatch.setattr(sys, "argv", ["tune", "run", "full_finetune_distributed", "--config", "x"])
+    assert tune_plugin.activate() is True
+    assert launcher_settings() == {}
+    monkeypatch.setattr(sys, "argv", ["tune", "run", "--nproc_per_node", "2", recipe])
+    assert tune_plugin.activate() is True
     assert sys.path == ["elsewhere"]
+    assert launcher_settings() == tune_plugin.LAUNCHER_DEFAULTS
 
 
-def test_deleted_current_folder(tmp_path, monkeypatch):
+def test_deleted_current_folder(user_folder, tmp_path, monkeypatch):
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
@@ -164,17 +170,18 @@ def test_a_worker_whose_word_cannot_be_noted(user_folder, monkeypatch):
 
 def test_torch_calls_it():
     (point,) = [p for p in entry_points(group="torch.backends") if p.name == "wmtp_tune"]
-    assert point.load() is tune_plugin.activate
+    assert point.load() is activate
 
 
 def test_loading_it_imports_nothing_more():
     """It runs in every process that imports torch: wmtp_modules itself has to stay empty."""
     code = (
-        "import os, sys; before = set(sys.modules); import wmtp_modules.tune_plugin; "
+        "import os, sys; before = set(sys.modules); import wmtp_modules.cli.tune; "
         "print(sorted(set(sys.modules) - before))"
     )
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert output.strip() == "['wmtp_modules', 'wmtp_modules.tune_plugin']"
+    modules = ("wmtp_modules", *(f"wmtp_modules.{name}" for name in ("cli", "cli.tune")))
+    assert output.strip() == str([*modules, "wmtp_modules.tune_plugin"])
 
 
 def torchao_says(text: str) -> list[str]:

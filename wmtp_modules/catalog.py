@@ -60,7 +60,7 @@ def config_file(name_or_path: str | Path) -> Path:
 
 
 def close_to(name: str, known: Iterable[str]) -> str:
-    """" (did you mean ...?)", or nothing."""
+    """ " (did you mean ...?)", or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
@@ -71,11 +71,7 @@ def recipe_of(text: str) -> str | None:
     ``# recipe: NAME`` says it, else the first ``tune run`` command: a run's ``config.yaml`` begins
     with the one that started it.
     """
-    head = []
-    for line in text.lstrip("\ufeff").splitlines():
-        if line.strip() and not line.startswith("#"):
-            break
-        head.append(line.strip())
+    head = _head_of(text)
     for line in head:
         if said := SAYS_RECIPE.fullmatch(line):
             return said[1].strip("'\"")
@@ -88,6 +84,24 @@ def recipe_of(text: str) -> str | None:
         if command and (named := [w for w in words if w.endswith(".py") or w in recipes()]):
             return named[0]
     return None
+
+
+def is_said_or_ours(text: str) -> bool:
+    """Whether a config says in so many words which recipe it is for, or its command is of ours.
+
+    The comments of other programs' configs have commands too.
+    """
+    named = recipe_file(recipe_of(text) or "")
+    return named in recipes().values() or any(map(SAYS_RECIPE.fullmatch, _head_of(text)))
+
+
+def _head_of(text: str) -> list[str]:
+    head = []
+    for line in text.lstrip("\ufeff").splitlines():
+        if line.strip() and not line.startswith("#"):
+            break
+        head.append(line.strip())
+    return head
 
 
 def recipe_file(name_or_path: str, beside: Path | None = None) -> Path | None:

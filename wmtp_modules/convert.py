@@ -58,9 +58,7 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
     return f"{dst}: {layout} format, {trunk} trunk blocks, {heads} head(s), {size / 1e9:.2f} GB"
 
 
-def main(
-    argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.convert"
-) -> int:
+def main(argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.convert") -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=prog,

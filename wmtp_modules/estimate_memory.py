@@ -72,7 +72,9 @@ def main(
         "without running it: no GPU, checkpoint or data is needed.",
         epilog="Any key of the file can be set by key=value, and taken out by ~key.",
     )
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run, or wmtp/NAME")
+    parser.add_argument(
+        "--config", metavar="FILE", required=True, help="YAML file of the run, or wmtp/NAME"
+    )
     parser.add_argument(
         "--recipe", metavar="FILE", help="a copied recipe; by default ours for this config"
     )

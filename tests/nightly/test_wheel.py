@@ -106,6 +106,6 @@ def test_quickstarts_by_name(user, recipe):
     out = user.top / folder / "runs" / "quickstart" / recipe
     made = out / {"rho1": "summary.json", "eval": "report.json"}[recipe]
     assert json.loads(made.read_text())
-    assert (out / "config.yaml").read_text().startswith(f"# tune run --nproc_per_node 2 {name}\n") or (
-        recipe == "eval"
-    )
+    if recipe == "rho1":
+        said = (out / "config.yaml").read_text()
+        assert said.startswith(f"# tune run --nproc_per_node 2 {name}\n")

@@ -32,8 +32,8 @@ def recipe_for(config: str | Path, recipe: str | None = None) -> Path:
         raise ConfigError(f"{config} cannot be read as a config: {error}{hint}") from error
     if not said:
         raise ConfigError(
-            f"{config} does not say which recipe it is for: write '# recipe: NAME' into the comment "
-            f"at its top, NAME a recipe's file or one of {', '.join(known)}"
+            f"{config} does not say which recipe it is for: write '# recipe: NAME' into the "
+            f"comment at its top, NAME a recipe's file or one of {', '.join(known)}"
         )
     if (path := catalog.recipe_file(said, file.parent)) is None:
         raise ConfigError(

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from torchtune import _recipe_registry as registry
 from torchtune._cli.cp import Copy
@@ -15,11 +16,12 @@ from torchtune._cli.run import ROOT, Run
 from torchtune._cli.validate import Validate
 
 from wmtp_modules import catalog
+from wmtp_modules.config.secrets import hidden
 
 
 def know_ours() -> None:
     """Have our recipes and configs in torchtune's list, which its subcommands read."""
-    known = {recipe.name for recipe in registry._ALL_RECIPES}
+    known = _names()
     files = catalog.recipes(), catalog.configs()
     for name, configs in catalog.configs_of_recipes().items():
         if name not in known:
@@ -61,10 +63,9 @@ class RunOurs(Run):
         if args.recipe_args[-1:] == ["--config"]:
             self._parser.error("--config needs a file, or a name that `tune ls` shows")
         if self._get_recipe(args.recipe) is None and not _is_module(args.recipe):
-            known = {recipe.name: Path() for recipe in registry.get_all_recipes()}
             self._parser.error(
                 f"{args.recipe} is neither a file nor the name of a recipe"
-                f"{catalog.close_to(args.recipe, known)}: `tune ls` shows the names"
+                f"{catalog.close_to(args.recipe, _names())}: `tune ls` shows the names"
             )
         super()._run_cmd(args)
 
@@ -92,26 +93,29 @@ class ValidateOurs(Validate):
         file = catalog.config_file(args.config)
         try:
             text = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            if "wmtp_modules." not in text and not catalog.is_said_or_ours(text):
+                return super()._validate_cmd(args)
+            problems, missing = problems_of(str(file), [], recipe_for(args.config), files=False)
+        except (ValueError, OSError) as error:
             hint = catalog.close_to(str(args.config), catalog.configs())
-            self._parser.error(f"{args.config} cannot be read: {error}{hint}")
-        named = catalog.recipe_of(text)
-        if named in {recipe.name for recipe in registry._ALL_RECIPES} - {*catalog.recipes()}:
-            return super()._validate_cmd(args)
-        if named is None and "wmtp_modules." not in text:
-            return super()._validate_cmd(args)
-        try:
-            problems, missing = problems_of(str(file), [], recipe_for(file), files=False)
-        except ValueError as error:
-            self._parser.error(str(error))
+            told = f"{args.config} cannot be read: {error}{hint}"
+            self._fail(told if isinstance(error, OSError | UnicodeError) else str(error))
         if problems:
-            self._parser.error("\n  ".join([f"{args.config} is not valid", *problems]))
+            self._fail("\n  ".join([f"{args.config} is not valid", *problems]))
         print("Config is well-formed!")
         if missing:
             print(f"To be given on the command line: {' '.join(f'{key}=...' for key in missing)}")
 
+    def _fail(self, told: str) -> NoReturn:
+        self._parser.error(hidden(told))
+        raise AssertionError  # it has ended the process
+
 
 COMMANDS = {Copy: CopyOurs, Run: RunOurs, Validate: ValidateOurs}
+
+
+def _names() -> list[str]:
+    return [recipe.name for recipe in registry.get_all_recipes()]
 
 
 def _is_in_a_package(path: str) -> bool:
@@ -121,9 +125,7 @@ def _is_in_a_package(path: str) -> bool:
     return (
         bool(folders)
         and all(name.isidentifier() for name in names)
-        and all(
-            Path(*folders[: n + 1], "__init__.py").is_file() for n in range(len(folders))
-        )
+        and all(Path(*folders[: n + 1], "__init__.py").is_file() for n in range(len(folders)))
     )
 
 

@@ -5,6 +5,7 @@ Whatever needs torch is imported by the command that needs it: ``wmtp --help`` s
 
 import importlib
 import sys
+from typing import NoReturn
 
 import click
 
@@ -128,7 +129,7 @@ def check(config: str, overrides: tuple[str, ...], recipe: str | None, no_files:
     click.echo(f"{config}: nothing that {file.name} would refuse")
 
 
-def fail(error: object) -> None:
+def fail(error: object) -> NoReturn:
     """End with a sentence on stderr and exit code 1."""
     from wmtp_modules.config.secrets import hidden
 

@@ -13,13 +13,7 @@ CONFIG = Path(__file__).with_name("project.yaml")
 VOCABULARY = 512  # as the config has it
 SHARES = {"train": 0.05, "heldout": 0.02}  # of the standard library's files
 CHARACTERS = 2_000  # of each: a stub, to be replaced
-README = """\
-# {name}
-`recipe.py` is the program, yours to change; `config.yaml` says with what it runs; `data/*.jsonl` are rows {{"text"}} to be replaced by yours.
-Check: `wmtp check config.yaml`. Run, here: `tune run recipe.py --config config.yaml`; on several processes: `tune run --nproc_per_node 2 recipe.py --config config.yaml`.
-Then open `runs/first/run.html`: losses, speed, and what stands in the data.
-More to copy: `tune ls`, `tune cp wmtp/rho1_7b 7b.yaml`. Memory before GPUs are rented: `wmtp estimate-memory config.yaml --ranks 8`.
-"""
+README = Path(__file__).with_name("project.md")
 
 
 def new_project(folder: str | Path) -> str:
@@ -46,7 +40,7 @@ def new_project(folder: str | Path) -> str:
         # copyfile: an installed file may be read-only, this one is to be changed.
         shutil.copyfile(recipes()[RECIPE], made / "recipe.py")
         shutil.copyfile(CONFIG, made / "config.yaml")
-        readme = README.format(name=folder.absolute().name)
+        readme = README.read_text("utf-8").replace("NAME", folder.absolute().name, 1)
         (made / "README.md").write_text(readme, "utf-8")
         shutil.copytree(made, folder, dirs_exist_ok=True)
     return (

@@ -33,7 +33,9 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run, or wmtp/NAME")
+    parser.add_argument(
+        "--config", metavar="FILE", required=True, help="YAML file of the run, or wmtp/NAME"
+    )
     parser.epilog = (
         "Any key of the file can be set by key=value, and taken out by ~key. environment=NAME says "
         "where files and figures go: docs/environments.md."

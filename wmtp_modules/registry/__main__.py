@@ -42,9 +42,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return made
 
 
-def main(
-    argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.registry"
-) -> int:
+def main(argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.registry") -> int:
     """Run the command line; returns the exit code."""
     args = parser(prog).parse_args(argv)
     try:

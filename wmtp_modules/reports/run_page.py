@@ -534,8 +534,7 @@ def _json_lines(path: Path) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog=prog,
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run")
     for folder in parser.parse_args(argv).runs:
