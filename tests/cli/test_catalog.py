@@ -96,3 +96,19 @@ def test_a_recipes_file(tmp_path, monkeypatch):
     assert catalog.recipe_file("mine.py") is None
     assert catalog.recipe_file("mine.py", tmp_path / "sub") == tmp_path / "sub" / "mine.py"
     assert catalog.recipe_file("") is None
+
+
+DOCS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_names_and_links_of_the_docs_are_there(path):
+    text = path.read_text()
+    for name in re.findall(r"(?<![\w/.-])wmtp/\w+", text):
+        assert name in catalog.configs()
+    for name in re.findall(
+        r"(?:tune cp|tune run(?: --\w+ \d+)*) (\w+_(?:distributed|mtp))\b", text
+    ):
+        assert name in catalog.recipes()
+    for link in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+        assert (path.parent / link).exists(), link

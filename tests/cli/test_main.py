@@ -76,7 +76,9 @@ def test_a_new_project_is_valid_and_reads_in_five_lines(wmtp, tmp_path, monkeypa
     monkeypatch.chdir(folder)  # as README says: the config's paths are relative to it
     assert wmtp("check", "config.yaml") == "config.yaml: nothing that recipe.py would refuse\n"
     (folder / "data" / "tokenizer.model").unlink()
-    assert "tokenizer.path: there is no file" in wmtp("check", "config.yaml", code=1)
+    assert "tokenizer.path: there is no data/tokenizer.model" in wmtp(
+        "check", "config.yaml", code=1
+    )
     assert "nothing" in wmtp("check", "config.yaml", "--no-files")
 
 
@@ -106,8 +108,13 @@ def test_check_says_all_at_once(wmtp, tmp_path):
     assert "none.yaml cannot be read" in said
     assert "did you mean 'wmtp/quickstart_base'?" in said
     said = wmtp("check", "wmtp/rho1_7b", code=1)
-    assert "checkpointer.checkpoint_dir: there is no folder checkpoints/7B_1T_4" in said
-    assert "reference.checkpointer.checkpoint_dir: there is no folder" in said
+    assert "checkpointer.checkpoint_dir: there is no checkpoints/7B_1T_4 on this" in said
+    assert "reference.checkpointer.checkpoint_dir: there is no runs/reference" in said
+    stores = (
+        "checkpointer.checkpoint_dir=s3://b/7b",
+        "reference.checkpointer.checkpoint_dir=s3://b/r",
+    )
+    assert "nothing" in wmtp("check", "wmtp/rho1_7b", *stores)
     wmtp("check", "wmtp/rho1_7b", "--no-files")
     said = wmtp("check", "wmtp/eval_score", code=1)
     for key in ("samples", "source", "task"):

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,6 +15,12 @@ from wmtp_modules.memory.step import import_recipe
 from wmtp_modules.run.model import checked_model_args
 from wmtp_modules.run.plan import required_runs
 from wmtp_modules.run.storing import localized
+from wmtp_modules.storage.places import is_url
+
+READ_FIRST = (
+    *("checkpointer.checkpoint_dir", "tokenizer.path"),
+    *("reference.checkpointer.checkpoint_dir", "rewards.checkpointer.checkpoint_dir"),
+)
 
 
 def recipe_for(config: str | Path, recipe: str | None = None) -> Path:
@@ -57,6 +62,7 @@ def problems_of(
         ValueError: if config, overrides or recipe cannot be read at all.
     """
     cfg = read_config(["--config", config, *overrides])
+    as_written = cfg.copy()
     missing = sorted(OmegaConf.missing_keys(cfg))
     for folder in (os.getcwd(), str(recipe.parent)):  # where a running recipe may import from
         if folder not in sys.path:
@@ -73,7 +79,7 @@ def problems_of(
             found = _lines_of(lambda alone=alone: required_runs(alone, module.check))
             lines += [line if line.startswith("requires") else f"{one}: {line}" for line in found]
         if files and not lines:
-            lines += _files_of(cfg, module)
+            lines += _files_of(as_written)
     return lines, missing
 
 
@@ -86,20 +92,15 @@ def _lines_of(check: Callable[[], object]) -> list[str]:
     return []
 
 
-def _files_of(cfg: DictConfig, module: ModuleType) -> list[str]:
-    """What is not here of what the run reads first, by the check that the run makes."""
+def _files_of(cfg: DictConfig) -> list[str]:
+    """What is not here of what the run reads first; what is in a store is not looked for."""
     if cfg.get("prepare") or cfg.get("requires"):
         return []  # they make it
-    blocks = {key: cfg.get(key) for key in ("reference", "rewards")} | {"": cfg}
     lines = []
-    for key, block in blocks.items():
-        folder = OmegaConf.select(block, "checkpointer.checkpoint_dir") if block else None
-        if folder and not Path(folder).is_dir():
-            dotted = f"{key}.checkpointer.checkpoint_dir".lstrip(".")
-            lines.append(f"{dotted}: there is no folder {folder} on this machine")
-    path = OmegaConf.select(cfg, "tokenizer.path")
-    if path and not Path(path).is_file():
-        lines.append(f"tokenizer.path: there is no file {path} on this machine")
-    if not lines and cfg.get("model"):
+    read = {key: OmegaConf.select(cfg, key) for key in READ_FIRST}
+    for key, path in read.items():
+        if path and not is_url(path) and not Path(path).exists():
+            lines.append(f"{key}: there is no {path} on this machine")
+    if not lines and cfg.get("model") and not any(is_url(path or "") for path in read.values()):
         lines += _lines_of(lambda: checked_model_args(cfg))
     return lines

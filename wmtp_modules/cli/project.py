@@ -11,7 +11,7 @@ from wmtp_modules.quickstarts.stdlib import deal_files, train_tokenizer, write_r
 RECIPE = "rho1_wmtp_distributed"
 CONFIG = Path(__file__).with_name("project.yaml")
 VOCABULARY = 512  # as the config has it
-SHARES = {"train": 0.05, "heldout": 0.02}  # of the standard library's files
+SHARES = {"train": 0.15, "heldout": 0.05}  # of the standard library's files
 CHARACTERS = 2_000  # of each: a stub, to be replaced
 README = Path(__file__).with_name("project.md")
 
