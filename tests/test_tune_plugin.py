@@ -240,7 +240,7 @@ def test_a_process_that_imports_torchao_says_nothing():
 @pytest.mark.parametrize(
     ("command", "ranks"),
     [
-        ([TUNE, "run"], ["alone"]),
+        ([TUNE, "run"], ["alone"]),  # of a folder that is no package; tests/cli/test_tune.py
         # Two ranks of our own recipe are in tests/recipes/test_tune_run.py.
         pytest.param([TUNE, "run", "--nproc_per_node", "2"], ["0", "1"], marks=pytest.mark.nightly),
         # What the plugin sees of this command is tested above, in this process.
@@ -252,6 +252,8 @@ def test_a_process_that_imports_torchao_says_nothing():
     ],
 )
 def test_tune_run_finds_our_recipe(user_folder, command, ranks):
+    if command[0] is TUNE:
+        (user_folder / "recipes" / "__init__.py").unlink()
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONPATH")}
     done = subprocess.run(
         [*command, "recipes/toy.py", "--config", "toy.yaml", "x=7"],

@@ -21,6 +21,7 @@ def wheel(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / name)
     monkeypatch.setattr(catalog, "SHIPPED", tmp_path)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -18,6 +18,7 @@ def wmtp(tmp_path, monkeypatch):
     """wmtp(words..., code=0): what it prints, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WMTP_ENVIRONMENT", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
     def wmtp(*words, code=0):
         done = CliRunner().invoke(main, [*map(str, words)])
@@ -74,7 +75,7 @@ def test_a_new_project_is_valid_and_reads_in_five_lines(wmtp, tmp_path, monkeypa
     assert {*map(tuple, rows)} == {("text",)}
     assert "is not an empty folder" in wmtp("new", "my, proj", code=1)
     monkeypatch.chdir(folder)  # as README says: the config's paths are relative to it
-    assert wmtp("check", "config.yaml") == "config.yaml: nothing that recipe.py would refuse\n"
+    assert wmtp("check", "config.yaml").endswith(": nothing that recipe.py would refuse\n")
     (folder / "data" / "tokenizer.model").unlink()
     assert "tokenizer.path: there is no data/tokenizer.model" in wmtp(
         "check", "config.yaml", code=1
