@@ -156,7 +156,7 @@ def test_run_takes_any_file_with_several(tune, project, launched, given):
     assert args.training_script_args == ["--config", "x.yaml", "x=7"]
     assert (args.module, args.nproc_per_node) == (False, "2")
     assert str(project) in os.environ["PYTHONPATH"].split(os.pathsep)
-    assert args.shutdown_timeout == 300
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "300"
     assert "SIGUSR1" in args.signals_to_handle
 
 
@@ -171,7 +171,7 @@ def test_run_knows_names(tune, project, launched):
         file = str(catalog.configs()["wmtp/quickstart_rho1"])
         assert args.training_script_args == ["--config", file, "max_steps=1"]
         assert args.module is False
-        assert args.shutdown_timeout == 300
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "300"
     tune("run", "--nproc_per_node", 2, "mine.py", "--config", "wmtp/rho1_7b")
     assert launched[-1].training_script_args[1] == str(catalog.configs()["wmtp/rho1_7b"])
 
@@ -179,15 +179,15 @@ def test_run_knows_names(tune, project, launched):
 def test_a_package_is_run_as_one(tune, project, launched):
     """Its files may import each other, as they could before."""
     (project / "recipes" / "__init__.py").touch()
-    tune("run", "--nproc_per_node", 2, "recipes/mine.py", "--config", "x.yaml")
-    assert (launched[0].module, launched[0].training_script) == (True, "recipes.mine")
+    for path in ("recipes/mine.py", "./recipes/mine.py", "recipes/mine"):
+        tune("run", "--nproc_per_node", 2, path, "--config", "x.yaml")
+        assert (launched[-1].module, launched[-1].training_script) == (True, "recipes.mine")
 
 
 def test_torchtunes_own_recipes_are_left_alone(tune, tmp_path, launched):
     tune("run", "--nproc_per_node", 2, "full_finetune_distributed", "--config", "llama2/7B_full")
     (args,) = launched
     assert args.training_script.endswith("recipes/full_finetune_distributed.py")
-    assert args.shutdown_timeout != 300
     assert not {*tune_plugin.LAUNCHER_DEFAULTS, "PYTHONPATH"} & os.environ.keys()
 
 

@@ -93,19 +93,24 @@ def test_a_new_project_runs(user):
             assert said == f"# tune run --nproc_per_node {ranks[1] if ranks else 1} {name}"
 
 
-@pytest.mark.parametrize("recipe", ["rho1", "eval"])
+SHORTER = {
+    "rho1": [*SHORT, "controls=null"],
+    "critic": [*SHORT, "controls=null", "critic.max_steps=20", "critic.eval_every_n_steps=10"],
+    "eval": ["generation.samples_per_task=2", "k=[1]", "decode_speed.prompts=2"],
+}
+SHORTER["critic"] += ["allow_uninformative_critic=true"]
+
+
+@pytest.mark.parametrize("recipe", SHORTER)
 def test_quickstarts_by_name(user, recipe):
     """Shortened where this says nothing about them: tests/nightly/test_quickstarts.py does."""
     folder, name = f"{recipe} runs", {"eval": "eval_mtp"}.get(recipe, f"{recipe}_wmtp_distributed")
     config = f"wmtp/quickstart_{recipe}"
-    short = {"rho1": [*SHORT, "controls=null"], "eval": ["generation.samples_per_task=2"]}[recipe]
-    if recipe == "eval":
-        short += ["k=[1]", "decode_speed.prompts=2"]
-    command = ["tune", "run", "--nproc_per_node", "2", name, "--config", config, *short]
-    user(folder, *command)
+    command = ["tune", "run", "--nproc_per_node", "2", name, "--config", config]
+    user(folder, *command, *SHORTER[recipe])
     out = user.top / folder / "runs" / "quickstart" / recipe
-    made = out / {"rho1": "summary.json", "eval": "report.json"}[recipe]
+    made = out / ("report.json" if recipe == "eval" else "summary.json")
     assert json.loads(made.read_text())
-    if recipe == "rho1":
+    if recipe != "eval":
         said = (out / "config.yaml").read_text()
         assert said.startswith(f"# tune run --nproc_per_node 2 {name}\n")

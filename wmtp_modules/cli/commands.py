@@ -52,6 +52,9 @@ class RunOurs(Run):
                     return registry.Recipe(recipe_str, os.path.abspath(path), [], True)
         return found
 
+    def _convert_to_dotpath(self, recipe_path: str) -> str:
+        return super()._convert_to_dotpath(os.path.normpath(recipe_path))  # ./recipes/mine.py
+
     def _run_cmd(self, args: argparse.Namespace) -> None:
         if os.getcwd() not in sys.path:  # what a recipe or a config may name, and torchtune adds
             sys.path.append(os.getcwd())
@@ -62,7 +65,9 @@ class RunOurs(Run):
                     break
         if args.recipe_args[-1:] == ["--config"]:
             self._parser.error("--config needs a file, or a name that `tune ls` shows")
-        if self._get_recipe(args.recipe) is None and not _is_module(args.recipe):
+        if self._get_recipe(args.recipe) is None and not _is_module(
+            self._convert_to_dotpath(args.recipe)
+        ):
             self._parser.error(
                 f"{args.recipe} is neither a file nor the name of a recipe"
                 f"{catalog.close_to(args.recipe, _names())}: `tune ls` shows the names"
@@ -129,9 +134,9 @@ def _is_in_a_package(path: str) -> bool:
     )
 
 
-def _is_module(path: str) -> bool:
+def _is_module(name: str) -> bool:
     try:
-        return importlib.util.find_spec(os.path.splitext(path)[0].replace("/", ".")) is not None
+        return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         return False
 
