@@ -182,6 +182,11 @@ def test_a_package_is_run_as_one(tune, project, launched):
     for path in ("recipes/mine.py", "./recipes/mine.py", "recipes/mine"):
         tune("run", "--nproc_per_node", 2, path, "--config", "x.yaml")
         assert (launched[-1].module, launched[-1].training_script) == (True, "recipes.mine")
+    (project / "datasets").mkdir()  # called as an installed package is
+    for name in ("__init__.py", "mine.py"):
+        (project / "datasets" / name).touch()
+    tune("run", "--nproc_per_node", 2, "datasets/mine.py", "--config", "x.yaml")
+    assert launched[-1].training_script == str(project / "datasets" / "mine.py")
 
 
 def test_torchtunes_own_recipes_are_left_alone(tune, tmp_path, launched):

@@ -46,10 +46,15 @@ class RunOurs(Run):
 
     def _get_recipe(self, recipe_str: str) -> registry.Recipe | None:
         found = super()._get_recipe(recipe_str)
-        if found is None and not _is_in_a_package(recipe_str):
-            for path in (recipe_str, f"{recipe_str}.py"):
-                if os.path.isfile(path):
-                    return registry.Recipe(recipe_str, os.path.abspath(path), [], True)
+        files = [path for path in (recipe_str, f"{recipe_str}.py") if os.path.isfile(path)]
+        if found is None and files:
+            file = os.path.abspath(files[0])
+            # In a package torchtune's way, `python -m recipes.mine`, lets its files import another.
+            if (
+                not _is_in_a_package(files[0])
+                or _origin(self._convert_to_dotpath(files[0])) != file
+            ):
+                return registry.Recipe(recipe_str, file, [], True)
         return found
 
     def _convert_to_dotpath(self, recipe_path: str) -> str:
@@ -65,9 +70,8 @@ class RunOurs(Run):
                     break
         if args.recipe_args[-1:] == ["--config"]:
             self._parser.error("--config needs a file, or a name that `tune ls` shows")
-        if self._get_recipe(args.recipe) is None and not _is_module(
-            self._convert_to_dotpath(args.recipe)
-        ):
+        dotted = self._convert_to_dotpath(args.recipe)
+        if self._get_recipe(args.recipe) is None and _origin(dotted) is None:
             self._parser.error(
                 f"{args.recipe} is neither a file nor the name of a recipe"
                 f"{catalog.close_to(args.recipe, _names())}: `tune ls` shows the names"
@@ -124,7 +128,7 @@ def _names() -> list[str]:
 
 
 def _is_in_a_package(path: str) -> bool:
-    """Whether torchtune's way, ``python -m recipes.mine``, finds a file, with its neighbours."""
+    """Whether a relative path is that of a module, in packages from here down."""
     folders = Path(path).parent.parts
     names = [*folders, Path(path).stem]
     return (
@@ -134,11 +138,13 @@ def _is_in_a_package(path: str) -> bool:
     )
 
 
-def _is_module(name: str) -> bool:
+def _origin(module: str) -> str | None:
+    """The file of a module by its dotted name, None if there is none."""
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
-        return False
+        return None
+    return spec.origin if spec else None
 
 
 def _is_torchtunes(file: str) -> bool:
