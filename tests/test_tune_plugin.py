@@ -119,7 +119,7 @@ def test_embedded_interpreter_without_argv(user_folder, monkeypatch):
     assert sys.path == ["elsewhere"]
 
 
-@pytest.mark.parametrize("recipe", ["mine.py", "/far/mine.py", "rho1_wmtp_distributed"])
+@pytest.mark.parametrize("recipe", ["x.py", "/far/x.py", "recipes/toy", "rho1_wmtp_distributed"])
 def test_folder_without_a_package_recipes(user_folder, monkeypatch, recipe):
     """A recipe that is not torchtune's has the launcher's settings; the search order stays."""
     (user_folder / "recipes" / "__init__.py").unlink()

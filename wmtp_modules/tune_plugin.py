@@ -126,11 +126,13 @@ def activate() -> bool:
 
 
 def _names_a_recipe(words: list[str]) -> bool:
-    """Whether one of these is a file, or a recipe of ours: torchtune's have names without an end.
+    """Whether one of these is a file of Python, also without its end, or a recipe of ours.
 
-    A launcher's own values, and overrides, never end so.
+    A launcher's own values, and overrides, are none.
     """
     from wmtp_modules.catalog import recipes
 
     ours = recipes()
-    return any(word.endswith(".py") or word in ours for word in words)
+    return any(
+        word.endswith(".py") or word in ours or os.path.isfile(f"{word}.py") for word in words
+    )

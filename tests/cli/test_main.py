@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from wmtp_modules.cli.main import PROGRAMS, main
+from wmtp_modules.run import storing
 
 WMTP = Path(sys.executable).with_name("wmtp")
 
@@ -19,6 +20,7 @@ def wmtp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WMTP_ENVIRONMENT", raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(storing, "_places", {})  # of a process, which this one is not
 
     def wmtp(*words, code=0):
         done = CliRunner().invoke(main, [*map(str, words)])
