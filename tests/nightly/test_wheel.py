@@ -38,7 +38,10 @@ def user(tmp_path_factory):
         (bin_folder / "tune").write_text(head + main)
         (bin_folder / "tune").chmod(0o755)
     else:
-        subprocess.run([*pip, wheel], check=True)
+        done = subprocess.run([*pip, wheel], capture_output=True, text=True)
+        if done.returncode and "No matching distribution" in done.stderr:
+            pytest.skip("pip reaches no index: WMTP_TEST_SITE=FOLDER proves the rest")
+        assert done.returncode == 0, done.stderr[-2000:]
     home = top / "a home"
     home.mkdir()
 
