@@ -58,10 +58,10 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
     return f"{dst}: {layout} format, {trunk} trunk blocks, {heads} head(s), {size / 1e9:.2f} GB"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.convert") -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m wmtp_modules.convert",
+        prog=prog,
         description="Convert a checkpoint folder. Runs on the CPU, tensor by tensor from the "
         "memory-mapped file; the dtype stays as stored.",
         epilog="SRC is a folder in Meta's format (params.json, consolidated.pth, tokenizer.model) "

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from yaml import MarkedYAMLError, YAMLError
 
+from wmtp_modules import catalog
 from wmtp_modules.config import environment
 from wmtp_modules.config.check import COMPONENT, ConfigError
 from wmtp_modules.config.components import todays_name
@@ -32,7 +33,9 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--config", metavar="FILE", required=True, help="YAML file of the run, or wmtp/NAME"
+    )
     parser.epilog = (
         "Any key of the file can be set by key=value, and taken out by ~key. environment=NAME says "
         "where files and figures go: docs/environments.md."
@@ -64,8 +67,6 @@ def read_environment(overrides: list[str]) -> DictConfig:
         ConfigError: if there is none of that name, or it is not one.
     """
     place = environment.file_of(environment.take_choice(overrides))
-    if place is None:
-        return OmegaConf.create({})
     cfg = load_config(place)
     environment.check_blocks(cfg, place)
     return cfg
@@ -77,11 +78,16 @@ def merged(cfg: DictConfig, *changes: DictConfig | dict) -> DictConfig:
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """A config file, interpolations unresolved; ConfigError if it is not YAML of keys."""
+    """A config, interpolations unresolved; ConfigError if it is not YAML of keys.
+
+    ``path`` may be the name of one that came with the library, such as ``wmtp/rho1_7b``.
+    """
     try:
-        config = OmegaConf.load(path)
+        config = OmegaConf.load(catalog.config_file(path))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read as a config: {error.strerror}") from error
+        is_name = str(path).startswith(catalog.PREFIX)
+        hint = catalog.close_to(str(path), catalog.configs()) if is_name else ""
+        raise ConfigError(f"{path} cannot be read as a config: {error.strerror}{hint}") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply for a config") from error
     except (ValueError, YAMLError, OmegaConfBaseException) as error:

@@ -34,6 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune import config
 
 import wmtp_modules.loss.linear_cross_entropy as loss_module
+from wmtp_modules.catalog import RECIPES
 from wmtp_modules.checkpoints.read import model_args_from_folder
 from wmtp_modules.config.file import merged
 from wmtp_modules.critic.judge import BATCH_ROWS
@@ -45,7 +46,6 @@ from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_
 from wmtp_modules.run.figures import Sums
 
 CPU = torch.device("cpu")  # where tensors without contents say they are
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 # What the trackers call things, put together to what a user can do something about.
 PARTS = {
@@ -113,6 +113,13 @@ def load_recipe(path: str | Path) -> ModuleType:
     Raises:
         ValueError: if the file is not there, fails, or has no class that trains as ours do.
     """
+    module = import_recipe(path)
+    _recipe_class(module)
+    return module
+
+
+def import_recipe(path: str | Path) -> ModuleType:
+    """The module of any recipe; ValueError if the file is not there, or fails."""
     path = Path(path)
     name = f"recipe_of_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -124,7 +131,6 @@ def load_recipe(path: str | Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # any code runs at import
         raise ValueError(f"the recipe {path} cannot be imported: {error!r}") from error
-    _recipe_class(module)
     return module
 
 
