@@ -15,6 +15,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from wmtp_modules.config import rules
+from wmtp_modules.config.check import ConfigError
 from wmtp_modules.critic import rewards
 from wmtp_modules.parallel.process_group import init_process_group
 from wmtp_modules.run import model as run_model
@@ -635,7 +636,7 @@ def test_rewards_of_a_reward_model(base, go, reward_model, monkeypatch, tmp_path
 
 
 def check_error(recipe, base_config, overrides, match):
-    with pytest.raises(recipe.ConfigError, match=match):
+    with pytest.raises(ConfigError, match=match):
         recipe.check(OmegaConf.merge(base_config, overrides))
 
 
@@ -699,7 +700,7 @@ def test_a_reward_model_needs_transformers(recipe, base_config, base, tmp_path, 
     cfg = OmegaConf.merge(base_config, with_critic(base, tmp_path), {"rewards": model})
     recipe.check(cfg)
     monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(recipe.ConfigError, match=r"needs transformers: `uv sync --extra reward`"):
+    with pytest.raises(ConfigError, match=r"needs transformers: `uv sync --extra reward`"):
         recipe.check(cfg)
 
 
