@@ -84,7 +84,7 @@ class Config(TrainingKeys):
         None, description="standardised reward of what the policy sees; null: all responses"
     )
     weighting: Annotated[dict, Arguments(CriticWeighting, required=("name",))] = Field(
-        description="what each token counts"
+        description="what each token counts; its seed is the run's if left out"
     )
 
 

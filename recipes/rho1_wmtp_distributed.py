@@ -58,7 +58,7 @@ class Config(TrainingKeys):
     """Every key of a config; what a component takes is read from its signature."""
 
     weighting: Annotated[dict, Arguments(TokenWeighting, required=("name",))] = Field(
-        description="what each token counts"
+        description="what each token counts; its seed is the run's if left out"
     )
     reference: Reference | None = Field(None, description="the model that rho1 compares with")
 

@@ -67,8 +67,8 @@ class Places(Keys):
     output_dir: str = Field(description="folder or URL that the run writes to")
     storage: Storage | None = Field(None, description="where files go, docs/storage.md")
     device: Literal["cuda", "cpu"] = Field(description="what it runs on")
-    dtype: Literal["bf16", "fp32"] = Field(description="of computing")
-    seed: int = Field(ge=0, description="of all random numbers")
+    dtype: Literal["bf16", "fp32"] = Field(description="what is computed in")
+    seed: int = Field(ge=0, description="of everything random")
     metric_logger: MetricLogger | None = Field(None, description="a logger of figures")
     tracking: Tracking | None = Field(None, description="MLflow, docs/environments.md")
     registry: Registry | None = Field(None, description="MLflow's registry, docs/registry.md")
@@ -96,11 +96,15 @@ class TrainingKeys(Places):
     save_every_n_steps: int = Field(ge=1, description="updates between training states")
     keep_last: int = Field(ge=1, description="training states that are kept")
     max_skipped_steps: int = Field(ge=1, description="steps in a row without an update")
-    collective_timeout_s: float = Field(gt=0, description="a rank without progress longer hangs")
-    max_hours: float | None = Field(None, gt=0, description="the run saves and ends before")
+    collective_timeout_s: float = Field(
+        gt=0, description="seconds after which a rank without progress hangs"
+    )
+    max_hours: float | None = Field(
+        None, gt=0, description="hours before which the run saves and ends"
+    )
     replay: str | None = Field(None, description="bad_step/ of a run: repeat that step, no more")
     log_every_n_steps: int = Field(ge=1, description="updates between logged figures")
-    enable_activation_checkpointing: bool = Field(description="less memory for a third more time")
+    enable_activation_checkpointing: bool = Field(description="less memory, a third more time")
     compile: bool = Field(description="whether torch.compile is used")
     profiler: Annotated[dict[str, Any], Arguments(training.setup_torch_profiler)] = Field(
         description="torchtune's profiler"
