@@ -265,6 +265,12 @@ def test_other_valid_values(path, value):
             [0.9],
             "optimizer.betas: must be a longer list, got [0.9]",
         ),
+        (
+            "optimizer.betas",
+            [0.9, 0.95, 1],
+            "optimizer.betas: must be a list of at most 2, got [0.9, 0.95, 1]",
+        ),
+        ("data.parts", [1, "x"], "data.parts[1]: must be a whole number, got 'x'"),
         ("checkpointer", "a", "checkpointer: must be a block of keys, got 'a'"),
         ("weighting", None, "weighting: must be a block of keys, got null"),
         ("weighting.mode", "c", "weighting.mode: must be one of 'a', 'b', got 'c'"),

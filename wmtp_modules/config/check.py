@@ -31,7 +31,7 @@ GIVEN = object()  # marks an argument that the recipe passes
 SHOWN = 100  # characters of a value in an error
 LEAF_TYPES = (bool, int, float, str, list, dict, type(None))
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
-# Pydantic's errors in our words; None: what YAML holds cannot tell, or it is said elsewhere.
+# Pydantic's errors in our words; "": what YAML holds cannot tell, or it is said elsewhere.
 MUST_BE = {
     "bool_type": "true or false",
     "int_type": "a whole number",
@@ -45,7 +45,9 @@ MUST_BE = {
     "less_than_equal": "at most {le:g}",
     "finite_number": "a finite number",
     "missing": "a longer list",
-    **dict.fromkeys(("needs_python_object", "callable_type", "extra_forbidden"), None),
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    **dict.fromkeys(("needs_python_object", "callable_type", "extra_forbidden"), ""),
 }
 
 
@@ -209,7 +211,7 @@ def _check_keys(values: dict, keys: type[BaseModel], path: str) -> list[str]:
 
 def _check_values(values: dict, keys: type[BaseModel], path: str) -> list[str]:
     """What pydantic finds, a line for each value; keys have been looked at."""
-    found: dict[str, tuple[Any, dict[str | None, None]]] = {}
+    found: dict[str, tuple[Any, dict[str, None]]] = {}
     try:
         keys.__pydantic_validator__.validate_json(json.dumps(values, default=lambda _: None))
     except ValidationError as error:
@@ -217,8 +219,11 @@ def _check_values(values: dict, keys: type[BaseModel], path: str) -> list[str]:
             here, value = _place(one["loc"], values, path)
             is_of_keys = one["type"] == "missing" and isinstance(value, dict)
             if not is_of_keys and not isinstance(value, _Unresolved):
-                words = MUST_BE.get(one["type"], one["msg"].removeprefix("Input should be "))
-                words = words and words.format(**one.get("ctx", {})).replace(" or '", ", '")
+                words = one["msg"].removeprefix("Input should be ")
+                if one["type"] in MUST_BE:
+                    words = (
+                        MUST_BE[one["type"]].format(**one.get("ctx", {})).replace(" or '", ", '")
+                    )
                 found.setdefault(here, (value, {}))[1][words] = None
     errors = []
     for here, (value, words) in found.items():
