@@ -205,6 +205,15 @@ def test_rules_are_asked_where_their_keys_are_right():
         check_config(config, Ranges, [rule])
 
 
+def test_a_rule_may_find_several_things():
+    def rule(steps):
+        return ["a: missing", "b: missing"] if steps > 2 else []
+
+    check_config(ranges(), Ranges, [rule])
+    with pytest.raises(ConfigError, match=r"^2 errors\n  a: missing\n  b: missing$"):
+        check_config(ranges(steps=3), Ranges, [rule])
+
+
 def test_valid_config_passes():
     assert errors_of(VALID) == []
 
@@ -364,6 +373,38 @@ def test_annotation_that_does_not_evaluate_still_checks_names():
     config = {"data": {"_component_": "config_components.make_in_quotes", "sizes": 1}}
     with pytest.raises(ConfigError, match=r"^data.sizes: unknown key \(did you mean 'size'\?\)$"):
         check_config(OmegaConf.create(config), OnlyData)
+
+
+def make_odd(
+    copy: list["NotDefined"],  # noqa: F821
+    _x: int = 1,
+    *,
+    model_config: Path | None = None,
+    sizes: list[int] | int = 1,
+):
+    raise AssertionError("a check must not call this")
+
+
+def test_arguments_may_be_called_as_they_like_and_be_of_several_kinds():
+    class Odd(Keys):
+        odd: Annotated[dict[str, Any], Arguments(make_odd, required=("sizes",))]
+
+    def check(**odd):
+        check_config(OmegaConf.create({"odd": odd}), Odd)
+
+    check(copy=[1], _x=2, model_config="a", sizes=[3])
+    with pytest.raises(ConfigError) as caught:
+        check(cpy=[1], _x="2", model_config=3, sizes=[3, "a"])
+    assert str(caught.value).splitlines()[1:] == [
+        "  odd.cpy: unknown key (did you mean 'copy'?)",
+        "  odd._x: must be a whole number, got '2', which is text (write it without quotes)",
+        "  odd.model_config: must be text, got 3",
+        "  odd.sizes[1]: must be a whole number, got 'a'",
+    ]
+    with pytest.raises(ConfigError, match=r"odd.sizes: must be a list or a whole number, got 'a'$"):
+        check(copy=[], sizes="a")
+    with pytest.raises(ConfigError, match=r"^odd.sizes: missing$"):
+        check(copy=[])
 
 
 def test_unannotated_default_number_rejects_text():

@@ -688,6 +688,25 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
             recipe.check(OmegaConf.merge(base_config, full, wrong))
 
 
+def test_blocks_that_are_missing_and_a_wrong_weighting_come_at_once(
+    recipe, base_config, base, tmp_path
+):
+    cfg = OmegaConf.merge(base_config, with_critic(base, tmp_path), {"seed": -1})
+    for block in ("rewards", "critic", "value_table"):
+        del cfg[block]
+    del cfg.weighting.name
+    with pytest.raises(ConfigError, match=r"2 errors\n  weighting.name: missing\n  seed: must be"):
+        recipe.check(cfg)
+    cfg.weighting = {"name": "critic"}
+    with pytest.raises(ConfigError, match="4 errors") as caught:
+        recipe.check(cfg)
+    for block in ("rewards", "critic", "value_table"):
+        assert f"  {block}: missing, the stages and the weighting need it" in str(caught.value)
+    cfg.weighting.lam = 3
+    with pytest.raises(ConfigError, match=r"2 errors\n  seed: .*\n  weighting.lam must be between"):
+        recipe.check(cfg)
+
+
 def test_a_uniform_run_needs_no_critic_and_no_threshold_without_rewards(recipe, base_config):
     plain = {"stages": ["policy"], "weighting": {"name": "uniform"}}
     recipe.check(OmegaConf.merge(base_config, plain))
