@@ -94,7 +94,7 @@ def check_config(
         ConfigError: with one line per error, each headed by the dotted key.
     """
     values, errors = _resolve(cfg, "")
-    errors += _check(values, keys, "")
+    errors += _check_keys(values, keys, "") + _check_values(values, keys, "")
     wrong = {re.split(r"[.:[]", error, maxsplit=1)[0] for error in errors}
     wrong |= {key for key, field in fields_of(keys).items() if field.is_required()} - values.keys()
     for rule in rules:
@@ -179,10 +179,6 @@ def kinds_of(field: FieldInfo) -> Iterator[Any]:
         yield kind
 
 
-def _check(values: dict, keys: type[BaseModel], path: str) -> list[str]:
-    return _check_keys(values, keys, path) + _check_values(values, keys, path)
-
-
 def _check_keys(values: dict, keys: type[BaseModel], path: str) -> list[str]:
     """Unknown and missing keys; a required key that was only mistyped is not missing as well."""
     fields, errors, meant = fields_of(keys), [], set()
@@ -203,7 +199,8 @@ def _check_keys(values: dict, keys: type[BaseModel], path: str) -> list[str]:
             if isinstance(kind, Component):
                 errors += _check_component(value, kind, here)
             elif isinstance(kind, Arguments):
-                errors += _check(value, keys_of(kind.function, required=kind.required), here)
+                block = keys_of(kind.function, required=kind.required)
+                errors += _check_keys(value, block, here) + _check_values(value, block, here)
             elif isinstance(kind, type) and issubclass(kind, Keys):
                 errors += _check_keys(value, kind, here)
     return errors
@@ -292,7 +289,7 @@ def _check_component(values: dict, wanted: Component, path: str) -> list[str]:
         return [f"{here}: {error}"]
     errors: list[str] = []
     values = {k: _nested(v, _join(path, k), errors) for k, v in values.items() if k != COMPONENT}
-    return _check(values, keys, path) + errors
+    return _check_keys(values, keys, path) + _check_values(values, keys, path) + errors
 
 
 def _nested(value: Any, path: str, errors: list[str]) -> Any:

@@ -21,14 +21,13 @@ class Pieces(Keys):
     max_seq_len: int = Field(ge=2, description="tokens of a packed row")
 
 
-Model = Annotated[dict[str, Any], Component(makes="MTPTransformer")]
-Tokenizer = Annotated[dict[str, Any], Component(keys=Pieces, makes="Llama2Tokenizer")]
-Dataset = Annotated[dict[str, Any], Component(given=("tokenizer",), makes="Dataset")]
-Optimizer = Annotated[
-    dict[str, Any], Component(given=("params",), keys=Learning, makes="Optimizer")
-]
-MetricLogger = Annotated[dict[str, Any], Component(makes="MetricLoggerInterface")]
-Prepare = Annotated[dict[str, Any], Component()]
+Model = Annotated[dict, Component(makes="MTPTransformer")]
+Tokenizer = Annotated[dict, Component(keys=Pieces, makes="Llama2Tokenizer")]
+Dataset = Annotated[dict, Component(given=("tokenizer",), makes="Dataset")]
+Optimizer = Annotated[dict, Component(given=("params",), keys=Learning, makes="Optimizer")]
+MetricLogger = Annotated[dict, Component(makes="MetricLoggerInterface")]
+Prepare = Annotated[dict, Component()]
+Profiler = Annotated[dict, Arguments(training.setup_torch_profiler)]
 
 
 class Folder(Keys):
@@ -44,9 +43,7 @@ class Tracking(Keys):
 
 
 class Registry(Keys):
-    model_name: str | None = Field(
-        None, description="name under which best/ is registered at the end; null: it is not"
-    )
+    model_name: str | None = Field(None, description="what best/ is registered as; null: not")
 
 
 class Storage(Keys):
@@ -106,9 +103,7 @@ class TrainingKeys(Places):
     log_every_n_steps: int = Field(ge=1, description="updates between logged figures")
     enable_activation_checkpointing: bool = Field(description="less memory, a third more time")
     compile: bool = Field(description="whether torch.compile is used")
-    profiler: Annotated[dict[str, Any], Arguments(training.setup_torch_profiler)] = Field(
-        description="torchtune's profiler"
-    )
+    profiler: Profiler = Field(description="torchtune's profiler")
     requires: list[str] | None = Field(None, description="configs of runs that come before")
     controls: list | dict | None = Field(None, description="runs beside it, by their overrides")
     control: Control | None = Field(None, description="in the config of a control only")
@@ -166,7 +161,7 @@ class EvalPieces(Keys):
     max_seq_len: int | None = Field(None, ge=2, description="null: the model's")
 
 
-EvalTokenizer = Annotated[dict[str, Any], Component(keys=EvalPieces, makes="Llama2Tokenizer")]
+EvalTokenizer = Annotated[dict, Component(keys=EvalPieces, makes="Llama2Tokenizer")]
 
 
 class Generation(Keys):

@@ -61,9 +61,8 @@ def schema_of(keys: type[BaseModel], told: dict[str, str] | None = None) -> dict
     for key, field in fields_of(keys).items():
         kinds = list(kinds_of(field))
         blocks = [block for block in map(_block, kinds) if block]
-        others = plain[key].get("anyOf") or [
-            _without(plain[key], "title", "default", "description")
-        ]
+        leaf = {k: v for k, v in plain[key].items() if k not in ("title", "default", "description")}
+        others = leaf.get("anyOf") or [leaf]
         options = blocks[:1] + [{"type": "null"}] * (NoneType in kinds) if blocks else others
         options += [INTERPOLATION] * ({"type": "string"} not in options)
         properties[key] = options[0] if len(options) == 1 else {"anyOf": options}
@@ -72,12 +71,8 @@ def schema_of(keys: type[BaseModel], told: dict[str, str] | None = None) -> dict
         if not field.is_required():
             properties[key] = properties[key] | {"default": field.default}
     required = [key for key, field in fields_of(keys).items() if field.is_required()]
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required,
-        "additionalProperties": False,
-    }
+    made = {"type": "object", "properties": properties, "required": required}
+    return made | {"additionalProperties": False}
 
 
 def _block(kind: Any) -> dict[str, Any] | None:
@@ -102,10 +97,6 @@ def _told(function: Callable) -> dict[str, str]:
         for name, text in re.findall(r"^ {4}(\w+)[^:\n]*: (.*\n(?: {5,}.*\n)*)", arguments, re.M):
             told[name] = " ".join(text.replace("``", "`").split())
     return told
-
-
-def _without(schema: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in schema.items() if key not in keys}
 
 
 def rows(schema: dict[str, Any], above: str = "") -> Iterator[str]:
