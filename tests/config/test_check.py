@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from wmtp_modules.config.check import Arguments, Component, ConfigError, Keys, check_config
 
@@ -212,6 +212,31 @@ def test_a_rule_may_find_several_things():
     check_config(ranges(), Ranges, [rule])
     with pytest.raises(ConfigError, match=r"^2 errors\n  a: missing\n  b: missing$"):
         check_config(ranges(steps=3), Ranges, [rule])
+
+
+def test_a_recipe_may_have_validators_of_pydantic():
+    class Even(Keys):
+        n: int
+        m: int = 0
+
+        @field_validator("n")
+        @classmethod
+        def _is_even(cls, n):
+            if n % 2:
+                raise ValueError(f"must be even, got {n}")
+            return n
+
+        @model_validator(mode="after")
+        def _is_above(self):
+            if self.n <= self.m:
+                raise ValueError(f"n: {self.n} must be above m, {self.m}")
+            return self
+
+    check_config(OmegaConf.create({"n": 2}), Even)
+    with pytest.raises(ConfigError, match=r"^n: must be even, got 3$"):
+        check_config(OmegaConf.create({"n": 3}), Even)
+    with pytest.raises(ConfigError, match=r"^n: 2 must be above m, 2$"):
+        check_config(OmegaConf.create({"n": 2, "m": 2}), Even)
 
 
 def test_valid_config_passes():

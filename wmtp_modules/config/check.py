@@ -209,20 +209,23 @@ def _check_keys(values: dict, keys: type[BaseModel], path: str) -> list[str]:
 def _check_values(values: dict, keys: type[BaseModel], path: str) -> list[str]:
     """What pydantic finds, a line for each value; keys have been looked at."""
     found: dict[str, tuple[Any, dict[str, None]]] = {}
+    errors: list[str] = []
     try:
         keys.__pydantic_validator__.validate_json(json.dumps(values, default=lambda _: None))
     except ValidationError as error:
         for one in error.errors(include_url=False):
             here, value = _place(one["loc"], values, path)
             is_of_keys = one["type"] == "missing" and isinstance(value, dict)
-            if not is_of_keys and not isinstance(value, _Unresolved):
+            if one["type"] == "value_error":  # by a validator that a recipe's class has
+                told = one["msg"].removeprefix("Value error, ")
+                errors.append(f"{here}: {told}" if here else told)
+            elif not is_of_keys and not isinstance(value, _Unresolved):
                 words = one["msg"].removeprefix("Input should be ")
                 if one["type"] in MUST_BE:
                     words = (
                         MUST_BE[one["type"]].format(**one.get("ctx", {})).replace(" or '", ", '")
                     )
                 found.setdefault(here, (value, {}))[1][words] = None
-    errors = []
     for here, (value, words) in found.items():
         # Text is no `float | Tensor`, whatever a Tensor is; of a list in a union its items are.
         told = " or ".join(filter(None, words))
