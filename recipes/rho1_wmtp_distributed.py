@@ -15,19 +15,21 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from omegaconf import DictConfig
+from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
-from wmtp_modules.config.check import AtLeast, ConfigError, Optional, check_config
+from wmtp_modules.config.check import Arguments, ConfigError, check_config
 from wmtp_modules.config.file import merged
-from wmtp_modules.config.keys import TRAINING_KEYS
+from wmtp_modules.config.keys import Reference, TrainingKeys
 from wmtp_modules.config.rules import TRAINING_RULES
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
@@ -51,28 +53,19 @@ from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 log = utils.get_logger("INFO")
 
-# Every key of a config; what a component takes is read from its signature.
-SCHEMA = TRAINING_KEYS | {
-    "weighting": TokenWeighting,
-    "reference": Optional(
-        {
-            "mode": ("cached", "online"),
-            "checkpointer": {"checkpoint_dir": str},
-            "table_dir": str,
-            "batch_tokens": AtLeast(int, 1),
-        }
-    ),
-}
+
+class Config(TrainingKeys):
+    """Every key of a config; what a component takes is read from its signature."""
+
+    weighting: Annotated[dict, Arguments(TokenWeighting, required=("name",))] = Field(
+        description="what each token counts; its seed is the run's if left out"
+    )
+    reference: Reference | None = Field(None, description="the model that rho1 compares with")
 
 
 def check(cfg: DictConfig) -> None:
     """Find everything that can be wrong with a config before a process group or a model exists."""
-    check_config(cfg, SCHEMA, TRAINING_RULES)
-    if "name" not in cfg.weighting:
-        raise ConfigError("weighting.name: missing")
-    weighting = make_weighting(cfg)
-    if weighting.needs_scores and not cfg.get("reference"):
-        raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
+    check_config(cfg, Config, (*TRAINING_RULES, _weighting_has_its_scores))
     controls.check_controls(cfg, TokenWeighting.NAMES, check)
     tables = {}
     for one in controls.runs_of(cfg, TokenWeighting.NAMES)[::-1]:
@@ -85,6 +78,15 @@ def check(cfg: DictConfig) -> None:
                 f"controls.{controls.name_of(one)}.reference.table_dir: {table_dir} is another "
                 "run's as well, with another reference or other rows: give this control its own"
             )
+
+
+def _weighting_has_its_scores(weighting: dict, reference: dict | None) -> str | None:
+    try:
+        needs_scores = TokenWeighting(**weighting).needs_scores
+    except ValueError as error:
+        return str(error)
+    if needs_scores and not reference:
+        return f"reference: missing, the weighting {weighting['name']!r} needs it"
 
 
 def make_weighting(cfg: DictConfig) -> TokenWeighting:

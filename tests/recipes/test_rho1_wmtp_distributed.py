@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.checkpoints.write import save_meta
+from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.rules import cpp_compiler
 from wmtp_modules.data import packing, rows_dataset
 from wmtp_modules.data.packing import PackedDataset
@@ -1244,7 +1245,7 @@ def test_compile_equals_eager(run, uniform):
 
 
 def check_error(recipe, base_config, overrides, match):
-    with pytest.raises(recipe.ConfigError, match=match):
+    with pytest.raises(ConfigError, match=match):
         recipe.check(OmegaConf.merge(base_config, overrides))
 
 
@@ -1260,7 +1261,7 @@ def test_values_out_of_range_come_all_at_once(recipe, base_config, monkeypatch):
         "optimizer": {"lr": 0.0},
         "tokenizer": {"max_seq_len": 1},
     }
-    with pytest.raises(recipe.ConfigError, match="11 errors") as error:
+    with pytest.raises(ConfigError, match="11 errors") as error:
         recipe.check(OmegaConf.merge(base_config, wrong))
     for key in at_least_one:
         assert f"  {key}: must be at least 1, got 0" in str(error.value)
