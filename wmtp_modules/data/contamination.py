@@ -9,19 +9,25 @@ only; ``benchmarks/make_eval_prompts.py`` makes it.
 import hashlib
 import json
 import re
-from functools import lru_cache
+from itertools import compress, count
 from pathlib import Path
 
 HASHES = Path(__file__).with_name("eval_prompts.json")
 ANCHOR = 4  # words: enough to be rare, fewer than the shortest description
 
-_WORD = re.compile(r"[a-z0-9]+")
+MOST_KNOWN = 1 << 20  # distinct words that are remembered
+
+_ALNUM = b"abcdefghijklmnopqrstuvwxyz0123456789"
+_TO_SPACE = bytes(byte if byte in _ALNUM else 32 for byte in range(256))
 _JSON_ESCAPE = re.compile(r'\\[nrt"]')
 
 
 def words_of(text: str) -> list[str]:
     """Lower-case alphanumeric words of a text; the letter of a JSON escape is not part of one."""
-    return _WORD.findall(_JSON_ESCAPE.sub(" ", text).lower())
+    if "\\" in text:
+        text = _JSON_ESCAPE.sub(" ", text)
+    # Four times as fast as a regular expression for the words.
+    return text.lower().encode("ascii", "replace").translate(_TO_SPACE).decode().split()
 
 
 def hash_words(words: list[str]) -> str:
@@ -34,20 +40,24 @@ class EvaluationGuard:
 
     def __init__(self, path: Path = HASHES) -> None:
         items = json.loads(path.read_text())["items"]
-        firsts = {first for _, _, first, _, _ in items}
+        self._firsts = {first for _, _, first, _, _ in items}
         self._by_anchor: dict[str, list[tuple[str, int, str]]] = {}
         for task_id, n_words, _, anchor, full in items:
             self._by_anchor.setdefault(anchor, []).append((task_id, n_words, full))
         # Hashing each distinct word once, and four words only after a known first word, makes the
-        # scan as fast as a loop over words.
-        self._is_first = lru_cache(1 << 20)(lambda word: hash_words([word]) in firsts)
+        # scan a fraction of what tokenising takes.
+        self._known: set[str] = set()
+        self._known_firsts: set[str] = set()
 
     def find(self, text: str) -> str | None:
         """The first evaluation task that ``text`` contains, by id ("MBPP/11"), or None."""
         words = words_of(text)
-        for i, is_first in enumerate(map(self._is_first, words)):
-            if not is_first:
-                continue
+        if len(self._known) > MOST_KNOWN:
+            self._known.clear()
+        new = set(words) - self._known
+        self._known |= new
+        self._known_firsts.update(word for word in new if hash_words([word]) in self._firsts)
+        for i in compress(count(), map(self._known_firsts.__contains__, words)):
             for task_id, n_words, full in self._by_anchor.get(
                 hash_words(words[i : i + ANCHOR]), ()
             ):
