@@ -100,17 +100,25 @@ def rows_dataset(
     )
 
 
-def has_weights(rows: datasets.Dataset) -> bool:
-    """Whether any row brings weights of its tokens."""
-    return "weight" in rows.column_names
-
-
 def has_marks(rows: datasets.Dataset) -> bool:
     """Whether a token of any row is marked as noise."""
     if "noise" not in rows.column_names:
         return False
     batches = rows.select_columns("noise").with_format("numpy").iter(batch_size=4096)
     return any(np.any(marks) for batch in batches for marks in batch["noise"])
+
+
+def check_weights_of(rows: datasets.Dataset, weighting: str, fields: Sequence[str]) -> None:
+    """ValueError if no row has a field that a weighting takes its weights from."""
+    has = {"noise": has_marks, "weight": lambda rows: "weight" in rows.column_names}
+    says = {"noise": "the spans that are wrong", "weight": "a number or spans with one"}
+    for field in fields:
+        if not has[field](rows):
+            raise ValueError(
+                f"weighting {weighting} needs rows with a `{field}` field, {says[field]} "
+                "(docs/data.md), and no row of dataset has one: add it, name it in "
+                "dataset.columns, or take another weighting"
+            )
 
 
 def build_rows(
@@ -179,8 +187,8 @@ def build_rows(
     recover_folder(folder)
     quiet_datasets()
     if not folder.exists():
-        texts = tuple(one.kind == "text" for one in opened)
-        make = Make(tokenizer, to_samples, divide, tuple(whole), texts, unused)
+        texts, guard = tuple(one.kind == "text" for one in opened), contamination.EvaluationGuard()
+        make = Make(tokenizer, to_samples, divide, guard, tuple(whole), texts, unused)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with only_writer(folder):
@@ -244,6 +252,7 @@ class Make:
     tokenizer: Llama2Tokenizer
     to_samples: Callable[[dict], list[Sample]]
     divide: Divide
+    guard: contamination.EvaluationGuard
     whole: tuple[bool, ...]  # of each source: it has its own split, or to_samples divides it
     texts: tuple[bool, ...]  # of each source: its records are files of text
     unused: str
@@ -353,13 +362,8 @@ def _progress(opened: list[Source], n_bytes: int) -> Iterator[None]:
             bar.update(_bytes_done.value - bar.n)
 
 
-_guard: contamination.EvaluationGuard | None = None  # of this process
-
-
 def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) -> pa.Table:
     """Rows of a batch of records; what else there is to say goes to a file of its own."""
-    global _guard
-    _guard = _guard or contamination.EvaluationGuard()
     count, has, excluded = Counter[str](), Counter[str](), Counter[str]()
     valid, bad = Counter[int](), defaultdict[int, BadRows](BadRows)
     made: list[tuple[tokenize.TokenRow, Sample, bytes | None]] = []
@@ -380,7 +384,7 @@ def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) ->
             if not make.whole[number] and not make.divide.takes(sample):
                 count["other split"] += 1
                 continue
-            task = _guard.find(sample.all_text)
+            task = make.guard.find(sample.all_text)
             if task:
                 excluded[task] += 1
                 continue

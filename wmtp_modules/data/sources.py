@@ -229,7 +229,9 @@ class Source:
             else:
                 with _opened(path) as file:
                     yield from _jsonl_records(file, name)
-        except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException) as error:
+        except (EOFError, zlib.error, OSError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's, no format's
+                raise
             raise ValueError(
                 f"{path} is truncated or damaged ({json_fault(error)}): copy it again"
             ) from error
