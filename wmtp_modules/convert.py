@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from wmtp_modules.checkpoints.names import is_extra_head, parameter_shapes
-from wmtp_modules.checkpoints.read import Checkpoint
+from wmtp_modules.checkpoints.read import Checkpoint, is_meta
 from wmtp_modules.checkpoints.refusals import weight_files
 from wmtp_modules.checkpoints.write import write_meta
 from wmtp_modules.checkpoints.write_hf import write_hf
@@ -31,7 +31,7 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
             "--n-future-tokens requires --to mtp: otherwise the heads are those of SRC"
         )
     if to == "mtp":
-        if (src / "params.json").exists():
+        if is_meta(src):
             raise ValueError(
                 f"{src} is in Meta's format: --to mtp starts from a Hugging Face Llama"
             )

@@ -74,9 +74,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path, n_future_tokens: int | None = None) -> None:
         folder = Path(folder)
         recover_folder(folder)
-        # Mistral's folders hold its own format as well, of which only params.json has our names.
-        has_both = (folder / "params.json").exists() and (folder / "config.json").exists()
-        if (folder / "params.json").exists() and not (has_both and _is_mistrals(folder)):
+        if is_meta(folder):
             self.is_hf = False
             self.config_file = folder / "params.json"
             self._files, self._index = _consolidated_files(folder), {}
@@ -488,11 +486,16 @@ def _number(
     return value
 
 
-def _is_mistrals(folder: Path) -> bool:
-    """Whether a folder with both configs has Hugging Face's weights and none of Meta's."""
-    if any(folder.glob("consolidated*.pth")):
+def is_meta(folder: Path) -> bool:
+    """Whether a folder is in Meta's format.
+
+    Mistral's hold two formats, of which its own has the params.json and weights of another name.
+    """
+    if not (folder / "params.json").exists():
         return False
-    return any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*"))
+    hf = ("model*.safetensors*", "pytorch_model*")
+    is_both = (folder / "config.json").exists() and any(any(folder.glob(name)) for name in hf)
+    return not is_both or any(folder.glob("consolidated*.pth"))
 
 
 def _consolidated_files(folder: Path) -> list[Path]:

@@ -53,13 +53,17 @@ class Sample:
         return self.prompt is not None and not self.earlier
 
     @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """All prompts and responses; a plain text has an empty prompt."""
+        return (*self.earlier, (self.prompt or "", self.response))
+
+    @property
     def first_prompt(self) -> str | None:
         return self.earlier[0][0] if self.earlier else self.prompt
 
     @property
     def all_text(self) -> str:
-        turns = (*self.earlier, (self.prompt or "", self.response))
-        return "\n".join(text for turn in turns for text in turn)
+        return "\n".join(text for turn in self.turns for text in turn)
 
     def encode(self, tokenizer: Llama2Tokenizer) -> tokenize.TokenRow:
         """The tokens of prompts and responses."""
@@ -69,8 +73,7 @@ class Sample:
                 tokenizer, self.prompt, self.response, self.noise, self.weight
             )
         assert not isinstance(self.weight, tuple)  # ``Reader`` has seen to that
-        turns = (*self.earlier, (self.prompt, self.response))
-        return tokenize.encode_turns(tokenizer, turns, self.weight)
+        return tokenize.encode_turns(tokenizer, self.turns, self.weight)
 
 
 class Reader:

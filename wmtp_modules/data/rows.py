@@ -108,6 +108,21 @@ def has_marks(rows: datasets.Dataset) -> bool:
     return any(np.any(marks) for batch in batches for marks in batch["noise"])
 
 
+def check_one_response_each(rows: datasets.Dataset) -> None:
+    """ValueError unless the supervised tokens of each row are one run, for what rates responses."""
+    first = 0
+    for batch in rows.select_columns("keep").with_format("numpy").iter(batch_size=1024):
+        for i, keep in enumerate(batch["keep"]):
+            turns = int(np.count_nonzero(np.diff(keep.astype(np.int8), prepend=0) == 1))
+            if turns > 1:
+                raise ValueError(
+                    f"row {first + i} of the data set has {turns} turns of the assistant, and a "
+                    "reward belongs to one response: give one row for each, or train with the "
+                    "Rho-1 recipe"
+                )
+        first += len(batch["keep"])
+
+
 def check_weights_of(rows: datasets.Dataset, weighting: str, fields: Sequence[str]) -> None:
     """ValueError if no row has a field that a weighting takes its weights from."""
     has = {"noise": has_marks, "weight": lambda rows: "weight" in rows.column_names}
