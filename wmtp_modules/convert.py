@@ -60,7 +60,7 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
     dtypes = sorted({str(checkpoint.read(key).dtype).removeprefix("torch.") for key in keys})
     return (
         f"{dst}: {layout} format, {trunk} trunk blocks, {heads} head(s), {size / 1e9:.2f} GB\n"
-        f"{_kept(checkpoint.args, dtypes)}\n{_left_out(src, dst, checkpoint)}"
+        f"{_kept(checkpoint.args, dtypes)}\n{_left_out(src, dst, checkpoint, to)}"
     )
 
 
@@ -81,10 +81,13 @@ def _kept(args: dict, dtypes: list[str]) -> str:
     )
 
 
-def _left_out(src: Path, dst: Path, checkpoint: Checkpoint) -> str:
-    """Files that the copy does not have, and names that have changed."""
-    config = read_json(checkpoint.config_file)
+def _left_out(src: Path, dst: Path, checkpoint: Checkpoint, to: str) -> str:
+    """What the copy does not have, and names that have changed."""
+    config, extra = read_json(checkpoint.config_file), checkpoint.args["n_future_tokens"] - 1
     told = []
+    if extra and to != "meta":
+        did = "left out" if to == "hf" else "made, copies of the last block"
+        told.append(f"{extra} extra head(s) {did}")
     if config.get("tie_word_embeddings"):
         told.append("embedding and output are two tensors now")
     if config.get("model_type") not in (None, "llama"):

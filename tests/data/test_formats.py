@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import datasets
@@ -220,7 +221,7 @@ def test_a_bar_says_how_far_it_is(tokenizer, make_jsonl, monkeypatch, capsys):
     rows_dataset(tokenizer, source=make_jsonl(*({"text": f"row {i}"} for i in range(300))))
     told = capsys.readouterr().err
     assert "tokenising" in told
-    assert "5.59k/5.59k" in told or "100%" in told
+    assert re.search(r"(\S+)/\1 B", told)
 
 
 def test_an_own_name_of_a_column_is_read_from_every_format(tmp_path):
