@@ -140,7 +140,8 @@ def test_a_column_weighs_the_token_that_a_head_predicts(inputs):
     cut_BTK, _ = TokenWeighting("column", w_min=0.9, w_max=1.1)(
         None, mask_BTK, doc_BT, raw_BT, step=0
     )
-    assert cut_BTK[mask_BTK].min() >= 0.9 - 1e-6 and cut_BTK.max() <= 1.1 + 1e-6
+    assert cut_BTK[mask_BTK].min() >= 0.9 - 1e-6
+    assert cut_BTK.max() <= 1.1 + 1e-6
     equal_BTK, _ = TokenWeighting("column")(None, mask_BTK, doc_BT, raw_BT * 0 + 3, step=0)
     assert torch.equal(equal_BTK, mask_BTK.float())
 
