@@ -128,17 +128,16 @@ class Reader:
             raise self._unclear(row, len(whole) > 1)
         form = whole[0]
         reward, problem_id = _reward(row["reward"]), _problem_id(row["problem_id"])
-        turns: list[tuple[str | None, str]]
+        earlier: list[tuple[str, str]] = []
         if form == ("messages",):
-            turns = [*_turns(row["messages"])]
+            *earlier, (prompt, response) = _turns(row["messages"])
         else:
             texts = [self._text(row, field) for field in form]
             if form == ("instruction", "output"):
                 extra = string_field(row, "input") if row["input"] is not None else ""
                 kind = "prompt_input" if extra.strip() else "prompt_no_input"
                 texts[0] = ALPACA[kind].format(instruction=texts[0], input=extra)
-            turns = [(texts[0] if len(texts) > 1 else None, texts[-1])]
-        *earlier, (prompt, response) = turns
+            prompt, response = (texts[0] if len(texts) > 1 else None), texts[-1]
         noise = _spans(row["noise"] or [], len(response))
         weight = _weight(row["weight"], len(response))
         if earlier and (noise or isinstance(weight, tuple)):

@@ -596,7 +596,7 @@ def _csv_records(
     with _opened(path) as file:
         # Bytes that are no UTF-8 cost their row, not the file.
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-        table = csv.DictReader(text, delimiter=delimiter, restkey="\0", strict=True)
+        table, first = csv.DictReader(text, delimiter=delimiter, restkey="\0", strict=True), 1
         try:
             present = table.fieldnames or ()
             if present and not set(columns) & set(present):
@@ -607,7 +607,7 @@ def _csv_records(
                 first = table.line_num + 1
         except csv.Error as error:
             raise ValueError(
-                f"{path} is no table of rows from line {table.line_num} on ({error}): correct the "
+                f"{path} is no table of rows from line {first} on ({error}): correct the "
                 "quotes there"
             ) from error
 
