@@ -41,9 +41,9 @@ class EvaluationGuard:
     def __init__(self, path: Path = HASHES) -> None:
         items = json.loads(path.read_text())["items"]
         self._firsts = {first for _, _, first, _, _ in items}
-        self._by_anchor: dict[str, list[tuple[str, int, str]]] = {}
+        self._by_anchor: dict[bytes, list[tuple[str, int, str]]] = {}
         for task_id, n_words, _, anchor, full in items:
-            self._by_anchor.setdefault(anchor, []).append((task_id, n_words, full))
+            self._by_anchor.setdefault(bytes.fromhex(anchor), []).append((task_id, n_words, full))
         # Hashing each distinct word once, and four words only after a known first word, makes the
         # scan a fraction of what tokenising takes.
         self._known: set[str] = set()
@@ -57,10 +57,12 @@ class EvaluationGuard:
         new = set(words) - self._known
         self._known |= new
         self._known_firsts.update(word for word in new if hash_words([word]) in self._firsts)
+        by_anchor, blake2b = self._by_anchor, hashlib.blake2b
         for i in compress(count(), map(self._known_firsts.__contains__, words)):
-            for task_id, n_words, full in self._by_anchor.get(
-                hash_words(words[i : i + ANCHOR]), ()
-            ):
+            anchor = blake2b(" ".join(words[i : i + ANCHOR]).encode(), digest_size=8).digest()
+            if anchor not in by_anchor:
+                continue
+            for task_id, n_words, full in by_anchor[anchor]:
                 if hash_words(words[i : i + n_words]) == full:
                     return task_id
         return None

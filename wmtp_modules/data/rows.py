@@ -405,7 +405,9 @@ def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) ->
                 continue
             rows = list(_tokenise(make.tokenizer, sample))
             count["over-long"] += not rows
-            digest = hashlib.blake2b(repr(sample).encode(), digest_size=8).digest()
+            marks = repr((sample.noise, sample.reward, sample.problem_id, sample.weight))
+            told = "\0".join([marks, *(text for turn in sample.turns for text in turn)])
+            digest = hashlib.blake2b(told.encode(), digest_size=8).digest()
             for i, row in enumerate(rows):
                 count["rows"] += 1
                 count["tokens"] += len(row.tokens)
@@ -418,11 +420,11 @@ def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) ->
                     prompt=sample.is_pair,
                     response=sample.is_pair,
                 )
-    told = {
+    said = {
         "first": indices[0], "count": count, "has": has, "excluded": excluded, "valid": valid,
         "bad": {part: one.as_dict() for part, one in bad.items()},
     }  # fmt: skip
-    Path(counts, f"{indices[0]}.json").write_text(json.dumps(told))
+    Path(counts, f"{indices[0]}.json").write_text(json.dumps(said))
     with _bytes_done.get_lock():
         _bytes_done.value += sum(len(line) for line in table["record"].to_pylist() if line)
     return _table(made)

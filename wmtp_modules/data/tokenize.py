@@ -38,20 +38,20 @@ def encode_with_offsets(
     it has the empty span (0, 0).
     """
     ids, begins, ends = _encode(tokenizer, text)
-    return ids, list(zip(begins.tolist(), ends.tolist(), strict=True))
+    return ids.tolist(), list(zip(begins.tolist(), ends.tolist(), strict=True))
 
 
-def _encode(tokenizer: Llama2Tokenizer, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """As ``encode_with_offsets``, int64 arrays of where tokens begin and end.
+def _encode(tokenizer: Llama2Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``encode_with_offsets``, in arrays: int32 ids, int64 begins and ends.
 
     Where tokens are follows from the bytes of their pieces, which is three times as fast as asking
     SentencePiece. What does not add up to the text, a character that it rewrites, is asked.
     """
     processor = tokenizer._spm_model.spm_model
-    ids = processor.encode(text)
+    ids = np.array(processor.encode(text), np.int32)
     sizes, n_dummy = _piece_sizes(processor)
     bytes_ = text.encode()
-    if sizes is None or not ids:
+    if sizes is None or not len(ids):
         return _encode_slowly(processor, text)
     sizes = sizes[ids]
     ends = np.cumsum(sizes) - n_dummy
@@ -66,7 +66,7 @@ def _encode(tokenizer: Llama2Tokenizer, text: str) -> tuple[list[int], np.ndarra
     return ids, begins, ends
 
 
-def _encode_slowly(processor: Any, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+def _encode_slowly(processor: Any, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     encoded = processor.encode(text, out_type="offset_mapping")
     # SentencePiece assigns a character of several byte tokens only to the last of them.
     spans = [
@@ -74,7 +74,7 @@ def _encode_slowly(processor: Any, text: str) -> tuple[list[int], np.ndarray, np
         for token, (begin, end) in zip(encoded["ids"], encoded["offsets"], strict=True)
     ]
     begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
-    return encoded["ids"], begins, ends
+    return np.array(encoded["ids"], np.int32), begins, ends
 
 
 @lru_cache(maxsize=4)
@@ -116,7 +116,7 @@ def encode_pair(
     """
     text, n = prompt + response, len(prompt)
     ids, begins, ends = _encode(tokenizer, text)
-    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+    tokens = _between(tokenizer, ids)
     keep = np.ones(len(tokens), bool)
     keep[0], keep[1:-1] = False, ends > n
     marks = _overlaps(begins, ends, [(s + n, e + n) for s, e in noise], len(text))
@@ -139,12 +139,17 @@ def encode_text(
         weights = np.full(len(tokens), 1 if weight is None else weight, np.float32)
         return TokenRow(tokens, ~none, none, weights)
     ids, begins, ends = _encode(tokenizer, text)
-    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+    tokens = _between(tokenizer, ids)
     weights = np.ones(len(tokens), np.float32)
     if weight is not None:
         weights[1:] = _weights(begins, ends, weight, len(text))
     marks = _overlaps(begins, ends, noise, len(text))
     return TokenRow(tokens, np.ones(len(tokens), bool), marks, weights)
+
+
+def _between(tokenizer: Llama2Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """The ids between BOS and EOS."""
+    return np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.int32)
 
 
 def encode_turns(
