@@ -77,10 +77,10 @@ def test_of_messages_only_what_the_assistant_says_is_supervised(tokenizer, make_
         "[INST] <<SYS>>\nSei kurz, ß!\n<</SYS>>\n\n漢? [/INST] ",
         "[INST] und 😀 [/INST] ",
     )
-    assert documents(row, tokenizer) == [
-        (first + "  def é():\n", "  def é():\n"),
-        (second + "x", " x"),  # the space and the x are one token
-    ]
+    one, other = documents(row, tokenizer)
+    assert one == (first + "  def é():\n", "  def é():\n")
+    # The space before it is the template's, unless it is in one token with the x.
+    assert other in [(second + "x", "x"), (second + "x", " x")]
     assert "prompt" not in row  # there is no one response
     (one,) = rows_of(tokenizer, make_jsonl, {"messages": said("漢?", "é")})
     assert (one["prompt"], one["response"]) == ("[INST] 漢? [/INST] ", "é")

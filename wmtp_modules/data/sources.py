@@ -596,27 +596,29 @@ def _csv_records(
     with _opened(path) as file:
         # Bytes that are no UTF-8 cost their row, not the file.
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-        table, first = csv.DictReader(text, delimiter=delimiter, restkey="\0", strict=True), 1
+        table, first = csv.reader(text, delimiter=delimiter, strict=True), 1
         try:
-            present = table.fieldnames or ()
-            if present and not set(columns) & set(present):
-                raise ValueError(_no_column(path, present, columns))
+            header = next(table, [])
+            if header and not set(columns) & set(header):
+                raise ValueError(_no_column(path, header, columns))
             first = table.line_num + 1
             for row in table:
-                yield f"{name}:{first}", _csv_record(row, cells)
+                if row:
+                    yield f"{name}:{first}", _csv_record(header, row, cells)
                 first = table.line_num + 1
         except csv.Error as error:
             raise ValueError(
-                f"{path} is no table of rows from line {first} on ({error}): correct the "
-                "quotes there"
+                f"{path} is no table of rows from line {first} on ({error}): correct the quotes "
+                "there"
             ) from error
 
 
-def _csv_record(row: dict, cells: tuple[str, ...]) -> dict | BadRow:
-    if "\0" in row:
-        return BadRow("more cells than the header has", "more cells than the header has")
-    if any(not v.isascii() and re.search("[\udc80-\udcff]", v) for v in row.values() if v):
+def _csv_record(header: list[str], values: list[str], cells: tuple[str, ...]) -> dict | BadRow:
+    if len(values) > len(header):
+        return BadRow("more cells than the header has")
+    if any(not v.isascii() and re.search("[\udc80-\udcff]", v) for v in values):
         return BadRow("not UTF-8")
+    row: dict = dict.fromkeys(header) | dict(zip(header, values, strict=False))
     for cell in cells:
         if row.get(cell) is not None:
             try:
