@@ -118,7 +118,7 @@ def edit(path, **fields):
 def test_mistral_v03_is_a_llama(hf, tmp_path, capsys):
     """Its folder holds the format of Mistral as well, and a tokenizer of two names."""
     edit(hf / "config.json", model_type="mistral", sliding_window=None, architectures=["Mistral"])
-    (hf / "params.json").write_text("{}")
+    (hf / "params.json").write_text('{"dim": 32, "hidden_dim": 64}')
     (hf / "consolidated.safetensors").touch()
     (hf / "tokenizer.model.v3").touch()
     assert mtp_from_checkpoint(checkpoint_dir=str(hf)).args == Checkpoint(hf).args

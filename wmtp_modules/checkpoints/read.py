@@ -489,13 +489,14 @@ def _number(
 def is_meta(folder: Path) -> bool:
     """Whether a folder is in Meta's format.
 
-    Mistral's hold two formats, of which its own has the params.json and weights of another name.
+    Mistral's hold two formats: its own has a params.json too, which names the hidden_dim that
+    Meta's does not, and weights that are read here under Hugging Face's names.
     """
-    if not (folder / "params.json").exists():
+    params = folder / "params.json"
+    if not params.exists():
         return False
-    hf = ("model*.safetensors*", "pytorch_model*")
-    is_both = (folder / "config.json").exists() and any(any(folder.glob(name)) for name in hf)
-    return not is_both or any(folder.glob("consolidated*.pth"))
+    is_mistrals = params.is_file() and b'"hidden_dim"' in params.read_bytes()[:4096]
+    return not (is_mistrals and (folder / "config.json").exists())
 
 
 def _consolidated_files(folder: Path) -> list[Path]:
