@@ -66,8 +66,14 @@ class EvaluationGuard:
         new = set(words) - self._known
         self._known |= new
         self._known_firsts.update(word for word in new if _hash([word]) in self._firsts)
-        for i in compress(count(), map(self._known_firsts.__contains__, words)):
-            for task_id, n_words, full in self._by_anchor.get(_hash(words[i : i + ANCHOR]), ()):
+        # In one go: nearly no text has an anchor, and a call for each would take as long again.
+        blake2b, join, starts = hashlib.blake2b, b" ".join, self._known_firsts.__contains__
+        places = list(compress(count(), map(starts, words)))
+        anchors = [blake2b(join(words[i : i + ANCHOR]), digest_size=8).digest() for i in places]
+        if self._by_anchor.keys().isdisjoint(anchors):
+            return None
+        for i, anchor in zip(places, anchors, strict=True):
+            for task_id, n_words, full in self._by_anchor.get(anchor, ()):
                 if _hash(words[i : i + n_words]) == full:
                     return task_id
         return None

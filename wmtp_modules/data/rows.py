@@ -20,6 +20,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import sentencepiece
 from torchtune.models.llama2 import Llama2Tokenizer
 from torchtune.utils import get_logger, log_rank_zero
@@ -426,7 +427,7 @@ def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) ->
     }  # fmt: skip
     Path(counts, f"{indices[0]}.json").write_text(json.dumps(said))
     with _bytes_done.get_lock():
-        _bytes_done.value += sum(len(line) for line in table["record"].to_pylist() if line)
+        _bytes_done.value += pc.sum(pc.binary_length(table["record"])).as_py() or 0
     return _table(made)
 
 
@@ -435,6 +436,8 @@ def _table(made: list[tuple[tokenize.TokenRow, Sample, bytes | None]]) -> pa.Tab
     ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
     def lists(name: str, kind: pa.DataType, missing: np.ndarray | None = None) -> pa.Array:
+        if missing is not None and missing.all():
+            return pa.nulls(len(made), pa.list_(kind))
         flat = [getattr(row, name) for row, _, _ in made] or [np.zeros(0)]
         mask = None if missing is None else pa.array(missing)
         values = pa.array(np.concatenate(flat)).cast(kind)
