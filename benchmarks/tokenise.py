@@ -1,9 +1,9 @@
 """How fast rows are tokenised, per core, beside plain encoding: ``python benchmarks/tokenise.py``.
 
-Plain encoding is SentencePiece's ``encode`` of each text in as many processes, nothing else. Reading,
-checking, looking for evaluation tasks, masks and writing come on top of it in ``rows_dataset``, as does the
-start of its processes, of which a large source shows nothing. The tokenizer and the texts are made
-from Python's standard library.
+Plain encoding is SentencePiece's ``encode`` of each text in as many processes, nothing else. On top
+of it ``rows_dataset`` reads, checks, looks for evaluation tasks, makes masks and writes, and starts
+its processes, of which a large source shows nothing. The tokenizer and the texts are made from
+Python's standard library.
 """
 
 import argparse
