@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from wmtp_modules.data import contamination, rows_dataset
 from wmtp_modules.data.forms import ALPACA, Reader
+from wmtp_modules.data.rows import check_one_response_each
 from wmtp_modules.data.sources import BadRow
 from wmtp_modules.data.tokenize import encode_pair, encode_text, encode_turns, encode_with_offsets
 
@@ -289,3 +290,10 @@ def test_an_over_long_conversation_is_left_out(tokenizer, make_jsonl):
     long = {"messages": said("a", "word " * 300, "b", "c")}
     assert len(rows_of(tokenizer, make_jsonl, long, PAIR)) == 1
     assert json.dumps(long)
+
+
+def test_what_rates_responses_refuses_rows_of_several(tokenizer, make_jsonl):
+    one, many = {"messages": said("a", "b")}, {"messages": said("a", "b", "c", "d")}
+    check_one_response_each(rows_of(tokenizer, make_jsonl, one, PAIR, {"text": "a"}))
+    with pytest.raises(ValueError, match="row 1 of the data set has 2 turns of the assistant"):
+        check_one_response_each(rows_of(tokenizer, make_jsonl, PAIR, many))
