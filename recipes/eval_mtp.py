@@ -44,7 +44,7 @@ from wmtp_modules.config.keys import (
 from wmtp_modules.evaluation.compare import COMPARISONS
 from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
 from wmtp_modules.evaluation.execution import run_samples
-from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_texts
+from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_rows, read_texts
 from wmtp_modules.evaluation.samples import (
     REFERENCE,
     TOO_LONG,
@@ -195,11 +195,10 @@ class EvalMTPRecipe:
                 self._samples = reference_samples(self._tasks)
             else:
                 self._samples = read_samples(cfg.samples, self._tasks)
-        self._texts = {
-            stage: read_texts(cfg[stage].source)
-            for stage in ("heldout", "decode_speed")
-            if stage in self._stages
-        }
+        if "heldout" in self._stages:
+            self._rows = read_rows(cfg.heldout.source, cfg.heldout.get("columns"))
+        if "decode_speed" in self._stages:
+            self._texts = read_texts(cfg.decode_speed.source)
         if "execute" in self._stages and self._rank == 0:
             with Sandbox(cfg.execution.tier, workers=1):
                 pass  # its self-test
@@ -351,7 +350,7 @@ class EvalMTPRecipe:
         sums = heldout_sums(
             self._model,
             self._tokenizer,
-            self._texts["heldout"][self._rank :: self._world],
+            self._rows[self._rank :: self._world],
             device=self._device,
             batch_tokens=cfg.batch_tokens,
             show_progress=self._rank == 0,
@@ -363,7 +362,7 @@ class EvalMTPRecipe:
         cfg, context = self._cfg.decode_speed, self._model.max_seq_len
         requests = requests_from_texts(
             self._tokenizer,
-            self._texts["decode_speed"],
+            self._texts,
             n_requests=cfg.prompts,
             prompt_tokens=min(cfg.prompt_tokens, context // 2),
         )

@@ -33,7 +33,7 @@ from wmtp_modules.config.keys import Reference, TrainingKeys
 from wmtp_modules.config.rules import TRAINING_RULES
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
-from wmtp_modules.data.rows import has_marks
+from wmtp_modules.data.rows import check_weights_of
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
@@ -100,12 +100,9 @@ def load_rows(cfg: DictConfig) -> tuple[Dataset, Dataset]:
     with rank_zero_first():
         rows = config.instantiate(cfg.dataset, tokenizer)
         rows_val = config.instantiate(cfg.dataset_val, tokenizer)
-    if make_weighting(cfg).needs_marks and not has_marks(rows):
-        raise ValueError(
-            f"weighting {cfg.weighting.name} needs rows with a `noise` field, the spans that are "
-            "wrong (docs/data.md), and no row of dataset has one: mark them, or take another "
-            "weighting"
-        )
+    weighting = make_weighting(cfg)
+    needs = {"noise": weighting.needs_marks, "weight": weighting.needs_weights}
+    check_weights_of(rows, weighting.name, [field for field in needs if needs[field]])
     return rows, rows_val
 
 
@@ -226,8 +223,9 @@ class Rho1WMTPRecipeDistributed:
             )
             loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
         else:  # weights known beforehand go into the forward, which saves a matrix product
-            marks_BT = batch["noise"] if self._weighting.needs_marks else None
-            weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], marks_BT, step=step)
+            own_BT = batch["noise"] if self._weighting.needs_marks else None
+            own_BT = batch["weight"] if self._weighting.needs_weights else own_BT
+            weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], own_BT, step=step)
             loss, losses_BTK = self._model(
                 batch["tokens"],
                 labels_BTK,
@@ -378,7 +376,8 @@ def recipe_main(cfg: DictConfig) -> None:
                 train_one(one, *group, {})
         with exit_with_message(ValueError, OSError):
             for one in runs:  # now, not when the runs before have had their hours
-                if make_weighting(one).needs_marks or one.dataset != cfg.dataset:
+                own = make_weighting(one)
+                if own.needs_marks or own.needs_weights or one.dataset != cfg.dataset:
                     load_rows(one)
         summary = plan.run_all(runs, lambda one, beside: train_one(one, *group, beside))
         if dist.get_rank() == 0:

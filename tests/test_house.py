@@ -29,7 +29,9 @@ LEVEL_OF = {room: len(LEVELS) - i for i, rooms in enumerate(LEVELS) for room in 
 # What users name in a YAML is exported by the package; no other __init__ holds code.
 EXPORTS = {
     "wmtp_modules.data": {"code_contests_dataset", "mbpp_dataset", "rows_dataset"},
-    "wmtp_modules.models": {"mtp_llama2", "mtp_llama2_7b", "mtp_sheared_llama_1_3b"},
+    "wmtp_modules.models": {
+        *("mtp_from_checkpoint", "mtp_llama2", "mtp_llama2_7b", "mtp_sheared_llama_1_3b"),
+    },
 }
 
 # Rooms that may know a config object; every other function takes tensors, paths and numbers.

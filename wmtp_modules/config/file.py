@@ -57,6 +57,7 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
             f"({_in_one_line(error)})"
         ) from error
     _rename_moved_(cfg)
+    _follow_checkpoint_(cfg)
     return cfg
 
 
@@ -104,7 +105,31 @@ def load_config(path: str | Path) -> DictConfig:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: the key {key!r} is not text: write it in quotes")
     _rename_moved_(config)
+    _follow_checkpoint_(config)
     return config
+
+
+def _follow_checkpoint_(cfg: DictConfig) -> None:
+    """The tokenizer, and the folder of ``mtp_from_checkpoint``, are the checkpoint's if not said.
+
+    As interpolations, so that whatever else names another checkpoint moves them along.
+    """
+    try:
+        blocks = [cfg.get(key) for key in ("checkpointer", "tokenizer", "model")]
+    except OmegaConfBaseException:  # the check of the config says so
+        return
+    checkpointer, tokenizer, model = blocks
+    if not isinstance(checkpointer, DictConfig) or "checkpoint_dir" not in checkpointer:
+        return
+    folder = "${checkpointer.checkpoint_dir}"
+    raw = OmegaConf.to_container
+    if isinstance(tokenizer, DictConfig) and cast(dict, raw(tokenizer)).get("path") is None:
+        tokenizer.path = f"{folder}/tokenizer.model"
+    if isinstance(model, DictConfig):
+        own = cast(dict, raw(model))
+        is_read = str(own.get(COMPONENT)).endswith(".mtp_from_checkpoint")
+        if is_read and own.get("checkpoint_dir") is None:
+            model.checkpoint_dir = folder
 
 
 def _rename_moved_(node: Any) -> None:

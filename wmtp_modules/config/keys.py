@@ -182,12 +182,13 @@ class Execution(Keys):
 
 
 class Heldout(Keys):
-    source: str = Field(description="file of texts")
+    source: str | list[str] = Field(description="rows, as rows_dataset takes them: docs/data.md")
+    columns: dict[str, str] | None = Field(None, description="the source's names of fields")
     batch_tokens: int = Field(ge=1, description="tokens of a batch")
 
 
 class DecodeSpeed(Keys):
-    source: str = Field(description="file of texts")
+    source: str | list[str] = Field(description="rows, as rows_dataset takes them: docs/data.md")
     prompts: int = Field(ge=1, description="texts that are continued")
     prompt_tokens: int = Field(ge=1, description="tokens of each prompt")
     max_new_tokens: int = Field(ge=1, description="tokens of each continuation")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
+from wmtp_modules.data.rows import check_one_response_each
 from wmtp_modules.files import json_fault, stand_in
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.run.watchdog import Watchdog
@@ -344,6 +345,7 @@ class RewardTables:
         Raises:
             ValueError: if the rows lack what the source reads, or the table is of something else.
         """
+        check_one_response_each(rows)
         folder = self._table_dir / split
         fingerprint = self._watchdog.on_rank_zero(lambda: self._made_from(rows))
         if score:

@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -163,6 +163,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     _make_tables(cfg)
     on_gpu, B, T = cfg.device == "cuda", cfg.batch_size, cfg.tokenizer.max_seq_len
     chunk = loss_module.CHUNK_LOGITS_CUDA if on_gpu else loss_module.CHUNK_LOGITS_CPU
+    cfg = merged(cfg, {"model": cast(dict, OmegaConf.to_container(cfg.model, resolve=True))})
     two_steps = {"checkpointer": None, "compile": False, "max_steps": 2, "num_warmup_steps": 0}
     cfg = merged(cfg, two_steps)
 
@@ -326,5 +327,5 @@ def _make_batch(cfg: DictConfig) -> dict[str, Any]:
     names = ("tokens", "doc", "input_pos", "row")
     integers = {name: torch.zeros(B, T, dtype=torch.int64) for name in names}
     marks = {name: torch.zeros(B, T, dtype=torch.bool) for name in ("keep", "noise")}
-    numbers = {name: torch.zeros(B, T) for name in ("reference", "values", "reward")}
+    numbers = {name: torch.zeros(B, T) for name in ("reference", "values", "reward", "weight")}
     return integers | marks | numbers | {"seq_lens": None}
