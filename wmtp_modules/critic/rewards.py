@@ -490,7 +490,7 @@ def _told(error: Exception) -> str:
     if isinstance(error, TypeError | KeyError | AttributeError | IndexError):
         return "a value in it is of the wrong kind"
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", json_fault(error))
-    return " ".join(text.split())[:TOLD]
+    return " ".join(text.replace("NoneType", "null").split())[:TOLD]
 
 
 def _shown(pair: tuple[str, str]) -> str:
