@@ -41,7 +41,8 @@ RUN = """
             for one in (jsonl, logger):
                 one.log_dict({"val_loss": 1 / step}, step)
         if step % 7 == 0:
-            state.write_text(json.dumps(step))
+            state.with_suffix(".new").write_text(json.dumps(step))
+            state.with_suffix(".new").replace(state)  # a kill leaves the one before
     logger.close(patience=200)
     print(logger.run_id, longest)
 """
