@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 # A room is a folder of wmtp_modules or one of its files; upper levels may import lower ones, rooms
 # of one level each other in one direction.
 LEVELS = (
-    ("recipes", "cli", "convert", "estimate_memory", "sync"),  # what a command line starts
+    # What a command line starts.
+    ("recipes", "cli", "doctor", "convert", "estimate_memory", "sync"),
     ("reports", "registry", "critic", "quickstarts", "memory"),
     ("run",),
     ("scoring", "checkpoints", "storage"),
@@ -35,7 +36,7 @@ EXPORTS = {
 }
 
 # Rooms that may know a config object; every other function takes tensors, paths and numbers.
-KNOWS_CONFIGS = {"recipes", "run", "config", "memory", "estimate_memory", "registry", "cli"}
+KNOWS_CONFIGS = {"recipes", "run", "config", "memory", "estimate_memory", "doctor", "registry", "cli"}
 
 MOST_LINES = {
     "recipes/rho1_wmtp_distributed.py": 480,
