@@ -36,7 +36,16 @@ EXPORTS = {
 }
 
 # Rooms that may know a config object; every other function takes tensors, paths and numbers.
-KNOWS_CONFIGS = {"recipes", "run", "config", "memory", "estimate_memory", "doctor", "registry", "cli"}
+KNOWS_CONFIGS = {
+    "recipes",
+    "run",
+    "config",
+    "memory",
+    "estimate_memory",
+    "doctor",
+    "registry",
+    "cli",
+}
 
 MOST_LINES = {
     "recipes/rho1_wmtp_distributed.py": 480,
