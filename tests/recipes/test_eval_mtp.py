@@ -426,7 +426,7 @@ def test_bad_samples_are_one_sentence(run, tier, tmp_path, rows, message):
 def test_an_earlier_report_outlives_a_typo_and_no_failing_run(run, recipe, tmp_path, monkeypatch):
     _, out = run(stages="[heldout]")
     for mistyped in ("heldout__source", "decode_speed__source"):
-        with pytest.raises(ValueError, match="is not a file"):
+        with pytest.raises(ValueError, match=r"none.jsonl does not exist"):
             run(stages="[heldout,decode_speed]", **{mistyped: tmp_path / "none.jsonl"})
         assert (out / "report.json").exists()
 
