@@ -185,8 +185,12 @@ class FakeStore:
         return {k: Object(len(v), hashlib.md5(v).hexdigest()) for k, v in self.objects.items()}
 
 
-def test_killed_at_every_moment(run, tmp_path, monkeypatch):
-    """Of an upload that replaces a best model and a state; the next one finishes it."""
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_killed_at_every_moment(run, tmp_path, monkeypatch, goes_on):
+    """Of an upload that replaces a best model and a state; the next one finishes it.
+
+    Or the run goes on before that, and drops the state that was on its way.
+    """
     fake, moment = FakeStore(monkeypatch), 0
     finished = False
     while not finished:
@@ -210,7 +214,11 @@ def test_killed_at_every_moment(run, tmp_path, monkeypatch):
             fake.kill_at = None
             states = {n.split("/")[1] for n in fake.objects if n.endswith("manifest.json")}
             assert states & {"step_000002", "step_000004"}  # there is always one
-            follower_of(place(tmp_path / "cache"), tmp_path / "cache").send()
+            follower = follower_of(place(tmp_path / "cache"), tmp_path / "cache")
+            if goes_on:
+                state(run, 6)
+                drop(run, 4)
+            follower.send()
         assert fake.objects == contents(run)
     assert moment > 20
 

@@ -36,8 +36,10 @@ def follower_of(place: Place, cache: Path, *, resume: bool = True) -> Follower:
     # What another process has deleted or replaced there is not up.
     follower.up = {
         name: value
+        if value[2] == found[name].etag or _parent(name) in whole
+        else (0, 0, found[name].etag)
         for name, value in follower.up.items()
-        if name in found and (value[2] == found[name].etag or _parent(name) in whole)
+        if name in found
     }
     follower.reopen(units.keys() - whole.keys())
     if not resume:
@@ -56,9 +58,9 @@ def follower_of(place: Place, cache: Path, *, resume: bool = True) -> Follower:
             else:
                 _fetch_folder(follower, unit, files)
     for name, there in found.items():
-        # Older states and what is not whole: they go when the next state is up.
-        if name not in follower.up and not (place.path / name).exists():
-            follower.up[name] = (0, 0, there.etag)
+        # Older states and what is not whole: they go when the next state is up. What is here as
+        # well is sent again, or goes with what is here.
+        follower.up.setdefault(name, (0, 0, there.etag))
     for name in [name for name in follower.up if name.rpartition("/")[2] == INCOMPLETE]:
         del follower.up[name]
     follower.save()

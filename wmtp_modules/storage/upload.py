@@ -33,6 +33,7 @@ NOT_SENT = re.compile(
 COMES_LAST = ("summary.json", MANIFEST)  # they say that the others are there
 
 Signature = tuple[int, int]  # bytes, time of the last change in ns
+NOT_OURS = (0, 0, "")  # of what may be in the store, and is not as it is here
 
 
 class Follower:
@@ -86,8 +87,11 @@ class Follower:
             StoreError: if it cannot be used.
         """
         found = store.objects_in(self.url)
-        has = {name for name, of in self.up.items() if name in found and found[name].etag == of[2]}
-        self.up = {name: self.up[name] for name in self.up if name in has}
+        self.up = {
+            name: of if of[2] == found[name].etag else (0, 0, found[name].etag)
+            for name, of in self.up.items()
+            if name in found
+        }
         self.save()
 
     def missing(self) -> dict[str, int]:
@@ -263,6 +267,9 @@ class Follower:
     def _put(self, frozen: Path, name: str, signature: Signature) -> None:
         if not (frozen / name).exists():
             return
+        if name not in self.up:  # who goes on after a kill has to know that it may be there
+            self.up[name] = NOT_OURS
+            self.save()
         there = store.put(frozen / name, f"{self.url}/{name}", self.beat)
         self.up[name] = (*signature, there.etag)
         self.save()
