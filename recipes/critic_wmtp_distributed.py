@@ -20,21 +20,22 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
+from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
-from wmtp_modules.config.check import Above, AtLeast, ConfigError, Optional, check_config
+from wmtp_modules.config.check import Arguments, check_config
 from wmtp_modules.config.file import merged
-from wmtp_modules.config.keys import OPTIMIZER, TRAINING_KEYS
+from wmtp_modules.config.keys import Critic, Rewards, TrainingKeys, ValueTable
 from wmtp_modules.config.rules import CRITIC_RULES, TRAINING_RULES
 from wmtp_modules.critic import folder, pairs, policy, values
 from wmtp_modules.critic.figures import print_report
@@ -70,58 +71,48 @@ log = utils.get_logger("INFO")
 
 PAGE_PAIRS = 4  # held-out pairs shown with their weights
 
-# Every key of a config; what a component takes is read from its signature.
-SCHEMA = TRAINING_KEYS | {
-    "stages": list[str],
-    "rewards": Optional(
-        {
-            "source": ("reward_model", "column", "labels"),
-            "checkpointer": Optional({"checkpoint_dir": str}),  # of a reward model
-            "table_dir": str,
-            "batch_tokens": AtLeast(int, 1),
-            "good": Optional(("label", "above", "sigmoid")),  # label for labels, else above
-            "threshold": Optional(float),  # of the standardised reward, 0 if left out
-            "temperature": Optional(Above(float, 0)),  # of sigmoid, 1 if left out
-        }
-    ),
-    "critic": Optional(
-        {
-            "objective": Optional(("bce", "pairs")),  # bce if left out
-            "head": Optional(("state", "turn")),  # turn if left out; pairs has its own
-            # What it learns from; the policy's if left out.
-            "dataset": Optional(TRAINING_KEYS["dataset"]),
-            "checkpoint_dir": str,
-            "optimizer": OPTIMIZER,
-            "batch_size": AtLeast(int, 1),  # rows, or pairs of rows, of a rank
-            "max_steps": AtLeast(int, 1),
-            "eval_every_n_steps": AtLeast(int, 1),
-            "patience": AtLeast(int, 1),  # evaluations without a better held-out loss
-        }
-    ),
-    "value_table": Optional({"table_dir": str, "batch_tokens": AtLeast(int, 1)}),
-    "allow_uninformative_critic": Optional(bool),
-    "policy_rewards_above": Optional(float),  # standardised; null or left out: all responses
-    "weighting": CriticWeighting,
-}
+
+class Config(TrainingKeys):
+    """Every key of a config; what a component takes is read from its signature."""
+
+    stages: list[str] = Field(description="some of rewards, critic, values, policy, in this order")
+    rewards: Rewards | None = Field(None, description="a number for each response")
+    critic: Critic | None = Field(None, description="the value head")
+    value_table: ValueTable | None = Field(None, description="values of every token")
+    allow_uninformative_critic: bool | None = Field(None, description="go on whatever it knows")
+    policy_rewards_above: float | None = Field(
+        None, description="standardised reward of what the policy sees; null: all responses"
+    )
+    weighting: Annotated[dict, Arguments(CriticWeighting, required=("name",))] = Field(
+        description="what each token counts; its seed is the run's if left out"
+    )
 
 
 def check(cfg: DictConfig) -> None:
     """Find everything that can be wrong with a config before a process group or a model exists."""
-    check_config(cfg, SCHEMA, (*TRAINING_RULES, *CRITIC_RULES))
-    if "name" not in cfg.weighting:
-        raise ConfigError("weighting.name: missing")
-    alone = merged(cfg, {"controls": None})  # each control is checked by itself, below
-    weighted, critic = needs_values(alone), needs_critic(alone)
-    for block, needed in (
-        ("rewards", critic or "rewards" in cfg.stages),
-        ("critic", critic),
-        ("value_table", weighted or "values" in cfg.stages),
-    ):
-        if needed and cfg.get(block) is None:
-            raise ConfigError(f"{block}: missing, the stages and the weighting need it")
-    if critic and cfg.checkpointer is None:
-        raise ConfigError("checkpointer: null, but a critic needs a trained trunk")
+    check_config(cfg, Config, (*TRAINING_RULES, *CRITIC_RULES, _stages_have_what_they_need))
     controls.check_controls(cfg, CriticWeighting.NAMES, check)
+
+
+def _stages_have_what_they_need(
+    stages: list, weighting: dict, rewards, critic, value_table, checkpointer
+) -> str | list[str]:
+    try:
+        weighted = CriticWeighting(**weighting).needs_values
+    except ValueError as error:
+        return str(error)
+    judged = weighted or {"critic", "values"} & set(stages)
+    missing = [
+        f"{key}: missing, the stages and the weighting need it"
+        for key, block, needed in (
+            ("rewards", rewards, judged or "rewards" in stages),
+            ("critic", critic, judged),
+            ("value_table", value_table, weighted or "values" in stages),
+        )
+        if needed and block is None
+    ]
+    trunk = ["checkpointer: null, but a critic needs a trained trunk"]
+    return missing + (trunk if judged and checkpointer is None else [])
 
 
 def needs_values(cfg: DictConfig) -> bool:

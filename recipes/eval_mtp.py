@@ -17,10 +17,12 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from torchtune import config, training, utils
 
 from wmtp_modules.checkpoints.read import (
@@ -29,12 +31,20 @@ from wmtp_modules.checkpoints.read import (
     load_into,
     model_args_from_folder,
 )
-from wmtp_modules.config.check import Above, AtLeast, Component, Optional, check_config
-from wmtp_modules.config.keys import REGISTRY, STORAGE, TRACKING
+from wmtp_modules.config.check import check_config
+from wmtp_modules.config.keys import (
+    DecodeSpeed,
+    EvalTokenizer,
+    Execution,
+    Folder,
+    Generation,
+    Heldout,
+    Places,
+)
 from wmtp_modules.evaluation.compare import COMPARISONS
 from wmtp_modules.evaluation.evidence import EvidenceStore, read_samples
 from wmtp_modules.evaluation.execution import run_samples
-from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_texts
+from wmtp_modules.evaluation.measures import HeldoutSums, heldout_sums, read_rows, read_texts
 from wmtp_modules.evaluation.samples import (
     REFERENCE,
     TOO_LONG,
@@ -74,61 +84,31 @@ log = utils.get_logger("INFO")
 
 STAGES = ("generate", "execute", "heldout", "decode_speed")
 
-# Every key of a config; a component's keys are read from its signature.
-SCHEMA = {
-    "output_dir": str,
-    "storage": STORAGE,
-    "stages": list[str],
-    "device": ("cuda", "cpu"),
-    "dtype": ("bf16", "fp32"),
-    "seed": AtLeast(int, 0),
-    "checkpointer": Optional({"checkpoint_dir": str}),
-    "tokenizer": Optional(
-        Component(
-            keys={"path": str, "max_seq_len": Optional(AtLeast(int, 2))},  # null: the model's
-            makes="Llama2Tokenizer",
-        )
-    ),
-    "task": Optional(tuple(TASKS)),
-    "source": Optional(str),
-    "split": Optional(("test", "all")),
-    "samples": Optional(str),  # a file to execute, or "reference"; null: the generated samples
-    "generation": Optional(
-        {
-            "samples_per_task": AtLeast(int, 1),
-            "temperatures": list[float],
-            "top_p": Above(float, 0),
-            "top_k": AtLeast(int, 0),
-            "max_new_tokens": AtLeast(int, 1),
-            "batch_size": AtLeast(int, 1),
-            "decoding": ("plain", "self_speculative"),
-        }
-    ),
-    "execution": Optional(
-        {
-            "tier": ("auto", "bubblewrap", "landlock", "rlimits"),
-            "workers": Optional(AtLeast(int, 1)),
-        }
-    ),
-    "comparison": Optional(tuple(COMPARISONS)),  # of CodeContests' outputs; null: official
-    "k": Optional(list[int]),
-    "heldout": Optional({"source": str, "batch_tokens": AtLeast(int, 1)}),
-    "decode_speed": Optional(
-        {
-            "source": str,
-            "prompts": AtLeast(int, 1),
-            "prompt_tokens": AtLeast(int, 1),
-            "max_new_tokens": AtLeast(int, 1),
-            "batch_size": AtLeast(int, 1),
-        }
-    ),
-    "metric_logger": Optional(Component(makes="MetricLoggerInterface")),
-    "tracking": TRACKING,
-    "registry": REGISTRY,  # an environment may have it; an evaluation registers nothing
-    # Runs before the evaluation: the quickstart makes its data and model here.
-    "assets_dir": Optional(str),
-    "prepare": Optional(Component()),
-}
+
+Tasks = Literal[*TASKS]  # pyrefly: ignore[invalid-literal]  # known when this runs, not before
+Comparisons = Literal[*COMPARISONS]  # pyrefly: ignore[invalid-literal]
+
+
+class Config(Places):
+    """Every key of a config; what a component takes is read from its signature."""
+
+    stages: list[str] = Field(description=f"some of {', '.join(STAGES)}")
+    checkpointer: Folder | None = Field(None, description="the model to evaluate")
+    tokenizer: EvalTokenizer | None = Field(None, description="the tokenizer")
+    task: Tasks | None = Field(None, description="what is to be solved")
+    source: str | None = Field(None, description="the tasks: a file, or a name on the hub")
+    split: Literal["test", "all"] | None = Field(None, description="which of the tasks")
+    samples: str | None = Field(
+        None, description="file to execute, or reference; null: what generate makes"
+    )
+    generation: Generation | None = Field(None, description="how samples are made")
+    execution: Execution | None = Field(None, description="how they are executed")
+    comparison: Comparisons | None = Field(None, description="of CodeContests; null: official")
+    k: list[int] | None = Field(None, description="of pass@k, each at least 1")
+    heldout: Heldout | None = Field(None, description="of stage heldout")
+    decode_speed: DecodeSpeed | None = Field(None, description="of stage decode_speed")
+
+
 NEEDS = {
     "generate": ("task", "source", "split", "generation", "checkpointer", "tokenizer"),
     "execute": ("task", "source", "split", "execution", "k"),
@@ -165,11 +145,9 @@ def _samples_come_from_one_place(stages, samples) -> str | None:
 
 def _numbers_are_usable(generation, k) -> str | None:
     if generation is not None:
-        temperatures, top_p = generation["temperatures"], generation["top_p"]
+        temperatures = generation["temperatures"]
         if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
             return f"generation.temperatures: must be distinct and at least 0, got {temperatures}"
-        if top_p > 1:
-            return f"generation.top_p: must be at most 1 (off), got {top_p}"
     if k is not None and (not k or min(k) < 1):
         return f"k: must be a list of numbers of at least 1, got {k}"
     return None
@@ -185,7 +163,7 @@ def check(cfg: DictConfig) -> None:
     """Check the whole config, before a process group or a model exists."""
     rules = (_stages_have_what_they_need, _samples_come_from_one_place, _numbers_are_usable)
     rules += (_only_outputs_are_compared,)
-    check_config(cfg, SCHEMA, rules)
+    check_config(cfg, Config, rules)
 
 
 class EvalMTPRecipe:
@@ -217,11 +195,10 @@ class EvalMTPRecipe:
                 self._samples = reference_samples(self._tasks)
             else:
                 self._samples = read_samples(cfg.samples, self._tasks)
-        self._texts = {
-            stage: read_texts(cfg[stage].source)
-            for stage in ("heldout", "decode_speed")
-            if stage in self._stages
-        }
+        if "heldout" in self._stages:
+            self._rows = read_rows(cfg.heldout.source, cfg.heldout.get("columns"))
+        if "decode_speed" in self._stages:
+            self._texts = read_texts(cfg.decode_speed.source)
         if "execute" in self._stages and self._rank == 0:
             with Sandbox(cfg.execution.tier, workers=1):
                 pass  # its self-test
@@ -373,7 +350,7 @@ class EvalMTPRecipe:
         sums = heldout_sums(
             self._model,
             self._tokenizer,
-            self._texts["heldout"][self._rank :: self._world],
+            self._rows[self._rank :: self._world],
             device=self._device,
             batch_tokens=cfg.batch_tokens,
             show_progress=self._rank == 0,
@@ -385,7 +362,7 @@ class EvalMTPRecipe:
         cfg, context = self._cfg.decode_speed, self._model.max_seq_len
         requests = requests_from_texts(
             self._tokenizer,
-            self._texts["decode_speed"],
+            self._texts,
             n_requests=cfg.prompts,
             prompt_tokens=min(cfg.prompt_tokens, context // 2),
         )

@@ -15,23 +15,25 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from omegaconf import DictConfig
+from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
-from wmtp_modules.config.check import AtLeast, ConfigError, Optional, check_config
+from wmtp_modules.config.check import Arguments, ConfigError, check_config
 from wmtp_modules.config.file import merged
-from wmtp_modules.config.keys import TRAINING_KEYS
+from wmtp_modules.config.keys import Reference, TrainingKeys
 from wmtp_modules.config.rules import TRAINING_RULES
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
-from wmtp_modules.data.rows import has_marks
+from wmtp_modules.data.rows import check_weights_of
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
@@ -51,28 +53,19 @@ from wmtp_modules.weighting.token_weighting import TokenWeighting
 
 log = utils.get_logger("INFO")
 
-# Every key of a config; what a component takes is read from its signature.
-SCHEMA = TRAINING_KEYS | {
-    "weighting": TokenWeighting,
-    "reference": Optional(
-        {
-            "mode": ("cached", "online"),
-            "checkpointer": {"checkpoint_dir": str},
-            "table_dir": str,
-            "batch_tokens": AtLeast(int, 1),
-        }
-    ),
-}
+
+class Config(TrainingKeys):
+    """Every key of a config; what a component takes is read from its signature."""
+
+    weighting: Annotated[dict, Arguments(TokenWeighting, required=("name",))] = Field(
+        description="what each token counts; its seed is the run's if left out"
+    )
+    reference: Reference | None = Field(None, description="the model that rho1 compares with")
 
 
 def check(cfg: DictConfig) -> None:
     """Find everything that can be wrong with a config before a process group or a model exists."""
-    check_config(cfg, SCHEMA, TRAINING_RULES)
-    if "name" not in cfg.weighting:
-        raise ConfigError("weighting.name: missing")
-    weighting = make_weighting(cfg)
-    if weighting.needs_scores and not cfg.get("reference"):
-        raise ConfigError(f"reference: missing, the weighting {weighting.name!r} needs it")
+    check_config(cfg, Config, (*TRAINING_RULES, _weighting_has_its_scores))
     controls.check_controls(cfg, TokenWeighting.NAMES, check)
     tables = {}
     for one in controls.runs_of(cfg, TokenWeighting.NAMES)[::-1]:
@@ -87,6 +80,15 @@ def check(cfg: DictConfig) -> None:
             )
 
 
+def _weighting_has_its_scores(weighting: dict, reference: dict | None) -> str | None:
+    try:
+        needs_scores = TokenWeighting(**weighting).needs_scores
+    except ValueError as error:
+        return str(error)
+    if needs_scores and not reference:
+        return f"reference: missing, the weighting {weighting['name']!r} needs it"
+
+
 def make_weighting(cfg: DictConfig) -> TokenWeighting:
     return TokenWeighting(**{"seed": cfg.seed, **cfg.weighting})
 
@@ -98,12 +100,9 @@ def load_rows(cfg: DictConfig) -> tuple[Dataset, Dataset]:
     with rank_zero_first():
         rows = config.instantiate(cfg.dataset, tokenizer)
         rows_val = config.instantiate(cfg.dataset_val, tokenizer)
-    if make_weighting(cfg).needs_marks and not has_marks(rows):
-        raise ValueError(
-            f"weighting {cfg.weighting.name} needs rows with a `noise` field, the spans that are "
-            "wrong (docs/data.md), and no row of dataset has one: mark them, or take another "
-            "weighting"
-        )
+    weighting = make_weighting(cfg)
+    needs = {"noise": weighting.needs_marks, "weight": weighting.needs_weights}
+    check_weights_of(rows, weighting.name, [field for field in needs if needs[field]])
     return rows, rows_val
 
 
@@ -224,8 +223,9 @@ class Rho1WMTPRecipeDistributed:
             )
             loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
         else:  # weights known beforehand go into the forward, which saves a matrix product
-            marks_BT = batch["noise"] if self._weighting.needs_marks else None
-            weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], marks_BT, step=step)
+            own_BT = batch["noise"] if self._weighting.needs_marks else None
+            own_BT = batch["weight"] if self._weighting.needs_weights else own_BT
+            weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], own_BT, step=step)
             loss, losses_BTK = self._model(
                 batch["tokens"],
                 labels_BTK,
@@ -376,7 +376,8 @@ def recipe_main(cfg: DictConfig) -> None:
                 train_one(one, *group, {})
         with exit_with_message(ValueError, OSError):
             for one in runs:  # now, not when the runs before have had their hours
-                if make_weighting(one).needs_marks or one.dataset != cfg.dataset:
+                own = make_weighting(one)
+                if own.needs_marks or own.needs_weights or one.dataset != cfg.dataset:
                     load_rows(one)
         summary = plan.run_all(runs, lambda one, beside: train_one(one, *group, beside))
         if dist.get_rank() == 0:

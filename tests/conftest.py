@@ -12,6 +12,7 @@ os.environ["MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"] = "false"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import faulthandler
+import gc
 import importlib.util
 import logging
 import signal
@@ -120,6 +121,7 @@ class Children:
         pid = os.fork()
         if pid == 0:
             code = 1
+            gc.disable()  # torch's garbage of the tests before ends a child that collects it
             logging.getLogger().handlers.clear()  # pytest's: warnings go to stderr
             try:
                 function(*args)

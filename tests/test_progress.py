@@ -116,5 +116,5 @@ def test_every_reader_of_datasets_asks_for_quiet():
     """Whatever loads or makes a data set would draw its bars into a log."""
     for path in Path(progress.__file__).parent.rglob("*.py"):
         text = path.read_text()
-        drawing = re.findall(r"^[^`\n]*(?:datasets\.load_dataset|\.from_generator)\(", text, re.M)
+        drawing = re.findall(r"^[^`\n]*(?:datasets\.load_dataset|\)\.map)\(", text, re.M)
         assert text.count("    quiet_datasets()\n") == len(drawing), path

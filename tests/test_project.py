@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from wmtp_modules.catalog import files_of_clone
+
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -240,8 +242,12 @@ def test_wheel_holds_the_library_only(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"wmtp_modules", "wmtp-0.1.0.dist-info"}
     assert {"wmtp_modules/tune_plugin.py", "wmtp_modules/py.typed"} <= set(names)
+    shipped = {f"wmtp_modules/shipped/{name}": p for name, p in files_of_clone(ROOT).items()}
+    assert {name for name in names if "/shipped/" in name} == shipped.keys()
+    assert "wmtp_modules/shipped/configs/critic_7b.yaml" in shipped
+    for name, path in shipped.items():
+        assert zipfile.ZipFile(wheel).read(name) == path.read_bytes()
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
-    assert (
-        "wmtp_tune = wmtp_modules.tune_plugin:activate"
-        in zipfile.ZipFile(wheel).read(entry_points).decode()
-    )
+    told = zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "wmtp_tune = wmtp_modules.cli.tune:activate" in told
+    assert "wmtp = wmtp_modules.cli.main:main" in told

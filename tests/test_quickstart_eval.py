@@ -189,7 +189,7 @@ def test_the_model_is_trained_once(assets, trainings, monkeypatch):
     ((command, environment),) = trainings
     assert command[0] == sys.executable
     assert command[3:] == [
-        *("run", "--nproc_per_node", "2", "recipes/rho1_wmtp_distributed.py"),
+        *("run", "--nproc_per_node", "2", "rho1_wmtp_distributed"),
         *("--config", str(CONFIG), "resume_from_checkpoint=true", f"assets_dir={assets}"),
     ]
     assert not {"RANK", "TORCHELASTIC_RUN_ID"} & environment.keys()

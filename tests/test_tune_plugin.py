@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import config_from_args, get_args_parser
 
 from wmtp_modules import tune_plugin
+from wmtp_modules.cli.tune import activate
 
 TUNE = Path(sys.executable).with_name("tune")
 RECIPE = """
@@ -118,15 +119,20 @@ def test_embedded_interpreter_without_argv(user_folder, monkeypatch):
     assert sys.path == ["elsewhere"]
 
 
-def test_folder_without_recipes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["elsewhere"])
-    monkeypatch.setattr(sys, "argv", ["tune", "run", "recipes/toy.py"])
-    tune_plugin.activate()
+@pytest.mark.parametrize("recipe", ["x.py", "/far/x.py", "recipes/toy", "rho1_wmtp_distributed"])
+def test_folder_without_a_package_recipes(user_folder, monkeypatch, recipe):
+    """A recipe that is not torchtune's has the launcher's settings; the search order stays."""
+    (user_folder / "recipes" / "__init__.py").unlink()
+    monkeypatch.setattr(sys, "argv", ["tune", "run", "full_finetune_distributed", "--config", "x"])
+    assert tune_plugin.activate() is True
+    assert launcher_settings() == {}
+    monkeypatch.setattr(sys, "argv", ["tune", "run", "--nproc_per_node", "2", recipe])
+    assert tune_plugin.activate() is True
     assert sys.path == ["elsewhere"]
+    assert launcher_settings() == tune_plugin.LAUNCHER_DEFAULTS
 
 
-def test_deleted_current_folder(tmp_path, monkeypatch):
+def test_deleted_current_folder(user_folder, tmp_path, monkeypatch):
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
@@ -164,17 +170,18 @@ def test_a_worker_whose_word_cannot_be_noted(user_folder, monkeypatch):
 
 def test_torch_calls_it():
     (point,) = [p for p in entry_points(group="torch.backends") if p.name == "wmtp_tune"]
-    assert point.load() is tune_plugin.activate
+    assert point.load() is activate
 
 
 def test_loading_it_imports_nothing_more():
     """It runs in every process that imports torch: wmtp_modules itself has to stay empty."""
     code = (
-        "import os, sys; before = set(sys.modules); import wmtp_modules.tune_plugin; "
+        "import os, sys; before = set(sys.modules); import wmtp_modules.cli.tune; "
         "print(sorted(set(sys.modules) - before))"
     )
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert output.strip() == "['wmtp_modules', 'wmtp_modules.tune_plugin']"
+    modules = ("wmtp_modules", *(f"wmtp_modules.{name}" for name in ("cli", "cli.tune")))
+    assert output.strip() == str([*modules, "wmtp_modules.tune_plugin"])
 
 
 def torchao_says(text: str) -> list[str]:
@@ -233,7 +240,7 @@ def test_a_process_that_imports_torchao_says_nothing():
 @pytest.mark.parametrize(
     ("command", "ranks"),
     [
-        ([TUNE, "run"], ["alone"]),
+        ([TUNE, "run"], ["alone"]),  # of a folder that is no package; tests/cli/test_tune.py
         # Two ranks of our own recipe are in tests/recipes/test_tune_run.py.
         pytest.param([TUNE, "run", "--nproc_per_node", "2"], ["0", "1"], marks=pytest.mark.nightly),
         # What the plugin sees of this command is tested above, in this process.
@@ -245,6 +252,8 @@ def test_a_process_that_imports_torchao_says_nothing():
     ],
 )
 def test_tune_run_finds_our_recipe(user_folder, command, ranks):
+    if command[0] is TUNE:
+        (user_folder / "recipes" / "__init__.py").unlink()
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONPATH")}
     done = subprocess.run(
         [*command, "recipes/toy.py", "--config", "toy.yaml", "x=7"],

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 from wmtp_modules.checkpoints.names import is_extra_head, parameter_shapes
-from wmtp_modules.checkpoints.read import Checkpoint
+from wmtp_modules.checkpoints.read import Checkpoint, is_meta
+from wmtp_modules.checkpoints.refusals import weight_files
 from wmtp_modules.checkpoints.write import write_meta
 from wmtp_modules.checkpoints.write_hf import write_hf
+from wmtp_modules.files import read_json
 
 LARGE = 1_000_000_000  # bytes from which a progress bar is shown
 
@@ -15,7 +17,7 @@ LARGE = 1_000_000_000  # bytes from which a progress bar is shown
 def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None) -> str:
     """Convert the checkpoint folder ``src`` into the new or empty folder ``dst``.
 
-    ``to`` is as the command line explains. Returns a line that says what was written.
+    ``to`` is as the command line explains. Returns what was written, kept and changed, in lines.
 
     Raises:
         ValueError: if ``dst`` is not empty, ``src`` is not a valid checkpoint or already has extra
@@ -29,7 +31,7 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
             "--n-future-tokens requires --to mtp: otherwise the heads are those of SRC"
         )
     if to == "mtp":
-        if (src / "params.json").exists():
+        if is_meta(src):
             raise ValueError(
                 f"{src} is in Meta's format: --to mtp starts from a Hugging Face Llama"
             )
@@ -55,13 +57,59 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
     heads = 1 if to == "hf" else checkpoint.args["n_future_tokens"]
     trunk = checkpoint.args["num_layers"] - checkpoint.args["n_future_tokens"]
     layout = "Hugging Face" if to == "hf" else "Meta"
-    return f"{dst}: {layout} format, {trunk} trunk blocks, {heads} head(s), {size / 1e9:.2f} GB"
+    dtypes = sorted({str(checkpoint.read(key).dtype).removeprefix("torch.") for key in keys})
+    return (
+        f"{dst}: {layout} format, {trunk} trunk blocks, {heads} head(s), {size / 1e9:.2f} GB\n"
+        f"{_kept(checkpoint.args, dtypes)}\n{_left_out(src, dst, checkpoint, to)}"
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
+def _kept(args: dict, dtypes: list[str]) -> str:
+    """What of the source's facts the copy has, whatever the format."""
+    scaling, told = args["rope_scaling"], ""
+    if scaling:
+        told = (
+            f", scaled as Llama 3's by {scaling['factor']:g} from "
+            f"{scaling['original_max_position_embeddings']:g} tokens"
+        )
+    return (
+        f"Kept: {args['vocab_size']} pieces (tokenizer.model), context of {args['max_seq_len']} "
+        f"tokens, rotary base {args['rope_base']:g}{told}, width {args['embed_dim']} and "
+        f"{args['intermediate_dim']}, {args['num_heads']} heads of queries and "
+        f"{args['num_kv_heads']} of keys and values, norm_eps {args['norm_eps']:g}, "
+        f"{' and '.join(dtypes)}"
+    )
+
+
+def _left_out(src: Path, dst: Path, checkpoint: Checkpoint, to: str) -> str:
+    """What the copy does not have, and names that have changed."""
+    config, extra = read_json(checkpoint.config_file), checkpoint.args["n_future_tokens"] - 1
+    told = []
+    if extra and to != "meta":
+        did = "left out" if to == "hf" else "made, copies of the last block"
+        told.append(f"{extra} extra head(s) {did}")
+    if config.get("tie_word_embeddings"):
+        told.append("embedding and output are two tensors now")
+    if config.get("model_type") not in (None, "llama"):
+        told.append(f"model_type {config['model_type']} is llama's")
+    made = {path.name for path in dst.iterdir()} | {checkpoint.config_file.name}
+    weights = {path.name for path in weight_files(src)}
+    others = [p.name for p in _visible(src) if p.name not in made | weights]
+    if others:
+        told.append(f"not copied: {', '.join(others)}")
+    return "Changed: " + ("; ".join(told) if told else "nothing else")
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files of a folder, without hidden ones and indices of weights."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return [p for p in files if p.name[0] != "." and not p.name.endswith(".index.json")]
+
+
+def main(argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.convert") -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m wmtp_modules.convert",
+        prog=prog,
         description="Convert a checkpoint folder. Runs on the CPU, tensor by tensor from the "
         "memory-mapped file; the dtype stays as stored.",
         epilog="SRC is a folder in Meta's format (params.json, consolidated.pth, tokenizer.model) "

@@ -62,15 +62,19 @@ def _readable(size: int) -> str:
     return f"{size / GIB:8.2f} GiB" if size >= GIB else f"{size / MIB:8.0f} MiB"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(
+    argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.estimate_memory"
+) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m wmtp_modules.estimate_memory",
+        prog=prog,
         description="Predict the peak memory of one rank of a training config, rho1 or critic, "
         "without running it: no GPU, checkpoint or data is needed.",
         epilog="Any key of the file can be set by key=value, and taken out by ~key.",
     )
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--config", metavar="FILE", required=True, help="YAML file of the run, or wmtp/NAME"
+    )
     parser.add_argument(
         "--recipe", metavar="FILE", help="a copied recipe; by default ours for this config"
     )

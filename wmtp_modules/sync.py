@@ -88,9 +88,9 @@ def jobs_of(folder: Path) -> list[tuple[Callable[[Path], str], Path]]:
     return [*((send_figures, run) for run in runs), *((send_files, one) for one in stored)]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.sync") -> None:
     parser = argparse.ArgumentParser(
-        prog="wmtp_modules.sync",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

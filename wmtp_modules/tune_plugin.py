@@ -92,26 +92,47 @@ def speak_last() -> None:
     atexit.register(remove)
 
 
-def activate() -> None:
-    """Hold back torchao's line, and prepare a launcher of our own ``recipes``.
+def activate() -> bool:
+    """Hold back torchao's line, and prepare a launcher of recipes that are not torchtune's.
 
-    For ``tune run`` puts the current folder first on ``sys.path``, and sets the launcher's defaults
-    unless the user has. ``python -m torchtune._cli.tune`` puts the folder first by itself.
+    For ``tune run`` of one sets the launcher's defaults unless the user has, and puts the current
+    folder first on ``sys.path`` where it has a package ``recipes``. ``python -m
+    torchtune._cli.tune`` puts the folder first by itself.
+
+    Returns:
+        Whether this process is ``tune``, whatever its subcommand.
     """
     import logging  # torch has it by now; what only asks for this module's names need not
 
     logging.getLogger("torchao").addFilter(is_news)
     argv = getattr(sys, "argv", [])  # an interpreter inside another program may have none
-    if not argv or not os.path.isfile(os.path.join("recipes", "__init__.py")):
-        return
+    if not argv:
+        return False
+    has_recipes = os.path.isfile(os.path.join("recipes", "__init__.py"))
     script = os.path.basename(argv[0])
     # While Python looks for the module of -m, which imports torch, that is all argv tells.
     modules = set(sys.orig_argv) if argv[0] == "-m" else set()
-    is_tune = argv[1:2] == ["run"] and (script == "tune" or "torchtune._cli.tune" in modules)
-    if is_tune or script == "torchrun" or "torch.distributed.run" in modules:
+    is_tune = script == "tune" or "torchtune._cli.tune" in modules
+    runs = is_tune and argv[1:2] == ["run"] and (has_recipes or _names_a_recipe(argv[2:]))
+    is_torchrun = script == "torchrun" or "torch.distributed.run" in modules
+    if runs or (is_torchrun and has_recipes):
         speak_last()
-    if is_tune:
-        if script == "tune":
+    if runs:
+        if script == "tune" and has_recipes:
             sys.path.insert(0, os.getcwd())
         for name, value in LAUNCHER_DEFAULTS.items():
             os.environ.setdefault(name, value)
+    return is_tune
+
+
+def _names_a_recipe(words: list[str]) -> bool:
+    """Whether one of these is a file of Python, also without its end, or a recipe of ours.
+
+    A launcher's own values, and overrides, are none.
+    """
+    from wmtp_modules.catalog import recipes
+
+    ours = recipes()
+    return any(
+        word.endswith(".py") or word in ours or os.path.isfile(f"{word}.py") for word in words
+    )

@@ -28,7 +28,7 @@ def build():
 
 @pytest.fixture
 def args(tiny_model_args):
-    return tiny_model_args | {"norm_eps": 1e-5, "rope_base": 10_000.0}
+    return tiny_model_args | {"norm_eps": 1e-5, "rope_base": 10_000.0, "rope_scaling": None}
 
 
 @pytest.fixture

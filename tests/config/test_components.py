@@ -3,17 +3,30 @@
 import ast
 import re
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import InterpolationResolutionError, UnsupportedInterpolationType
 
-from wmtp_modules.config.check import Component, ConfigError, check_config
+from wmtp_modules.config.check import Component, ConfigError, Keys, check_config
 from wmtp_modules.config.components import VARIABLE, NotAllowedError, locate, todays_name
 from wmtp_modules.config.environment import refuse_variables
 
 ROOT = Path(__file__).parents[2]
+
+
+class Seed(Keys):
+    seed: int
+
+
+class Data(Keys):
+    data: Annotated[dict[str, Any], Component()]
+
+
+class Optimizer(Keys):
+    optimizer: Annotated[dict[str, Any], Component(("params",))]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda p: p.stem)
@@ -138,7 +151,7 @@ def test_a_value_of_a_config_imports_nothing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = OmegaConf.create({"seed": "${oc.coerce:spy_value.X,1}"})
     with pytest.raises(ConfigError, match=r"seed: .* does not resolve \(Unsupported interpol"):
-        check_config(config, {"seed": int})
+        check_config(config, Seed)
     assert not (tmp_path / "ran").exists()
 
 
@@ -149,13 +162,13 @@ def test_a_refused_module_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = OmegaConf.create({"data": {"_component_": "spy_component.make"}})
     with pytest.raises(ConfigError, match=r"^data\._component_: 'spy_component.make' is not allow"):
-        check_config(config, {"data": Component()})
+        check_config(config, Data)
     nested = {"_component_": "torch.optim.AdamW", "betas": [{"_component_": "spy_component.make"}]}
     with pytest.raises(ConfigError, match=r"optimizer\.betas\[0\]\._component_: .* not allowed"):
-        check_config(OmegaConf.create({"optimizer": nested}), {"optimizer": Component(("params",))})
+        check_config(OmegaConf.create({"optimizer": nested}), Optimizer)
     assert not (tmp_path / "ran").exists()
     monkeypatch.setenv(VARIABLE, "spy_component")
-    check_config(config, {"data": Component()})
+    check_config(config, Data)
     assert (tmp_path / "ran").exists()
 
 

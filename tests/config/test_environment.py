@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from wmtp_modules.config import environment
 from wmtp_modules.config.check import ConfigError
-from wmtp_modules.config.environment import FOR_URLS, of_required, refuse_variables
+from wmtp_modules.config.environment import FOR_URLS, file_of, of_required, refuse_variables
 from wmtp_modules.config.file import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -58,9 +58,17 @@ def test_the_variable_chooses_and_the_command_line_goes_before_it(read, monkeypa
     assert read({"seed": 1}, "environment=local").tracking.uri.startswith("sqlite")
 
 
-def test_a_library_without_the_repositorys_configs(read, tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "FOLDER", tmp_path / "nowhere")
-    assert read({"seed": 1}) == {"seed": 1}
+def test_a_folder_may_have_environments_of_its_own(read, tmp_path, monkeypatch):
+    """Beside those that came with the library; one of the same name goes before."""
+    monkeypatch.chdir(tmp_path)
+    assert read({"seed": 1}).storage.root == "runs"
+    own = tmp_path / environment.FOLDER
+    own.mkdir(parents=True)
+    (own / "local.yaml").write_text("storage: {root: mine}")
+    (own / "lab.yaml").write_text("storage: {root: labs}")
+    assert read({"seed": 1}).storage.root == "mine"
+    assert read({"seed": 1}, "environment=lab").storage.root == "labs"
+    assert file_of("cluster").name == "cluster.yaml"
 
 
 def test_an_environment_that_is_none(read, tmp_path):

@@ -1,15 +1,21 @@
 """A file that is no config, and an argument that is no override, are one sentence each."""
 
+from typing import Annotated, Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config as torchtune_config
 
-from wmtp_modules.config.check import Component, ConfigError, check_config
+from wmtp_modules.config.check import Component, ConfigError, Keys, check_config
 from wmtp_modules.config.components import MOVED, locate
 from wmtp_modules.config.file import load_config, read_config
 from wmtp_modules.run.metric_logging import JSONLLogger
+
+
+class Config(Keys):
+    logger: Annotated[dict[str, Any], Component()]
 
 
 @pytest.fixture
@@ -93,7 +99,7 @@ def test_a_logger_under_its_old_name_is_checked_and_made(file, tmp_path, overrid
     component = "a.b" if overrides else OLD_LOGGER
     file.write_text(f"logger:\n  _component_: {component}\n  path: {tmp_path / 'metrics.jsonl'}\n")
     cfg = read_config(["--config", str(file), *overrides])
-    check_config(cfg, {"logger": Component()})
+    check_config(cfg, Config)
     logger = torchtune_config.instantiate(cfg.logger)
     assert type(logger) is JSONLLogger
     logger.close()

@@ -1,21 +1,25 @@
+from typing import Annotated, Any
+
 import pytest
 from omegaconf import OmegaConf
 
-from wmtp_modules.config.check import Component, ConfigError, Optional, check_config
+from wmtp_modules.config.check import Component, ConfigError, Keys, check_config
 from wmtp_modules.config.rules import TRAINING_RULES, cpp_compiler
 
-SCHEMA = {
-    "num_warmup_steps": int,
-    "max_steps": int,
-    "weighting": dict,
-    "dataset": Component(given=("tokenizer",)),
-    "dataset_val": Component(given=("tokenizer",)),
-    "device": str,
-    "compile": bool,
-    "fp32_master_weights": bool,
-    "optimizer": dict,
-    "controls": Optional(list[str]),
-}
+
+class Config(Keys):
+    num_warmup_steps: int
+    max_steps: int
+    weighting: dict
+    dataset: Annotated[dict[str, Any], Component(given=("tokenizer",))]
+    dataset_val: Annotated[dict[str, Any], Component(given=("tokenizer",))]
+    device: str
+    compile: bool
+    fp32_master_weights: bool
+    optimizer: dict
+    controls: list[str] | None = None
+
+
 ROWS = {
     "_component_": "wmtp_modules.data.rows_dataset",
     "source": "a",
@@ -37,7 +41,7 @@ VALID = {
 
 
 def check(**changes):
-    check_config(OmegaConf.merge(VALID, changes), SCHEMA, TRAINING_RULES)
+    check_config(OmegaConf.merge(VALID, changes), Config, TRAINING_RULES)
 
 
 def test_rules_allow_what_is_right(monkeypatch):

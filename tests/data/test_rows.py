@@ -17,6 +17,10 @@ from wmtp_modules.data import rows as rows_module
 from wmtp_modules.data import rows_dataset
 from wmtp_modules.data.sources import hub_source
 
+EXPECTED = (
+    "expected text, or prompt and response, or prompt and completion, or instruction and output, "
+    "or messages"
+)
 PAIR = {"prompt": "add: ", "response": "x + 1"}
 
 
@@ -124,8 +128,8 @@ def test_a_kind_of_bad_row_is_told_once_with_its_number_and_fields(tokenizer, ma
         "rows.jsonl:1: text is int, not a string, the row has the fields text, id (7 such rows); ",
         "rows.jsonl:8: reward is '0', not a number, the row has the fields prompt, response, reward"
         " (4 such rows); ",
-        "rows.jsonl:12: fields missing: expected text, or prompt and response, the row has the "
-        "fields instruction, output0 (3 such rows); ",
+        f"rows.jsonl:12: fields instruction: {EXPECTED}, the row has the fields instruction, "
+        "output0 (3 such rows); ",
         "rows.jsonl:15: not JSON (Expecting ',' delimiter: line 2 column 1 (char 3)); ",
         "rows.jsonl:16: not a JSON object)",
     ):
@@ -134,10 +138,10 @@ def test_a_kind_of_bad_row_is_told_once_with_its_number_and_fields(tokenizer, ma
     with pytest.raises(ValueError, match="valid row") as error:
         rows_dataset(tokenizer, source=make_jsonl(*unlike, {}))
     assert str(error.value).endswith(
-        "rows.jsonl has no valid row: rows.jsonl:1: fields missing: expected text, or prompt and "
-        "response, the row has the fields instruction, output0 (4 such rows)"
+        f"rows.jsonl has no valid row: rows.jsonl:1: fields instruction: {EXPECTED}, the row has "
+        "the fields instruction, output0 (4 such rows)"
     )
-    with pytest.raises(ValueError, match=r"response, the row has no fields$"):
+    with pytest.raises(ValueError, match=r"messages, the row has no fields$"):
         rows_dataset(tokenizer, source=make_jsonl({}))
 
 
@@ -149,10 +153,10 @@ def test_five_kinds_of_bad_rows_are_shown(tokenizer, make_jsonl, report):
 
 
 def test_fields_of_columns_that_are_not_read(tokenizer, tmp_path):
-    records = [{"prompt": "p", "completion": "c", "id": 1}] * 3
+    records = [{"prompt": "p", "answer": "c", "id": 1}] * 3
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_list(records).to_parquet(str(path))
-    with pytest.raises(ValueError, match=r"has the fields prompt, completion, id \(3 such rows"):
+    with pytest.raises(ValueError, match=r"has the fields prompt, answer, id \(3 such rows"):
         rows_dataset(tokenizer, source=str(path))
     datasets.Dataset.from_list([{"body": "c", "id": 1}]).to_parquet(str(path))
     with pytest.raises(ValueError, match=r"rows\.parquet has columns body, id, none of text"):
@@ -350,9 +354,8 @@ def test_second_call_is_a_cache_hit(
     first = rows_dataset(tokenizer, source=source)
     first_report = report()
 
-    def refuse(**kwargs):
+    def refuse(*args):
         raise AssertionError("made again")
-        yield
 
     monkeypatch.setattr(rows_module, "_generate", refuse)
     again = llama2_tokenizer(str(tiny_tokenizer_path), max_seq_len=64)
@@ -360,10 +363,10 @@ def test_second_call_is_a_cache_hit(
     assert second.cache_files == first.cache_files
     assert second[:] == first[:]
     assert report() == first_report
-    with pytest.raises(datasets.exceptions.DatasetGenerationError):
+    with pytest.raises(AssertionError, match="made again"):
         rows_dataset(llama2_tokenizer(str(tiny_tokenizer_path), 32), source=source)
     make_jsonl({"text": "two " * 60})
-    with pytest.raises(datasets.exceptions.DatasetGenerationError):
+    with pytest.raises(AssertionError, match="made again"):
         rows_dataset(tokenizer, source=source)
 
 
@@ -375,7 +378,7 @@ def test_another_process_finds_the_cache(tokenizer, tiny_tokenizer_path, make_js
         "import json, sys\n"
         "from torchtune.models.llama2 import llama2_tokenizer\n"
         "from wmtp_modules.data import rows as r\n"
-        "def refuse(**kwargs):\n    raise AssertionError('made again')\n    yield\n"
+        "def refuse(*args):\n    raise AssertionError('made again')\n"
         "r._generate = refuse\n"
         "rows = r.rows_dataset(llama2_tokenizer(sys.argv[1], max_seq_len=64), source=sys.argv[2])\n"
         "print(json.dumps(rows.cache_files))\n"
@@ -399,7 +402,7 @@ def test_rows_are_memory_mapped(tokenizer, make_jsonl):
 # ------------------------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("name", ["report.json", "dataset_info.json", "generator-train.arrow"])
+@pytest.mark.parametrize("name", ["report.json", "state.json", "data-00000-of-00001.arrow"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"[" * 100_000, b"\xff" * 200])
 def test_a_damaged_cache_says_which_folder_to_delete(
     tokenizer, make_jsonl, cache_folder, name, content

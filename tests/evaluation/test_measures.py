@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 from torchtune.models.llama2 import llama2_tokenizer
 
+from wmtp_modules.data.tokenize import encode_text
 from wmtp_modules.evaluation import measures
 from wmtp_modules.evaluation.measures import (
     TOKEN_CLASSES,
     HeldoutSums,
     heldout_sums,
+    read_rows,
     read_texts,
     token_classes,
 )
+from wmtp_modules.loss.mtp_loss import mtp_labels
 from wmtp_modules.models import mtp_llama2
 
 CPU = {"device": "cpu"}
@@ -377,8 +380,8 @@ def test_texts_of_a_file(write, tmp_path):
     ("line", "message"),
     [
         (b'{"text": "a', "not JSON"),
-        (b'{"texts": "a"}', "text is missing"),
-        (b'{"text": null}', "text is missing"),
+        (b'{"texts": "a"}', "fields missing: expected text, or prompt and response"),
+        (b'{"text": null}', "fields missing: expected text, or prompt and response"),
         (b'{"text": 3}', "text is int, not a string"),
         (b'["a"]', "not a JSON object"),
         (b'{"text": "a\\u0000b"}', "holds a NUL character"),
@@ -395,9 +398,40 @@ def test_a_bad_row_is_named(write, line, message):
 def test_files_that_are_none(write, tmp_path):
     with pytest.raises(ValueError, match=r"held\.jsonl has no rows"):
         read_texts(write(b"\n"))
-    with pytest.raises(ValueError, match=r"held\.txt is neither \.jsonl nor \.parquet: give a"):
-        read_texts(write(b"text", "held.txt"))
-    with pytest.raises(ValueError, match=r"gone\.jsonl is not a file: give a \.jsonl or"):
+    with pytest.raises(ValueError, match=r"gone\.jsonl does not exist: give a local file"):
         read_texts(str(tmp_path / "gone.jsonl"))
-    with pytest.raises(ValueError, match="is not a file"):
-        read_texts(str(tmp_path))
+
+
+def test_rows_of_every_form_are_measured_where_they_are_supervised(write, model, tokenizer):
+    """Of a response, and of each turn, what the head predicts of it, in any batch."""
+    pair = {"prompt": "def f(x):\n", "response": "    return x\n"}
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "x = 1"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "y"},
+    ]
+    lines = [pair, {"messages": talk}, {"question": "q", "text": TEXTS[0]}]
+    source = write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    rows = read_rows([source])
+    assert rows[2] == TEXTS[0]
+    assert read_texts(source)[0] == pair["prompt"] + pair["response"]
+    K = model.n_future_tokens
+    want_KS, all_measured = torch.zeros(K, 2, dtype=torch.float64), 0
+    for row in rows:
+        one = encode_text(tokenizer, row) if isinstance(row, str) else row.encode(tokenizer)
+        tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
+        keep = torch.from_numpy(one.keep)[None]
+        labels_BTK = mtp_labels(tokens, keep, torch.zeros_like(tokens), K)
+        with torch.no_grad():
+            losses_BTK = model(tokens, labels_BTK)
+        want_KS[:, 0] += (labels_BTK >= 0).sum((0, 1))
+        all_measured += int((labels_BTK >= 0).all(-1).sum())
+        want_KS[:, 1] += losses_BTK.double().sum((0, 1))
+    for batch_tokens in (1, 1000):
+        sums = heldout_sums(model, tokenizer, rows, device="cpu", batch_tokens=batch_tokens)
+        torch.testing.assert_close(sums.classes_KCS.sum(1)[:, :2], want_KS, rtol=1e-5, atol=1e-4)
+        # Positions whose targets of all heads are measured.
+        assert sums.kept_K[0] == all_measured
+    with pytest.raises(ValueError, match="expected body, the row has"):
+        read_rows(source, {"text": "body"})

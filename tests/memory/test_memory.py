@@ -28,6 +28,7 @@ TRAINING_CONFIGS = [
     if "optimizer" in OmegaConf.load(path)
 ]
 MIB = 2**20
+MY_KEY = ("class Config(TrainingKeys):\n", "class Config(TrainingKeys):\n    mine: int\n")
 ROUNDS = ("optimizer._component_=torchao.optim.AdamW8bit", "~optimizer.fused")
 ROUNDS += ("optimizer.bf16_stochastic_round=true",)
 
@@ -215,7 +216,7 @@ def test_a_copied_recipe_is_estimated_as_it_was_edited(cfg, estimate_step, copie
     """A loss that keeps another 128 MiB until the backward, and a key of its own."""
     edit = "loss.double() + 0 * (self._optimizer.mine * torch.ones(2**25)).exp().sum()"
     path = copied("        return loss, sums, stats", f"        return {edit}, sums, stats")
-    text = path.read_text().replace("KEYS | {", 'KEYS | {"mine": int,')
+    text = path.read_text().replace(*MY_KEY)
     mine = "        self._optimizer.mine = torch.nn.Parameter(torch.ones(()))\n"
     text = text.replace("        alphas_K = head_alphas", f"{mine}        alphas_K = head_alphas")
     path.write_text(text)
@@ -230,7 +231,7 @@ def test_recipes_that_cannot_be_estimated(copied, tmp_path):
     with pytest.raises(ValueError, match=r"none.py is not a recipe: name a Python file"):
         load_recipe(tmp_path / "none.py")
     with pytest.raises(ValueError, match=r"mine.py cannot be imported: NameError"):
-        load_recipe(copied("SCHEMA = TRAINING_KEYS", "SCHEMA = TRAINING_KEY"))
+        load_recipe(copied("class Config(TrainingKeys)", "class Config(TrainingKey)"))
     with pytest.raises(ValueError, match="has no class with setup_model, _loss_step and train"):
         load_recipe(copied("def setup_model(self)", "def setup_the_model(self)"))
 
@@ -313,7 +314,7 @@ def test_a_copied_recipe_has_keys_of_its_own(cfg, config_file, copied, capsys, m
     OmegaConf.save(OmegaConf.merge(cfg, {"mine": 3}), config_file)
     assert main(["--config", config_file]) == 1
     assert "mine: unknown key" in capsys.readouterr().err
-    path = copied("SCHEMA = TRAINING_KEYS | {", 'SCHEMA = TRAINING_KEYS | {"mine": int,')
+    path = copied(*MY_KEY)
     assert main(["--config", config_file, "--recipe", str(path)]) == 0
 
 

@@ -140,7 +140,8 @@ class TinyQuickstarts:
             if "model_config" in cfg.prepare:
                 cfg.prepare.model_config = str(self.config("eval_base"))
         if "requires" in cfg:
-            cfg.requires = [str(self.config(Path(path).stem)) for path in cfg.requires]
+            names = [name.removeprefix("wmtp/quickstart_") for name in cfg.requires]
+            cfg.requires = [str(self.config(name)) for name in names]
         cfg.metric_logger = {
             "_component_": "torchtune.training.metric_logging.DiskLogger",
             "log_dir": str(self.folder / "logs"),

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from wmtp_modules.config import rules
+from wmtp_modules.config.check import ConfigError
 from wmtp_modules.critic import rewards
 from wmtp_modules.parallel.process_group import init_process_group
 from wmtp_modules.run import model as run_model
@@ -635,7 +636,7 @@ def test_rewards_of_a_reward_model(base, go, reward_model, monkeypatch, tmp_path
 
 
 def check_error(recipe, base_config, overrides, match):
-    with pytest.raises(recipe.ConfigError, match=match):
+    with pytest.raises(ConfigError, match=match):
         recipe.check(OmegaConf.merge(base_config, overrides))
 
 
@@ -687,6 +688,25 @@ def test_config_errors_come_before_anything_is_built(recipe, base_config, base, 
             recipe.check(OmegaConf.merge(base_config, full, wrong))
 
 
+def test_blocks_that_are_missing_and_a_wrong_weighting_come_at_once(
+    recipe, base_config, base, tmp_path
+):
+    cfg = OmegaConf.merge(base_config, with_critic(base, tmp_path), {"seed": -1})
+    for block in ("rewards", "critic", "value_table"):
+        del cfg[block]
+    del cfg.weighting.name
+    with pytest.raises(ConfigError, match=r"2 errors\n  weighting.name: missing\n  seed: must be"):
+        recipe.check(cfg)
+    cfg.weighting = {"name": "critic"}
+    with pytest.raises(ConfigError, match="4 errors") as caught:
+        recipe.check(cfg)
+    for block in ("rewards", "critic", "value_table"):
+        assert f"  {block}: missing, the stages and the weighting need it" in str(caught.value)
+    cfg.weighting.lam = 3
+    with pytest.raises(ConfigError, match=r"2 errors\n  seed: .*\n  weighting.lam must be between"):
+        recipe.check(cfg)
+
+
 def test_a_uniform_run_needs_no_critic_and_no_threshold_without_rewards(recipe, base_config):
     plain = {"stages": ["policy"], "weighting": {"name": "uniform"}}
     recipe.check(OmegaConf.merge(base_config, plain))
@@ -699,7 +719,7 @@ def test_a_reward_model_needs_transformers(recipe, base_config, base, tmp_path, 
     cfg = OmegaConf.merge(base_config, with_critic(base, tmp_path), {"rewards": model})
     recipe.check(cfg)
     monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(recipe.ConfigError, match=r"needs transformers: `uv sync --extra reward`"):
+    with pytest.raises(ConfigError, match=r"needs transformers: `uv sync --extra reward`"):
         recipe.check(cfg)
 
 

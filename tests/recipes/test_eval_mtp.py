@@ -174,7 +174,7 @@ def test_shipped_configs_pass_the_check(recipe, path):
         ),
         ({"generation": {"temperatures": [0.5, 0.5]}}, "generation.temperatures"),
         ({"generation": {"temperatures": [-1.0]}}, "generation.temperatures"),
-        ({"generation": {"top_p": 1.5}}, r"generation.top_p: must be at most 1 .*, got 1.5"),
+        ({"generation": {"top_p": 1.5}}, "generation.top_p: must be at most 1, got 1.5"),
         ({"k": [0]}, r"k: must be a list of numbers of at least 1, got \[0\]"),
         ({"generation": {"temperature": 1.0}}, "generation.temperature: unknown key"),
         ({"comparison": "official"}, "comparison: 'official' is for task=code_contests, not human"),
@@ -426,7 +426,7 @@ def test_bad_samples_are_one_sentence(run, tier, tmp_path, rows, message):
 def test_an_earlier_report_outlives_a_typo_and_no_failing_run(run, recipe, tmp_path, monkeypatch):
     _, out = run(stages="[heldout]")
     for mistyped in ("heldout__source", "decode_speed__source"):
-        with pytest.raises(ValueError, match="is not a file"):
+        with pytest.raises(ValueError, match=r"none.jsonl does not exist"):
             run(stages="[heldout,decode_speed]", **{mistyped: tmp_path / "none.jsonl"})
         assert (out / "report.json").exists()
 

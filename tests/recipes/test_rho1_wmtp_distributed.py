@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.checkpoints.write import save_meta
+from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.rules import cpp_compiler
 from wmtp_modules.data import packing, rows_dataset
 from wmtp_modules.data.packing import PackedDataset
@@ -977,6 +978,24 @@ def test_an_oracle_without_marks_is_refused_before_the_runs_before_it(
         main({"controls": ["dft", {"a": {"dataset.source": "none there"}}]})
 
 
+def test_weights_that_the_data_bring(main, run, base_config, tmp_path):
+    rows = [json.loads(line) for line in Path(base_config.dataset.source).read_text().splitlines()]
+    source = tmp_path / "weighted.jsonl"
+    spans = [{"text": row["text"], "score": [[0, 4, 0.0], [4, 8, 2.0]]} for row in rows]
+    source.write_text("".join(json.dumps(row) + "\n" for row in spans))
+    weighting = {"weighting": {"name": "column", "w_min": 0.0}}
+    named = {"source": str(source), "columns": {"weight": "score"}}
+    folder, _ = run(weighting | {"dataset": named, "max_steps": 2})
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.2 < line["ess"] < 0.95 for line in lines if "ess" in line)
+    assert any("ess" in line for line in lines)
+    message = "ValueError: weighting column needs rows with a `weight` field.*no row of dataset has"
+    with pytest.raises(SystemExit, match=message):
+        run(weighting | {"max_steps": 2})
+    with pytest.raises(SystemExit, match=message):
+        main({"controls": ["uniform", "column"], "output_dir": str(tmp_path / "out")})
+
+
 def test_a_control_that_cannot_be_is_refused_before_anything_is_built(recipe, base_config, rho1):
     other = {"reference.checkpointer.checkpoint_dir": "elsewhere"}
     online = {"reference.mode": "online"}
@@ -1244,7 +1263,7 @@ def test_compile_equals_eager(run, uniform):
 
 
 def check_error(recipe, base_config, overrides, match):
-    with pytest.raises(recipe.ConfigError, match=match):
+    with pytest.raises(ConfigError, match=match):
         recipe.check(OmegaConf.merge(base_config, overrides))
 
 
@@ -1260,7 +1279,7 @@ def test_values_out_of_range_come_all_at_once(recipe, base_config, monkeypatch):
         "optimizer": {"lr": 0.0},
         "tokenizer": {"max_seq_len": 1},
     }
-    with pytest.raises(recipe.ConfigError, match="11 errors") as error:
+    with pytest.raises(ConfigError, match="11 errors") as error:
         recipe.check(OmegaConf.merge(base_config, wrong))
     for key in at_least_one:
         assert f"  {key}: must be at least 1, got 0" in str(error.value)

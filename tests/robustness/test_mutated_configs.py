@@ -15,7 +15,7 @@ from wmtp_modules.parallel.process_group import init_process_group
 from wmtp_modules.run.stopping import StopRequests
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted(ROOT.glob("configs/**/*.yaml"))
+SHIPPED = sorted(p for p in ROOT.glob("configs/*/*.yaml") if p.parent.name != "environments")
 SHIPPED = [path for path in SHIPPED if path.parent.name != "environments"]  # of no recipe
 SHARE_OF_SHIPPED = 0.6
 MOST_RUNS = 5

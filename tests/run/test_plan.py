@@ -151,7 +151,7 @@ def test_each_run_stands_in_figures_under_its_name_with_what_it_changes(
     metrics.pop("rho1")
     assert beside_of["rho1"] == metrics
     print_losses(summary)
-    lines = capsys.readouterr().out.splitlines()[2:]
+    *lines, said = capsys.readouterr().out.splitlines()[2:]
     assert [line.split() for line in lines] == [
         ["head", "0", "mean"],
         ["base", "4.000", "4.000"],
@@ -160,6 +160,9 @@ def test_each_run_stands_in_figures_under_its_name_with_what_it_changes(
         ["rho1", "1.000", "1.000"],
     ]
     assert len({line.index(".") for line in lines[1:]}) == 1  # in columns
+    assert said == f"{summary['steps']} steps are too few to judge a weighting by: docs/results.md"
+    print_losses(summary | {"steps": 80})
+    assert "too few" not in capsys.readouterr().out
 
 
 def test_a_finished_control_does_not_mind_what_stands_beside_it(tmp_path):

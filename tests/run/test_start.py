@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from wmtp_modules.catalog import recipes
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.files import alone_in
 from wmtp_modules.run import start
@@ -140,6 +141,7 @@ def test_only_rank_0_takes_the_folder(tmp_path, monkeypatch, children, capfd):
         ("recipes/x.py", None, None, "tune run --nproc_per_node 1 recipes/x.py"),
         ("{here}/recipes/my x.py", 8, 8, "tune run --nproc_per_node 8 'recipes/my x.py'"),
         ("/elsewhere/x.py", 16, 8, "tune run --nnodes 2 --nproc_per_node 8 /elsewhere/x.py"),
+        (str(recipes()["eval_mtp"]), None, None, "tune run --nproc_per_node 1 eval_mtp"),
     ],
 )
 def test_how_a_run_was_started(monkeypatch, tmp_path, script, world, local, said):

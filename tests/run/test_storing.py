@@ -56,6 +56,28 @@ def test_paths_for_urls(cfg, tmp_path):
     assert resume.kept(cfg) == resume.kept(before)
 
 
+def test_lists_and_patterns_of_sources(tmp_path):
+    source = ["s3://b/a/*.jsonl", "local/*.csv", "hf://org/name/data/train-[0-9].parquet", "${one}"]
+    cfg = OmegaConf.create(
+        {
+            "output_dir": "runs/x",
+            "storage": {"cache": str(tmp_path)},
+            "one": "s3://b/c.jsonl",
+            "dataset": {"source": source},
+        }
+    )
+    storing.localized(cfg)
+    assert list(cfg.dataset.source) == [
+        str(tmp_path / "s3/b/a/*.jsonl"),
+        "local/*.csv",
+        str(tmp_path / "hf/org/name/data/train-[0-9].parquet"),
+        str(tmp_path / "s3/b/c.jsonl"),
+    ]
+    wanted = {place.url for place in storing._places.values()}
+    assert wanted == {"s3://b/a", "hf://org/name/data", "s3://b/c.jsonl"}
+    assert storing.as_named(list(cfg.dataset.source)) == [*source[:3], "s3://b/c.jsonl"]
+
+
 def test_a_config_without_urls_stays(tmp_path):
     cfg = OmegaConf.create({"output_dir": "runs/x", "prepare": None, "missing": "???"})
     assert storing.localized(cfg.copy()) == cfg

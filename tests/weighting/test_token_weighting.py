@@ -122,6 +122,30 @@ def test_an_oracle_reads_the_mark_of_the_token_that_a_head_predicts(inputs):
         )
 
 
+def test_a_column_weighs_the_token_that_a_head_predicts(inputs):
+    """Calibrated as every other: ratios as the data say them, mean 1, inside the bounds."""
+    _, mask_BTK, doc_BT, _ = inputs
+    generator = torch.Generator().manual_seed(3)
+    raw_BT = torch.rand(doc_BT.shape, generator=generator) + 0.5
+    weighting = TokenWeighting("column", w_min=0.0, w_max=50.0)
+    assert weighting.needs_weights
+    assert not weighting.needs_losses  # they are known before the forward
+    weights_BTK, stats = weighting(None, mask_BTK, doc_BT, raw_BT, step=0)
+    torch.testing.assert_close(stats["mean"], torch.ones(4))
+    for k in range(4):
+        mask_BT = mask_BTK[:, : -k - 1, k]
+        ratio_N = (weights_BTK[:, : -k - 1, k] / raw_BT[:, k + 1 :])[mask_BT]
+        torch.testing.assert_close(ratio_N, ratio_N[:1].expand_as(ratio_N))
+    assert not weights_BTK[~mask_BTK].any()
+    cut_BTK, _ = TokenWeighting("column", w_min=0.9, w_max=1.1)(
+        None, mask_BTK, doc_BT, raw_BT, step=0
+    )
+    assert cut_BTK[mask_BTK].min() >= 0.9 - 1e-6
+    assert cut_BTK.max() <= 1.1 + 1e-6
+    equal_BTK, _ = TokenWeighting("column")(None, mask_BTK, doc_BT, raw_BT * 0 + 3, step=0)
+    assert torch.equal(equal_BTK, mask_BTK.float())
+
+
 def test_stats_by_hand():
     weights_BTK = torch.tensor([2.0, 2.0, 0.0, 0.0, 5.0, 0.0]).view(1, 6, 1)
     mask_BTK = torch.tensor([1, 1, 1, 1, 0, 0]).bool().view(1, 6, 1)
@@ -167,7 +191,8 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("rho1", "scores"), ("oracle", "scores"), ("dft", "losses")]
+    ("name", "what"),
+    [("rho1", "scores"), ("oracle", "scores"), ("column", "scores"), ("dft", "losses")],
 )
 def test_missing_inputs_are_refused(name, what, inputs):
     losses_BTK, mask_BTK, doc_BT, _ = inputs

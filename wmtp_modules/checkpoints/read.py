@@ -27,9 +27,12 @@ from wmtp_modules.checkpoints.names import (
 from wmtp_modules.checkpoints.refusals import (
     ADAPTER_ONLY,
     KNOWN_BUFFERS,
+    NEEDED_BY,
+    SAME_AS_LLAMA,
     added_tokens,
     foreign_keys,
     in_two_files,
+    needs_of,
     no_tokenizer,
     tokenizer_fault,
     weight_files,
@@ -37,6 +40,7 @@ from wmtp_modules.checkpoints.refusals import (
     which_weights,
 )
 from wmtp_modules.files import read_json, recover_folder, stand_in
+from wmtp_modules.models.model_builders import LLAMA3_SCALING, check_rope_scaling
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
@@ -70,7 +74,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path, n_future_tokens: int | None = None) -> None:
         folder = Path(folder)
         recover_folder(folder)
-        if (folder / "params.json").exists():
+        if is_meta(folder):
             self.is_hf = False
             self.config_file = folder / "params.json"
             self._files, self._index = _consolidated_files(folder), {}
@@ -153,7 +157,17 @@ class Checkpoint:
             intermediate_dim=hidden,
             norm_eps=_number(config, "norm_eps", file, float, default=1e-5),
             rope_base=_number(config, "rope_theta", file, float, default=10_000.0),
+            rope_scaling=self._scaling_of(
+                config.get("rope_scaling")
+                or (LLAMA3_SCALING if config.get("use_scaled_rope") else None)
+            ),
         )
+
+    def _scaling_of(self, block: Any) -> dict | None:
+        try:
+            return check_rope_scaling(block) if block else None
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{self.config_file}: {error}") from error
 
     def _args_from_hf(self, config: dict, n_future_tokens: int | None) -> dict:
         file = self.config_file
@@ -166,19 +180,29 @@ class Checkpoint:
             if not isinstance(block, dict):
                 raise ValueError(f"{file}: {name} is {block!r}, not a JSON object")
         rope, scaling = config | rope, scaling or rope
+        family, rope_type = config.get("model_type"), scaling.get("rope_type", scaling.get("type"))
+        if family not in SAME_AS_LLAMA:
+            raise ValueError(
+                f"{file}: model_type is {family!r}, which needs "
+                f"{needs_of(family)}: only a Llama ({', '.join(SAME_AS_LLAMA)}) is supported"
+            )
         only = {
-            "model_type": (config.get("model_type"), "llama"),
             "hidden_act": (config.get("hidden_act", "silu"), "silu"),
             "attention_bias": (config.get("attention_bias", False), False),
             "mlp_bias": (config.get("mlp_bias", False), False),
             "head_dim": (config.get("head_dim") or dim // num_heads, dim // num_heads),
-            "rope_type": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
+            "sliding_window": (config.get("sliding_window"), None),
+            "rope_type": (rope_type or "default", "default"),
             "partial_rotary_factor": (rope.get("partial_rotary_factor", 1), 1),
         }
+        if rope_type == "llama3":
+            del only["rope_type"]
         for name, (value, supported) in only.items():
             if value != supported:
+                needs = NEEDED_BY.get(name, "")
                 raise ValueError(
-                    f"{file}: {name} is {value!r}, but only a Llama with {supported!r} is supported"
+                    f"{file}: {name} is {value!r}{needs}, but only a Llama with {supported!r} is "
+                    "supported"
                 )
         n_heads = n_future_tokens or 1
         num_layers = _number(config, "num_hidden_layers", file, at_least=2)  # trunk and head 0
@@ -194,6 +218,7 @@ class Checkpoint:
             intermediate_dim=_number(config, "intermediate_size", file),
             norm_eps=_number(config, "rms_norm_eps", file, float, default=1e-6),
             rope_base=_number(rope, "rope_theta", file, float, default=10_000.0),
+            rope_scaling=self._scaling_of(scaling if rope_type == "llama3" else None),
         )
 
     def _check_widths(self) -> None:
@@ -263,7 +288,15 @@ def model_args_from_folder(
     Raises:
         ValueError: as ``Checkpoint`` does, or if the folder's context is shorter than that.
     """
+    return args_of(folder, n_future_tokens, max_seq_len)
+
+
+def args_of(
+    folder: str | Path, n_future_tokens: int | None = None, max_seq_len: int | None = None
+) -> dict:
+    """As ``model_args_from_folder``; ``max_seq_len`` None is the folder's context."""
     args = Checkpoint(folder, n_future_tokens).args
+    max_seq_len = args["max_seq_len"] if max_seq_len is None else max_seq_len
     if args["max_seq_len"] < max_seq_len:
         raise ValueError(
             f"{folder} was trained on rows of {args['max_seq_len']} tokens, this run has rows of "
@@ -451,6 +484,19 @@ def _number(
         must = f"a whole number, at least {at_least}" if kind is int else "a number above 0"
         raise ValueError(f"{file}: {name} must be {must}, got {json.dumps(value)[:99]}")
     return value
+
+
+def is_meta(folder: Path) -> bool:
+    """Whether a folder is in Meta's format.
+
+    Mistral's hold two formats: its own has a params.json too, which names the hidden_dim that
+    Meta's does not, and weights that are read here under Hugging Face's names.
+    """
+    params = folder / "params.json"
+    if not params.exists():
+        return False
+    is_mistrals = params.is_file() and b'"hidden_dim"' in params.read_bytes()[:4096]
+    return not (is_mistrals and (folder / "config.json").exists())
 
 
 def _consolidated_files(folder: Path) -> list[Path]:

@@ -20,9 +20,34 @@ WRAPPERS = {
 }
 _ADAPTER = re.compile(r".*\b(lora_\w+|ia3_\w+|base_layer|modules_to_save|prompt_embeddings)\b")
 _QUANTISED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_scale\w*|SCB|absmax|quant_\w+).*")
+# Families of Hugging Face's that are a Llama under another name, and what others have beyond one.
+SAME_AS_LLAMA = ("llama", "mistral")
+NEEDS = {
+    "qwen3": "norms of queries and keys",
+    "qwen": "biases of queries, keys and values",
+    "gemma": "scaled embeddings, GELU and norms of its own",
+    "mixtral": "experts",
+    "deepseek": "latent attention and experts",
+    "phi": "other projections and norms",
+    "gpt": "another block: LayerNorm, GELU and other positions",
+    "granite": "multipliers of its own",
+    "olmo": "norms of its own",
+    "cohere": "parallel blocks and LayerNorm",
+}
+NEEDED_BY = {
+    "sliding_window": ", which needs attention to the last tokens only",
+    "rope_type": ", a rotary embedding of its own",
+    "head_dim": ", which is not the width over the heads",
+}
 # Tables that some exporters store beside the weights; the model computes them.
 KNOWN_BUFFERS = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 MAX_NAMES = 10  # in one message
+
+
+def needs_of(family: object) -> str:
+    """What a family of models has that a Llama has not, by the beginning of its name."""
+    name = str(family).lower()
+    return next((NEEDS[key] for key in NEEDS if name.startswith(key)), "a model of its own")
 
 
 def foreign_keys(files: str, keys: list[str], config: dict, config_file: Path) -> str | None:

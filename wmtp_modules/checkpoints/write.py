@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ def write_meta(
     """
     n_trunk = args["num_layers"] - args["n_future_tokens"]
     state = {meta_key(key, n_trunk): _with_own_storage(tensor) for key, tensor in tensors}
-    params = {
+    params: dict[str, Any] = {
         "dim": args["embed_dim"],
         "n_layers": args["num_layers"],
         "n_heads": args["num_heads"],
@@ -90,6 +91,9 @@ def write_meta(
         "vocab_size": args["vocab_size"],
         **_meta_hidden_fields(args["embed_dim"], args["intermediate_dim"]),
     }
+    if args.get("rope_scaling"):
+        # Meta's name says that there is one, ours which.
+        params |= {"use_scaled_rope": True, "rope_scaling": args["rope_scaling"]}
     if args["max_seq_len"] != META_CONTEXT:
         params["max_seq_len"] = args["max_seq_len"]
     with checkpoint_folder(folder, tokenizer_path, replace) as partial:

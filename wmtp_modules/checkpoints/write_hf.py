@@ -88,6 +88,8 @@ def write_hf(
 
         tokenizer = spm.SentencePieceProcessor(model_file=str(tokenizer_path))
         special = {"bos_token_id": tokenizer.bos_id(), "eos_token_id": tokenizer.eos_id()}
+        scaling = args.get("rope_scaling")
+        rope = {"rope_type": "llama3", **scaling} if scaling else {"rope_type": "default"}
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -104,7 +106,8 @@ def write_hf(
             "rms_norm_eps": args["norm_eps"],
             # Read by transformers 4 and 5 and by the versions of vLLM that go with each.
             "rope_theta": args["rope_base"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": args["rope_base"]},
+            "rope_parameters": rope | {"rope_theta": args["rope_base"]},
+            **({"rope_scaling": rope} if scaling else {}),
             "attention_bias": False,
             "mlp_bias": False,
             "tie_word_embeddings": False,

@@ -1,31 +1,24 @@
 """Checks a recipe's config before any process group or model exists, all errors at once.
 
-A recipe declares its keys as a plain dict, ``{"seed": int, "optimizer": Component(...)}``. What
-may stand for a key:
-
-- a type or annotation: ``int``, ``float | None``, ``list[str]``, ``Literal[...]``;
-- a tuple of choices: ``("bf16", "fp32")``;
-- a dict: a nested block;
-- ``AtLeast(int, 1)``, ``Above(float, 0)``: a number in that range;
-- a function or class: a block of its keyword arguments, names, types and defaults as it has them;
-- ``Component(...)``: a block with ``_component_``, checked against what that names;
-- ``Optional(x)``: x, or the key left out or null; ``Nullable(x)``: x or null, but written.
-
-What keys must be together is said by rules, functions whose parameters are named after keys.
+A recipe names its keys in a class, ``class Config(TrainingKeys)``: pydantic's fields with types,
+ranges and a line that says what they are. A value is compared as JSON is, strictly: text is no
+number, 1.0 no whole one and 1 not true, but a list may be a tuple and text a path. Beside types
+that pydantic has, a block may be ``Arguments`` of a function or a ``Component``. What keys must be
+together is said by rules, functions whose parameters are named after keys.
 """
 
 import inspect
+import json
 import math
-import numbers
-import os
 import re
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Union, cast, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from wmtp_modules.config.components import NotAllowedError, closest, locate
 
@@ -34,39 +27,46 @@ OmegaConf.clear_resolver("oc.coerce")
 
 COMPONENT = "_component_"
 KEY_ERROR = "KeyError raised while resolving interpolation: "  # by omegaconf, of a variable
+GIVEN = object()  # marks an argument that the recipe passes
 SHOWN = 100  # characters of a value in an error
 LEAF_TYPES = (bool, int, float, str, list, dict, type(None))
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+# Pydantic's errors in our words; "": what YAML holds cannot tell, or it is said elsewhere.
+MUST_BE = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    **dict.fromkeys(("list_type", "tuple_type", "iterable_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type"), "a block of keys"),
+    "literal_error": "one of {expected}",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}",
+    "finite_number": "a finite number",
+    "missing": "a longer list",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    **dict.fromkeys(("needs_python_object", "callable_type", "extra_forbidden"), ""),
+}
 
 
 class ConfigError(ValueError):
     """Everything that is wrong with a config, one line each."""
 
 
-@dataclass(frozen=True)
-class Optional:
-    """A key that may be left out or null."""
+class Keys(BaseModel):
+    """A block of keys, which has no others."""
 
-    schema: Any
-
-
-@dataclass(frozen=True)
-class Nullable:
-    """A key that must be there and may be null."""
-
-    schema: Any
+    model_config = ConfigDict(**STRICT, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
-class AtLeast:
-    """A number not below a bound."""
+class Arguments:
+    """A block of the keyword arguments of a function: names, types and defaults as it has them."""
 
-    kind: type
-    bound: float
-
-
-@dataclass(frozen=True)
-class Above(AtLeast):
-    """A number above a bound."""
+    function: Callable[..., Any]
+    required: tuple[str, ...] = ()  # though the function has a default
 
 
 @dataclass(frozen=True)
@@ -74,33 +74,39 @@ class Component:
     """A block whose ``_component_`` is called with the other keys."""
 
     given: tuple[str, ...] = ()  # positional arguments that the recipe passes, in their order
-    keys: Mapping[str, Any] = field(default_factory=dict)  # schema beyond what the signature says
+    keys: type[Keys] | None = Keys  # of which more is known than the signature says
     makes: str | None = None  # name of a class that the call must return, if it says what it does
 
 
 def check_config(
-    cfg: DictConfig, schema: Mapping[str, Any], rules: Sequence[Callable[..., str | None]] = ()
+    cfg: DictConfig, keys: type[Keys], rules: Sequence[Callable[..., str | list[str] | None]] = ()
 ) -> None:
-    """Compare a config with a schema. Imports what components name, calls none of them.
+    """Compare a config with a class of keys. Imports what components name, calls none of them.
 
     Args:
         cfg: the config, interpolations not yet resolved.
-        schema: what each key must be, see the top of this file.
-        rules: each returns what is wrong, headed by the dotted key, or None. Its parameters are
-            named after top-level keys and get their values, None for an optional one that is left
-            out; it is not called if one of them is already wrong or missing.
+        keys: what each key must be.
+        rules: each returns what is wrong, headed by the dotted key, a list of it, or None. Its
+            parameters are named after top-level keys and get their values, None for an optional one
+            that is left out; it is not called if one of them is already wrong or missing.
 
     Raises:
         ConfigError: with one line per error, each headed by the dotted key.
     """
     values, errors = _resolve(cfg, "")
-    errors += _check_block(values, schema, "")
+    errors += _check_keys(values, keys, "") + _check_values(values, keys, "")
     wrong = {re.split(r"[.:[]", error, maxsplit=1)[0] for error in errors}
-    wrong |= {key for key, kind in schema.items() if not isinstance(kind, Optional)} - values.keys()
+    wrong |= {key for key, field in fields_of(keys).items() if field.is_required()} - values.keys()
     for rule in rules:
-        keys = inspect.signature(rule).parameters
-        if not wrong & set(keys):
-            errors += filter(None, [rule(*map(values.get, keys))])
+        names = inspect.signature(rule).parameters
+        if not wrong & set(names):
+            said = rule(*map(values.get, names)) or []
+            errors += [said] if isinstance(said, str) else said
+    raise_errors(errors)
+
+
+def raise_errors(errors: Sequence[str]) -> None:
+    """One ConfigError with all of them, if there are any."""
     if len(errors) == 1:
         raise ConfigError(errors[0])
     if errors:
@@ -116,28 +122,25 @@ def _resolve(node: DictConfig | ListConfig, path: str) -> tuple[Any, list[str]]:
     keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
     values, errors = {}, []
     for key in keys:
-        if isinstance(node, DictConfig) and not isinstance(key, str):
+        child_path = f"{path}[{key}]" if isinstance(node, ListConfig) else _join(path, key)
+        if isinstance(node, DictConfig) and (not isinstance(key, str) or _unusable(key)):
             errors.append(f"{_join(path, repr(key))}: a key must be text")
             continue
-        child_path = f"{path}[{key}]" if isinstance(node, ListConfig) else _join(path, key)
+        value, problem = _Unresolved(), None
         try:
             value = cast(Any, node)[key]
+            problem = _unusable(value)
         except MissingMandatoryValue:
-            errors.append(f"{child_path}: must be given a value, got '???'")
-            value = _Unresolved()
+            problem = "must be given a value, got '???'"
         except OmegaConfBaseException as error:
             raw = cast(Any, OmegaConf.to_container(node, resolve=False))[key]
             reason = str(error).splitlines()[0].removeprefix(KEY_ERROR)
-            errors.append(f"{child_path}: {raw!r} does not resolve ({reason})")
-            value = _Unresolved()
+            problem = f"{raw!r} does not resolve ({reason})"
         if isinstance(value, DictConfig | ListConfig):
             value, child_errors = _resolve(value, child_path)
             errors += child_errors
-        problem = _unusable(value)
-        if problem:
-            errors.append(f"{child_path}: {problem}")
-            value = _Unresolved()
-        values[key] = value
+        errors += [f"{child_path}: {problem}"] if problem else []
+        values[key] = _Unresolved() if problem else value
     return (list(values.values()) if isinstance(node, ListConfig) else values), errors
 
 
@@ -149,10 +152,9 @@ def _unusable(value: Any) -> str | None:
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**63:
             return f"a whole number of {value.bit_length()} bits is too large, 63 are used"
-    elif isinstance(value, float):
-        if math.isnan(value):
-            return "must be a number, got nan"
-    elif not isinstance(value, (*LEAF_TYPES, _Unresolved)):
+    elif isinstance(value, float) and math.isnan(value):
+        return "must be a number, got nan"
+    elif not isinstance(value, (*LEAF_TYPES, DictConfig, ListConfig)):
         return f"must be text, a number, a list or keys, got {type(value).__name__}"
     return None
 
@@ -161,66 +163,115 @@ def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _check(value: Any, schema: Any, path: str) -> list[str]:
-    if isinstance(value, _Unresolved):
-        return []
-    if isinstance(schema, Optional | Nullable):
-        return [] if value is None else _check(value, schema.schema, path)
-    if isinstance(schema, AtLeast):
-        return _check_range(value, schema, path)
-    if isinstance(schema, tuple):
-        choices = Literal[schema]  # pyrefly: ignore[not-a-type]  # known when this runs, not before
-        return _check(value, choices, path)
-    is_annotation = schema in (*LEAF_TYPES, Any) or get_origin(schema) is not None
-    is_block = isinstance(schema, Mapping | Component) or (callable(schema) and not is_annotation)
-    if is_block and not isinstance(value, dict):
-        return [f"{path}: must be a block of keys, got {_show(value)}"]
-    if isinstance(schema, Component):
-        return _check_component(value, schema, path)
-    if isinstance(schema, Mapping):
-        return _check_block(value, schema, path)
-    if is_block:
-        return _check_call(value, cast(Callable, schema), (), path)
-    return _check_leaf(value, schema, path)
+# ----------------------------------------------------------------- keys and values
 
 
-def _check_block(
-    values: dict, schema: Mapping[str, Any], path: str, others: bool = False
-) -> list[str]:
-    """``others``: further keys may stand there, which are not looked at."""
-    required = [key for key, kind in schema.items() if not isinstance(kind, Optional)]
-    errors = _check_keys(values, {*schema, *(values if others else ())}, required, path)
-    for key in schema:
-        if key in values:
-            errors += _check(values[key], schema[key], _join(path, key))
-    return errors
+def fields_of(keys: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a class by their names in a config."""
+    return {field.alias or name: field for name, field in keys.model_fields.items()}
 
 
-def _check_keys(values: dict, known: Any, required: Sequence[str], path: str) -> list[str]:
+def kinds_of(field: FieldInfo) -> Iterator[Any]:
+    """What a field may be, with what stands inside of that: classes, ``Arguments``, components."""
+    waiting = [*field.metadata, field.annotation]
+    for kind in waiting:
+        waiting += get_args(kind)
+        yield kind
+
+
+def _check_keys(values: dict, keys: type[BaseModel], path: str) -> list[str]:
     """Unknown and missing keys; a required key that was only mistyped is not missing as well."""
-    errors, meant = [], set()
-    missing = [key for key in required if key not in values]
+    fields, errors, meant = fields_of(keys), [], set()
+    known = [key for key, field in fields.items() if GIVEN not in field.metadata]
     for key in values:
-        if key not in known:
-            missed = [k for k in known if k not in values]
-            match = closest(str(key), missed) or closest(str(key), known)
+        if key in fields and key not in known:
+            errors.append(f"{_join(path, key)}: given by the recipe, leave it out")
+        elif key not in known and keys.model_config.get("extra") == "forbid":
+            match = closest(key, [k for k in known if k not in values]) or closest(key, known)
             meant.add(match)
             hint = f"did you mean '{match}'?" if match else f"known: {', '.join(sorted(known))}"
             errors.append(f"{_join(path, key)}: unknown key ({hint})")
-    return errors + [f"{_join(path, key)}: missing" for key in missing if key not in meant]
+    for key, field in fields.items():
+        here, value = _join(path, key), cast(Any, values.get(key))
+        if key not in values and field.is_required() and key not in meant:
+            errors.append(f"{here}: missing")
+        for kind in kinds_of(field) if isinstance(value, dict) else ():
+            if isinstance(kind, Component):
+                errors += _check_component(value, kind, here)
+            elif isinstance(kind, Arguments):
+                block = keys_of(kind.function, required=kind.required)
+                errors += _check_keys(value, block, here) + _check_values(value, block, here)
+            elif isinstance(kind, type) and issubclass(kind, Keys):
+                errors += _check_keys(value, kind, here)
+    return errors
+
+
+def _check_values(values: dict, keys: type[BaseModel], path: str) -> list[str]:
+    """What pydantic finds, a line for each value; keys have been looked at."""
+    found: dict[str, tuple[Any, dict[str, None]]] = {}
+    errors: list[str] = []
+    try:
+        keys.__pydantic_validator__.validate_json(json.dumps(values, default=lambda _: None))
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            here, value = _place(one["loc"], values, path)
+            is_of_keys = one["type"] == "missing" and isinstance(value, dict)
+            if one["type"] == "value_error":  # by a validator that a recipe's class has
+                told = one["msg"].removeprefix("Value error, ")
+                errors.append(f"{here}: {told}" if here else told)
+            elif not is_of_keys and not isinstance(value, _Unresolved):
+                words = one["msg"].removeprefix("Input should be ")
+                if one["type"] in MUST_BE:
+                    words = (
+                        MUST_BE[one["type"]].format(**one.get("ctx", {})).replace(" or '", ", '")
+                    )
+                found.setdefault(here, (value, {}))[1][words] = None
+    for here, (value, words) in found.items():
+        # Text is no `float | Tensor`, whatever a Tensor is; of a list in a union its items are.
+        told = " or ".join(filter(None, words))
+        if told and not any(other.startswith((f"{here}.", f"{here}[")) for other in found):
+            hint = _hint(value) if "number" in told else ""
+            errors.append(f"{here}: must be {told}, got {_show(value)}{hint}")
+    return errors
+
+
+def _place(loc: tuple, values: Any, path: str) -> tuple[str, Any]:
+    """The dotted key and the value of an error; its ``loc`` also names members of unions."""
+    for part in loc:
+        if isinstance(values, dict) and part in values:
+            path, values = _join(path, part), values[part]
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            path, values = f"{path}[{part}]", values[part]
+    return path, values
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a block of keys"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _hint(value: Any) -> str:
+    """What to write instead, where a number was meant."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return f" (write {int(value)})"
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\.?\d[\d_.]*(e[+-]?\d+)?\s*", value, re.I):
+        return ", which is text (write it without quotes)"
+    return ""
 
 
 # ------------------------------------------------------------------ components
 
 
-def _check_component(values: dict, schema: Component | None, path: str) -> list[str]:
-    """``schema`` None: another component passes arguments of which nothing is known here."""
+def _check_component(values: dict, wanted: Component, path: str) -> list[str]:
     if COMPONENT not in values:
         return [f"{path}: missing {COMPONENT}, the dotted path of what to build"]
-    target = values[COMPONENT]
+    target, here = values[COMPONENT], _join(path, COMPONENT)
     if isinstance(target, _Unresolved):
         return []
-    here = _join(path, COMPONENT)
     if not isinstance(target, str):
         return [f"{here}: must be a dotted path, got {_show(target)}"]
     try:
@@ -231,198 +282,94 @@ def _check_component(values: dict, schema: Component | None, path: str) -> list[
         return [f"{here}: {target!r} does not import: {error}"]
     if not callable(component):
         return [f"{here}: {target!r} is a {type(component).__name__}, not callable"]
-    arguments = {key: value for key, value in values.items() if key != COMPONENT}
-    if schema is None:
-        return _check_call(arguments, component, None, path)
-    made, makes = _made_by(component), schema.makes
-    if makes and made is not None and makes not in [base.__name__ for base in made.__mro__]:
-        return [f"{here}: {target!r} makes a {made.__name__}, not a {makes}"]
-    errors = _check_call(arguments, component, schema.given, path)
-    said = {error.partition(":")[0] for error in errors}
-    further = {k: kind for k, kind in schema.keys.items() if _join(path, k) not in said}
-    return errors + _check_block(arguments, further, path, others=True)
-
-
-def _made_by(component: Callable) -> type | None:
-    """The class that a call returns, None if it is not said."""
-    if isinstance(component, type):
-        return component
+    made = component if isinstance(component, type) else _signature(component).return_annotation
+    is_said = isinstance(made, type) and made is not inspect.Signature.empty
+    if wanted.makes and is_said and wanted.makes not in [base.__name__ for base in made.__mro__]:
+        return [f"{here}: {target!r} makes a {made.__name__}, not a {wanted.makes}"]
     try:
-        made = inspect.signature(component, eval_str=True).return_annotation
-    except Exception:  # no signature, or an annotation that does not evaluate
-        return None
-    return made if isinstance(made, type) and made is not inspect.Signature.empty else None
+        keys = keys_of(component, wanted.given, more=wanted.keys)
+    except TypeError as error:
+        return [f"{here}: {error}"]
+    errors: list[str] = []
+    values = {k: _nested(v, _join(path, k), errors) for k, v in values.items() if k != COMPONENT}
+    return _check_keys(values, keys, path) + _check_values(values, keys, path) + errors
 
 
-def _check_call(
-    values: dict, function: Callable, given: tuple[str, ...] | None, path: str
-) -> list[str]:
-    """Keyword arguments against a signature whose first ones are ``given`` (None: unknown)."""
-    nested = [e for key, v in values.items() for e in _check_nested(v, _join(path, key))]
-    parameters = _parameters(function)
-    if parameters is None:  # a builtin without a signature: nothing to compare with
-        return nested
-    kinds = inspect.Parameter
-    positional = [
-        p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-    ]
-    taken = positional[: len(given or ())]
-    takes_any_number = any(p.kind == kinds.VAR_POSITIONAL for p in parameters)
-    if given and len(taken) < len(given) and not takes_any_number:
-        name, where = given[len(taken)], _join(path, COMPONENT)
-        return [f"{where}: {function.__qualname__} has no room for '{name}', given by the recipe"]
-
-    errors = [
-        f"{_join(path, key)}: given by the recipe, leave it out" for key in values if key in taken
-    ]
-    named = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-    known = {p.name: p for p in parameters if p.kind in named}
-    required = [name for name, p in known.items() if p.default is p.empty and name not in taken]
-    if given is None:
-        required = []
-    free = {key: value for key, value in values.items() if key not in taken}
-    if any(p.kind == kinds.VAR_KEYWORD for p in parameters):
-        errors += [f"{_join(path, key)}: missing" for key in required if key not in free]
-    else:
-        errors += _check_keys(free, known.keys() - set(taken), required, path)
-    for key, value in free.items():
-        if key not in known or (value is None and known[key].default is None):
-            continue
-        if isinstance(value, dict) and COMPONENT in value:
-            continue  # built by the function: what it becomes is not known here
-        errors += _check_leaf(value, _annotation(known[key]), _join(path, key))
-    return errors + nested
+def _nested(value: Any, path: str, errors: list[str]) -> Any:
+    """A value without the components inside, whose errors are added: another one builds them."""
+    if isinstance(value, list):
+        return [_nested(item, f"{path}[{i}]", errors) for i, item in enumerate(value)]
+    if isinstance(value, dict) and COMPONENT in value:
+        errors += _check_component(value, Component(keys=None), path)
+        return _Unresolved()
+    if isinstance(value, dict):
+        return {key: _nested(item, _join(path, key), errors) for key, item in value.items()}
+    return value
 
 
-def _parameters(function: Callable) -> list[inspect.Parameter] | None:
+def keys_of(
+    function: Callable,
+    given: tuple[str, ...] = (),
+    *,
+    required: tuple[str, ...] = (),
+    more: type[Keys] | None = Keys,
+) -> type[BaseModel]:
+    """The keyword arguments of a function as a class of keys.
+
+    Args:
+        given: positional arguments that the recipe passes.
+        required: what a config has to give, whatever its default.
+        more: keys of which more is known than the signature says. None: any may be passed as well.
+
+    Raises:
+        TypeError: if the function does not take what is given.
+    """
+    parameters = _signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    kinds = {p.kind for p in parameters}
+    if len(positional) < len(given) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        name = given[len(positional)]
+        raise TypeError(f"{function.__qualname__} has no room for '{name}', given by the recipe")
+    fields: dict[str, tuple[Any, Any]] = {}
+    for p in parameters:
+        if p.name in positional[: len(given)]:
+            fields[p.name] = (Annotated[Any, GIVEN], None)
+        elif p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+            is_needed = p.name in required or (p.default is p.empty and more is not None)
+            fields[p.name] = (_annotation(p), ... if is_needed else p.default)
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+    for name, field in (more or Keys).model_fields.items():
+        if name in fields or takes_any or field.is_required():
+            default = ... if field.is_required() else field.default
+            kind: Any = field.annotation
+            fields[name] = (Annotated[kind, field], default)
+    # Under names of their own, since a class of pydantic's may not have any: "copy", "_x".
+    named: dict[str, Any] = {
+        f"key_{i}": (kind, Field(default, alias=name))
+        for i, (name, (kind, default)) in enumerate(fields.items())
+    }
+    config = ConfigDict(**STRICT, extra="allow" if takes_any else "forbid")
+    return create_model(function.__qualname__, __config__=config, **named)
+
+
+def _signature(function: Callable) -> inspect.Signature:
     try:
-        return list(inspect.signature(function, eval_str=True).parameters.values())
-    except (TypeError, ValueError):
-        return None
+        return inspect.signature(function, eval_str=True)
+    except (TypeError, ValueError):  # a builtin without a signature: nothing to compare with
+        anything = inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)
+        return inspect.Signature([anything])
     except Exception:  # an annotation in quotes that does not evaluate; names are enough then
-        return list(inspect.signature(function).parameters.values())
+        return inspect.signature(function)
 
 
 def _annotation(parameter: inspect.Parameter) -> Any:
     """What a parameter must be; without an annotation a default number says so too."""
-    if parameter.annotation is not parameter.empty:
-        return parameter.annotation
-    return float if type(parameter.default) in (int, float) else Any
-
-
-def _check_nested(value: Any, path: str) -> Iterator[str]:
-    """Components inside the arguments of another, which builds them itself."""
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _check_nested(item, f"{path}[{index}]")
-    elif isinstance(value, dict) and COMPONENT in value:
-        yield from _check_component(value, None, path)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _check_nested(item, _join(path, key))
-
-
-# ----------------------------------------------------------------- leaf values
-
-
-def _check_leaf(value: Any, kind: Any, path: str) -> list[str]:
-    if isinstance(value, _Unresolved) or _fits(value, kind) is not False:
-        return []
-    return [f"{path}: must be {_describe(kind)}, got {_show(value)}{_hint(value, kind)}"]
-
-
-def _check_range(value: Any, schema: AtLeast, path: str) -> list[str]:
-    errors = _check_leaf(value, schema.kind, path)
-    if errors:
-        return errors
-    is_above = isinstance(schema, Above)
-    is_inside = value > schema.bound if is_above else value >= schema.bound
-    if is_inside and math.isfinite(value):
-        return []
-    words = "above" if is_above else "at least"
-    return [f"{path}: must be {words} {schema.bound}, got {_show(value)}"]
-
-
-def _fits(value: Any, kind: Any) -> bool | None:
-    """Whether a value is what an annotation asks for; None if that cannot be told."""
-    origin, args = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, types.UnionType):
-        # What can be told decides: text is no `float | Tensor`, whatever a Tensor is made from.
-        verdicts = [_fits(value, arg) for arg in args]
-        return True if True in verdicts else False if False in verdicts else None
-    if origin is Literal:
-        return any(value == arg and type(value) is type(arg) for arg in args)
-    if origin in (None, types.NoneType):
-        return value is None
-    if origin in (int, float):
-        number = numbers.Integral if origin is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool)
-    if origin in (bool, str):
-        return isinstance(value, origin)
-    if not isinstance(origin, type) or origin is object:
-        return None
-    if _is_path(origin):
-        return isinstance(value, str)
-    if issubclass(origin, Mapping):
-        items = value.values() if isinstance(value, dict) else ()
-        return isinstance(value, dict) and _all_fit(items, args[1:])
-    if origin is Iterable or issubclass(origin, Sequence | set):
-        if not isinstance(value, list):
-            return False
-        if origin is tuple and args and args[-1] is not Ellipsis:
-            pairs = zip(value, args, strict=False)
-            return len(value) == len(args) and all(_fits(i, a) is not False for i, a in pairs)
-        return _all_fit(value, args[:1])
-    return None
-
-
-def _is_path(kind: type) -> bool:
-    # An abstract class when this runs; for the type checker a protocol, which has no subclasses.
-    return issubclass(kind, os.PathLike)  # pyrefly: ignore[invalid-argument]
-
-
-def _all_fit(items: Iterable, args: tuple) -> bool:
-    return all(isinstance(i, _Unresolved) or _fits(i, a) is not False for i in items for a in args)
-
-
-def _describe(kind: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    names |= {None: "null", types.NoneType: "null", list: "a list", dict: "a block of keys"}
-    origin, args = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, types.UnionType):
-        told = [arg for arg in args if _fits(object(), arg) is not None]
-        return " or ".join(_describe(arg) for arg in told)
-    if origin is Literal:
-        return ("one of " if len(args) > 1 else "") + ", ".join(_show(arg) for arg in args)
-    if origin is list and args:
-        return f"a list (each {_describe(args[0])})"
-    if origin is tuple and args and args[-1] is not Ellipsis:
-        return f"a list of {len(args)}: {', '.join(_describe(arg) for arg in args)}"
-    if origin in (tuple, Sequence, Iterable):
-        return "a list"
-    if isinstance(origin, type) and _is_path(origin):
-        return "a path"
-    return names.get(origin) or getattr(kind, "__name__", str(kind))
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, dict):
-        return "a block of keys"
-    if value is None or isinstance(value, bool):
-        return {True: "true", False: "false", None: "null"}[value]
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def _hint(value: Any, kind: Any) -> str:
-    """What to write instead, where a number was meant."""
-    wanted = {kind, *get_args(kind)} & {int, float}
-    if wanted and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
-        return f" (write {int(value)})"
-    if wanted and isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return ""
-        return ", which is text (write it without quotes)"
-    return ""
+    kind = parameter.annotation
+    if kind is parameter.empty:
+        return float if type(parameter.default) in (int, float) else Any
+    try:
+        if isinstance(kind, str) or not TypeAdapter(kind, config=STRICT).pydantic_complete:
+            return Any  # in quotes
+    except Exception:  # none that pydantic can look at
+        return Any
+    return Union[kind, None] if parameter.default is None else kind  # noqa: UP007

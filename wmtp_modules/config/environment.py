@@ -1,8 +1,8 @@
 """Where a run's files and figures go: an environment, merged below a recipe's YAML.
 
 ``environment=NAME`` on the command line, else the variable WMTP_ENVIRONMENT, else ``local``. NAME
-is a file of ``configs/environments`` without its ending, or the path of a YAML, as in
-docs/environments.md.
+is a file of ``configs/environments`` without its ending, here or of those that came with the
+library, or the path of a YAML, as in docs/environments.md.
 """
 
 import os
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers.oc import env
 
+from wmtp_modules.catalog import environments
 from wmtp_modules.config.check import ConfigError
 
 FOLDER = Path("configs") / "environments"
@@ -41,22 +42,15 @@ def take_choice(overrides: list[str]) -> str:
     return chosen
 
 
-def file_of(chosen: str) -> Path | None:
-    """The file of an environment; ConfigError if there is none.
-
-    None is for the default where the library was installed without the repository's configs.
-    """
+def file_of(chosen: str) -> Path:
+    """The file of an environment; ConfigError if there is none."""
     if chosen.endswith((".yaml", ".yml")) or os.sep in chosen:
         return Path(chosen).expanduser()  # who reads it says whether it is there
-    folders = [FOLDER, Path(__file__).parents[2] / FOLDER]
-    for folder in folders:
-        if (file := folder / f"{chosen}.yaml").is_file():
-            return file
-    if chosen == DEFAULT:
-        return None
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    known = environments() | {file.stem: file for file in FOLDER.glob("*.yaml")}
+    if chosen in known:
+        return known[chosen]
     raise ConfigError(
-        f"environment={chosen}: {FOLDER} has {', '.join(known) or 'no such file'}: choose one of "
+        f"environment={chosen}: {FOLDER} has {', '.join(sorted(known))}: choose one of "
         "them, or give the path of a YAML"
     )
 

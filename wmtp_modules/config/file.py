@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._utils import _merge_yaml_and_cli_args
 from yaml import MarkedYAMLError, YAMLError
 
+from wmtp_modules import catalog
 from wmtp_modules.config import environment
 from wmtp_modules.config.check import COMPONENT, ConfigError
 from wmtp_modules.config.components import todays_name
@@ -32,7 +33,9 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--config", metavar="FILE", required=True, help="YAML file of the run, or wmtp/NAME"
+    )
     parser.epilog = (
         "Any key of the file can be set by key=value, and taken out by ~key. environment=NAME says "
         "where files and figures go: docs/environments.md."
@@ -54,6 +57,7 @@ def read_config(argv: Sequence[str] | None = None, description: str | None = Non
             f"({_in_one_line(error)})"
         ) from error
     _rename_moved_(cfg)
+    _follow_checkpoint_(cfg)
     return cfg
 
 
@@ -64,8 +68,6 @@ def read_environment(overrides: list[str]) -> DictConfig:
         ConfigError: if there is none of that name, or it is not one.
     """
     place = environment.file_of(environment.take_choice(overrides))
-    if place is None:
-        return OmegaConf.create({})
     cfg = load_config(place)
     environment.check_blocks(cfg, place)
     return cfg
@@ -77,11 +79,16 @@ def merged(cfg: DictConfig, *changes: DictConfig | dict) -> DictConfig:
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """A config file, interpolations unresolved; ConfigError if it is not YAML of keys."""
+    """A config, interpolations unresolved; ConfigError if it is not YAML of keys.
+
+    ``path`` may be the name of one that came with the library, such as ``wmtp/rho1_7b``.
+    """
     try:
-        config = OmegaConf.load(path)
+        config = OmegaConf.load(catalog.config_file(path))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read as a config: {error.strerror}") from error
+        is_name = str(path).startswith(catalog.PREFIX)
+        hint = catalog.close_to(str(path), catalog.configs()) if is_name else ""
+        raise ConfigError(f"{path} cannot be read as a config: {error.strerror}{hint}") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply for a config") from error
     except (ValueError, YAMLError, OmegaConfBaseException) as error:
@@ -98,7 +105,31 @@ def load_config(path: str | Path) -> DictConfig:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: the key {key!r} is not text: write it in quotes")
     _rename_moved_(config)
+    _follow_checkpoint_(config)
     return config
+
+
+def _follow_checkpoint_(cfg: DictConfig) -> None:
+    """The tokenizer, and the folder of ``mtp_from_checkpoint``, are the checkpoint's if not said.
+
+    As interpolations, so that whatever else names another checkpoint moves them along.
+    """
+    try:
+        blocks = [cfg.get(key) for key in ("checkpointer", "tokenizer", "model")]
+    except OmegaConfBaseException:  # the check of the config says so
+        return
+    checkpointer, tokenizer, model = blocks
+    if not isinstance(checkpointer, DictConfig) or "checkpoint_dir" not in checkpointer:
+        return
+    folder = "${checkpointer.checkpoint_dir}"
+    raw = OmegaConf.to_container
+    if isinstance(tokenizer, DictConfig) and cast(dict, raw(tokenizer)).get("path") is None:
+        tokenizer.path = f"{folder}/tokenizer.model"
+    if isinstance(model, DictConfig):
+        own = cast(dict, raw(model))
+        is_read = str(own.get(COMPONENT)).endswith(".mtp_from_checkpoint")
+        if is_read and own.get("checkpoint_dir") is None:
+            model.checkpoint_dir = folder
 
 
 def _rename_moved_(node: Any) -> None:

@@ -1,72 +1,195 @@
-"""Keys that both training recipes have. What a component takes is read from its signature."""
+"""Keys that both training recipes have, and the blocks of each recipe's own.
 
+What a component takes is read from its signature. A field without a default has to be given; one
+that is ``None`` may be left out or null. ``docs/configuration.md`` is made of what stands here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 from torchtune import training
 
-from wmtp_modules.config.check import Above, AtLeast, Component, Nullable, Optional
+from wmtp_modules.config.check import Arguments, Component, Keys
 
-OPTIMIZER = Component(given=("params",), keys={"lr": Optional(Above(float, 0))}, makes="Optimizer")
 
-# Where MLflow is, whether a run may begin without it, and what the run is called there.
-TRACKING = Optional(
-    {
-        "uri": Optional(str),
-        "required": Optional(bool),
-        "artifact_root": Optional(str),
-        "experiment": Optional(str),
-        "run_name": Optional(str),
-    }
-)
-# Name under which best/ is registered at the end of a training run; null: it is not.
-REGISTRY = Optional({"model_name": Optional(str)})
-# Where a run's files go, and folders on this machine: for what lies in a store, and for the moment.
-STORAGE = Optional(
-    {
-        "root": Optional(str),
-        "cache": Optional(str),
-        "endpoint": Optional(str),
-        "scratch": Optional(str),
-    }
-)
+class Learning(Keys):
+    lr: float = Field(1e-3, gt=0, description="learning rate")
 
-TRAINING_KEYS = {
-    "output_dir": str,
-    "storage": STORAGE,
-    "device": ("cuda", "cpu"),
-    "dtype": ("bf16", "fp32"),
-    "fp32_master_weights": bool,
-    "seed": AtLeast(int, 0),
-    "resume_from_checkpoint": bool,
-    "model": Component(makes="MTPTransformer"),
-    "checkpointer": Nullable({"checkpoint_dir": str}),  # null: start from nothing
-    "tokenizer": Component(
-        keys={"path": str, "max_seq_len": AtLeast(int, 2)}, makes="Llama2Tokenizer"
-    ),
-    "dataset": Component(given=("tokenizer",), makes="Dataset"),
-    "dataset_val": Component(given=("tokenizer",), makes="Dataset"),
-    "batch_size": AtLeast(int, 1),  # packed rows of a rank's micro-batch
-    "gradient_accumulation_steps": AtLeast(int, 1),
-    "optimizer": OPTIMIZER,
-    "num_warmup_steps": AtLeast(int, 0),
-    "clip_grad_norm": Above(float, 0),
-    "max_steps": AtLeast(int, 1),
-    "run_val_every_n_steps": AtLeast(int, 1),
-    "save_every_n_steps": AtLeast(int, 1),
-    "keep_last": AtLeast(int, 1),  # training states
-    "max_skipped_steps": AtLeast(int, 1),  # in a row, without an update
-    "collective_timeout_s": Above(float, 0),  # a rank without progress for longer hangs
-    "max_hours": Optional(Above(float, 0)),  # the run saves and ends before
-    "replay": Optional(str),  # bad_step/ of a run: repeat its last step, train nothing
-    "log_every_n_steps": AtLeast(int, 1),
-    "enable_activation_checkpointing": bool,
-    "compile": bool,
-    "metric_logger": Optional(Component(makes="MetricLoggerInterface")),
-    "tracking": TRACKING,
-    "registry": REGISTRY,
-    "profiler": training.setup_torch_profiler,
-    # What comes before the run, and beside it for comparison.
-    "assets_dir": Optional(str),
-    "prepare": Optional(Component()),
-    "requires": Optional(list[str]),
-    "controls": Optional(list | dict),  # see run/controls.py
-    "control": Optional({"name": str, "overrides": dict}),  # in the config of a control
-}
+
+class Pieces(Keys):
+    path: str = Field(description="file of the tokenizer")
+    max_seq_len: int = Field(ge=2, description="tokens of a packed row")
+
+
+Model = Annotated[dict, Component(makes="MTPTransformer")]
+Tokenizer = Annotated[dict, Component(keys=Pieces, makes="Llama2Tokenizer")]
+Dataset = Annotated[dict, Component(given=("tokenizer",), makes="Dataset")]
+Optimizer = Annotated[dict, Component(given=("params",), keys=Learning, makes="Optimizer")]
+MetricLogger = Annotated[dict, Component(makes="MetricLoggerInterface")]
+Prepare = Annotated[dict, Component()]
+Profiler = Annotated[dict, Arguments(training.setup_torch_profiler)]
+
+
+class Folder(Keys):
+    checkpoint_dir: str = Field(description="folder of the checkpoint")
+
+
+class Tracking(Keys):
+    uri: str | None = Field(None, description="where MLflow is")
+    required: bool | None = Field(None, description="whether no run begins without it")
+    artifact_root: str | None = Field(None, description="where its artifacts go, if not to uri")
+    experiment: str | None = Field(None, description="its experiment")
+    run_name: str | None = Field(None, description="what the run is called there")
+
+
+class Registry(Keys):
+    model_name: str | None = Field(None, description="what best/ is registered as; null: not")
+
+
+class Storage(Keys):
+    root: str | None = Field(None, description="folder or store for what runs write")
+    cache: str | None = Field(None, description="folder here for what lies in a store")
+    endpoint: str | None = Field(None, description="server of the store, if not Amazon's")
+    scratch: str | None = Field(None, description="folder here for the moment")
+
+
+class Control(Keys):
+    name: str = Field(description="name of the control")
+    overrides: dict[str, Any] = Field(description="what differs from the run")
+
+
+class Places(Keys):
+    """Keys of every recipe."""
+
+    output_dir: str = Field(description="folder or URL that the run writes to")
+    storage: Storage | None = Field(None, description="where files go, docs/storage.md")
+    device: Literal["cuda", "cpu"] = Field(description="what it runs on")
+    dtype: Literal["bf16", "fp32"] = Field(description="what is computed in")
+    seed: int = Field(ge=0, description="of everything random")
+    metric_logger: MetricLogger | None = Field(None, description="a logger of figures")
+    tracking: Tracking | None = Field(None, description="MLflow, docs/environments.md")
+    registry: Registry | None = Field(None, description="MLflow's registry, docs/registry.md")
+    assets_dir: str | None = Field(None, description="folder of what prepare makes")
+    prepare: Prepare | None = Field(None, description="called first: makes data and model")
+
+
+class TrainingKeys(Places):
+    """Keys of every recipe that trains."""
+
+    fp32_master_weights: bool = Field(description="whether parameters are fp32 beside bf16 compute")
+    resume_from_checkpoint: bool = Field(description="whether to go on from output_dir's states")
+    model: Model = Field(description="the model to build")
+    checkpointer: Folder | None = Field(description="what training starts from; null: nothing")
+    tokenizer: Tokenizer = Field(description="the tokenizer")
+    dataset: Dataset = Field(description="rows to train on, docs/data.md")
+    dataset_val: Dataset = Field(description="held-out rows")
+    batch_size: int = Field(ge=1, description="packed rows of a rank's micro-batch")
+    gradient_accumulation_steps: int = Field(ge=1, description="micro-batches of an update")
+    optimizer: Optimizer = Field(description="the optimizer")
+    num_warmup_steps: int = Field(ge=0, description="updates until the full learning rate")
+    clip_grad_norm: float = Field(gt=0, description="largest norm of the gradient")
+    max_steps: int = Field(ge=1, description="updates in all")
+    run_val_every_n_steps: int = Field(ge=1, description="updates between held-out losses")
+    save_every_n_steps: int = Field(ge=1, description="updates between training states")
+    keep_last: int = Field(ge=1, description="training states that are kept")
+    max_skipped_steps: int = Field(ge=1, description="steps in a row without an update")
+    collective_timeout_s: float = Field(
+        gt=0, description="seconds after which a rank without progress hangs"
+    )
+    max_hours: float | None = Field(
+        None, gt=0, description="hours before which the run saves and ends"
+    )
+    replay: str | None = Field(None, description="bad_step/ of a run: repeat that step, no more")
+    log_every_n_steps: int = Field(ge=1, description="updates between logged figures")
+    enable_activation_checkpointing: bool = Field(description="less memory, a third more time")
+    compile: bool = Field(description="whether torch.compile is used")
+    profiler: Profiler = Field(description="torchtune's profiler")
+    requires: list[str] | None = Field(None, description="configs of runs that come before")
+    controls: list | dict | None = Field(None, description="runs beside it, by their overrides")
+    control: Control | None = Field(None, description="in the config of a control only")
+
+
+# ----------------------------------------------------------------- of the Rho-1 recipe
+
+
+class Reference(Keys):
+    mode: Literal["cached", "online"] = Field(description="losses from a table, or each step")
+    checkpointer: Folder = Field(description="the reference model")
+    table_dir: str = Field(description="folder of the table of its losses")
+    batch_tokens: int = Field(ge=1, description="tokens of a batch that it scores")
+
+
+# ---------------------------------------------------------------- of the critic's recipe
+
+
+class Rewards(Keys):
+    source: Literal["reward_model", "column", "labels"] = Field(description="where they are from")
+    checkpointer: Folder | None = Field(None, description="the reward model")
+    table_dir: str = Field(description="folder of their table")
+    batch_tokens: int = Field(ge=1, description="tokens of a batch that is scored")
+    good: Literal["label", "above", "sigmoid"] | None = Field(
+        None, description="what f(R) is; null: label for labels, else above"
+    )
+    threshold: float | None = Field(None, description="of the standardised reward; null: 0")
+    temperature: float | None = Field(None, gt=0, description="of sigmoid; null: 1")
+
+
+class Critic(Keys):
+    objective: Literal["bce", "pairs"] | None = Field(None, description="null: bce")
+    head: Literal["state", "turn"] | None = Field(
+        None, description="null: turn; objective pairs has its own"
+    )
+    dataset: Dataset | None = Field(None, description="what it learns from; null: the policy's")
+    checkpoint_dir: str = Field(description="folder that it is written to")
+    optimizer: Optimizer = Field(description="its optimizer")
+    batch_size: int = Field(ge=1, description="rows, or pairs of rows, of a rank")
+    max_steps: int = Field(ge=1, description="updates in all")
+    eval_every_n_steps: int = Field(ge=1, description="updates between held-out losses")
+    patience: int = Field(ge=1, description="evaluations without a better held-out loss")
+
+
+class ValueTable(Keys):
+    table_dir: str = Field(description="folder of the table")
+    batch_tokens: int = Field(ge=1, description="tokens of a batch that is scored")
+
+
+# -------------------------------------------------------------------- of the evaluation
+
+
+class EvalPieces(Keys):
+    path: str = Field(description="file of the tokenizer")
+    max_seq_len: int | None = Field(None, ge=2, description="null: the model's")
+
+
+EvalTokenizer = Annotated[dict, Component(keys=EvalPieces, makes="Llama2Tokenizer")]
+
+
+class Generation(Keys):
+    samples_per_task: int = Field(ge=1, description="samples of each task and temperature")
+    temperatures: list[float] = Field(description="distinct, at least 0; 0: greedy")
+    top_p: float = Field(gt=0, le=1, description="share of probability kept; 1: all")
+    top_k: int = Field(ge=0, description="tokens kept; 0: all")
+    max_new_tokens: int = Field(ge=1, description="tokens of a sample at most")
+    batch_size: int = Field(ge=1, description="samples at a time on each rank")
+    decoding: Literal["plain", "self_speculative"] = Field(description="how tokens are drawn")
+
+
+class Execution(Keys):
+    tier: Literal["auto", "bubblewrap", "landlock", "rlimits"] = Field(
+        description="the sandbox's walls, docs/sandbox.md"
+    )
+    workers: int | None = Field(None, ge=1, description="programs at a time; null: by cores")
+
+
+class Heldout(Keys):
+    source: str | list[str] = Field(description="rows, as rows_dataset takes them: docs/data.md")
+    columns: dict[str, str] | None = Field(None, description="the source's names of fields")
+    batch_tokens: int = Field(ge=1, description="tokens of a batch")
+
+
+class DecodeSpeed(Keys):
+    source: str | list[str] = Field(description="rows, as rows_dataset takes them: docs/data.md")
+    prompts: int = Field(ge=1, description="texts that are continued")
+    prompt_tokens: int = Field(ge=1, description="tokens of each prompt")
+    max_new_tokens: int = Field(ge=1, description="tokens of each continuation")
+    batch_size: int = Field(ge=1, description="prompts at a time")

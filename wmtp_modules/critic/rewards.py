@@ -21,6 +21,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
+from wmtp_modules.data.rows import check_one_response_each
 from wmtp_modules.files import json_fault, stand_in
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.run.watchdog import Watchdog
@@ -344,6 +345,7 @@ class RewardTables:
         Raises:
             ValueError: if the rows lack what the source reads, or the table is of something else.
         """
+        check_one_response_each(rows)
         folder = self._table_dir / split
         fingerprint = self._watchdog.on_rank_zero(lambda: self._made_from(rows))
         if score:
@@ -488,7 +490,7 @@ def _told(error: Exception) -> str:
     if isinstance(error, TypeError | KeyError | AttributeError | IndexError):
         return "a value in it is of the wrong kind"
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", json_fault(error))
-    return " ".join(text.split())[:TOLD]
+    return " ".join(text.replace("NoneType", "null").split())[:TOLD]
 
 
 def _shown(pair: tuple[str, str]) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.data.rows import Sample, build_rows
+from wmtp_modules.data.forms import Sample
+from wmtp_modules.data.rows import build_rows
 from wmtp_modules.data.sources import BadRow, text_field
 
 PYTHON3 = 3  # the data set's language codes: 1 Python 2, 2 C++, 3 Python 3, 4 Java
@@ -17,7 +18,7 @@ REWARDS = {"solutions": 1.0, "incorrect_solutions": 0.0}
 def code_contests_dataset(
     tokenizer: Llama2Tokenizer,
     *,
-    source: str,
+    source: str | list[str],
     split: str = "train",
     seed: int = 0,
     validation_fraction: float = 0.0,

@@ -5,7 +5,8 @@ from functools import partial
 import datasets
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.data.rows import Sample, build_rows
+from wmtp_modules.data.forms import Sample
+from wmtp_modules.data.rows import build_rows
 from wmtp_modules.data.sources import BadRow, strings_field, text_field
 
 # The authors' split: 1-10 are few-shot prompts, 11-510 the test set.
@@ -14,7 +15,7 @@ END = "\n[DONE]"
 
 
 def mbpp_dataset(
-    tokenizer: Llama2Tokenizer, *, source: str, split: str = "train", seed: int = 0
+    tokenizer: Llama2Tokenizer, *, source: str | list[str], split: str = "train", seed: int = 0
 ) -> datasets.Dataset:
     """Tokenised MBPP tasks, in the prompt format of the paper's few-shot evaluation.
 

@@ -24,7 +24,7 @@ class PackedDataset(Dataset):
     Every epoch has as many packs.
 
     Args:
-        rows: tokenised rows with columns ``tokens``, ``keep`` and optionally ``noise``.
+        rows: tokenised rows with columns ``tokens``, ``keep`` and optionally ``noise``, ``weight``.
         scores: by name; ``scores[name][row]`` is [len] or [len, K_ref], from a score table.
         rewards: one number per row.
 
@@ -59,7 +59,7 @@ class PackedDataset(Dataset):
                     f"row {row} has {self._lengths[row]} tokens, max_seq_len is {max_seq_len}: "
                     "build the rows with a tokenizer.max_seq_len of at most that"
                 )
-        self._columns = [c for c in ("tokens", "keep", "noise") if c in rows.column_names]
+        self._columns = [c for c in ("tokens", "keep", "noise", "weight") if c in rows.column_names]
         self._rows = rows.select_columns(self._columns).with_format("arrow")
         self.max_seq_len = max_seq_len
         self._seed = seed
@@ -105,8 +105,9 @@ class PackedDataset(Dataset):
         Returns:
             ``tokens`` int64 [T]; ``keep`` bool [T], supervised; ``doc`` int64 [T], document in the
             pack, -1 for padding; ``input_pos`` int64 [T], from 0 in every document; ``row`` int64
-            [T], row of the data set, -1 for padding; ``noise`` bool [T]; ``seq_lens`` int64, one
-            per document and one for the padding; each of ``scores`` by name, fp32 [T] or
+            [T], row of the data set, -1 for padding; ``noise`` bool [T]; ``weight`` fp32 [T] if the
+            rows have it, 1 where they say nothing; ``seq_lens`` int64, one per document and one for
+            the padding; each of ``scores`` by name, fp32 [T] or
             [T, K_ref], and ``reward`` fp32 [T] of the token's row, both NaN for padding.
         """
         if not 0 <= index < len(self):
@@ -123,6 +124,11 @@ class PackedDataset(Dataset):
             )
             for name, column in zip(table.column_names, table.columns, strict=True)
         }
+        if "weight" in flat:
+            says = [pc.is_valid(chunk).to_numpy(False) for chunk in table["weight"].chunks]
+            flat_weight = np.ones(n_tokens, np.float32)
+            flat_weight[np.repeat(np.concatenate(says), lengths)] = flat["weight"]
+            flat["weight"] = flat_weight
         starts = np.cumsum(lengths) - lengths
         columns: dict[str, tuple[np.ndarray, float]] = {
             "tokens": (flat["tokens"].astype(np.int64), self._pad_id),
@@ -132,6 +138,8 @@ class PackedDataset(Dataset):
             "row": (np.repeat(rows, lengths), -1),
             "noise": (flat.get("noise", np.zeros(n_tokens)).astype(bool), False),
         }
+        if "weight" in flat:
+            columns["weight"] = (flat["weight"], 1.0)
         for name, table in self._scores.items():
             columns[name] = (_scores_of(table, rows, lengths), np.nan)
         if self._rewards is not None:

@@ -2,17 +2,16 @@
 
 Shapes: N targets, K heads, C token classes, S sums, M calibration bins, V vocabulary.
 
-Each text becomes BOS + tokens + EOS, one document; a text longer than the context is split into
-consecutive documents. Head k (0-based) at position t predicts token t + k + 1 of its document. No
-text is dropped or truncated.
+Each text becomes BOS + tokens + EOS, one document; of a prompt with its response only the response
+is measured. What is longer than the context is split into consecutive documents, nothing is dropped
+or truncated. Head k (0-based) at position t predicts token t + k + 1 of its document.
 """
 
 import io
 import keyword
 import tokenize as python_tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from token import EXACT_TOKEN_TYPES
 from typing import NamedTuple
 
@@ -20,8 +19,9 @@ import numpy as np
 import torch
 from torchtune.models.llama2 import Llama2Tokenizer
 
+from wmtp_modules.data.forms import Reader, Sample
 from wmtp_modules.data.packing import pad_rows
-from wmtp_modules.data.sources import ROW_SUFFIXES, BadRow, fields_of, open_source, text_field
+from wmtp_modules.data.sources import BadRow, fields_of, open_sources
 from wmtp_modules.data.tokenize import encode_with_offsets
 from wmtp_modules.loss.linear_cross_entropy import CHUNK_LOGITS_CPU, CHUNK_LOGITS_CUDA
 from wmtp_modules.models.mtp_transformer import MTPTransformer
@@ -105,42 +105,55 @@ class HeldoutSums(NamedTuple):
 class _Document(NamedTuple):
     tokens: np.ndarray  # int64, at most the context long
     classes: np.ndarray  # int64, class of each token
+    keep: np.ndarray  # int64, 1 where the token is measured
 
 
-def read_texts(source: str) -> list[str]:
-    """The texts of a .jsonl or .parquet file of rows ``{"text": ...}``, including empty ones.
+def read_rows(
+    source: str | Sequence[str], columns: Mapping[str, str] | None = None
+) -> list[str | Sample]:
+    """Held-out rows of any form that training reads: texts, empty ones too, or prompts with
+    responses, of which the responses are measured.
+
+    Args: see ``rows_dataset``. Of a folder its validation split is read, or else what has none.
 
     Raises:
-        ValueError: if the file is missing or empty, or a row cannot be used.
+        ValueError: if the source is missing or empty, or a row cannot be used.
     """
-    path = Path(source).expanduser()
-    if not path.is_file() or path.suffix.lower() not in ROW_SUFFIXES:
-        what = "is neither .jsonl nor .parquet" if path.is_file() else "is not a file"
-        raise ValueError(f'{source} {what}: give a .jsonl or .parquet file of rows {{"text": ...}}')
-    texts = []
-    for _, records in open_source(path, "validation", ("text",)).parts():
-        for where, record in records:
-            try:
-                if isinstance(record, BadRow):
-                    raise record
-                text = record.get("text")
-                is_blank = isinstance(text, str) and not text.strip()
-                texts.append(text if is_blank else text_field(record, "text"))
-            except BadRow as error:
-                raise ValueError(
-                    f"{path.parent / where}: {error}{fields_of(record)}. Held-out rows are "
-                    "never skipped: fix or delete it"
-                ) from error
-    if not texts:
+    reader, rows = Reader(columns), []
+    for opened in open_sources(source, "validation", reader.columns, cells=reader.cells):
+        for _, records in opened.parts():
+            for where, record in records:
+                try:
+                    if isinstance(record, BadRow):
+                        raise record
+                    text = record.get(reader.columns[0])
+                    if isinstance(text, str) and not text.strip():
+                        rows.append(text)
+                        continue
+                    sample = reader(record)[0]
+                except BadRow as error:
+                    place = opened.root / where if opened.hub is None else where
+                    raise ValueError(
+                        f"{place}: {error}{fields_of(record)}. Held-out rows are never skipped: "
+                        "fix or delete it"
+                    ) from error
+                rows.append(sample.response if sample.prompt is None else sample)
+    if not rows:
         raise ValueError(f"{source} has no rows")
-    return texts
+    return rows
+
+
+def read_texts(source: str | Sequence[str]) -> list[str]:
+    """The texts of ``read_rows``, prompts and responses as one."""
+    rows = read_rows(source)
+    return [row if isinstance(row, str) else "".join(map("".join, row.turns)) for row in rows]
 
 
 @torch.inference_mode()
 def heldout_sums(
     model: MTPTransformer,
     tokenizer: Llama2Tokenizer,
-    texts: Sequence[str],
+    texts: Sequence[str | Sample],
     *,
     device: torch.device | str,
     batch_tokens: int,
@@ -155,7 +168,7 @@ def heldout_sums(
     Args:
         model: on ``device``, not sharded, without KV caches.
         tokenizer: texts are split at its ``max_seq_len`` or the model's, whichever is smaller.
-        texts: of this rank; an empty list gives sums of zero.
+        texts: of this rank, from ``read_rows``; an empty list gives sums of zero.
         batch_tokens: tokens of a batch, including padding; a longer document is its own batch.
     """
     K = model.n_future_tokens
@@ -176,10 +189,11 @@ def heldout_sums(
             batch, documents = documents[:n_rows], documents[n_rows:]
             tokens_BT, doc_BT = (x.to(device) for x in pad_rows([row.tokens for row in batch]))
             classes_BT = pad_rows([row.classes for row in batch])[0].to(device)
+            keep_BT = pad_rows([row.keep for row in batch])[0].to(device) > 0
             hidden_BTD = model.trunk(tokens_BT)
             choices_KBT = []
             for k, head in enumerate(model.heads):
-                is_target_BT = (doc_BT >= 0)[:, k + 1 :]
+                is_target_BT = ((doc_BT >= 0) & keep_BT)[:, k + 1 :]
                 head_BTD = head(hidden_BTD)[:, : is_target_BT.shape[1]]
                 choices_BT = torch.full_like(is_target_BT, -1, dtype=torch.int64)
                 choices_BT[is_target_BT] = _add_targets(
@@ -196,14 +210,20 @@ def heldout_sums(
     return HeldoutSums(torch.tensor(n_tokens, **zeros), classes_KCS, bins_KMS, kept_K)
 
 
-def _documents(tokenizer: Llama2Tokenizer, text: str, context: int) -> list[_Document]:
-    ids, spans = encode_with_offsets(tokenizer, text)
-    classes = [CLASS["other"], *token_classes(text, spans), CLASS["eos"]]  # BOS is not a target
-    tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int64)
-    cuts = range(0, len(tokens), context)
+def _documents(tokenizer: Llama2Tokenizer, row: str | Sample, context: int) -> list[_Document]:
+    columns: list[list[int]] = [[], [], []]
+    for prompt, response in [("", row)] if isinstance(row, str) else row.turns:
+        text = prompt + response
+        ids, spans = encode_with_offsets(tokenizer, text)
+        classes = [CLASS["other"], *token_classes(text, spans), CLASS["eos"]]
+        # BOS is no target of a text, where it comes first, and not what a prompt asks for.
+        keep = [0, *(int(not prompt or end > len(prompt)) for _, end in spans), 1]
+        tokens = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        columns = [a + b for a, b in zip(columns, (tokens, classes, keep), strict=True)]
+    arrays = [np.array(column, np.int64) for column in columns]
     return [
-        _Document(tokens[cut : cut + context], np.array(classes[cut : cut + context], np.int64))
-        for cut in cuts
+        _Document(*(array[cut : cut + context] for array in arrays))
+        for cut in range(0, len(arrays[0]), context)
     ]
 
 
@@ -253,7 +273,7 @@ def _kept(choices_KBT: list[torch.Tensor]) -> torch.Tensor:
     positions where all heads have one: their number, then of those where heads 1..k agree.
     """
     n = choices_KBT[-1].shape[1]
-    kept_BT = choices_KBT[-1] >= 0
+    kept_BT = torch.stack([choices_BT[:, :n] >= 0 for choices_BT in choices_KBT]).all(0)
     kept = [kept_BT.sum()]
     for k, choices_BT in enumerate(choices_KBT[1:], start=1):
         kept_BT = kept_BT & (choices_BT[:, :n] == choices_KBT[0][:, k : n + k])

@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -34,6 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune import config
 
 import wmtp_modules.loss.linear_cross_entropy as loss_module
+from wmtp_modules.catalog import RECIPES
 from wmtp_modules.checkpoints.read import model_args_from_folder
 from wmtp_modules.config.file import merged
 from wmtp_modules.critic.judge import BATCH_ROWS
@@ -45,7 +46,6 @@ from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_
 from wmtp_modules.run.figures import Sums
 
 CPU = torch.device("cpu")  # where tensors without contents say they are
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 # What the trackers call things, put together to what a user can do something about.
 PARTS = {
@@ -113,6 +113,13 @@ def load_recipe(path: str | Path) -> ModuleType:
     Raises:
         ValueError: if the file is not there, fails, or has no class that trains as ours do.
     """
+    module = import_recipe(path)
+    _recipe_class(module)
+    return module
+
+
+def import_recipe(path: str | Path) -> ModuleType:
+    """The module of any recipe; ValueError if the file is not there, or fails."""
     path = Path(path)
     name = f"recipe_of_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -124,7 +131,6 @@ def load_recipe(path: str | Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # any code runs at import
         raise ValueError(f"the recipe {path} cannot be imported: {error!r}") from error
-    _recipe_class(module)
     return module
 
 
@@ -157,6 +163,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     _make_tables(cfg)
     on_gpu, B, T = cfg.device == "cuda", cfg.batch_size, cfg.tokenizer.max_seq_len
     chunk = loss_module.CHUNK_LOGITS_CUDA if on_gpu else loss_module.CHUNK_LOGITS_CPU
+    cfg = merged(cfg, {"model": cast(dict, OmegaConf.to_container(cfg.model, resolve=True))})
     two_steps = {"checkpointer": None, "compile": False, "max_steps": 2, "num_warmup_steps": 0}
     cfg = merged(cfg, two_steps)
 
@@ -320,5 +327,5 @@ def _make_batch(cfg: DictConfig) -> dict[str, Any]:
     names = ("tokens", "doc", "input_pos", "row")
     integers = {name: torch.zeros(B, T, dtype=torch.int64) for name in names}
     marks = {name: torch.zeros(B, T, dtype=torch.bool) for name in ("keep", "noise")}
-    numbers = {name: torch.zeros(B, T) for name in ("reference", "values", "reward")}
+    numbers = {name: torch.zeros(B, T) for name in ("reference", "values", "reward", "weight")}
     return integers | marks | numbers | {"seq_lens": None}

@@ -26,7 +26,7 @@ from wmtp_modules.run.plan import finished_run
 log = get_logger("INFO")
 
 VERSION = 1  # of the files made here; a new version makes them again
-RECIPE = "recipes/rho1_wmtp_distributed.py"
+RECIPE = "rho1_wmtp_distributed"
 PROCESSES = 2  # that train the model
 # A launcher sets these for its processes; a launcher started by one of them must not read them.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

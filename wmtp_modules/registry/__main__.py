@@ -23,9 +23,9 @@ from wmtp_modules.registry.models import CANDIDATE, PRODUCTION, Registry
 from wmtp_modules.tracking.outbox import Outbox
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m wmtp_modules.registry",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,9 +47,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.registry") -> int:
     """Run the command line; returns the exit code."""
-    args = parser().parse_args(argv)
+    args = parser(prog).parse_args(argv)
     try:
         print(run(args))
     except (ValueError, OSError) as error:

@@ -380,9 +380,9 @@ def compare(folders: Iterable[str | Path], output: str | Path, baseline: str | N
     return "\n".join(["Held-out loss (95 % intervals over seeds)", table, *notes])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run")
     parser.add_argument("--output", required=True, metavar="FILE", help="the HTML page to write")

@@ -389,7 +389,7 @@ def _commands(run: RunFolder) -> str:
     command = run.command
     if not command:
         recipe = "critic" if "stages" in run.settings else "rho1"
-        command = f"tune run recipes/{recipe}_wmtp_distributed.py"
+        command = f"tune run {recipe}_wmtp_distributed"
         told = "How it was started is not known: add --nproc_per_node as it was."
         parts.append(page.paragraph(told, "note"))
     config = f"--config {shlex.quote(str(run.folder / 'config.yaml'))}"
@@ -532,9 +532,9 @@ def _json_lines(path: Path) -> list[dict]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run")
     for folder in parser.parse_args(argv).runs:

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp_modules.config.check import COMPONENT, ConfigError
+from wmtp_modules.config.check import COMPONENT, ConfigError, raise_errors
 from wmtp_modules.config.file import merged
 from wmtp_modules.config.secrets import without_secrets
 from wmtp_modules.run.resume import resolved
@@ -128,10 +128,7 @@ def check_controls(
             for line in map(str.strip, others or [first]):
                 is_key = re.split(r"\W", line, maxsplit=1)[0] in one
                 errors.append(f"controls.{name_of(one)}{'.' if is_key else ': '}{line}")
-    if len(errors) == 1:
-        raise ConfigError(errors[0])
-    if errors:
-        raise ConfigError(f"{len(errors)} errors\n" + "\n".join(f"  {error}" for error in errors))
+    raise_errors(errors)
 
 
 def _named_sets(controls: Any) -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,8 @@ from wmtp_modules.run.start import exit_with_message
 from wmtp_modules.run.stopping import StopRequests
 from wmtp_modules.run.storing import localized
 
+FEW_STEPS = 60  # the quickstarts' differences in docs/results.md are of 80 and more
+
 
 def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[DictConfig]:
     """Configs that ``requires`` names, on this device, checked; ConfigError if one is not valid."""
@@ -169,6 +171,8 @@ def print_losses(summary: dict) -> None:
         told = {} if told == {"weighting.name": name} else told
         after = "".join(f"  {key}={value}" for key, value in told.items())
         print(f"  {name:{width}}{cells}{sum(loss_K) / K:6.3f}{after}")
+    if summary["steps"] < FEW_STEPS and len(losses) > 2:
+        print(f"{summary['steps']} steps are too few to judge a weighting by: docs/results.md")
 
 
 def print_places(output_dir: Path, summary: dict) -> None:

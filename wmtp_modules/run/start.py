@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
+from wmtp_modules.catalog import recipes
 from wmtp_modules.config.file import read_config
 from wmtp_modules.config.secrets import guard_output, hidden
 from wmtp_modules.files import alone_in
@@ -90,6 +91,9 @@ def launched_as() -> str:
     nodes = f" --nnodes {world // local}" if world > local else ""
     recipe = os.path.relpath(sys.argv[0]) if os.path.isabs(sys.argv[0]) else sys.argv[0]
     recipe = sys.argv[0] if recipe.startswith("..") else recipe
+    for name, path in recipes().items():  # holds on other machines as well
+        if str(path) == sys.argv[0] and recipe != f"recipes/{name}.py":
+            recipe = name
     command = f"tune run{nodes} --nproc_per_node {local} {shlex.quote(recipe)}"
     return command.replace("\n", " ")  # one line, whatever a folder is called
 

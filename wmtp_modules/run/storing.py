@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,18 @@ def _localize(
                 continue
             if is_url(value):
                 is_table = dotted.endswith(TABLES)
+                # What a pattern finds lies in the folder above it, which comes whole.
+                is_read = not is_table and dotted != "output_dir"
+                value, pattern = _above_pattern(value) if is_read else (value, "")
                 kind = "run" if dotted == "output_dir" else "folder" if is_table else "read"
-                node[key] = str(_placed(value.rstrip("/"), kind, cache).path)
+                node[key] = str(_placed(value.rstrip("/"), kind, cache).path / pattern)
+
+
+def _above_pattern(url: str) -> tuple[str, str]:
+    """A URL up to the folder that holds what its pattern finds, and the pattern, or nothing."""
+    parts = url.split("/")
+    first = next((i for i, part in enumerate(parts) if i > 2 and has_magic(part)), len(parts))
+    return "/".join(parts[:first]), "/".join(parts[first:])
 
 
 def _placed(url: str, kind: str, cache: Path) -> Place:
@@ -107,6 +118,11 @@ def _placed(url: str, kind: str, cache: Path) -> Place:
         if url == written.url or url.startswith(f"{written.url}/"):
             return Place(url, written.path / url.removeprefix(written.url).strip("/"), written.kind)
     return _places.setdefault(url, Place(url, path_of(url, cache, kind), kind))
+
+
+def urls() -> list[str]:
+    """URLs of a store that this process's configs name."""
+    return [*_places]
 
 
 def as_named(value: Any) -> Any:

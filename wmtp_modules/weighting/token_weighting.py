@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from wmtp_modules.loss.mtp_loss import shift_to_heads
 from wmtp_modules.weighting import controls
-from wmtp_modules.weighting.calibrate import check_bounds
+from wmtp_modules.weighting.calibrate import calibrate, check_bounds
 from wmtp_modules.weighting.rho1 import (
     SCOPES,
     SCORES,
@@ -90,15 +90,15 @@ class TokenWeighting:
     Args:
         name: ``rho1``, or a control: ``uniform``, ``random_topk``, ``shuffled`` (Rho-1's scores
             permuted inside each document), ``dft``, ``top_loss``, ``oracle`` (0 on tokens that are
-            marked as noise, equal on all others, without bounds).
+            marked as noise, equal on all others, without bounds); or ``column``, what the data say.
         score: ``excess`` or ``abs_excess``; for rho1 and shuffled.
         selection: ``topk`` or ``soft``; for rho1 and shuffled.
         ratio: share of tokens that topk selects, in (0, 1].
         scope: tokens among which topk selects: ``microbatch`` (of all ranks), ``rank`` or
             ``document``. The soft selection always uses the joint micro-batch.
         temperature: of the soft selection, above 0.
-        w_min: smallest calibrated weight (soft and dft), in [0, 1).
-        w_max: largest calibrated weight (soft and dft), above 1.
+        w_min: smallest calibrated weight (soft, dft and column), in [0, 1).
+        w_max: largest calibrated weight (soft, dft and column), above 1.
         strength: 0 is uniform, 1 the full weighting.
         decay: of the heads' share in the loss, for ``head_alphas``.
         seed: of random_topk and shuffled, at least 0.
@@ -108,7 +108,7 @@ class TokenWeighting:
     """
 
     NAMES: ClassVar[tuple] = (
-        *("uniform", "random_topk", "shuffled", "dft", "top_loss", "oracle", "rho1"),
+        *("uniform", "random_topk", "shuffled", "dft", "top_loss", "oracle", "column", "rho1"),
     )
 
     name: str = "rho1"
@@ -161,9 +161,14 @@ class TokenWeighting:
         return self.name == "oracle"
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether a call needs the weights that the data bring in the place of scores."""
+        return self.name == "column"
+
+    @property
     def needs_losses(self) -> bool:
         """Whether a call needs this forward's losses; if not, weights are known before it."""
-        return self.name not in ("uniform", "random_topk", "oracle")
+        return self.name not in ("uniform", "random_topk", "oracle", "column")
 
     def __call__(
         self,
@@ -182,7 +187,8 @@ class TokenWeighting:
             mask_BTK: bool, True where the head has a target.
             doc_BT: int64, index of the token's document inside its row, -1 for padding.
             scores: if ``needs_scores``, reference losses at the same targets, [B, T, K], or one
-                number per token, [B, T]; if ``needs_marks``, bool; otherwise None.
+                number per token, [B, T]; if ``needs_marks``, bool; if ``needs_weights``, raw
+                weights; otherwise None.
             step: number of the micro-batch since training began, the same on all ranks.
             known: what else ``_joint_weights`` of a subclass takes, equal on all ranks.
 
@@ -196,7 +202,7 @@ class TokenWeighting:
         needed = []
         for key, value, needs in (
             ("losses", losses_BTK, self.needs_losses),
-            ("scores", scores, self.needs_scores or self.needs_marks),
+            ("scores", scores, self.needs_scores or self.needs_marks or self.needs_weights),
         ):
             if not needs:
                 continue
@@ -229,6 +235,12 @@ class TokenWeighting:
             if marks_GTK.shape[-1] == 1:  # of tokens
                 marks_GTK = shift_to_heads(marks_GTK.squeeze(-1), K, False)
             return controls.oracle_weights(marks_GTK, mask_GTK)
+
+        if self.name == "column":
+            raw_GTK, K = needed[0], mask_GTK.shape[-1]
+            if raw_GTK.shape[-1] == 1:  # of tokens
+                raw_GTK = shift_to_heads(raw_GTK.squeeze(-1), K, 1.0)
+            return calibrate(raw_GTK, mask_GTK, self.w_min, self.w_max)
 
         if self.name == "random_topk":
             # The number belongs to the target token, so the heads agree on what they select.
