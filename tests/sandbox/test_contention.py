@@ -93,7 +93,7 @@ print("fine")
 
 
 def test_threads_of_one_program_are_not_anothers(sandbox):
-    # Together above the bound of 256. Programs of another test, of the same user, may run meanwhile.
+    # Above the bound of 256 together, with room for what programs of another test have meanwhile.
     many, some = (script(THREADS.format(many=n, seconds=0.4)) for n in (200, 100))
     assert verdicts(sandbox, many, some) == ["pass", "pass"]
     bomb = script(THREADS.format(many=5000, seconds=0.3))
