@@ -271,24 +271,12 @@ def write_comparison(path: str | Path, arms: Sequence[Arm], baseline: Arm) -> No
         *(page.paragraph(note, "warning") for note in notes_on(arms, baseline)),
         page.section(
             "Held-out loss",
-            page.charts(_chart("Mean of heads", arms, "val_loss", every=True, unit=NATS)),
-            page.charts(
-                *(
-                    _chart(f"Head {k}", arms, f"val_loss_head_{k}", every=True, unit=NATS)
-                    for k in heads
-                ),
-            ),
+            *_of_mean_and_heads(arms, heads, "val_loss", every=True),
         ),
         page.section(
             "Training loss",
             page.paragraph("Unweighted, smoothed.", "caption"),
-            page.charts(_chart("Mean of heads", arms, "loss", smooth=True, unit=NATS)),
-            page.charts(
-                *(
-                    _chart(f"Head {k}", arms, f"loss_head_{k}", smooth=True, unit=NATS)
-                    for k in heads
-                ),
-            ),
+            *_of_mean_and_heads(arms, heads, "loss", smooth=True),
         ),
         page.section(
             "Weights",
@@ -326,6 +314,15 @@ def _places(arms: Sequence[Arm]) -> list[list[str]]:
         for arm in arms
         for seed, run in zip(arm.seeds, arm.runs, strict=True)
     ]
+
+
+def _of_mean_and_heads(
+    arms: Sequence[Arm], heads: Sequence[int], key: str, **how: bool
+) -> tuple[str, str]:
+    """Charts of a loss: the mean of heads, and below it each head."""
+    mean = _chart("Mean of heads", arms, key, unit=NATS, **how)
+    each = [_chart(f"Head {k}", arms, f"{key}_head_{k}", unit=NATS, **how) for k in heads]
+    return page.charts(mean), page.charts(*each)
 
 
 def _chart(
