@@ -1,31 +1,57 @@
 """A wheel built from the clone, in a new environment and another folder: what a user types there.
 
+The folder has a space in its path, the user is an ordinary one (root becomes nobody for this; who
+is not root is one already) who may not write to the environment, and no git is there.
+
 pip installs all of it, some gigabytes. WMTP_TEST_SITE=FOLDER takes the dependencies from a folder
 of installed packages (a ``site-packages``) instead, and proves all but pip's resolution.
 """
 
 import json
 import os
+import pwd
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("max_steps=3", "num_warmup_steps=1", "run_val_every_n_steps=3", "save_every_n_steps=3")
+ORDINARY = {}  # of subprocess.run
+if os.geteuid() == 0:
+    ORDINARY = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
 
 pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory):
-    """user(folder, *command): its output, of a program of the new environment; no git is there."""
-    top = tmp_path_factory.mktemp("from a wheel")
+def top():
+    """A folder that others may enter; pytest's own is closed to them."""
+    with tempfile.TemporaryDirectory(prefix="from a wheel ") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    """This interpreter; the system's of this version where an ordinary user may not run this one."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for one in (Path(sys.base_prefix, "bin", name), shutil.which(name, path=os.defpath)):
+        if one and subprocess.run(["test", "-x", one], **ORDINARY).returncode == 0:
+            return str(one)
+    pytest.skip(f"there is no {name} that an ordinary user may run: install one in /usr/bin")
+
+
+@pytest.fixture(scope="module")
+def user(top, python):
+    """user(folder, *command): its output, of a program of the new environment."""
     build = ["uv", "build", "--wheel", "--out-dir", top / "dist"]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = (top / "dist").glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", top / "an env"], check=True)
+    subprocess.run([python, "-m", "venv", top / "an env"], check=True)
     bin_folder = top / "an env" / "bin"
     pip = [bin_folder / "python", "-m", "pip", "install", "--quiet"]
     if site := os.environ.get("WMTP_TEST_SITE"):
@@ -42,16 +68,16 @@ def user(tmp_path_factory):
         if done.returncode and "No matching distribution" in done.stderr:
             pytest.skip("pip reaches no index: WMTP_TEST_SITE=FOLDER proves the rest")
         assert done.returncode == 0, done.stderr[-2000:]
-    home = top / "a home"
-    home.mkdir()
+    for name in ("a home", "tmp"):
+        own(top / name)
 
     def run(folder, *command, code=0):
-        folder = top / folder
-        folder.mkdir(exist_ok=True)
-        env = {"PATH": str(bin_folder), "HOME": str(home), "OMP_NUM_THREADS": "1"}
+        own(folder := top / folder)
+        env = {"PATH": str(bin_folder), "HOME": str(top / "a home"), "TMPDIR": str(top / "tmp")}
+        env["OMP_NUM_THREADS"] = "1"
         command = [str(bin_folder / command[0]), *map(str, command[1:])]
         done = subprocess.run(
-            command, cwd=folder, env=env, capture_output=True, text=True, timeout=1500
+            command, cwd=folder, env=env, capture_output=True, text=True, timeout=1500, **ORDINARY
         )
         assert done.returncode == code, done.stderr[-4000:]
         assert "Traceback" not in done.stderr
@@ -59,6 +85,22 @@ def user(tmp_path_factory):
 
     run.top = top
     return run
+
+
+def own(path: Path) -> None:
+    """A folder of the user's, made if need be."""
+    path.mkdir(exist_ok=True)
+    if ORDINARY:
+        shutil.chown(path, ORDINARY["user"], ORDINARY["group"])
+
+
+def test_the_user_is_an_ordinary_one_and_has_no_git(user):
+    told = (
+        "import os, shutil, wmtp_modules\n"
+        "print(os.geteuid() > 0, os.access(wmtp_modules.__path__[0], os.W_OK), shutil.which('git'))"
+    )
+    writes = str(not ORDINARY)  # to what it has installed itself
+    assert user("names", "python", "-c", told).split() == ["True", writes, "None"]
 
 
 def test_names_are_listed_copied_and_checked(user):
