@@ -1,5 +1,7 @@
 """Critic-weighted fine-tuning of a multi-token-prediction model with FSDP2, on one rank or many.
 
+On 8 GPUs:
+
     tune run --nproc_per_node 8 recipes/critic_wmtp_distributed.py --config configs/critic/7b.yaml
 
 Four stages, each done once and then recognised by its fingerprint:

@@ -1,5 +1,7 @@
 """Evaluates a multi-token-prediction model: pass@k by running code, and what each head knows.
 
+On 8 GPUs:
+
     tune run --nproc_per_node 8 recipes/eval_mtp.py --config configs/eval/7b_mbpp.yaml
 
 ``stages`` selects what to run; the stages always run in this order:

@@ -1,5 +1,7 @@
 """Rho-1 weighted fine-tuning of a multi-token-prediction model with FSDP2, on one rank or many.
 
+On 8 GPUs:
+
     tune run --nproc_per_node 8 recipes/rho1_wmtp_distributed.py --config configs/rho1/7b.yaml
 
 Rho-1 (Lin et al. 2024, arXiv 2404.07965) trains on the tokens whose loss exceeds that of a

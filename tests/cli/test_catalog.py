@@ -57,10 +57,10 @@ def test_a_library_beside_torchtunes_recipes_has_none(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}_{path.stem}")
 def test_a_config_says_its_recipe_and_its_own_name(path):
     text = path.read_text()
-    in_clone = rf"tune run (.*)recipes/(\w+)\.py --config {path.relative_to(ROOT)}"
-    ((options, recipe),) = re.findall(in_clone, text)
+    in_clone = rf"tune run (.*)recipes/(\w+)\.py --config {path.relative_to(ROOT)}( .*|)\n"
+    ((options, recipe, given),) = re.findall(in_clone, text)
     name = f"wmtp/{path.parent.name}_{path.stem}"
-    anywhere = f"# From any folder: tune run {options}{recipe} --config {name}\n"
+    anywhere = f"# From any folder: tune run {options}{recipe} --config {name}{given}\n"
     assert f"{anywhere}# recipe: {recipe}\n" in text
     assert catalog.recipe_of(text) == recipe
     assert name in catalog.configs_of_recipes()[recipe]

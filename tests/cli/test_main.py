@@ -6,28 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from wmtp_modules.cli.main import PROGRAMS, main
-from wmtp_modules.run import storing
+from wmtp_modules.cli.main import PROGRAMS
 
 WMTP = Path(sys.executable).with_name("wmtp")
-
-
-@pytest.fixture
-def wmtp(tmp_path, monkeypatch):
-    """wmtp(words..., code=0): what it prints, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WMTP_ENVIRONMENT", raising=False)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(storing, "_places", {})  # of a process, which this one is not
-
-    def wmtp(*words, code=0):
-        done = CliRunner().invoke(main, [*map(str, words)])
-        assert done.exit_code == code, done.output
-        return done.output
-
-    return wmtp
 
 
 def test_help_is_quick_and_shows_examples():

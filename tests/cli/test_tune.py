@@ -1,16 +1,12 @@
 """torchtune's own entry point with our names: ls, cp, cat, run, validate, in this process."""
 
-import logging
 import os
 import re
 import sys
 
 import pytest
 import yaml
-from torchtune import _recipe_registry as registry
-from torchtune._cli import run as torchtunes_run
 from torchtune._cli.subcommand import Subcommand
-from torchtune._cli.tune import main
 
 from wmtp_modules import catalog, tune_plugin
 from wmtp_modules.cli.tune import activate
@@ -28,48 +24,6 @@ def main(cfg):
 if __name__ == "__main__":
     sys.exit(main())
 """
-
-
-OF_A_PROJECT = {"here", "beside_0", "beside_1", "beside_2", "recipes"}
-
-
-@pytest.fixture
-def tune(tmp_path, monkeypatch, capsys):
-    """tune(words...): what it prints, in an empty folder; afterwards torchtune is as it was."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Subcommand, "create", Subcommand.__dict__["create"])
-    monkeypatch.setattr(registry, "_ALL_RECIPES", [*registry._ALL_RECIPES])
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    for name in (*tune_plugin.LAUNCHER_DEFAULTS, tune_plugin.SPOKEN_FILE, "PYTHONPATH"):
-        monkeypatch.setenv(name, "")  # so that it is put back
-        monkeypatch.delenv(name)
-    for name in tune_plugin.LAUNCHER_LOGS:
-        monkeypatch.setattr(logging.getLogger(name), "filters", [])
-
-    def tune(*words):
-        monkeypatch.setattr(sys, "argv", ["/some/bin/tune", *map(str, words)])
-        activate()
-        try:
-            main()
-        except SystemExit as ended:  # as a recipe ends
-            if ended.code:
-                raise
-        return capsys.readouterr().out
-
-    before = {*sys.modules}
-    monkeypatch.delitem(sys.modules, "recipes", raising=False)
-    yield tune
-    for name in [one for one in sys.modules if one.partition(".")[0] in OF_A_PROJECT - before]:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """What torchrun is given, instead of starting anything."""
-    given = []
-    monkeypatch.setattr(torchtunes_run, "run", given.append)
-    return given
 
 
 def test_ls_shows_ours_behind_torchtunes(tune):
