@@ -64,30 +64,58 @@ NEEDS = {
 }
 OF_PROGRAM = {"vllm": "GPUs", "vessl": "VESSL", "docker": "Docker", "hf": "the hub"}
 # The tests that run to its end what is only checked here: a config on a CPU, or a program.
-QUICKSTARTS, EVAL = "tests/nightly/test_quickstarts.py", "tests/recipes/test_eval_mtp.py"
+QUICKSTARTS = "tests/nightly/test_quickstarts.py"
 TO_THE_END = {
-    "wmtp/quickstart_rho1": f"{QUICKSTARTS}::test_rho1_beats_its_controls",
-    "wmtp/quickstart_base": f"{QUICKSTARTS}::test_rho1_beats_its_controls",  # which requires it
-    "wmtp/quickstart_reference": f"{QUICKSTARTS}::test_rho1_beats_its_controls",
-    "wmtp/quickstart_critic": f"{QUICKSTARTS}::test_the_critic_knows_and_its_weights_beat_the_filter",
-    "wmtp/quickstart_critic_base": f"{QUICKSTARTS}::test_the_critic_knows_and_its_weights_beat_the_filter",
-    "wmtp/quickstart_eval": f"{QUICKSTARTS}::test_the_evaluated_model_solves_tasks_that_it_has_not_seen",
-    "wmtp/quickstart_eval_base": f"{QUICKSTARTS}::test_the_evaluated_model_solves_tasks_that_it_has_not_seen",
-    "wmtp/eval_score": f"{EVAL}::test_ready_made_samples",
-    "wmtp/eval_heldout_loss": f"{EVAL}::test_heldout_counts_are_those_of_the_documents",
-    "wmtp/eval_decode_speed": f"{EVAL}::test_decoding_speed_and_its_control",
-    "project": "tests/nightly/test_wheel.py::test_a_new_project_runs",
-    "wmtp_modules.estimate_memory": "tests/memory/test_memory.py::test_the_table",
-    "wmtp_modules.doctor": "tests/cli/test_doctor.py::test_a_page_shows_rows_as_the_model_sees_them",
-    "wmtp_modules.reports.compare": "tests/reports/test_compare.py::test_the_command_prints_the_table_and_writes_the_page",
-    "wmtp_modules.reports.run_page": "tests/reports/test_run_page.py::test_the_command_draws_and_refuses",
-    "wmtp_modules.sync": "tests/tracking/test_deliver.py::test_sync_sends_the_rest_of_a_killed_run",
-    "wmtp_modules.registry": "tests/tracking/test_registry.py::test_from_a_run_to_a_folder_that_recipes_take",
-    "wmtp_modules.config.reference": "tests/config/test_configuration.py::test_what_is_written_is_what_the_classes_say",
+    f"{QUICKSTARTS}::test_rho1_beats_its_controls": (
+        "wmtp/quickstart_rho1",
+        "wmtp/quickstart_base",
+        "wmtp/quickstart_reference",
+    ),
+    f"{QUICKSTARTS}::test_the_critic_knows_and_its_weights_beat_the_filter": (
+        "wmtp/quickstart_critic",
+        "wmtp/quickstart_critic_base",
+    ),
+    f"{QUICKSTARTS}::test_the_evaluated_model_solves_tasks_that_it_has_not_seen": (
+        "wmtp/quickstart_eval",
+        "wmtp/quickstart_eval_base",
+    ),
+    "tests/recipes/test_eval_mtp.py::test_ready_made_samples": ("wmtp/eval_score",),
+    "tests/recipes/test_eval_mtp.py::test_heldout_counts_are_those_of_the_documents": (
+        "wmtp/eval_heldout_loss",
+    ),
+    "tests/recipes/test_eval_mtp.py::test_decoding_speed_and_its_control": (
+        "wmtp/eval_decode_speed",
+    ),
+    "tests/nightly/test_wheel.py::test_a_new_project_runs": ("project",),
+    "tests/memory/test_memory.py::test_the_table": ("wmtp_modules.estimate_memory",),
+    "tests/cli/test_doctor.py::test_a_page_shows_rows_as_the_model_sees_them": (
+        "wmtp_modules.doctor",
+    ),
+    "tests/reports/test_compare.py::test_the_command_prints_the_table_and_writes_the_page": (
+        "wmtp_modules.reports.compare",
+    ),
+    "tests/reports/test_run_page.py::test_the_command_draws_and_refuses": (
+        "wmtp_modules.reports.run_page",
+    ),
+    "tests/tracking/test_deliver.py::test_sync_sends_the_rest_of_a_killed_run": (
+        "wmtp_modules.sync",
+    ),
+    "tests/tracking/test_registry.py::test_from_a_run_to_a_folder_that_recipes_take": (
+        "wmtp_modules.registry",
+    ),
+    "tests/config/test_configuration.py::test_what_is_written_is_what_the_classes_say": (
+        "wmtp_modules.config.reference",
+    ),
 }
+RUN = {name for names in TO_THE_END.values() for name in names}
 # What stands for a user's own in a text.
 FORMS = {
-    **{"CONFIG": "wmtp/quickstart_rho1", "C": "wmtp/quickstart_rho1", "N": "2", "DIR": "my_project"},
+    **{
+        "CONFIG": "wmtp/quickstart_rho1",
+        "C": "wmtp/quickstart_rho1",
+        "N": "2",
+        "DIR": "my_project",
+    },
     **{"SRC": "runs/rho1_7b/best", "DST": "out", "RUN...": "runs/a", "RUN_DIR...": "runs/a"},
     **{"FILE": "page.html", "[key=value]...": "seed=1"},
 }
@@ -108,8 +136,10 @@ def commands_of(path: Path) -> Iterator[Shown]:
     if path.suffix == ".md":
         yield from _of_markdown(text, name)
         return
-    head = text.split('"""')[1] if path.suffix == ".py" else "".join(
-        f"{line.lstrip('# ')}\n" for line in text.splitlines() if line.startswith("#")
+    head = (
+        text.split('"""')[1]
+        if path.suffix == ".py"
+        else "".join(f"{line.lstrip('# ')}\n" for line in text.splitlines() if line.startswith("#"))
     )
     for found in re.finditer(rf"^(?:.*: |\s*)((?:{STARTS}) .*)$", head, re.M):
         if not _is_prose(found[1]):
@@ -181,13 +211,24 @@ def take(tmp_path, monkeypatch, request, tune, wmtp, launched, small, pytestconf
     for folder in ("recipes", "configs", "benchmarks", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("TRACKING_URI", "STORAGE_ENDPOINT"):  # environment=cluster
+        monkeypatch.setenv(f"WMTP_{name}", "http://server")
+    monkeypatch.setenv("WMTP_STORAGE_ROOT", "s3://bucket/wmtp")
     monkeypatch.setattr(
-        runpy, "run_path", lambda path, **_: launched.append(argparse.Namespace(
-            training_script=path, training_script_args=sys.argv[1:], module=False))
+        runpy,
+        "run_path",
+        lambda path, **_: launched.append(
+            argparse.Namespace(
+                training_script=path, training_script_args=sys.argv[1:], module=False
+            )
+        ),
     )
     monkeypatch.setattr(
-        runpy, "run_module", lambda name, **_: launched.append(argparse.Namespace(
-            training_script=name, training_script_args=sys.argv[1:], module=True))
+        runpy,
+        "run_module",
+        lambda name, **_: launched.append(
+            argparse.Namespace(training_script=name, training_script_args=sys.argv[1:], module=True)
+        ),
     )
     return Taker(tmp_path, tune, wmtp, launched, small, pytestconfig, monkeypatch)
 
@@ -286,26 +327,27 @@ class Taker:
             shutil.copy(catalog.configs()["wmtp/rho1_7b"], self._parent(config))
         if "environment=~/ours.yaml" in overrides:
             shutil.copy(file_of("cluster"), self.folder / "ours.yaml")
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("STORAGE_ROOT", "STORAGE_ENDPOINT", "TRACKING_URI"):  # of a cluster
-                patch.setenv(f"WMTP_{name}", "s3://bucket/wmtp" if "ROOT" in name else "http://x")
-            problems, missing = problems_of(config, overrides, file, files=False)
-            cfg = read_config(["--config", config, *overrides])
-            said = OmegaConf.to_container(cfg, resolve=not missing)
+        path = catalog.config_file(config)
+        same = (file.read_text(), path.read_text() if path.is_file() else config, *overrides)
+        if (known := CHECKED.get(same)) is not None:  # under another name, or in another text
+            return known
+        problems, missing = problems_of(config, overrides, file, files=False)
         if problems or missing:
             raise Refused("; ".join([*problems, *(f"{key}: needs a value" for key in missing)]))
-        needs = {"GPUs"} if said["device"] == "cuda" else set()
+        cfg = read_config(["--config", config, *overrides])
+        needs = {"GPUs"} if cfg.device == "cuda" else set()
+        said = OmegaConf.to_container(cfg, resolve=True)
         needs |= {"S3"} if re.search(r"'s3://", str(said)) else set()
         if not needs:
             self._runs_to_its_end(config)
-        return needs
+        return CHECKED.setdefault(same, needs)
 
     def _runs_to_its_end(self, config: str) -> None:
         text = catalog.config_file(config).read_text()
         same = [name for name, path in catalog.configs().items() if path.read_text() == text]
-        if not same and "wmtp_modules/cli/project.yaml" and text == PROJECT.read_text():
+        if not same and text == PROJECT.read_text():
             same = ["project"]
-        if not same or same[0] not in TO_THE_END:
+        if not same or same[0] not in RUN:
             raise Refused(f"no test runs {config} to its end: name one in TO_THE_END")
 
     def _wmtp(self, words: list[str]) -> set[str]:
@@ -315,7 +357,7 @@ class Taker:
         if not rest:
             return set()  # named, not shown
         if command == "new":
-            self.wmtp("new", *rest)
+            self._new(*rest)
         elif command == "check":
             self._check(rest)
         elif command == "estimate-memory":
@@ -323,6 +365,13 @@ class Taker:
         else:
             return self._module(PROGRAMS[command][0].removesuffix(".__main__"), rest)
         return set()
+
+    def _new(self, folder: str) -> None:
+        if MADE:
+            shutil.copytree(MADE[0], folder)
+        else:
+            self.wmtp("new", folder)
+            MADE.append(Path(folder).absolute())
 
     def _check(self, words: list[str]) -> None:
         from click.testing import CliRunner
@@ -357,9 +406,11 @@ class Taker:
         if name == "wmtp_modules.convert":
             if words:
                 self._convert(words)
-        elif name in TO_THE_END:
+        elif name in RUN:
             if words:
-                self._program(f"{name}.__main__" if spec.submodule_search_locations else name, words)
+                self._program(
+                    f"{name}.__main__" if spec.submodule_search_locations else name, words
+                )
         else:
             raise Refused(f"no test runs {name} to its end: name one in TO_THE_END")
         return set()
@@ -501,7 +552,9 @@ class Taker:
     def _pytest(self, words: list[str]) -> None:
         parser = self.pytestconfig._parser
         known, unknown = parser.parse_known_and_unknown_args(words)
-        marks = {mark.partition(":")[0] for mark in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]}
+        marks = {
+            mark.partition(":")[0] for mark in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]
+        }
         for one in unknown:
             raise Refused(f"pytest has no {one}")
         for path in known.file_or_dir:
@@ -544,6 +597,10 @@ OURS = {
 }
 
 
+MADE: list[Path] = []  # a project, to be copied
+CHECKED: dict[tuple, set[str]] = {}  # what a run of a recipe, a config and overrides needs
+
+
 def refusals(take, shown) -> list[str]:
     found = []
     for one in shown:
@@ -557,10 +614,83 @@ def refusals(take, shown) -> list[str]:
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_command_of_a_document_is_taken(take, path):
     if path.name == "project.md":  # stands in the folder of what `wmtp new` makes
-        take.wmtp("new", take.folder / "made")
-        for one in (take.folder / "made").iterdir():
-            one.rename(take.folder / one.name)
+        take(Shown("", "wmtp new made", ""))
+        for one in Path("made").iterdir():
+            shutil.copytree(one, one.name) if one.is_dir() else shutil.copy(one, one.name)
     assert not (found := refusals(take, commands_of(path))), "\n".join(found)
+
+
+def test_every_example_of_help_is_taken(take):
+    shown = [line for _, _, lines in PROGRAMS.values() for line in lines]
+    for command in (wmtp_main, *wmtp_main.commands.values()):
+        shown += re.findall(r"^  ((?:wmtp|tune) .+)$", command.epilog or "", re.M)
+    assert len(shown) > 15
+    take(Shown("", "wmtp new my_project", ""))
+    shutil.copy(catalog.configs()["wmtp/quickstart_rho1"], "my.yaml")
+    (take.folder / "recipes").unlink()
+    (take.folder / "recipes").mkdir()
+    shutil.copy(catalog.recipes()["rho1_wmtp_distributed"], "recipes/mine.py")
+    shown = [one for one in shown if one != "wmtp new my_project"]
+    told = "on 8 GPUs, S3"
+    found = refusals(take, (Shown("--help", one, told) for one in shown))
+    assert not found, "\n".join(found)
+
+
+BROKEN = {
+    "tune run eval_mtp --config wmtp/quickstart_eval stagez=[]": "did you mean 'stages'",
+    "tune run recipes/rho1_wmtp.py --config configs/quickstart/rho1.yaml": "tune ends with 2",
+    "tune run rho1_wmtp_distributed --config wmtp/quickstart_rho": "cannot be read as a config",
+    "tune run rho1_wmtp_distributed --config wmtp/quickstart_rho1 --max_steps=1": "not an option",
+    "tune run --nproc_per_rank 2 rho1_wmtp_distributed --config wmtp/quickstart_rho1": "tune ends",
+    "tune run --nproc_per_node 8 rho1_wmtp_distributed --config wmtp/rho1_7b": "needs GPUs, which",
+    "tune run eval_mtp --config wmtp/eval_score": "samples: needs a value",
+    "tune cp wmtp/rho1_8b .": "tune ends with 2",
+    "tune vallidate my.yaml": "tune ends with 2",
+    "wmtp chek my.yaml": "no command of wmtp",
+    "wmtp check wmtp/quickstart_rho1 sede=1": "did you mean 'seed'",
+    "wmtp compare runs/a --outputs x.html": "its parser ends with 2",
+    "wmtp registry promot name": "its parser ends with 2",
+    "wmtp estimate-memory wmtp/rho1_7b --rank-count 8": "not an option",
+    "python -m wmtp_modules.konvert a b": "there is no module",
+    "uv run python -m wmtp_modules.convert runs/x/best out --to hff": "2",
+    "uv run python benchmarks/none.py": "there is no benchmarks/none.py",
+    "uv run python benchmarks/ablation.py --seed-count 3": "its parser ends with 2",
+    "uv run pytest -m nightli": "no test is marked",
+    "uv run pytest tests/none.py": "there is no tests/none.py",
+    "uv sync --extra rewards": "no extra 'rewards'",
+    "uv run ruff check --fixx": "fixx",
+    "uv run hf download owner/name --includes x": "--includes",
+    "vllm serve runs/hf": "needs GPUs, which",
+    "export WMTP_ENVIRONMENTS=cluster": "nothing of ours reads",
+    "some-program --flag": "nothing here knows 'some-program'",
+    "": "begin the block with ```bash",
+}
+
+
+@pytest.mark.parametrize("command", BROKEN)
+def test_a_broken_command_is_refused(take, command):
+    with pytest.raises((Refused, ValueError, SystemExit), match=re.escape(BROKEN[command])):
+        take(Shown("here", command, "On a laptop without a GPU:"))
+
+
+def test_what_is_named_as_running_a_command_is_there():
+    for one in TO_THE_END:
+        file, _, name = one.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), one
+
+
+def test_blocks_and_inline_commands_are_found():
+    text = (
+        "Say `wmtp check\nmy.yaml`, not `x`.\n\nOn 8 GPUs:\n\n```bash\n# needs S3\ntune run a \\\n"
+        "  b=1 # why\ncd x\n```\n\n```\nuv sync\n```\n\n```console\n$ pytest -q\n"
+        "```\n| `uv build` |\n"
+    )
+    shown = [*_of_markdown(text, "x.md")]
+    assert [one.command for one in shown] == [
+        *("wmtp check my.yaml", "tune run a   b=1 # why", "cd x", "", "pytest -q", "uv build"),
+    ]
+    assert {"On 8 GPUs:", "# needs S3", "# why"} <= {*shown[1].told.splitlines()}
+    assert "GPU" not in shown[0].told + shown[4].told
 
 
 @pytest.mark.parametrize("path", HEADED, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -111,7 +111,14 @@ def test_names_are_listed_copied_and_checked(user):
         user("names", "tune", "cp", name, ".")
     copied = {path.name for path in (user.top / "names").iterdir()}
     assert copied == {"rho1_wmtp_distributed.py", "rho1_7b.yaml", "critic_7b.yaml"}
-    assert "well-formed" in user("names", "tune", "validate", "critic_7b.yaml")
+    assert "well-formed" in user("names", "tune", "validate", "rho1_7b.yaml")
+    assert "well-formed" in user("names", "tune", "validate", "wmtp/critic_7b_verified")
+    extra = "import importlib.util as u; print(u.find_spec('transformers') is not None)"
+    if "True" in user("names", "python", "-c", extra):
+        assert "well-formed" in user("names", "tune", "validate", "critic_7b.yaml")
+    else:  # its reward model takes the extra, which a plain install has not
+        told = user("names", "tune", "validate", "critic_7b.yaml", code=2)
+        assert "pip install wmtp[reward]" in told
     bad = user.top / "names" / "bad.yaml"
     bad.write_text((user.top / "names" / "rho1_7b.yaml").read_text() + "sede: 1\n")
     assert "did you mean 'seed'?" in user("names", "tune", "validate", "bad.yaml", code=2)
