@@ -21,6 +21,7 @@ import hashlib
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,8 +93,9 @@ class Config(TrainingKeys):
 
 def check(cfg: DictConfig) -> None:
     """Find everything that can be wrong with a config before a process group or a model exists."""
-    check_config(cfg, Config, (*TRAINING_RULES, *CRITIC_RULES, _stages_have_what_they_need))
-    controls.check_controls(cfg, CriticWeighting.NAMES, check)
+    rules = (*TRAINING_RULES, *CRITIC_RULES, _stages_have_what_they_need)
+    check_one = partial(check_config, keys=Config, rules=rules)
+    controls.check_all(cfg, CriticWeighting.NAMES, check_one)
 
 
 def _stages_have_what_they_need(

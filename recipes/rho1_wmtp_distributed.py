@@ -67,8 +67,9 @@ class Config(TrainingKeys):
 
 def check(cfg: DictConfig) -> None:
     """Find everything that can be wrong with a config before a process group or a model exists."""
-    check_config(cfg, Config, (*TRAINING_RULES, _weighting_has_its_scores))
-    controls.check_controls(cfg, TokenWeighting.NAMES, check)
+    rules = (*TRAINING_RULES, _weighting_has_its_scores)
+    check_one = partial(check_config, keys=Config, rules=rules)
+    controls.check_all(cfg, TokenWeighting.NAMES, check_one)
     tables = {}
     for one in controls.runs_of(cfg, TokenWeighting.NAMES)[::-1]:
         if not make_weighting(one).needs_scores or one.reference.mode == "online":

@@ -1,12 +1,14 @@
 """The command ``wmtp``."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from wmtp_modules import catalog
 from wmtp_modules.cli.main import PROGRAMS
 
 WMTP = Path(sys.executable).with_name("wmtp")
@@ -106,6 +108,37 @@ def test_check_says_all_at_once(wmtp, tmp_path):
         assert f"{key}: must be given a value" in said
     assert "clutser" in wmtp("check", "wmtp/quickstart_rho1", "environment=clutser", code=1)
     assert "controls." in wmtp("check", "wmtp/rho1_7b_topk", "controls=[unifrom]", code=1)
+
+
+FAULTS = (
+    "sede: unknown key (did you mean 'seed'?)",
+    "controls.longer.max_stepz: unknown key (did you mean 'max_steps'?)",
+    "controls.harder.weighting.ratio: ",
+    "controls.unifrom.weighting.name 'unifrom' is not one of",
+    "controls.other.seed: no control may change it",
+)
+
+
+@pytest.mark.parametrize("recipe", ["rho1", "critic"])
+def test_faults_of_a_config_and_of_its_controls_come_at_once(recipe, wmtp, tune, tmp_path, capsys):
+    """In `wmtp check`, `tune validate` and `tune run`, each once."""
+    controls = (
+        "controls:\n  longer: {max_stepz: 3}\n  harder: {weighting.ratio: text}\n  unifrom:\n"
+        "  other: {seed: 1}\n"
+    )
+    text = catalog.configs()[f"wmtp/quickstart_{recipe}"].read_text()
+    text = re.sub(r"^controls:.*(\n .*)*\n", controls, text, flags=re.M)
+    (tmp_path / "my.yaml").write_text(text + "sede: 1\n")
+    told = [wmtp("check", "my.yaml", code=1)]
+    for words in (
+        ("validate", "my.yaml"),
+        ("run", f"{recipe}_wmtp_distributed", "--config", "my.yaml"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            tune(*words)
+        told.append(capsys.readouterr().err + str(ended.value.code))
+    for said in told:
+        assert [said.count(fault) for fault in FAULTS] == [1] * len(FAULTS), said
 
 
 def test_check_needs_to_know_the_recipe(wmtp, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from wmtp_modules.config.check import ConfigError
-from wmtp_modules.run.controls import check_controls, control_runs, name_of, overrides_of, runs_of
+from wmtp_modules.run.controls import check_all, control_runs, name_of, overrides_of, runs_of
 
 WEIGHTINGS = ("rho1", "uniform", "random_topk", "dft")
 CFG = {
@@ -188,7 +188,7 @@ def test_errors_of_a_control_are_headed_by_its_name():
                 raise ValueError(*errors)
 
         with pytest.raises(ConfigError) as found:
-            check_controls(cfg, WEIGHTINGS, check)
+            check_all(cfg, WEIGHTINGS, check)
         return str(found.value)
 
     assert told("max_stps: unknown key") == "controls.a.max_stps: unknown key"
@@ -196,4 +196,45 @@ def test_errors_of_a_control_are_headed_by_its_name():
     assert told("w_min 3 and w_max 2") == "controls.a: w_min 3 and w_max 2"
     two = "2 errors\n  max_stps: unknown key\n  seed: missing"
     assert told(two) == "2 errors\n  controls.a.max_stps: unknown key\n  controls.a.seed: missing"
-    check_controls(cfg, WEIGHTINGS, lambda one: None)
+    check_all(cfg, WEIGHTINGS, lambda one: None)
+
+
+def test_faults_of_a_run_and_of_its_controls_come_at_once_and_once():
+    """A control has the run's faults as well; one that is not to be made hides no other."""
+    controls = {
+        "a": {"max_stps": 3},
+        "b": {"seed": 1},
+        "no name": None,
+        "c": {"weighting.ratio": 2},
+        "d": {"max_steps": 7},
+        "base": {"max_steps": 7},
+    }
+    cfg = OmegaConf.create(CFG | {"sede": 1, "controls": controls})
+
+    def check(one):
+        wrong = [f"{key}: unknown key" for key in one if key in ("sede", "max_stps")]
+        wrong += ["weighting.ratio: at most 1"] * (one.weighting.ratio > 1)
+        if wrong:
+            raise ValueError("\n".join(["errors", *wrong]))
+
+    with pytest.raises(ConfigError) as found:
+        check_all(cfg, WEIGHTINGS, check)
+    first, *lines = str(found.value).splitlines()
+    assert first == f"{len(lines)} errors"
+    assert [line.split(": ")[0] for line in lines] == [
+        *("  sede", "  controls.a.max_stps", "  controls.b.seed", "  controls"),
+        *("  controls.c.weighting.ratio", "  controls.base"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "more", [{"weighting": 3}, {"seed": "${none}"}, {"output_dir": 3}, {"controls": 3}]
+)
+def test_what_controls_are_made_from_may_be_wrong_itself(more):
+    cfg = OmegaConf.create(CFG | {"controls": {"a": {"max_steps": 3}}} | more)
+
+    def check(one):
+        raise ValueError("it is wrong")
+
+    with pytest.raises(ConfigError, match=r"^it is wrong$"):
+        check_all(cfg, WEIGHTINGS, check)

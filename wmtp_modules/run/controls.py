@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from wmtp_modules.config.check import COMPONENT, ConfigError, raise_errors
 from wmtp_modules.config.file import merged
@@ -76,59 +77,104 @@ def control_runs(cfg: DictConfig, weightings: Collection[str]) -> Iterator[DictC
     Raises:
         ConfigError: if a name is no name or is taken, or an override may not be one.
     """
-    own, taken = name_of(cfg), {}
-    for name, given in _named_sets(cfg.get("controls")):
-        where = f"controls.{name}"
-        if not NAME.fullmatch(name):
-            raise ConfigError(
-                f"controls: the name {name!r} cannot be a folder's: take letters, digits, '_', '-' "
-                "and '.'"
-            )
-        if not isinstance(given, dict | None):
-            raise ConfigError(
-                f"{where}: must be a block of overrides such as {{weighting.name: uniform}}, got "
-                f"{given!r}"
-            )
-        overrides = _by_dotted_key(given or {}, where)
-        if "weighting.name" not in overrides and (not overrides or name in weightings):
-            overrides = {"weighting.name": name, **overrides}
-        weighting = overrides.get("weighting.name", name)
-        is_plain = overrides == {"weighting.name": name}
-        if is_plain and (name == own or taken.get(name) == overrides):
-            continue  # the run itself, or named twice
-        if name in (own, "base", *taken):
-            whose = {own: "the run itself", "base": "the model before training"}
-            raise ConfigError(
-                f"{where}: {name!r} is already {whose.get(name, 'another control')}: give this "
-                "control another name"
-            )
-        if name in weightings and weighting != name:
-            raise ConfigError(
-                f"{where}.weighting.name: {weighting!r} under the name of another weighting: give "
-                "this control another name"
-            )
-        taken[name] = overrides
-        yield _control(cfg, name, overrides, is_plain)
+    for name, overrides in _override_sets(cfg, weightings):
+        if isinstance(overrides, ConfigError):
+            raise overrides
+        yield _control(cfg, name, overrides)
 
 
-def check_controls(
+def check_all(
     cfg: DictConfig, weightings: Collection[str], check: Callable[[DictConfig], None]
 ) -> None:
-    """Check the whole config of each control as a recipe checks that of the run.
+    """Check the config of a run and, as if each were one by itself, those of its controls.
+
+    ``check`` raises what is wrong with one of them. What a control has from the run is told once.
 
     Raises:
-        ConfigError: with all that is wrong, each headed by ``controls.NAME``.
+        ConfigError: with all that is wrong, that of a control headed by ``controls.NAME``.
     """
-    errors = []
-    for one in control_runs(cfg, weightings):
-        try:
-            check(one)
-        except ValueError as error:
-            first, *others = str(error).splitlines()
-            for line in map(str.strip, others or [first]):
+    own = _errors_of(check, cfg)
+    errors = [*own]
+    try:
+        for name, overrides in _override_sets(cfg, weightings):
+            try:
+                if isinstance(overrides, ConfigError):
+                    raise overrides
+                one = _control(cfg, name, overrides)
+            except ConfigError as error:
+                errors.append(str(error))
+                continue
+            for line in _errors_of(check, one):
                 is_key = re.split(r"\W", line, maxsplit=1)[0] in one
-                errors.append(f"controls.{name_of(one)}{'.' if is_key else ': '}{line}")
+                errors += [] if line in own else [f"controls.{name}{'.' if is_key else ': '}{line}"]
+    except ConfigError as error:
+        errors.append(str(error))
+    except (AttributeError, TypeError, ValueError, OmegaConfBaseException):
+        if not own:
+            raise
+        # What controls are made from is wrong itself, which is among the errors.
     raise_errors(errors)
+
+
+def _errors_of(check: Callable[[DictConfig], None], cfg: DictConfig) -> list[str]:
+    try:
+        check(cfg)
+    except ValueError as error:
+        first, *others = str(error).splitlines()
+        return [line.strip() for line in others or [first]]
+    return []
+
+
+def _override_sets(
+    cfg: DictConfig, weightings: Collection[str]
+) -> Iterator[tuple[str, dict[str, Any] | ConfigError]]:
+    """Of each control its name and its overrides by dotted key, or why it is none."""
+    own, taken = name_of(cfg), {}
+    for name, given in _named_sets(cfg.get("controls")):
+        try:
+            overrides = _overrides(name, given, own, taken, weightings)
+        except ConfigError as error:
+            yield name, error
+        else:
+            if overrides is not None:
+                taken[name] = overrides
+                yield name, overrides
+
+
+def _overrides(
+    name: str, given: Any, own: str, taken: dict[str, dict], weightings: Collection[str]
+) -> dict[str, Any] | None:
+    """By dotted key; None for the run itself, or a control that is named twice."""
+    where = f"controls.{name}"
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"controls: the name {name!r} cannot be a folder's: take letters, digits, '_', '-' "
+            "and '.'"
+        )
+    if not isinstance(given, dict | None):
+        raise ConfigError(
+            f"{where}: must be a block of overrides such as {{weighting.name: uniform}}, got "
+            f"{given!r}"
+        )
+    overrides = _by_dotted_key(given or {}, where)
+    if "weighting.name" not in overrides and (not overrides or name in weightings):
+        overrides = {"weighting.name": name, **overrides}
+    weighting = overrides.get("weighting.name", name)
+    is_plain = overrides == {"weighting.name": name}
+    if is_plain and (name == own or taken.get(name) == overrides):
+        return None
+    if name in (own, "base", *taken):
+        whose = {own: "the run itself", "base": "the model before training"}
+        raise ConfigError(
+            f"{where}: {name!r} is already {whose.get(name, 'another control')}: give this "
+            "control another name"
+        )
+    if name in weightings and weighting != name:
+        raise ConfigError(
+            f"{where}.weighting.name: {weighting!r} under the name of another weighting: give "
+            "this control another name"
+        )
+    return overrides
 
 
 def _named_sets(controls: Any) -> Iterator[tuple[str, Any]]:
@@ -164,7 +210,8 @@ def _by_dotted_key(block: dict, where: str, above: str = "") -> dict[str, Any]:
     return flat
 
 
-def _control(cfg: DictConfig, name: str, overrides: dict[str, Any], is_plain: bool) -> DictConfig:
+def _control(cfg: DictConfig, name: str, overrides: dict[str, Any]) -> DictConfig:
+    is_plain = overrides == {"weighting.name": name}
     fixed = FIXED | (FIXED_OF_CRITIC if "stages" in cfg else {})
     for key in overrides:
         if reason := fixed.get(key.split(".")[0]):
@@ -172,7 +219,8 @@ def _control(cfg: DictConfig, name: str, overrides: dict[str, Any], is_plain: bo
     changes = OmegaConf.create({})
     for key, value in overrides.items():
         OmegaConf.update(changes, key, value, force_add=True)
-    place = {"output_dir": str(Path(cfg.output_dir) / "controls" / name), "controls": None}
+    folder = Path(str(cfg.get("output_dir"))) / "controls" / name
+    place = {"output_dir": str(folder), "controls": None}
     without_overrides = merged(cfg, place)
     # A block that builds something else takes over nothing of the one before.
     others = [
