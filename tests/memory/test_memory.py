@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torchtune import config
 
 from wmtp_modules import estimate_memory
+from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.estimate_memory import main
 from wmtp_modules.memory import step as step_memory
 from wmtp_modules.memory.step import Estimate, estimate_trunk, load_recipe, recipe_of
@@ -284,6 +285,33 @@ def test_the_table(config_file, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     helps = {"tokenizer.max_seq_len=64": 0.375}  # 4 ranks do not, here
     assert found == {"peak_gib": 0.75, "where": "backward", "helps": helps}
+
+
+def test_a_model_that_is_read_from_its_folder(
+    cfg, tiny_tokenizer_path, tmp_path, capsys, monkeypatch
+):
+    """It takes what the same model takes whose sizes are typed; without the folder, a sentence."""
+    monkeypatch.setattr(estimate_memory, "best_settings", lambda *_: {})
+    cfg.model.vocab_size = 512  # the tokenizer's
+    model = config.instantiate(cfg.model)
+    save_meta(model, tmp_path / "m", tokenizer_path=tiny_tokenizer_path, dtype=torch.float32)
+    read = OmegaConf.to_container(cfg) | {
+        "model": {"_component_": "wmtp_modules.models.mtp_from_checkpoint"},
+        "checkpointer": {"checkpoint_dir": str(tmp_path / "m")},
+    }
+    OmegaConf.save(cfg, tmp_path / "typed.yaml")
+    OmegaConf.save(OmegaConf.create(read), tmp_path / "read.yaml")
+    peaks = []
+    for name in ("typed", "read"):
+        file = str(tmp_path / f"{name}.yaml")
+        assert main(["--config", file, "--ranks", "2", "--json"]) == 0, capsys.readouterr().err
+        peaks.append(json.loads(capsys.readouterr().out)["peak_gib"])
+    assert peaks[0] == peaks[1] > parameter_bytes(cfg) / 2**30
+    none = str(tmp_path / "none")
+    assert main(["--config", str(tmp_path / "read.yaml"), f"checkpointer.checkpoint_dir={none}"])
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert none in printed.err
 
 
 @pytest.mark.parametrize(

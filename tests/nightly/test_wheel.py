@@ -37,7 +37,7 @@ def top():
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """This interpreter; the system's of this version where an ordinary user may not run this one."""
+    """This interpreter, or the system's of its version where the user may not run it."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for one in (Path(sys.base_prefix, "bin", name), shutil.which(name, path=os.defpath)):
         if one and subprocess.run(["test", "-x", one], **ORDINARY).returncode == 0:

@@ -113,3 +113,24 @@ def test_a_typo_is_one_sentence(forks, tmp_path):
     assert done.returncode == 1
     assert "critic.objektive: unknown key (did you mean 'objective'?)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_rows_of_several_answers_are_refused_before_anything_is_made(
+    quickstart, forks, tiny_quickstarts, tmp_path
+):
+    """A reward belongs to one answer: which one of a conversation's, nobody can say."""
+    said = [
+        {"role": role, "content": f"{role} {n}"} for n in "12" for role in ("user", "assistant")
+    ]
+    rows = [{"messages": said[:2], "reward": 1.0}, {"messages": said, "reward": 0.0}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny_quickstarts.config("critic")
+    places = [f"output_dir={tmp_path}/out", f"rewards.table_dir={tmp_path}/rewards"]
+    done = forks.run([RECIPE, "--config", config, f"dataset.source={tmp_path}/rows.jsonl", *places])
+    assert done.returncode == 1
+    assert (
+        "row 1 of the data set has 2 turns of the assistant, and a reward belongs to one response: "
+        "give one row for each, or train with the Rho-1 recipe" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("rewards/*/*")) + list(tmp_path.glob("out/*/*"))
