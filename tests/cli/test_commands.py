@@ -206,7 +206,7 @@ class Taken(Exception):
 
 
 @pytest.fixture
-def take(tmp_path, monkeypatch, request, tune, wmtp, launched, small, pytestconfig):
+def take(tmp_path, monkeypatch, capsys, tune, wmtp, launched, small, pytestconfig):
     """take(shown): gives a command to its program; Refused with what is wrong with it."""
     for folder in ("recipes", "configs", "benchmarks", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -230,7 +230,7 @@ def take(tmp_path, monkeypatch, request, tune, wmtp, launched, small, pytestconf
             argparse.Namespace(training_script=name, training_script_args=sys.argv[1:], module=True)
         ),
     )
-    return Taker(tmp_path, tune, wmtp, launched, small, pytestconfig, monkeypatch)
+    return Taker(tmp_path, tune, wmtp, launched, small, pytestconfig, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -253,9 +253,10 @@ def small(tiny_model_args, tiny_tokenizer_path):
 class Taker:
     """Takes the commands of one document, in one folder."""
 
-    def __init__(self, folder, tune, wmtp, launched, small, pytestconfig, monkeypatch):
+    def __init__(self, folder, tune, wmtp, launched, small, pytestconfig, monkeypatch, capsys):
         self.folder, self.tune, self.wmtp, self.launched = folder, tune, wmtp, launched
         self.small, self.pytestconfig, self.monkeypatch = small, pytestconfig, monkeypatch
+        self.capsys = capsys
 
     def __call__(self, shown: Shown) -> None:
         if not shown.command:
@@ -315,7 +316,8 @@ class Taker:
         try:
             self.tune(command, *rest)
         except SystemExit as ended:
-            raise Refused(f"tune ends with {ended.code}") from None
+            told = self.capsys.readouterr().err.rstrip().splitlines()[-1:]
+            raise Refused(f"tune ends with {ended.code}: {''.join(told)}") from None
         return self._checked(self.launched[0]) if command == "run" else set()
 
     def _checked(self, started: argparse.Namespace) -> set[str]:

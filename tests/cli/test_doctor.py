@@ -53,12 +53,14 @@ PAIRS = [{"prompt": "Add them.\n", "response": "a + b"}, {"prompt": "Say it.\n",
 
 
 def test_a_page_shows_rows_as_the_model_sees_them(page):
-    code, text = page([*PAIRS, PAIRS[0]], "--ranks", "2", "--tokens-per-s", "10")
+    code, text = page([*PAIRS, PAIRS[0]], "--ranks", "2", "--tokens-per-s", "0.001")
     assert code == 0, text
     assert re.search(r"row 0, supervised tokens in «»:\n +\S*\s*Add them\.\n +«\s?a \+ b.*»", text)
     assert "1 rows are there twice" in text
     assert "1 run: uniform; 7 steps" in text
-    assert "hours at 10 tokens/s" in text
+    tokens = float(re.search(r"([\d,]+) tokens a step", text)[1].replace(",", ""))
+    hours = float(re.search(r"([\d,.]+) hours at", text)[1].replace(",", ""))
+    assert hours == pytest.approx(7 * tokens / 0.001 / 3600, abs=7 / 0.001 / 3600)
     assert re.search(r"Memory +\d+\.\d\d GiB at the peak of each of 2 ranks", text)
     assert "no MLflow store" in text
     assert text.rstrip().splitlines()[-1].startswith("0 problems")
@@ -82,11 +84,14 @@ def test_large_data_is_sampled_and_no_run_ever_sees_the_sample(
 def test_what_would_stop_the_run_stands_at_the_end(page, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     needs = {"uri": "http://me:hunter2@127.0.0.1:9", "required": True}
-    changes = {"checkpointer": {"checkpoint_dir": "nowhere"}, "tracking": needs}
+    changes = {
+        "checkpointer": {"checkpoint_dir": "nowhere?token=hunter2hunter2"},
+        "tracking": needs,
+    }
     code, text = page(PAIRS, **changes)
     assert code == 1
     *_, first, second = text.rstrip().splitlines()
-    assert first.startswith("- Model: nowhere is not a checkpoint")
+    assert first.startswith("- Model: nowhere?token=*** is not a checkpoint")
     assert second.startswith("- Tracking: the MLflow store http://***@127.0.0.1:9 cannot be used")
     assert "hunter2" not in text
 

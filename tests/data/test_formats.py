@@ -198,11 +198,18 @@ def test_any_number_of_processes_makes_the_same(tokenizer, make_jsonl, monkeypat
     records = [{"text": f"row {i}"} for i in range(500)]
     records[300:302] = [{"text": 3}, {"text": "row 7"}]
     source = make_jsonl(*records)
+    map_rows, taken = datasets.Dataset.map, []
+    monkeypatch.setattr(
+        datasets.Dataset,
+        "map",
+        lambda *args, **more: taken.append(more["num_proc"]) or map_rows(*args, **more),
+    )
     one, told = rows_dataset(tokenizer, source=source)[:], caplog.messages[-1]
     monkeypatch.setattr(rows_module, "n_processes", lambda n_bytes: 3)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(source).parent / "other")
     rows = rows_dataset(tokenizer, source=source)
     assert rows[:] == one
+    assert taken == [None, 3]
     assert caplog.messages[-1] == told
     assert "1 exact duplicates" in told
     assert "rows.jsonl:301: text is int" in told

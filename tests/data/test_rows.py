@@ -97,6 +97,7 @@ BAD = [
     (b'{"text": "a\\ud800b"}', "surrogate"),
     (b'{"prompt": "a", "response": "b", "reward": 1%s}' % (b"0" * 400), "reward is 1000"),
     (b'{"prompt": "a", "response": "b", "reward": "1"}', "reward is '1', not a number"),
+    (b'{"prompt": "a", "response": "b", "reward": true}', "reward is True, not a number"),
     (b'{"prompt": "a", "response": "b", "problem_id": []}', "problem_id is"),
     (b'{"prompt": "ab", "response": "c", "noise": [[1, 2]]}', "within 1 characters"),
     (b'{"text": "abc", "noise": [[0, 4]]}', "noise span"),
