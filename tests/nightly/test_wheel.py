@@ -77,7 +77,7 @@ def user(top, python):
         env["OMP_NUM_THREADS"] = "1"
         command = [str(bin_folder / command[0]), *map(str, command[1:])]
         done = subprocess.run(
-            command, cwd=folder, env=env, capture_output=True, text=True, timeout=1500, **ORDINARY
+            command, cwd=folder, env=env, capture_output=True, text=True, timeout=3000, **ORDINARY
         )
         assert done.returncode == code, done.stderr[-4000:]
         assert "Traceback" not in done.stderr
