@@ -45,7 +45,7 @@ def test_a_run_can_be_read_back(store, tmp_path):
     (tmp_path / "curves.png").write_bytes(b"picture")
     logger.log_artifact(tmp_path / "curves.png")
     assert logger.location == (
-        f"run {logger.run_id} in {uri} (mlflow ui --backend-store-uri {uri})"
+        f"run {logger.run_id} in {uri} (mlflow ui --backend-store-uri '{uri}')"  # to be copied
     )
     logger.close()
 

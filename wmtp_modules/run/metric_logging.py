@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -253,7 +254,8 @@ class MLflowLogger(MetricLoggerInterface):
         """Where the run is and the command that shows it."""
         self._wait(lambda: self.run_id or self._position().problem)
         uri = self.tracking_uri  # it is printed, and written to summary.json
-        show = "" if uri.startswith("http") else f" (mlflow ui --backend-store-uri {uri})"
+        command = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        show = "" if uri.startswith("http") else f" ({command})"
         if self.run_id is None:
             return f"not yet in {uri}{show}: `{sync_command(self._outbox.run_dir)}` sends it"
         return f"run {self.run_id} in {uri}{show}"
