@@ -129,10 +129,9 @@ def find_slowly(hashes, text):
     """What ``find`` must say: every task looked for at every word."""
     words = re.findall("[a-z0-9]+", re.sub(r'\\[nrt"]', " ", text).lower())
     for i in range(len(words)):
-        for task, n_words, anchor, full in hashes["items"]:
-            if contamination.hash_words(words[i : i + contamination.ANCHOR]) == anchor:
-                if contamination.hash_words(words[i : i + n_words]) == full:
-                    return task
+        for task, n_words, _, full in hashes["items"]:
+            if contamination.hash_words(words[i : i + n_words]) == full:
+                return task
     return None
 
 

@@ -60,16 +60,14 @@ def _encode(tokenizer: Llama2Tokenizer, text: str) -> tuple[np.ndarray, np.ndarr
     return ids, begins, ends
 
 
-def _encode_to_bytes(
-    tokenizer: Llama2Tokenizer, text: str
-) -> tuple[np.ndarray, np.ndarray | None]:
+def _encode_to_bytes(tokenizer: Llama2Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Int32 ids, and where each ends in bytes of ``text``; None if the pieces do not tell."""
     processor = tokenizer._spm_model.spm_model
     ids = processor.encode(text, return_type="numpy")
     sizes, n_dummy = _piece_sizes(processor)
     if sizes is None or not len(ids):
         return ids, None
-    ends = np.cumsum(sizes[ids]) - n_dummy
+    ends = np.cumsum(sizes.take(ids)) - n_dummy
     return ids, ends if ends[-1] == len(text.encode()) else None
 
 
