@@ -4,8 +4,8 @@
 
 Processor seconds, user and system, of one process each, nearly all of them torchtune's and torch's.
 Pairs alternate, and the median of their ratios has to be at most 1.05. Beside other work single
-pairs differ by a fifth either way: run it on an idle machine. The clock's seconds stand beside. Then
-what the second imports beyond the first, by package.
+pairs differ by a fifth either way: run it on an idle machine. The clock's seconds stand beside.
+Then what the second imports beyond the first, by package.
 """
 
 import argparse
