@@ -137,7 +137,8 @@ def find_slowly(hashes, text):
 
 def disguised(rng, words):
     """The words in some layout and case, as a template, a file or a string in JSON has them."""
-    between = [" ", "\n", "\t# ", "-", "_", ": ", "\\n", '\\"', "é", "\u2003", "..\r\n"]
+    ascii_only = [" ", "\n", "\t# ", "-", "_", ": ", "\\n", '\\"', "..\r\n"]
+    between = rng.choice([ascii_only, [*ascii_only, "é", "\u2003"]])
     cases = [str.lower, str.upper, str.title, lambda word: word.lower().replace("k", "\u212a")]
     case, texts = rng.choice(cases), []
     for word in words:
