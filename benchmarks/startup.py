@@ -4,8 +4,8 @@
 
 Processor seconds, user and system, of one process each, nearly all of them torchtune's and torch's.
 Pairs alternate, and the median of their ratios has to be at most 1.05. Beside other work single
-pairs differ by a fifth either way: run it on an idle machine. Then what the second imports beyond
-the first, by package.
+pairs differ by a fifth either way: run it on an idle machine. The clock's seconds stand beside.
+Then what the second imports beyond the first, by package.
 """
 
 import argparse
@@ -28,16 +28,16 @@ RECIPES = {
 }
 
 
-def processor_seconds(command: list) -> float:
+def seconds_of(command: list) -> tuple[float, float]:
+    """Processor seconds of a process and its children, and those of the clock."""
     before = os.times()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     after = os.times()
     is_help = command == HELP
     assert is_help or "ConfigError: learning_rte: unknown key" in done.stderr, done.stderr
     assert done.returncode == (0 if is_help else 1), done.stderr
-    return (
-        after.children_user + after.children_system - before.children_user - before.children_system
-    )
+    used = [t.children_user + t.children_system for t in (before, after)]
+    return used[1] - used[0], after.elapsed - before.elapsed
 
 
 def imported(command: list) -> dict[str, float]:
@@ -58,16 +58,21 @@ def main() -> None:
     typo = [TUNE, "run", recipe, "--config", config, "learning_rte=3"]
     print(hardware(), flush=True)
     for command in (HELP, typo):
-        processor_seconds(command)  # compiles, and fills the disk's cache
+        seconds_of(command)  # compiles, and fills the disk's cache
     helps, typos, ratios = [], [], []
     for number in range(args.pairs):
         pair = [("help", HELP), ("typo", typo)]
         order = pair[::-1] if number % 2 else pair
-        taken = {name: processor_seconds(command) for name, command in order}
-        helps.append(taken["help"])
-        typos.append(taken["typo"])
-        ratios.append(taken["typo"] / taken["help"])
-        print(f"pair {number}: {helps[-1]:.2f} s, {typos[-1]:.2f} s, {ratios[-1]:.3f}", flush=True)
+        taken = {name: seconds_of(command) for name, command in order}
+        (help_s, help_clock), (typo_s, typo_clock) = taken["help"], taken["typo"]
+        helps.append(help_s)
+        typos.append(typo_s)
+        ratios.append(typo_s / help_s)
+        print(
+            f"pair {number}: {help_s:.2f} s, {typo_s:.2f} s, {ratios[-1]:.3f} "
+            f"(by the clock {help_clock:.2f} s, {typo_clock:.2f} s)",
+            flush=True,
+        )
     for name, values in (("tune --help", helps), (f"{args.recipe}, typo", typos)):
         print(
             f"{name:14} min {min(values):6.2f} s  median {median(values):6.2f} s  "

@@ -1,4 +1,5 @@
 import json
+import random
 import re
 import runpy
 import sysconfig
@@ -24,7 +25,8 @@ def read(path):
 
 def test_hashes_cover_both_benchmarks_without_text():
     content = json.loads(HASHES.read_text())
-    assert len(content["columns"]) == 5
+    assert len(content["columns"]) == 4
+    assert len(content["first words"].split()) == 40
     ids = [item[0] for item in content["items"]]
     assert set(ids) == {f"HumanEval/{i}" for i in range(164)} | {
         f"MBPP/{i}" for i in range(11, 511)
@@ -121,6 +123,51 @@ def make_guard(tmp_path):
     arguments = ["--mbpp", f"{tmp_path}/mbpp.jsonl", "--humaneval", f"{tmp_path}/humaneval.jsonl"]
     (tmp_path / "hashes.json").write_text(make_eval_prompts(arguments))
     return EvaluationGuard(tmp_path / "hashes.json")
+
+
+def find_slowly(hashes, text):
+    """What ``find`` must say: every task looked for at every word."""
+    words = re.findall("[a-z0-9]+", re.sub(r'\\[nrt"]', " ", text).lower())
+    for i in range(len(words)):
+        for task, n_words, _, full in hashes["items"]:
+            if contamination.hash_words(words[i : i + n_words]) == full:
+                return task
+    return None
+
+
+def disguised(rng, words):
+    """The words in some layout and case, as a template, a file or a string in JSON has them."""
+    ascii_only = [" ", "\n", "\t# ", "-", "_", ": ", "\\n", '\\"', "..\r\n"]
+    between = rng.choice([ascii_only, [*ascii_only, "é", "\u2003"]])
+    cases = [str.lower, str.upper, str.title, lambda word: word.lower().replace("k", "\u212a")]
+    case, texts = rng.choice(cases), []
+    for word in words:
+        texts += [case(word), rng.choice(between)]
+    return "".join(texts)
+
+
+def test_the_same_is_found_as_by_looking_everywhere(tmp_path):
+    guard = make_guard(tmp_path)
+    hashes = json.loads((tmp_path / "hashes.json").read_text())
+    tasks = [
+        "write a function to count the green apples of a basket",
+        "def add x int y int add x and y",
+        "def add x y add x and y",
+        "return how often the letter z stands in the string s and in its reverse",
+    ]
+    rng, found = random.Random(0), []
+    for _ in range(600):
+        words = [word for _ in range(rng.randrange(4)) for word in rng.choice(tasks).split()]
+        for _ in range(rng.choice([0, 0, 0, 1, 2])):  # some no longer whole, or not in sequence
+            if words:
+                del words[rng.randrange(len(words))]
+        around = [rng.choice(["write", "def", "return", "a", "x1", "9"]) for _ in range(4)]
+        at = rng.randrange(4)
+        text = disguised(rng, [*around[:at], *words, *around[at:]])
+        assert guard.find(text) == find_slowly(hashes, text), text
+        found.append(guard.find(text))
+    assert {*found} == {None, "MBPP/11", "HumanEval/0", "HumanEval/1"}
+    assert 100 < found.count(None) < 500
 
 
 def test_generator_takes_descriptions_up_to_the_examples(tmp_path):

@@ -162,7 +162,7 @@ BAD = [
     ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz is truncated or damaged"),
     ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst is truncated or damaged"),
     ("a.json", b"[{}", r"a\.json is not JSON, or is truncated"),
-    ("a.json", b'{\n"data": []}', r"a\.json is one JSON object: give a list of rows"),
+    ("a.json", b'{\n"data": []}', r"a\.json is not a JSON list of rows: give one"),
     ("a.json", b"[3]", r"a\.json has no valid row: a\.json, row 1: not a JSON object"),
     ("a.json", b"", "has no valid row: it is empty"),
     ("a.csv", b"", "has no valid row: it is empty"),

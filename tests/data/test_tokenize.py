@@ -73,6 +73,20 @@ def test_pair_supervises_tokens_that_touch_the_response(
         assert not row.noise.any()
 
 
+@settings(max_examples=60, deadline=None)
+@given(prompt=texts | code, response=texts | code)
+def test_what_needs_no_characters_equals_what_asks_for_them(
+    tokenizer, llama_tokenizer, prompt, response
+):
+    """One weight for all is counted in bytes, spans that say the same in characters."""
+    for tok in (tokenizer, llama_tokenizer):
+        spans = ((0, len(response), 0.3),)
+        fast, slow = (encode_pair(tok, prompt, response, weight=w) for w in (0.3, spans))
+        for name, ours, theirs in zip(fast._fields, fast, slow, strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
 def test_straddling_token_belongs_to_the_response(tokenizer):
     ids, spans = encode_with_offsets(tokenizer, "def f")
     assert spans == [(0, 3), (3, 5)]

@@ -132,7 +132,10 @@ class Assets:
         self.rows = make_rows(replay, seed=1, n=32)
         self.rows_val = make_rows(replay, seed=2, n=16)
         for name, rows in {"train": self.rows, "heldout": self.rows_val}.items():
-            (folder / f"{name}.json").write_text(json.dumps([asdict(row) for row in rows]))
+            records = [asdict(row) for row in rows]
+            for record in records:
+                del record["weight"]  # of text only
+            (folder / f"{name}.json").write_text(json.dumps(records))
         shape = {"dim": 32, "n_heads": 4, "n_kv_heads": 2}  # grouped queries
         self.model = write_checkpoint(
             folder / "model", tokenizer, 1, n_layers=5, n_future_tokens=3, **shape

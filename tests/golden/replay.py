@@ -27,8 +27,9 @@ class Row:
     tokens: list[int]
     keep: list[bool]
     noise: list[bool]
-    reward: float
-    problem_id: str | None
+    reward: float = 0.0
+    problem_id: str | None = None
+    weight: list[float] | None = None  # what the data say of each token, for ``column``
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,17 @@ class Document:
 
 
 def documents_of(packs: Sequence[Sequence[int]], rows: Sequence[Row]) -> list[Document]:
-    """The documents of a joint micro-batch, told apart by their first tokens."""
+    """The documents of a joint micro-batch, told apart by their tokens."""
     found = []
     for pack, tokens in enumerate(packs):
         place = 0
-        while place < len(tokens) and tokens[place] >= FIRST_TOKEN:
-            row = tokens[place] - FIRST_TOKEN
-            length = len(rows[row].tokens)
-            assert list(tokens[place : place + length]) == rows[row].tokens, f"row {row} is cut"
+        while own := [
+            i for i, r in enumerate(rows) if [*tokens[place : place + len(r.tokens)]] == r.tokens
+        ]:
+            (row,) = own
             found.append(Document(row, pack, place))
-            place += length
-        assert all(token < FIRST_TOKEN for token in tokens[place:]), "a row begins behind padding"
+            place += len(rows[row].tokens)
+        assert len({*tokens[place:]}) <= 1, "what follows is no padding: a row is cut, or unknown"
     return found
 
 
@@ -640,6 +641,10 @@ class Run:
                 clean = torch.cat(of_targets)[places] == 0
                 clean = clean if clean.any() else ~clean  # uniform
                 weights = clean.double() * len(places) / clean.sum()
+            elif name == "column":
+                raw = [self._of_targets(row, row.weight, math.nan)[:, k] for row in chosen]
+                bounds = self.weighting["w_min"], self.weighting["w_max"]
+                weights = calibrate(torch.cat(raw)[places], *bounds)
             elif name == "dft":
                 raw = (-losses_NK[places, k]).exp()
                 weights = calibrate(raw, self.weighting["w_min"], self.weighting["w_max"])

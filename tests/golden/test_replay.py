@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
 
 from wmtp_modules.critic.pairs import joint_batch, make_pairs
 from wmtp_modules.weighting.controls import random_keys
@@ -79,12 +80,12 @@ def compare(ranks, assets, replay, tmp_path):
         The replayed runs by the name of their weighting.
     """
 
-    def one(recipe, world, cfg, output, batches, reference, critic):
+    def one(recipe, world, cfg, output, batches, reference, critic, rows):
         run = replay.Run(
             cfg,
             world,
             assets.model,
-            assets.rows,
+            rows or assets.rows,
             critic.held_out if critic else assets.rows_val,
             draw=draw,
             reference=replay.Llama(reference) if reference else None,
@@ -102,7 +103,7 @@ def compare(ranks, assets, replay, tmp_path):
         check_summary(json.loads((output / "summary.json").read_text()), run, lines)
         return run
 
-    def go(recipe, world, overrides, reference=None, critic=None):
+    def go(recipe, world, overrides, reference=None, critic=None, rows=None):
         cfg = assets.cfg | {"output_dir": str(tmp_path / "out")} | overrides
         batches = ranks.run(recipe, cfg, world, tmp_path)
         controls = cfg.get("controls", [])
@@ -114,7 +115,7 @@ def compare(ranks, assets, replay, tmp_path):
         for i, (name, output) in enumerate(outputs.items()):
             own = cfg | {"weighting": cfg["weighting"] | {"name": name}}
             part = batches[i * each : (i + 1) * each]
-            runs[name] = one(recipe, world, own, output, part, reference, critic)
+            runs[name] = one(recipe, world, own, output, part, reference, critic, rows)
         return runs
 
     return go
@@ -258,6 +259,76 @@ def test_rho1_adamw_with_warmup_clip_and_epochs(compare, assets, reference):
     )
     assert runs["rho1"].clipped == [True] * 9
     assert runs["rho1"].times_seen.max() >= 3
+
+
+# Responses whose tokens hold several characters, or a part of one, with what their data say: spans
+# [start, end, weight] in characters, one number for the row, or nothing, which is 1.
+WEIGHTED = [
+    ("def add(self, name):\n", "    return self", [[0, 6, 0.25], [7, 12, 3.0]]),
+    ("def f", "or x in self:", [[1, 4, 2.0]]),  # of a token over the boundary only "or" counts
+    ("# é", "漢 is 漢", [[0, 1, 4.0], [5, 6, 0.5]]),  # the last character is EOS's as well
+    ("if name:\n", "    pass\n", 0.5),
+    ("import ", "queue", 2.5),
+    ("while 1", ": break", None),
+    ("x = ", "(1, 2, 3)", [[0, 9, 0.0]]),
+    ("return ", "None\n", [[0, 2, 1.5]]),
+]
+
+
+def weighted_row(replay, processor, prompt: str, response: str, said):
+    """A row with the weight of each token: the mean over its characters of the response."""
+    text, n = prompt + response, len(prompt)
+    if not isinstance(said, list):
+        said = [[0, len(response), 1.0 if said is None else said]]
+    of_character = [1.0] * len(response)
+    for start, end, weight in said:
+        of_character[start:end] = [weight] * (end - start)
+    of_byte = [i for i, character in enumerate(text) for _ in character.encode()]
+    tokens, keep, weights, at = [processor.bos_id()], [False], [1.0], 0
+    for token in processor.encode(text):
+        piece = processor.id_to_piece(token).replace("\u2581", " ")
+        size = 1 if processor.is_byte(token) else len(piece.encode())
+        own = {i - n for i in of_byte[at : at + size] if i >= n}
+        tokens.append(token)
+        keep.append(bool(own))
+        weights.append(sum(of_character[i] for i in own) / len(own) if own else 1.0)
+        at += size
+    assert at == len(of_byte)
+    tokens.append(processor.eos_id())
+    return replay.Row(
+        tokens, [*keep, True], [False] * len(tokens), weight=[*weights, of_character[-1]]
+    )
+
+
+def test_weights_of_the_data(compare, assets, replay, tmp_path):
+    """From text with spans on: the tokens that they fall on, heads, and mean 1 over all ranks."""
+    processor = SentencePieceProcessor(model_file=assets.cfg["tokenizer"]["path"])
+    rows = [weighted_row(replay, processor, *one) for one in WEIGHTED]
+    assert len({tuple(row.tokens) for row in rows}) == len(rows)
+    assert any(w not in (0.0, 0.5, 1.0, 2.5) and w % 0.25 for row in rows for w in row.weight)
+    records = [{"prompt": p, "response": r, "weight": w} for p, r, w in WEIGHTED]
+    source = tmp_path / "weighted.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    compare(
+        "rho1",
+        2,
+        {
+            "dataset": {"_component_": "wmtp_modules.data.rows_dataset", "source": str(source)},
+            "batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "weighting": {
+                "name": "column",
+                "w_min": 0.1,
+                "w_max": 2.0,
+                "strength": 0.8,
+                "decay": 0.7,
+            },
+            "optimizer": SGD,
+            "clip_grad_norm": 1000.0,
+            "max_steps": 2,
+        },
+        rows=rows,
+    )
 
 
 # ------------------------------------------------------------------------------ critic

@@ -2,8 +2,8 @@
 
 A task is its description as a list of lower-case alphanumeric words. A text contains the task if it
 has these words in sequence, whatever the template, layout or file around them, even in a string
-inside JSON. Code alone, without the description, is not found. ``eval_prompts.json`` holds hashes
-only; ``benchmarks/make_eval_prompts.py`` makes it.
+inside JSON. Code alone, without the description, is not found. ``eval_prompts.json`` holds hashes,
+and first words; ``benchmarks/make_eval_prompts.py`` makes it.
 """
 
 import hashlib
@@ -15,10 +15,8 @@ from pathlib import Path
 HASHES = Path(__file__).with_name("eval_prompts.json")
 ANCHOR = 4  # words: enough to be rare, fewer than the shortest description
 
-MOST_KNOWN = 1 << 20  # distinct words that are remembered
-
-_ALNUM = b"abcdefghijklmnopqrstuvwxyz0123456789"
-_TO_SPACE = bytes(byte if byte in _ALNUM else 32 for byte in range(256))
+# Of each byte what it is in a word, in lower case, or a space.
+_FOLDED = bytes(ord(chr(b).lower()) if b < 128 and chr(b).isalnum() else 32 for b in range(256))
 _JSON_ESCAPE = re.compile(r'\\[nrt"]')
 
 
@@ -30,8 +28,10 @@ def words_of(text: str) -> list[str]:
 def _words(text: str) -> list[bytes]:
     if "\\" in text:
         text = _JSON_ESCAPE.sub(" ", text)
+    if not text.isascii():  # whose lower case may be: of the Kelvin sign it is "k"
+        text = text.lower()
     # Four times as fast as a regular expression for the words.
-    return text.lower().encode("ascii", "replace").translate(_TO_SPACE).split()
+    return text.encode("ascii", "replace").translate(_FOLDED).split()
 
 
 def _hash(words: list[bytes]) -> bytes:
@@ -47,28 +47,20 @@ class EvaluationGuard:
     """Finds evaluation tasks in texts, by the hashes in a file."""
 
     def __init__(self, path: Path = HASHES) -> None:
-        items = json.loads(path.read_text())["items"]
-        self._firsts = {bytes.fromhex(first) for _, _, first, _, _ in items}
+        content = json.loads(path.read_text())
+        self._firsts = frozenset(content["first words"].encode().split())
         self._by_anchor: dict[bytes, list[tuple[str, int, bytes]]] = {}
-        for task_id, n_words, _, anchor, full in items:
+        for task_id, n_words, anchor, full in content["items"]:
             task = task_id, n_words, bytes.fromhex(full)
             self._by_anchor.setdefault(bytes.fromhex(anchor), []).append(task)
-        # Hashing each distinct word once, and four words only after a known first word, makes the
-        # scan a fraction of what tokenising takes.
-        self._known: set[bytes] = set()
-        self._known_firsts: set[bytes] = set()
 
     def find(self, text: str) -> str | None:
         """The first evaluation task that ``text`` contains, by id ("MBPP/11"), or None."""
         words = _words(text)
-        if len(self._known) > MOST_KNOWN:
-            self._known.clear()
-        new = set(words) - self._known
-        self._known |= new
-        self._known_firsts.update(word for word in new if _hash([word]) in self._firsts)
         # In one go: nearly no text has an anchor, and a call for each would take as long again.
-        blake2b, join, starts = hashlib.blake2b, b" ".join, self._known_firsts.__contains__
-        places = list(compress(count(), map(starts, words)))
+        # Hashing four words only after a first word makes it a fraction of what tokenising takes.
+        blake2b, join = hashlib.blake2b, b" ".join
+        places = list(compress(count(), map(self._firsts.__contains__, words)))
         anchors = [blake2b(join(words[i : i + ANCHOR]), digest_size=8).digest() for i in places]
         if self._by_anchor.keys().isdisjoint(anchors):
             return None

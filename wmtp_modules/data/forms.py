@@ -118,11 +118,11 @@ class Reader:
     def __call__(self, record: dict) -> list[Sample]:
         """The sample of a record; ``BadRow`` if it has none."""
         row = {field: record.get(name) for field, name in self._name.items()}
-        present = [field for field in FIELDS if row[field] is not None]
-        whole = [form for form in self._forms if set(form) <= set(present)]
+        present = {field for field, value in row.items() if value is not None}
+        whole = [form for form in self._forms if present.issuperset(form)]
         is_old = whole in ([("text",)], [("prompt", "response")])
         if is_old and not self._is_chosen:  # half of another form makes it unclear what is meant
-            others = {"text", "prompt", "response"} & set(present)
+            others = {"text", "prompt", "response"} & present
             whole = [form for form in whole if others <= set(form)]
         if len(whole) != 1:
             raise self._unclear(row, len(whole) > 1)

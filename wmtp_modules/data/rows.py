@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import threading
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -408,7 +407,7 @@ def _progress(opened: list[Source], n_bytes: int) -> Iterator[None]:
 
 def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) -> pa.Table:
     """Rows of a batch of records; what else there is to say goes to a file of its own."""
-    count, has, excluded = Counter[str](), Counter[str](), Counter[str]()
+    count, excluded = Counter[str](), Counter[str]()
     valid, bad = Counter[int](), defaultdict[int, BadRows](BadRows)
     made: list[tuple[tokenize.TokenRow, Sample, bytes | None]] = []
     batch = (table[name].to_pylist() for name in ("source", "part", "where", "record", "bad"))
@@ -441,14 +440,9 @@ def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) ->
                 count["rows"] += 1
                 count["tokens"] += len(row.tokens)
                 made.append((row, sample, None if i else digest))
-                has.update(
-                    noise=bool(sample.noise),
-                    weight=sample.weight is not None,
-                    reward=sample.reward is not None,
-                    problem_id=sample.problem_id is not None,
-                    prompt=sample.is_pair,
-                    response=sample.is_pair,
-                )
+    result = _table(made)
+    has = {name: len(result) - result[name].null_count for name in OPTIONAL}
+    has["noise"] = sum(bool(sample.noise) for _, sample, _ in made)
     said = {
         "first": indices[0], "count": count, "has": has, "excluded": excluded, "valid": valid,
         "bad": {part: one.as_dict() for part, one in bad.items()},
@@ -456,7 +450,7 @@ def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) ->
     Path(counts, f"{indices[0]}.json").write_text(json.dumps(said))
     with _bytes_done.get_lock():
         _bytes_done.value += pc.sum(pc.binary_length(table["record"])).as_py() or 0
-    return _table(made)
+    return result
 
 
 def _table(made: list[tuple[tokenize.TokenRow, Sample, bytes | None]]) -> pa.Table:
@@ -521,8 +515,8 @@ def _report(
         f"rows longer than max_seq_len {make.tokenizer.max_seq_len}": count["over-long"],
     }
     tasks = f" ({', '.join(sorted(excluded)[:SHOWN])})" if excluded else ""
-    digests = array("Q", (d for d in rows.with_format(None)["digest"] if d is not None))
-    count["duplicates"] = len(digests) - len(np.unique(np.array(digests)))
+    digests = rows.data.column("digest").drop_null()
+    count["duplicates"] = len(digests) - len(digests.unique())
     kept = f", {count['duplicates']} exact duplicates of another among them" * bool(
         count["duplicates"]
     )

@@ -571,15 +571,22 @@ def _json_records(path: Path, name: str) -> Iterator:
     first = start.split(b"\n", 1)[0]
     if start[:1] != b"[" and (not start or isinstance(record_of(first), dict)):
         yield from _jsonl_records(io.BytesIO(content), name)
-        return
+    else:
+        yield from json_rows(path, name, content)
+
+
+def json_rows(path: Path, name: str, content: bytes) -> Iterator[tuple[str, dict | BadRow]]:
+    """Rows of the one JSON list that is a file's content; ValueError if it is anything else."""
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not JSON, or is truncated ({json_fault(error)}): copy it again"
-        ) from error
+        found = stand_in(path)
+        found = found or f"not JSON, or is truncated ({json_fault(error)}): copy it again"
+        raise ValueError(f"{path} is {found}") from error
     if not isinstance(rows, list):
-        raise ValueError(f"{path} is one JSON object: give a list of rows, or one row a line")
+        raise ValueError(
+            f"{path} is not a JSON list of rows: give one, or rows one a line in a .jsonl file"
+        )
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", row if isinstance(row, dict) else BadRow("not a JSON object")
 

@@ -47,17 +47,11 @@ def _encode(tokenizer: Llama2Tokenizer, text: str) -> tuple[np.ndarray, np.ndarr
     Where tokens are follows from the bytes of their pieces, which is three times as fast as asking
     SentencePiece. What does not add up to the text, a character that it rewrites, is asked.
     """
-    processor = tokenizer._spm_model.spm_model
-    ids = np.array(processor.encode(text), np.int32)
-    sizes, n_dummy = _piece_sizes(processor)
+    ids, ends = _encode_to_bytes(tokenizer, text)
+    if ends is None:
+        return _encode_slowly(tokenizer, text)
+    begins = np.maximum(np.concatenate([[0], ends[:-1]]), 0)
     bytes_ = text.encode()
-    if sizes is None or not len(ids):
-        return _encode_slowly(processor, text)
-    sizes = sizes[ids]
-    ends = np.cumsum(sizes) - n_dummy
-    if ends[-1] != len(bytes_):
-        return _encode_slowly(processor, text)
-    begins = np.maximum(ends - sizes, 0)
     if not text.isascii():
         # The character of each byte: one begins wherever no byte continues another.
         char_of = np.cumsum((np.frombuffer(bytes_, np.uint8) & 0xC0) != 0x80) - 1
@@ -66,7 +60,21 @@ def _encode(tokenizer: Llama2Tokenizer, text: str) -> tuple[np.ndarray, np.ndarr
     return ids, begins, ends
 
 
-def _encode_slowly(processor: Any, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _encode_to_bytes(tokenizer: Llama2Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Int32 ids, and where each ends in bytes of ``text``; None if the pieces do not tell."""
+    processor = tokenizer._spm_model.spm_model
+    ids = processor.encode(text, return_type="numpy")
+    sizes, n_dummy = _piece_sizes(processor)
+    if sizes is None or not len(ids):
+        return ids, None
+    ends = np.cumsum(sizes.take(ids)) - n_dummy
+    return ids, ends if ends[-1] == len(text.encode()) else None
+
+
+def _encode_slowly(
+    tokenizer: Llama2Tokenizer, text: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    processor = tokenizer._spm_model.spm_model
     encoded = processor.encode(text, out_type="offset_mapping")
     # SentencePiece assigns a character of several byte tokens only to the last of them.
     spans = [
@@ -115,6 +123,15 @@ def encode_pair(
             response, EOS what the last character has.
     """
     text, n = prompt + response, len(prompt)
+    if not noise and not isinstance(weight, Sequence):  # nothing asks for characters
+        ids, ends = _encode_to_bytes(tokenizer, text)
+        if ends is not None:
+            keep = np.ones(len(ids) + 2, bool)
+            keep[0], keep[1:-1] = False, ends > len(prompt.encode())
+            row = _evenly(tokenizer, ids, weight)
+            if weight is not None:
+                row.weight[~keep] = 1
+            return row._replace(keep=keep)
     ids, begins, ends = _encode(tokenizer, text)
     tokens = _between(tokenizer, ids)
     keep = np.ones(len(tokens), bool)
@@ -134,10 +151,8 @@ def encode_text(
 ) -> TokenRow:
     """Tokenise plain text: every token is supervised. See ``encode_pair`` for the others."""
     if not noise and not isinstance(weight, Sequence):  # nothing asks where the tokens are
-        tokens = np.array(tokenizer.encode(text), np.int32)
-        none = np.zeros(len(tokens), bool)
-        weights = np.full(len(tokens), 1 if weight is None else weight, np.float32)
-        return TokenRow(tokens, ~none, none, weights)
+        ids = tokenizer._spm_model.spm_model.encode(text, return_type="numpy")
+        return _evenly(tokenizer, ids, weight)
     ids, begins, ends = _encode(tokenizer, text)
     tokens = _between(tokenizer, ids)
     weights = np.ones(len(tokens), np.float32)
@@ -149,7 +164,16 @@ def encode_text(
 
 def _between(tokenizer: Llama2Tokenizer, ids: np.ndarray) -> np.ndarray:
     """The ids between BOS and EOS."""
-    return np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.int32)
+    tokens = np.empty(len(ids) + 2, np.int32)
+    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
+    return tokens
+
+
+def _evenly(tokenizer: Llama2Tokenizer, ids: np.ndarray, weight: float | None) -> TokenRow:
+    """A row that is supervised throughout, of one weight, without noise."""
+    n = len(ids) + 2
+    weights = np.full(n, 1 if weight is None else weight, np.float32)
+    return TokenRow(_between(tokenizer, ids), np.ones(n, bool), np.zeros(n, bool), weights)
 
 
 def encode_turns(

@@ -1,6 +1,5 @@
 """Reads benchmarks from local files or the Hugging Face hub."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from wmtp_modules.data.sources import (
     BadRow,
     Source,
     fields_of,
+    json_rows,
     load_hub,
     split_of,
     visible_files,
@@ -19,7 +19,6 @@ from wmtp_modules.evaluation.code_contests import CodeContestsTask, code_contest
 from wmtp_modules.evaluation.humaneval import humaneval_task
 from wmtp_modules.evaluation.mbpp import TEST_IDS, MBPPTask, mbpp_task, with_shots
 from wmtp_modules.evaluation.task import Task
-from wmtp_modules.files import json_fault, stand_in
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _records(source: str, split: str, benchmark: Benchmark) -> Iterator[tuple[st
     if not path.exists():
         parts = _hub_parts(source, split, benchmark)
     elif path.suffix.lower() == ".json" and path.is_file():
-        parts = [_json_list(path)]
+        parts = [json_rows(path, path.name, path.read_bytes())]
     else:
         files = _files(path, split, benchmark)
         root = path if path.is_dir() else path.parent
@@ -140,21 +139,6 @@ def _files(path: Path, split: str, benchmark: Benchmark) -> list[Path]:
     if split == "test" and benchmark.title != "MBPP":
         files = [p for p in files if split_of(p.relative_to(path)) == "test"] or files
     return files
-
-
-def _json_list(path: Path) -> Iterator[tuple[str, dict | BadRow]]:
-    """The rows of a file with one JSON list, numbered from 1."""
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        found = stand_in(path)
-        found = found or f"not JSON, or is truncated ({json_fault(error)}): download it again"
-        raise ValueError(f"{path} is {found}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} is not a JSON list of rows: give JSON lines the suffix .jsonl")
-    for number, row in enumerate(rows, start=1):
-        ok = isinstance(row, dict)
-        yield f"{path.name}, row {number}", row if ok else BadRow("not a JSON object")
 
 
 def _hub_parts(name: str, split: str, benchmark: Benchmark) -> Iterator[Iterator]:
