@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint import FileSystemReader
 from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.checkpoints.write import save_meta
@@ -337,6 +338,55 @@ def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in,
     assert resumed["heldout_loss"] == summary["heldout_loss"]
     assert resumed["corrupted_share"] == summary["corrupted_share"]
     assert resumed["reference"] == summary["reference"]
+
+
+def test_lora_trains_adapters_and_resumes_to_the_bit(run, uniform, monkeypatch, tmp_path):
+    """Nothing of the base is in a state: it comes from the checkpoint again, which is compared."""
+    shutil.copytree(uniform[0] / "best", tmp_path / "base")
+    overrides = {
+        "checkpointer": {"checkpoint_dir": str(tmp_path / "base")},
+        "lora": {"rank": 4, "dropout": 0.1, "targets": ["q_proj", "w2"]},
+        "optimizer": {"lr": 0.01},
+    }
+    whole, summary = run(overrides)
+    losses = summary["heldout_loss"]
+    assert all(b < a for a, b in zip(losses["base"], losses["uniform"], strict=True))
+    assert losses["base"] == pytest.approx(uniform[1]["heldout_loss"]["uniform"], rel=1e-5)
+    base = torch.load(tmp_path / "base" / "consolidated.pth", weights_only=True)
+    changed = {
+        key.split(".", 2)[-1] for key, v in weights_of(whole).items() if (v != base[key]).any()
+    }
+    assert changed == {"attention.wq.weight", "feed_forward.w2.weight"}
+    held = FileSystemReader(whole / "training_state/step_000006").read_metadata()
+    model = {key for key in held.state_dict_metadata if key.startswith("model.")}
+    assert len(model) == 2 * 2 * 5  # A and B of two layers of each block
+    assert all("lora_" in key for key in held.state_dict_metadata)
+
+    original = Run._log_step
+
+    def die(self, *args):
+        original(self, *args)
+        if self.step == 5:
+            self._states.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_log_step", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides, tmp_path / "killed")
+    monkeypatch.undo()
+    resume = OmegaConf.merge(overrides, {"resume_from_checkpoint": True})
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    run(resume, tmp_path / "killed")
+    assert_same_weights(tmp_path / "killed", whole)
+    strip = ("tokens_per_s", "memory_gib")
+    for got, want in zip(metrics_of(tmp_path / "killed"), metrics_of(whole), strict=True):
+        assert {k: v for k, v in got.items() if k not in strip} == {
+            k: v for k, v in want.items() if k not in strip
+        }
+
+    torch.save(base | {"norm.weight": base["norm.weight"] * 2}, tmp_path / "base/consolidated.pth")
+    with pytest.raises(SystemExit, match="holds adapters of another model than checkpointer"):
+        run(resume, tmp_path / "other")
 
 
 @pytest.mark.slow

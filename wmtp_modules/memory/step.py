@@ -39,6 +39,7 @@ from wmtp_modules.checkpoints.read import model_args_from_folder
 from wmtp_modules.config.file import merged
 from wmtp_modules.critic.judge import BATCH_ROWS
 from wmtp_modules.critic.states import trunk_states
+from wmtp_modules.models.lora import nf4_parameters
 from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
@@ -100,7 +101,9 @@ class _Peak:
 
 
 class _ShardedTracker(_Peak, FSDPMemTracker):
-    pass
+    def track_whole(self, parameter: torch.Tensor) -> None:
+        """Count a parameter that is not sharded."""
+        self._update_and_maybe_create_winfos(parameter, self._ref_class.SHARDED_PARAM)
 
 
 class _WholeTracker(_Peak, MemTracker):
@@ -227,12 +230,16 @@ class Rehearsal:
         if self.step == 1:
             if self._cfg.gradient_accumulation_steps > 1:
                 for parameter in self._model.parameters():
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = (
+                        torch.zeros_like(parameter) if parameter.requires_grad else None
+                    )
             kept = [value for value in self._batch.values() if torch.is_tensor(value)]
             if self._reference is not None:
                 kept += [*self._reference.parameters(), *self._reference.buffers()]
             if isinstance(self.tracker, _ShardedTracker):
                 self.tracker.track_inputs(tuple(kept))
+                for parameter in nf4_parameters(self._model):  # FSDP2 does not know them
+                    self.tracker.track_whole(parameter)
             else:
                 self.tracker.track_external(self._model, self._optimizer, *kept)
             self.tracker.__enter__()
