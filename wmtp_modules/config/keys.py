@@ -95,7 +95,9 @@ class TrainingKeys(Places):
     resume_from_checkpoint: bool = Field(description="whether to go on from output_dir's states")
     model: Model = Field(description="the model to build")
     checkpointer: Folder | None = Field(description="what training starts from; null: nothing")
-    lora: Lora | None = Field(None, description="adapters on a frozen model; null: all of it trains")
+    lora: Lora | None = Field(
+        None, description="adapters on a frozen model; null: all of it trains"
+    )
     tokenizer: Tokenizer = Field(description="the tokenizer")
     dataset: Dataset = Field(description="rows to train on, docs/data.md")
     dataset_val: Dataset = Field(description="held-out rows")

@@ -92,9 +92,9 @@ def _adapted(old: nn.Linear, name: str, lora: LoRA, adapter_dtype: torch.dtype) 
     if not old.weight.is_meta:
         weight = to_nf4(old.weight.detach()) if lora.quantize_base else old.weight.detach()
         new.weight = nn.Parameter(weight, requires_grad=False)
-    new.to_empty(device=old.weight.device)  # of adapters only, by torchtune's convention
-    for layer in (new.lora_a, new.lora_b):
-        layer.weight.data = layer.weight.data.to(adapter_dtype)
+    where = {"bias": False, "device": old.weight.device, "dtype": adapter_dtype}
+    new.lora_a = nn.Linear(old.in_features, lora.rank, **where)
+    new.lora_b = nn.Linear(lora.rank, old.out_features, **where)
     return new
 
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -88,8 +89,9 @@ def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
     if not isinstance(parameter, DTensor):
         return parameter, 0
     local = parameter.to_local()
-    _, offsets = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    with unset_fake_temporarily():  # it computes with tensors, also in a memory estimate
+        _, offsets = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
     assert local.shape[1:] == parameter.shape[1:], "sharded along another dimension"
     return local, offsets[0]
