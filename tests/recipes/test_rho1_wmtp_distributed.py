@@ -389,6 +389,33 @@ def test_lora_trains_adapters_and_resumes_to_the_bit(run, uniform, monkeypatch, 
         run(resume, tmp_path / "other")
 
 
+def test_mistakes_in_lora_come_before_anything_is_built(recipe, run, base_config, uniform):
+    """All at once, but those that only the model's widths tell."""
+    block = {"rnak": 8, "alpha": 0, "dropout": 1.0, "targets": ["q_proj", "output"]}
+    with pytest.raises(ConfigError) as caught:
+        recipe.check(OmegaConf.merge(base_config, {"lora": block}))
+    for told in (
+        "lora.rnak: unknown key (did you mean 'rank'?)",
+        "lora.alpha: must be above 0, got 0",
+        "lora.dropout: must be below 1, got 1.0",
+        "lora.targets[1]: must be one of 'q_proj', 'k_proj', 'v_proj', 'output_proj', 'w1'",
+    ):
+        assert told in str(caught.value)
+    block = {"targets": ["w1", "w1"], "save_adapter_only": True}
+    more = {"lora": block, "registry": {"model_name": "mine"}}
+    with pytest.raises(ConfigError) as caught:
+        recipe.check(OmegaConf.merge(base_config, more))
+    for told in (
+        "lora: adapters need a trained model below them: set checkpointer, or lora: null",
+        "lora.targets: must be some layers, each once, or all-linear, got ['w1', 'w1']",
+        "lora.save_adapter_only: registry.model_name registers whole models",
+    ):
+        assert told in str(caught.value)
+    start = {"checkpointer": {"checkpoint_dir": str(uniform[0] / "best")}}
+    with pytest.raises(SystemExit, match=r"lora\.quantize_base: q_proj has 32 x 32 weights"):
+        run(start | {"lora": {"rank": 4, "quantize_base": True}})
+
+
 @pytest.mark.slow
 def test_a_resumed_run_has_all_that_it_had(run, recipe, check_resumed, tmp_path):
     saves = {"save_every_n_steps": 2, "run_val_every_n_steps": 2}
