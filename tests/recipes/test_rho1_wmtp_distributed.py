@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torchtune.models.llama2 import llama2_tokenizer
 
@@ -387,6 +388,32 @@ def test_lora_trains_adapters_and_resumes_to_the_bit(run, uniform, monkeypatch, 
     torch.save(base | {"norm.weight": base["norm.weight"] * 2}, tmp_path / "base/consolidated.pth")
     with pytest.raises(SystemExit, match="holds adapters of another model than checkpointer"):
         run(resume, tmp_path / "other")
+
+
+def test_a_step_of_lora_is_the_full_step_seen_through_its_adapters(run, uniform):
+    """B is 0, so by plain SGD W moves by (alpha / rank)^2 dW A'A where a full step moves it by dW."""
+    start = {
+        "checkpointer": {"checkpoint_dir": str(uniform[0] / "best")},
+        "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
+        **{"clip_grad_norm": 1e9, "num_warmup_steps": 0, "max_steps": 1, "batch_size": 2},
+    }
+    base = torch.load(uniform[0] / "best" / "consolidated.pth", weights_only=True)
+    full = weights_of(run(start)[0])
+    folder, _ = run(start | {"lora": {"rank": 4, "alpha": 6, "targets": ["v_proj"]}})
+    adapted = weights_of(folder)
+    trunk = load_file(folder / "last" / "adapter_model.safetensors")
+    extra = load_file(folder / "last" / "adapter_extra_heads.safetensors")
+    of = {
+        "layers.0": trunk["base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"],
+        "layers.1": trunk["base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"],
+        **{f"extra_heads.{k}": extra[f"heads.{k + 1}.attn.v_proj.lora_a.weight"] for k in range(3)},
+    }
+    for block, a in of.items():
+        key = f"{block}.attention.wv.weight"
+        want = (6 / 4) ** 2 * (full[key] - base[key]) @ a.T @ a
+        assert (adapted[key] - base[key] - want).norm() < 1e-4 * want.norm() > 0, block
+    same = {key for key in base if torch.equal(adapted[key], base[key])}
+    assert same == base.keys() - {f"{block}.attention.wv.weight" for block in of}
 
 
 def test_mistakes_in_lora_come_before_anything_is_built(recipe, run, base_config, uniform):
