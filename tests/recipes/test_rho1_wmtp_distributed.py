@@ -391,7 +391,7 @@ def test_lora_trains_adapters_and_resumes_to_the_bit(run, uniform, monkeypatch, 
 
 
 def test_a_step_of_lora_is_the_full_step_seen_through_its_adapters(run, uniform):
-    """B is 0, so by plain SGD W moves by (alpha / rank)^2 dW A'A where a full step moves it by dW."""
+    """B is 0, so plain SGD moves W by (alpha / rank)^2 dW A'A where a full step moves it by dW."""
     start = {
         "checkpointer": {"checkpoint_dir": str(uniform[0] / "best")},
         "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
