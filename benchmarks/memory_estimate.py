@@ -71,7 +71,6 @@ ROWS = [
         {
             "lora": {"rank": 16, "quantize_base": True},
             "dtype": "bf16",
-            "batch_size": 1,
             "enable_activation_checkpointing": True,
         },
     ),
