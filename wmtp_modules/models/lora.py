@@ -10,7 +10,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4, to_nf4
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.modules.peft import LoRALinear, get_merged_lora_ckpt
 from torchtune.training import set_default_dtype
 
@@ -69,8 +69,7 @@ class AddedLoRALinear(LoRALinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.in_dim)
-        is_nf4 = isinstance(self.weight, NF4Tensor)
-        out = linear_nf4(flat, self.weight) if is_nf4 else F.linear(flat, self.weight)
+        out = F.linear(flat, self.weight)  # NF4 has its own
         if not self.disabled:
             low = self.lora_a(self.dropout(flat))
             out = out.addmm_(low, self.lora_b.weight.t(), alpha=self.alpha / self.rank)
