@@ -161,7 +161,7 @@ def model_part(cfg: DictConfig) -> Iterator[str]:
     source = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else "nothing: made anew"
     n = parameters(cfg) / 1e6
     yield f"{n:,.1f} M parameters, {args['n_future_tokens']} heads, from {source}"
-    if cfg.get("lora"):
+    if cfg.get("lora") is not None:
         yield f"{parameters(cfg, trained=True) / 1e6:,.1f} M parameters in adapters, which train"
     shape = ", ".join(f"{key} {value}" for key, value in args.items() if key != "n_future_tokens")
     yield shape

@@ -64,7 +64,7 @@ def _bf16_parameters_learn(fp32_master_weights: bool, optimizer: dict) -> str | 
 def _lora_has_a_base(
     lora: dict | None, checkpointer: dict | None, registry: dict | None
 ) -> list[str]:
-    if not lora:
+    if lora is None:
         return []
     targets, wrong = lora.get("targets"), []
     if not checkpointer:

@@ -41,7 +41,7 @@ def checked_model_args(cfg: DictConfig) -> dict:
 
 def lora_of(cfg: DictConfig) -> LoRA | None:
     """The config's adapters; None if the whole model trains."""
-    if not cfg.get("lora"):
+    if cfg.get("lora") is None:  # an empty block is one of defaults
         return None
     block = Lora(**cast(dict, OmegaConf.to_container(cfg.lora, resolve=True))).model_dump()
     targets = block.pop("targets")

@@ -193,7 +193,7 @@ class Run:
 
     def _frozen_base(self) -> str | None:
         """Hash of the checkpoint that adapters lie on: no state holds it."""
-        if not self._cfg.get("lora") or not self._cfg.checkpointer:
+        if self._cfg.get("lora") is None or not self._cfg.checkpointer:
             return None
         folder = self._cfg.checkpointer.checkpoint_dir
         return self._watchdog.on_rank_zero(lambda: fingerprint_checkpoint(folder))
