@@ -27,6 +27,7 @@ import torch
 from common import anonymous_bytes, hardware
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torchtune.models.llama2._model_utils import scale_hidden_dim_for_mlp
 
 from wmtp_modules.checkpoints.names import parameter_shapes
 from wmtp_modules.checkpoints.write import write_meta
@@ -61,6 +62,19 @@ ROWS = [
         {"dtype": "bf16", "batch_size": 1, "enable_activation_checkpointing": True},
     ),
     ("2 ranks, rho1, online reference", 2, {"weighting": {"name": "rho1"}}),
+    ("LoRA", 1, {"lora": {"rank": 16}}),
+    ("LoRA, checkpointing", 1, {"lora": {"rank": 16}, "enable_activation_checkpointing": True}),
+    ("QLoRA", 1, {"lora": {"rank": 16, "quantize_base": True}}),
+    (
+        "QLoRA, bf16, checkpointing",
+        1,
+        {
+            "lora": {"rank": 16, "quantize_base": True},
+            "dtype": "bf16",
+            "enable_activation_checkpointing": True,
+        },
+    ),
+    ("2 ranks, QLoRA", 2, {"lora": {"rank": 16, "quantize_base": True}}),
 ]
 
 PROFILED = ROWS[0][0]
@@ -87,6 +101,12 @@ def make_assets(folder: Path) -> DictConfig:
     shapes = parameter_shapes(reference).items()
     tensors = ((key, torch.empty(shape).normal_(std=0.02)) for key, shape in shapes)
     write_meta(tensors, reference, folder / "reference", folder / "tokenizer.model")
+    base = args | {"intermediate_dim": scale_hidden_dim_for_mlp(WIDTH)}
+    base |= {"norm_eps": 1e-5, "rope_base": 10_000.0}
+    tensors = (
+        (key, torch.empty(shape).normal_(std=0.02)) for key, shape in parameter_shapes(base).items()
+    )
+    write_meta(tensors, base, folder / "base", folder / "tokenizer.model")
 
     cfg = OmegaConf.load(ROOT / "configs" / "quickstart" / "base.yaml")
     for key in ("prepare", "requires", "controls", "metric_logger"):
@@ -191,6 +211,7 @@ def measure(config_file: Path, ranks: int, out: Path, *, profiled: bool = False)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=len(ROWS), help="only the first so many")
+    parser.add_argument("--only", default="", help="only rows with this in their name")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a fresh process is told
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
@@ -205,9 +226,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = make_assets(folder)
-        for i, (name, ranks, changes) in enumerate(ROWS[: args.rows]):
+        rows = [row for row in ROWS[: args.rows] if args.only in row[0]]
+        for i, (name, ranks, changes) in enumerate(rows):
             row = folder / f"row{i}"
             cfg = OmegaConf.merge(base, changes, {"output_dir": str(row)})
+            if "lora" in cfg:  # adapters lie on a checkpoint
+                cfg.checkpointer = {"checkpoint_dir": str(folder / "base")}
             config_file = folder / f"row{i}.yaml"
             OmegaConf.save(cfg, config_file)
             predicted = estimate_step(cfg, ranks, load_recipe(recipe_of(cfg)))

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from wmtp_modules.checkpoints.adapter import Adapter
 from wmtp_modules.checkpoints.names import is_extra_head, parameter_shapes
 from wmtp_modules.checkpoints.read import Checkpoint, is_meta
 from wmtp_modules.checkpoints.refusals import weight_files
@@ -14,8 +15,17 @@ from wmtp_modules.files import read_json
 LARGE = 1_000_000_000  # bytes from which a progress bar is shown
 
 
-def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None) -> str:
+def convert(
+    src: Path,
+    dst: Path,
+    *,
+    to: str,
+    n_future_tokens: int | None = None,
+    adapter: Path | None = None,
+) -> str:
     """Convert the checkpoint folder ``src`` into the new or empty folder ``dst``.
+
+    ``adapter`` is a folder of LoRA's adapters, which are merged on the way.
 
     ``to`` is as the command line explains. Returns what was written, kept and changed, in lines.
 
@@ -46,8 +56,9 @@ def convert(src: Path, dst: Path, *, to: str, n_future_tokens: int | None = None
     ]
     size = sum(checkpoint.read(key).nbytes for key in keys)
     write = write_hf if to == "hf" else write_meta
+    tensors = ((key, checkpoint.read(key)) for key in keys)
     write(
-        ((key, checkpoint.read(key)) for key in keys),
+        Adapter(adapter, checkpoint.args).merged(tensors) if adapter else tensors,
         checkpoint.args,
         dst,
         checkpoint.tokenizer_path,
@@ -131,9 +142,18 @@ def main(argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.c
         metavar="N",
         help="heads of the model that --to mtp makes (default 4)",
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        type=Path,
+        help="adapters that a run with `lora` has left (best/ or last/), to be merged into SRC",
+    )
     args = parser.parse_args(argv)
+    n_heads = args.n_future_tokens
     try:
-        print(convert(args.src, args.dst, to=args.to, n_future_tokens=args.n_future_tokens))
+        print(
+            convert(args.src, args.dst, to=args.to, n_future_tokens=n_heads, adapter=args.adapter)
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

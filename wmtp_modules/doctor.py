@@ -38,7 +38,7 @@ from wmtp_modules.memory.step import estimate_step, load_recipe
 from wmtp_modules.reports.weights_page import token_texts
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.figures import epoch_lines
-from wmtp_modules.run.model import checked_model_args
+from wmtp_modules.run.model import checked_model_args, lora_of
 from wmtp_modules.run.resume import packs_per_step
 from wmtp_modules.run.storing import localized, urls
 from wmtp_modules.weighting.token_weighting import TokenWeighting
@@ -161,14 +161,19 @@ def model_part(cfg: DictConfig) -> Iterator[str]:
     source = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else "nothing: made anew"
     n = parameters(cfg) / 1e6
     yield f"{n:,.1f} M parameters, {args['n_future_tokens']} heads, from {source}"
+    if cfg.get("lora") is not None:
+        yield f"{parameters(cfg, trained=True) / 1e6:,.1f} M parameters in adapters, which train"
     shape = ", ".join(f"{key} {value}" for key, value in args.items() if key != "n_future_tokens")
     yield shape
     yield f"vocabulary {args['vocab_size']:,}, as {cfg.tokenizer.path} has it"
 
 
-def parameters(cfg: DictConfig) -> int:
+def parameters(cfg: DictConfig, *, trained: bool = False) -> int:
     with torch.device("meta"):
-        return sum(one.numel() for one in config.instantiate(cfg.model).parameters())
+        model = config.instantiate(cfg.model)
+        if trained and (lora := lora_of(cfg)):
+            model.add_lora(lora, adapter_dtype=torch.float32)
+    return sum(one.numel() for one in model.parameters() if one.requires_grad or not trained)
 
 
 def memory_part(cfg: DictConfig, recipe: ModuleType, ranks: int) -> Iterator[str]:
@@ -178,7 +183,10 @@ def memory_part(cfg: DictConfig, recipe: ModuleType, ranks: int) -> Iterator[str
     if cfg.device == "cuda":
         yield "a GPU's context, libraries and fragmentation come on top: leave a tenth"
     n = parameters(cfg)
-    state, model = STATE_BYTES * n, (2 if cfg.dtype == "bf16" else 4) * n
+    state, model = (
+        STATE_BYTES * parameters(cfg, trained=True),
+        (2 if cfg.dtype == "bf16" else 4) * n,
+    )
     runs = len(all_runs(cfg))
     # A state is written before the oldest is dropped.
     needs = runs * ((cfg.keep_last + 1) * state + 2 * model)

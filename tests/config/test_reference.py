@@ -12,7 +12,9 @@ from wmtp_modules.models import mtp_sheared_llama_1_3b
 ROOT = Path(__file__).parents[2]
 OF = {  # reference, and who uses it
     "quickstart/reference": ["quickstart/rho1"],
-    "rho1/reference": ["rho1/7b", "rho1/7b_topk", "rho1/7b_single_gpu"],
+    "rho1/reference": [
+        *("rho1/7b", "rho1/7b_topk", "rho1/7b_single_gpu", "rho1/7b_lora", "rho1/7b_qlora"),
+    ],
 }
 
 

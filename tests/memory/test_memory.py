@@ -170,6 +170,31 @@ def test_an_update_on_a_gpu_goes_through_all_parameters_at_once(cfg, estimate_st
     assert on_gpu.peak > on_cpu.peak + 0.2 * MIB
 
 
+@pytest.mark.parametrize(("ranks", "quantize"), [(1, False), (1, True), (2, True)])
+def test_adapters_on_a_frozen_base(cfg, estimate_step, ranks, quantize):
+    """NF4 is whole on each rank: 4 bits, 8 of a scale for 64, 32 of a scale's scale for 16384."""
+    cfg.model.update({"embed_dim": 128, "num_kv_heads": 4, "intermediate_dim": 512})
+    cfg.update({"batch_size": 1, "gradient_accumulation_steps": 2})
+    cfg.lora = {"rank": 8, "targets": ["q_proj", "w1"], "quantize_base": quantize}
+    linear = 3 * (128 * 128 + 128 * 512)  # adapted, of three blocks
+    adapters = 4 * 3 * 8 * (128 + 128 + 128 + 512)
+    rest = parameter_bytes(cfg) - 4 * linear
+    base = linear * (0.5 + 1 / 64 + 4 / 16384) if quantize else 4 * linear
+    parts = estimate_step(cfg, ranks).parts
+    want = base + (rest + adapters) / ranks
+    assert want <= parts["parameters"] < want + 0.3 * MIB  # RoPE's tables
+    assert adapters / ranks <= parts["gradients"] < adapters + 1000  # of the micro-steps before
+    assert 2 * adapters / ranks <= parts["optimizer state"] < 2 * adapters / ranks + 1000
+
+
+def test_a_quantised_base_is_among_what_helps(cfg):
+    assert not any("lora" in name for name in helpful_settings(cfg, 1))
+    cfg.lora = {"rank": 8}
+    assert "lora.quantize_base=true" in helpful_settings(cfg, 1)
+    cfg.lora.quantize_base = True
+    assert not any("lora" in name for name in helpful_settings(cfg, 1))
+
+
 def test_an_online_reference_is_counted_where_it_is_used(
     cfg, tiny_model_args, monkeypatch, estimate_step
 ):

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from torchtune.models.llama2 import llama2_tokenizer
 
 from wmtp_modules.checkpoints.write import save_meta
@@ -337,6 +339,108 @@ def test_resumed_equals_uninterrupted(run, recipe, rho1, monkeypatch, killed_in,
     assert resumed["heldout_loss"] == summary["heldout_loss"]
     assert resumed["corrupted_share"] == summary["corrupted_share"]
     assert resumed["reference"] == summary["reference"]
+
+
+def test_lora_trains_adapters_and_resumes_to_the_bit(run, uniform, monkeypatch, tmp_path):
+    """Nothing of the base is in a state: it comes from the checkpoint again, which is compared."""
+    shutil.copytree(uniform[0] / "best", tmp_path / "base")
+    overrides = {
+        "checkpointer": {"checkpoint_dir": str(tmp_path / "base")},
+        "lora": {"rank": 4, "dropout": 0.1, "targets": ["q_proj", "w2"]},
+        "optimizer": {"lr": 0.01},
+    }
+    whole, summary = run(overrides)
+    losses = summary["heldout_loss"]
+    assert all(b < a for a, b in zip(losses["base"], losses["uniform"], strict=True))
+    assert losses["base"] == pytest.approx(uniform[1]["heldout_loss"]["uniform"], rel=1e-5)
+    base = torch.load(tmp_path / "base" / "consolidated.pth", weights_only=True)
+    changed = {
+        key.split(".", 2)[-1] for key, v in weights_of(whole).items() if (v != base[key]).any()
+    }
+    assert changed == {"attention.wq.weight", "feed_forward.w2.weight"}
+    held = FileSystemReader(whole / "training_state/step_000006").read_metadata()
+    model = {key for key in held.state_dict_metadata if key.startswith("model.")}
+    assert len(model) == 2 * 2 * 5  # A and B of two layers of each block
+    assert all("lora_" in key for key in held.state_dict_metadata)
+
+    original = Run._log_step
+
+    def die(self, *args):
+        original(self, *args)
+        if self.step == 5:
+            self._states.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_log_step", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides, tmp_path / "killed")
+    monkeypatch.undo()
+    resume = OmegaConf.merge(overrides, {"resume_from_checkpoint": True})
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    run(resume, tmp_path / "killed")
+    assert_same_weights(tmp_path / "killed", whole)
+    strip = ("tokens_per_s", "memory_gib")
+    for got, want in zip(metrics_of(tmp_path / "killed"), metrics_of(whole), strict=True):
+        assert {k: v for k, v in got.items() if k not in strip} == {
+            k: v for k, v in want.items() if k not in strip
+        }
+
+    torch.save(base | {"norm.weight": base["norm.weight"] * 2}, tmp_path / "base/consolidated.pth")
+    with pytest.raises(SystemExit, match="holds adapters of another model than checkpointer"):
+        run(resume, tmp_path / "other")
+
+
+def test_a_step_of_lora_is_the_full_step_seen_through_its_adapters(run, uniform):
+    """B is 0, so plain SGD moves W by (alpha / rank)^2 dW A'A where a full step moves it by dW."""
+    start = {
+        "checkpointer": {"checkpoint_dir": str(uniform[0] / "best")},
+        "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
+        **{"clip_grad_norm": 1e9, "num_warmup_steps": 0, "max_steps": 1, "batch_size": 2},
+    }
+    base = torch.load(uniform[0] / "best" / "consolidated.pth", weights_only=True)
+    full = weights_of(run(start)[0])
+    folder, _ = run(start | {"lora": {"rank": 4, "alpha": 6, "targets": ["v_proj"]}})
+    adapted = weights_of(folder)
+    trunk = load_file(folder / "last" / "adapter_model.safetensors")
+    extra = load_file(folder / "last" / "adapter_extra_heads.safetensors")
+    of = {
+        "layers.0": trunk["base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"],
+        "layers.1": trunk["base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"],
+        **{f"extra_heads.{k}": extra[f"heads.{k + 1}.attn.v_proj.lora_a.weight"] for k in range(3)},
+    }
+    for block, a in of.items():
+        key = f"{block}.attention.wv.weight"
+        want = (6 / 4) ** 2 * (full[key] - base[key]) @ a.T @ a
+        assert (adapted[key] - base[key] - want).norm() < 1e-4 * want.norm() > 0, block
+    same = {key for key in base if torch.equal(adapted[key], base[key])}
+    assert same == base.keys() - {f"{block}.attention.wv.weight" for block in of}
+
+
+def test_mistakes_in_lora_come_before_anything_is_built(recipe, run, base_config, uniform):
+    """All at once, but those that only the model's widths tell."""
+    block = {"rnak": 8, "alpha": 0, "dropout": 1.0, "targets": ["q_proj", "output"]}
+    with pytest.raises(ConfigError) as caught:
+        recipe.check(OmegaConf.merge(base_config, {"lora": block}))
+    for told in (
+        "lora.rnak: unknown key (did you mean 'rank'?)",
+        "lora.alpha: must be above 0, got 0",
+        "lora.dropout: must be below 1, got 1.0",
+        "lora.targets[1]: must be one of 'q_proj', 'k_proj', 'v_proj', 'output_proj', 'w1'",
+    ):
+        assert told in str(caught.value)
+    block = {"targets": ["w1", "w1"], "save_adapter_only": True}
+    more = {"lora": block, "registry": {"model_name": "mine"}}
+    with pytest.raises(ConfigError) as caught:
+        recipe.check(OmegaConf.merge(base_config, more))
+    for told in (
+        "lora: adapters need a trained model below them: set checkpointer, or lora: null",
+        "lora.targets: must be some layers, each once, or all-linear, got ['w1', 'w1']",
+        "lora.save_adapter_only: registry.model_name registers whole models",
+    ):
+        assert told in str(caught.value)
+    start = {"checkpointer": {"checkpoint_dir": str(uniform[0] / "best")}}
+    with pytest.raises(SystemExit, match=r"lora\.quantize_base: q_proj has 32 x 32 weights"):
+        run(start | {"lora": {"rank": 4, "quantize_base": True}})
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torchtune.modules import attention_utils
 
 from wmtp_modules.loss import linear_cross_entropy as loss_module
 from wmtp_modules.memory.step import RECIPES, load_recipe
+from wmtp_modules.models.lora import LoRA
 from wmtp_modules.run import model
 
 RECIPE_NAMES = ("rho1_wmtp_distributed", "critic_wmtp_distributed")
@@ -171,6 +172,14 @@ def test_compiled_and_checkpointed_blocks_keep_the_names_of_their_parameters(rec
     for checkpointing in (False, True):
         model = set_up(recipe, cfg, enable_activation_checkpointing=checkpointing)
         assert model.state_dict().keys() == plain
+
+
+def test_an_empty_block_of_lora_is_one_of_defaults(cfg):
+    assert model.lora_of(cfg) is None
+    cfg.lora = {}
+    assert model.lora_of(cfg) == LoRA(rank=16, alpha=32.0, targets="all-linear")
+    cfg.update({"lora": {"targets": ["w2"]}, "checkpointer": {"checkpoint_dir": "base"}})
+    assert model.lora_of(cfg) == LoRA(targets=("w2",), base="base")
 
 
 def test_a_model_that_does_not_fit_in_memory_is_one_sentence(monkeypatch):

@@ -13,8 +13,9 @@ from typing import Any
 import sentencepiece as spm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch import nn
+from torch.utils import swap_tensors
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.modules import RotaryPositionalEmbeddings
 
 from wmtp_modules.checkpoints.names import (
@@ -40,8 +41,10 @@ from wmtp_modules.checkpoints.refusals import (
     which_weights,
 )
 from wmtp_modules.files import read_json, recover_folder, stand_in
+from wmtp_modules.models.lora import is_adapter
 from wmtp_modules.models.model_builders import LLAMA3_SCALING, check_rope_scaling
 from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.parallel.sharding import local_rows
 
 MAX_PROBLEMS = 10  # named in one error message; the others are counted
 # Meta's params.json does not name the context length; Llama-2 and the multi-token release have
@@ -407,16 +410,15 @@ def load_into(model: MTPTransformer, folder: str | Path, *, device: torch.device
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)
     with torch.no_grad():
-        for key, parameter in model.state_dict().items():
-            local, start = parameter, 0
-            if isinstance(parameter, DTensor):
-                local = parameter.to_local()
-                _, offsets = compute_local_shape_and_global_offset(
-                    parameter.shape, parameter.device_mesh, parameter.placements
-                )
-                start = offsets[0]
-                assert local.shape[1:] == parameter.shape[1:], "sharded along another dimension"
-            local.copy_(checkpoint.read(key, start, start + local.shape[0]))
+        for key, parameter in model.state_dict(keep_vars=True).items():
+            if is_adapter(key):  # no checkpoint has them: see ``init_adapters_``
+                continue
+            if isinstance(parameter, NF4Tensor):  # made anew: what to_empty gives lacks its tables
+                weight = to_nf4(checkpoint.read(key).to(device, parameter.dtype))
+                swap_tensors(parameter, nn.Parameter(weight, requires_grad=False))
+                continue
+            rows, start = local_rows(parameter)
+            rows.copy_(checkpoint.read(key, start, start + len(rows)))
         for module in model.modules():
             if isinstance(module, RotaryPositionalEmbeddings):
                 with torch.device(device):

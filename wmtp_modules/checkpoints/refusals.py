@@ -112,8 +112,8 @@ def _inner_key(key: str, own: re.Pattern[str]) -> str | None:
 
 
 ADAPTER_ONLY = (
-    "{} is an adapter without its base model: merge it into that, as PEFT's merge_and_unload() "
-    "does, and save the result"
+    "{} is an adapter without its base model: merge it into that, as `convert --adapter` does for "
+    "this package's and PEFT's merge_and_unload() for others, and save the result"
 )
 
 

@@ -5,18 +5,19 @@ A sharded model is gathered one parameter at a time, so that no rank needs memor
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
+from wmtp_modules.checkpoints.adapter import ADAPTER_CONFIG, write_adapter
 from wmtp_modules.checkpoints.names import meta_key
 from wmtp_modules.checkpoints.read import (
     META_CONTEXT,
@@ -24,6 +25,7 @@ from wmtp_modules.checkpoints.read import (
     meta_hidden_dim,
 )
 from wmtp_modules.files import disk_errors, new_folder
+from wmtp_modules.models.lora import A, B, is_adapter, merged_weight
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import share_from_rank_zero
 from wmtp_modules.progress import progress_bar
@@ -36,7 +38,8 @@ def save_meta(
 
     Parameters, sharded or not, are gathered one at a time; rank 0 keeps them on the CPU, in
     ``dtype``, and writes. The folder appears under its name when it is complete, in place of an
-    earlier checkpoint.
+    earlier checkpoint. Adapters are merged in fp32 before that, and stand beside the model by
+    themselves (``write_adapter``), or alone if ``model.lora`` says so.
 
     Raises:
         ValueError: if the tokenizer is not the model's, or ``folder`` holds something else.
@@ -46,13 +49,27 @@ def save_meta(
     _check_replaceable(folder)
     tensors = _whole_tensors(model, dtype)
     args = model.args | {"max_seq_len": model.context}
+    lora, adapter = model.lora, _whole_adapter(model)
+
+    def write() -> None:
+        if lora is None:
+            write_meta(tensors, args, folder, tokenizer_path)
+        elif lora.save_adapter_only:
+            with new_folder(folder) as unfinished:
+                write_adapter(unfinished, lora, adapter, args)
+        else:
+            beside = partial(write_adapter, lora=lora, tensors=adapter, args=args)
+            write_meta(tensors, args, folder, tokenizer_path, beside=beside)
+
+    if lora and lora.save_adapter_only:
+        tensors = iter(())  # nothing to gather
     if not dist.is_initialized():
-        write_meta(tensors, args, folder, tokenizer_path)
+        write()
         return
     problem = None
     if dist.get_rank() == 0:
         try:
-            write_meta(tensors, args, folder, tokenizer_path)
+            write()
         except OSError as error:
             problem = error
     for _ in tensors:  # every rank takes part in the gathers, also in what an error left of them
@@ -71,12 +88,13 @@ def write_meta(
     *,
     bar_bytes: int | None = None,
     replace: bool = True,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write ``consolidated.pth``, ``params.json`` and ``tokenizer.model``.
 
     ``tensors`` are our key and whole CPU tensor of each parameter, mapped from a file or not;
     ``bar_bytes`` will be written, to show a progress bar (None shows none). ``replace`` is that of
-    ``new_folder``.
+    ``new_folder``; ``beside`` writes more into the folder.
     """
     n_trunk = args["num_layers"] - args["n_future_tokens"]
     state = {meta_key(key, n_trunk): _with_own_storage(tensor) for key, tensor in tensors}
@@ -96,14 +114,16 @@ def write_meta(
         params |= {"use_scaled_rope": True, "rope_scaling": args["rope_scaling"]}
     if args["max_seq_len"] != META_CONTEXT:
         params["max_seq_len"] = args["max_seq_len"]
-    with checkpoint_folder(folder, tokenizer_path, replace) as partial:
+    with checkpoint_folder(folder, tokenizer_path, replace) as unfinished:
         with (
             disk_errors(),
-            (partial / "consolidated.pth").open("wb") as file,
+            (unfinished / "consolidated.pth").open("wb") as file,
             writing_bar(bar_bytes) as bar,
         ):
             torch.save(state, CallbackIOWrapper(bar.update, file, "write"))
-        (partial / "params.json").write_text(json.dumps(params, indent=2))
+        (unfinished / "params.json").write_text(json.dumps(params, indent=2))
+        if beside:
+            beside(unfinished)
 
 
 def writing_bar(n_bytes: int | None) -> tqdm:
@@ -114,12 +134,28 @@ def writing_bar(n_bytes: int | None) -> tqdm:
 
 
 @torch.no_grad()
-def _whole_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, parameter in model.state_dict().items():
-        tensor = parameter.to(dtype)
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        yield key, tensor.cpu()
+def _whole_tensors(model: MTPTransformer, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    state = model.state_dict()
+    for key, parameter in state.items():
+        layer = key.removesuffix("weight")
+        if is_adapter(key):
+            continue
+        if model.lora and layer + A in state:
+            parts = (_whole(state[name]) for name in (key, layer + A, layer + B))
+            yield key, merged_weight(*parts, alpha=model.lora.alpha).to(dtype).cpu()
+        else:
+            yield key, _whole(parameter.to(dtype)).cpu()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _whole_adapter(model: MTPTransformer) -> dict[str, torch.Tensor]:
+    """Adapters by our key, on the CPU; a collective."""
+    state = model.state_dict() if model.lora else {}
+    return {key: _whole(value).cpu() for key, value in state.items() if is_adapter(key)}
 
 
 def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -138,13 +174,14 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
 def checkpoint_folder(folder: Path, tokenizer_path: Path, replace: bool) -> Iterator[Path]:
     """``new_folder`` in place of an earlier checkpoint only, holding the tokenizer."""
     _check_replaceable(folder)
-    with new_folder(folder, replace=replace) as partial:
-        shutil.copyfile(tokenizer_path, partial / "tokenizer.model")
-        yield partial
+    with new_folder(folder, replace=replace) as unfinished:
+        shutil.copyfile(tokenizer_path, unfinished / "tokenizer.model")
+        yield unfinished
 
 
 def _check_replaceable(folder: Path) -> None:
-    ours = any((folder / name).exists() for name in ("params.json", "config.json"))
+    names = ("params.json", "config.json", ADAPTER_CONFIG)
+    ours = any((folder / name).exists() for name in names)
     if not ours and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something other than a checkpoint: use another path")
 

@@ -42,6 +42,7 @@ MUST_BE = {
     "literal_error": "one of {expected}",
     "greater_than": "above {gt:g}",
     "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
     "less_than_equal": "at most {le:g}",
     "finite_number": "a finite number",
     "missing": "a longer list",

@@ -58,6 +58,21 @@ class Control(Keys):
     overrides: dict[str, Any] = Field(description="what differs from the run")
 
 
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3"]
+
+
+class Lora(Keys):
+    rank: int = Field(16, ge=1, description="rows of A, columns of B")
+    alpha: float = Field(32.0, gt=0, description="adapters are scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of an adapter's input")
+    targets: Literal["all-linear"] | list[LoraTarget] = Field(
+        "all-linear", description="layers of a block; w1, w2, w3 are the MLP's gate, down and up"
+    )
+    heads: bool = Field(True, description="heads 1 to K - 1 too; trunk and head 0 always")
+    quantize_base: bool = Field(False, description="QLoRA: adapted layers frozen in NF4")
+    save_adapter_only: bool = Field(False, description="best/ and last/ without the merged model")
+
+
 class Places(Keys):
     """Keys of every recipe."""
 
@@ -80,6 +95,9 @@ class TrainingKeys(Places):
     resume_from_checkpoint: bool = Field(description="whether to go on from output_dir's states")
     model: Model = Field(description="the model to build")
     checkpointer: Folder | None = Field(description="what training starts from; null: nothing")
+    lora: Lora | None = Field(
+        None, description="adapters on a frozen model; null: all of it trains"
+    )
     tokenizer: Tokenizer = Field(description="the tokenizer")
     dataset: Dataset = Field(description="rows to train on, docs/data.md")
     dataset_val: Dataset = Field(description="held-out rows")

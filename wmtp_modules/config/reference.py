@@ -32,6 +32,7 @@ RECIPES = ("rho1_wmtp_distributed", "critic_wmtp_distributed", "eval_mtp")
 TYPES = {"integer": "whole number", "number": "number", "string": "text", "array": "list"}
 TYPES |= {"boolean": "true or false", "object": "block"}
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
+BOUNDS |= {"exclusiveMaximum": "below"}
 # What may stand for any value: another key's, an environment variable's, one still to be given.
 INTERPOLATION = {"type": "string", "pattern": r"\$\{|^\?\?\?$"}
 HEAD = """\

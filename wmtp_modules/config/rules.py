@@ -61,7 +61,27 @@ def _bf16_parameters_learn(fp32_master_weights: bool, optimizer: dict) -> str | 
         )
 
 
-TRAINING_RULES = (_split_once, _compiler_is_there, _bf16_parameters_learn)
+def _lora_has_a_base(
+    lora: dict | None, checkpointer: dict | None, registry: dict | None
+) -> list[str]:
+    if lora is None:
+        return []
+    targets, wrong = lora.get("targets"), []
+    if not checkpointer:
+        wrong.append(
+            "lora: adapters need a trained model below them: set checkpointer, or lora: null"
+        )
+    if isinstance(targets, list) and not 0 < len({*targets}) == len(targets):
+        wrong.append(f"lora.targets: must be some layers, each once, or all-linear, got {targets}")
+    if lora.get("save_adapter_only") and (registry or {}).get("model_name"):
+        wrong.append(
+            "lora.save_adapter_only: registry.model_name registers whole models: set it to false, "
+            "or model_name to null"
+        )
+    return wrong
+
+
+TRAINING_RULES = (_split_once, _compiler_is_there, _bf16_parameters_learn, _lora_has_a_base)
 
 
 # ------------------------------------------------------------------ of the critic's recipe

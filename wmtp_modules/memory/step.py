@@ -31,6 +31,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchao.dtypes import nf4tensor
 from torchtune import config
 
 import wmtp_modules.loss.linear_cross_entropy as loss_module
@@ -39,6 +40,7 @@ from wmtp_modules.checkpoints.read import model_args_from_folder
 from wmtp_modules.config.file import merged
 from wmtp_modules.critic.judge import BATCH_ROWS
 from wmtp_modules.critic.states import trunk_states
+from wmtp_modules.models.lora import nf4_parameters
 from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
@@ -100,7 +102,9 @@ class _Peak:
 
 
 class _ShardedTracker(_Peak, FSDPMemTracker):
-    pass
+    def track_whole(self, parameter: torch.Tensor) -> None:
+        """Count a parameter that is not sharded."""
+        self._update_and_maybe_create_winfos(parameter, self._ref_class.SHARDED_PARAM)
 
 
 class _WholeTracker(_Peak, MemTracker):
@@ -176,6 +180,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(loss_module, "CHUNK_LOGITS_CPU", chunk),
         mock.patch.object(loss_module, "_gives_fp32", return_value=on_gpu),
+        mock.patch.object(nf4tensor, "CHUNK_SIZE", 2**62),  # quantises nothing in many pieces
         mock.patch.object(recipe, "Watchdog", mock.MagicMock(), create=True),
         mock.patch.object(recipe, "packed_block_causal_mask", make_mask, create=True),
     ):
@@ -227,12 +232,16 @@ class Rehearsal:
         if self.step == 1:
             if self._cfg.gradient_accumulation_steps > 1:
                 for parameter in self._model.parameters():
-                    parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad = (
+                        torch.zeros_like(parameter) if parameter.requires_grad else None
+                    )
             kept = [value for value in self._batch.values() if torch.is_tensor(value)]
             if self._reference is not None:
                 kept += [*self._reference.parameters(), *self._reference.buffers()]
             if isinstance(self.tracker, _ShardedTracker):
                 self.tracker.track_inputs(tuple(kept))
+                for parameter in nf4_parameters(self._model):  # FSDP2 does not know them
+                    self.tracker.track_whole(parameter)
             else:
                 self.tracker.track_external(self._model, self._optimizer, *kept)
             self.tracker.__enter__()

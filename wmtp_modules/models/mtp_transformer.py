@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
 from torchtune.modules.attention_utils import _MaskType
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy, linear_logits
 from wmtp_modules.models.kv_cache import RowKVCache
+from wmtp_modules.models.lora import LoRA, adapt_block
 
 
 class LogitLinear(nn.Linear):
@@ -77,6 +79,7 @@ class MTPTransformer(nn.Module):
     Attributes:
         context: longest row in tokens that the weights were trained on; may exceed
             ``max_seq_len``, the longest row that this model accepts.
+        lora: how it is adapted; None if all of it trains.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class MTPTransformer(nn.Module):
         self.output = output
         self.args = args
         self.context: int = args["max_seq_len"]
+        self.lora: LoRA | None = None
 
     @property
     def n_future_tokens(self) -> int:
@@ -157,6 +161,21 @@ class MTPTransformer(nn.Module):
         for block in self.layers:
             hidden_BTD = block(hidden_BTD, mask=mask, input_pos=input_pos)
         return hidden_BTD
+
+    def add_lora(self, lora: LoRA, *, adapter_dtype: torch.dtype) -> None:
+        """Put adapters on the blocks and freeze everything else.
+
+        Frozen weights stay where they are and in their dtype, which NF4 takes over; adapters lie
+        beside them and have no values yet (``init_adapters_``). On the meta device nothing is
+        allocated.
+
+        Raises:
+            ValueError: if a layer cannot have the rank, or does not divide into NF4's blocks.
+        """
+        for block in (*self.layers, *(self.heads if lora.heads else self.heads[:1])):
+            adapt_block(block, lora, adapter_dtype)
+        set_trainable_params(self, get_adapter_params(self))
+        self.lora = lora
 
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, cache_len: int) -> None:
         """Give every block, heads included, a KV cache of ``cache_len`` positions per row."""

@@ -1,11 +1,18 @@
 """Shards the multi-token-prediction model with FSDP2, and fills or casts its parameters."""
 
+import math
+
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtune.modules import RMSNorm
+from torchtune.modules.peft import LoRALinear
 
+from wmtp_modules.models.lora import nf4_parameters
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # a config's names
@@ -23,16 +30,20 @@ def shard_model(
     Gradients are reduced in fp32. Inputs are not cast: the embedding already makes activations in
     ``compute_dtype``, and a cast would round fp32 token weights to bf16.
 
+    NF4 weights stay whole on every rank: 4.1 bits a parameter are less than gathering them twice
+    a step is worth.
+
     Args:
         compute_dtype: of the gathered parameters; the sharded ones keep theirs.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    how = {"mesh": mesh, "mp_policy": policy, "ignored_params": nf4_parameters(model)}
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(block, **how, reshard_after_forward=True)
     for unit in (*model.heads, model.output, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(unit, **how, reshard_after_forward=False)
     return model
 
 
@@ -58,3 +69,29 @@ def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
     """Change the dtype of parameters only: ``model.to`` would round the RoPE tables as well."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def init_adapters_(model: nn.Module, seed: int) -> None:
+    """Fill LoRA's A as torchtune does and B with zeros, the same for any number of ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            whole = torch.empty(module.rank, module.in_dim)
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+            rows, start = local_rows(module.lora_a.weight)
+            rows.copy_(whole[start : start + len(rows)])
+            local_rows(module.lora_b.weight)[0].zero_()
+
+
+def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a parameter, and the number of the first: all of a plain one's."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    local = parameter.to_local()
+    with unset_fake_temporarily():  # it computes with tensors, also in a memory estimate
+        _, offsets = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+    assert local.shape[1:] == parameter.shape[1:], "sharded along another dimension"
+    return local, offsets[0]

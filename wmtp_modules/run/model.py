@@ -1,7 +1,9 @@
 """Makes the model that a config names ready to train: precision, checkpointing, compile, shards."""
 
+from typing import cast
+
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -9,8 +11,16 @@ from torchtune import config, training
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from wmtp_modules.checkpoints.read import check_model, load_into
+from wmtp_modules.config.keys import Lora
+from wmtp_modules.models.lora import ALL_LINEAR, LoRA
 from wmtp_modules.models.mtp_transformer import MTPTransformer
-from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_, init_weights_, shard_model
+from wmtp_modules.parallel.sharding import (
+    DTYPES,
+    cast_parameters_,
+    init_adapters_,
+    init_weights_,
+    shard_model,
+)
 from wmtp_modules.run.out_of_memory import explain_too_large
 
 
@@ -21,10 +31,22 @@ def checked_model_args(cfg: DictConfig) -> dict:
         ValueError: if it does not; found before anything is tokenised or loaded.
     """
     with torch.device("meta"):
-        args = config.instantiate(cfg.model).args
+        model = config.instantiate(cfg.model)
+        if lora := lora_of(cfg):
+            model.add_lora(lora, adapter_dtype=torch.float32)
     folder = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
-    check_model(args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
-    return args
+    check_model(model.args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
+    return model.args
+
+
+def lora_of(cfg: DictConfig) -> LoRA | None:
+    """The config's adapters; None if the whole model trains."""
+    if cfg.get("lora") is None:  # an empty block is one of defaults
+        return None
+    block = Lora(**cast(dict, OmegaConf.to_container(cfg.lora, resolve=True))).model_dump()
+    targets = block.pop("targets")
+    base = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
+    return LoRA(**block, targets=targets if targets == ALL_LINEAR else tuple(targets), base=base)
 
 
 @explain_too_large()
@@ -42,7 +64,11 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
         model = config.instantiate(cfg.model)
     if not cfg.checkpointer:  # from nothing: made whole, and equal on all ranks
         init_weights_(model, cfg.seed)
-    cast_parameters_(model, torch.float32 if cfg.fp32_master_weights else compute_dtype)
+    master_dtype = torch.float32 if cfg.fp32_master_weights else compute_dtype
+    lora = lora_of(cfg)
+    cast_parameters_(model, compute_dtype if lora else master_dtype)
+    if lora:  # frozen weights need no masters
+        model.add_lora(lora, adapter_dtype=master_dtype)
     if cfg.compile:
         # Before they are wrapped: packed rows on CUDA have a flex-attention mask, which breaks a
         # block's graph, and a break inside a checkpointed region makes all of it eager.
@@ -59,12 +85,15 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
         model.to(device)
     if cfg.checkpointer:
         load_into(model, cfg.checkpointer.checkpoint_dir, device=device)
+    if lora:
+        init_adapters_(model, cfg.seed)
     return model.train()
 
 
 def make_optimizer(cfg: DictConfig, model: MTPTransformer) -> tuple[Optimizer, LRScheduler]:
     """The config's optimizer, and its rate: linear warm-up, then half a cosine down to 0."""
-    optimizer = config.instantiate(cfg.optimizer, model.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = config.instantiate(cfg.optimizer, trained)
     schedule = training.get_cosine_schedule_with_warmup(
         optimizer, num_warmup_steps=cfg.num_warmup_steps, num_training_steps=cfg.max_steps
     )

@@ -48,6 +48,8 @@ def helpful_settings(cfg: DictConfig, ranks: int) -> dict[str, tuple[dict, int]]
         found[f"tokenizer.max_seq_len={half}"] = ({"tokenizer": {"max_seq_len": half}}, ranks)
     if cfg.get("reference") and cfg.reference.mode == "online":
         found["reference.mode=cached"] = ({"reference": {"mode": "cached"}}, ranks)
+    if cfg.get("lora") is not None and not cfg.lora.get("quantize_base"):
+        found["lora.quantize_base=true"] = ({"lora": {"quantize_base": True}}, ranks)
     if cfg.fp32_master_weights:  # without them there is one rank
         found[f"{2 * ranks} ranks"] = ({}, 2 * ranks)
     return found

@@ -29,7 +29,7 @@ FREE_KEYS = (
 # Keys of earlier versions, which had no effect while they were off.
 REMOVED_KEYS = ("auxiliary_value_coef", "auxiliary_value_lr")
 # Where tables and critics lie: what is in them is proven when they are opened.
-FREE_PATHS = ("table_dir", "batch_tokens", "critic.checkpoint_dir")
+FREE_PATHS = ("table_dir", "batch_tokens", "critic.checkpoint_dir", "lora.save_adapter_only")
 
 
 def resolved(cfg: DictConfig) -> dict:

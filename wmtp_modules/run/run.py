@@ -47,6 +47,7 @@ from wmtp_modules.run.start import launched_as
 from wmtp_modules.run.stopping import Stopped, StopRequests, clear_exit
 from wmtp_modules.run.training_state import TrainingStates
 from wmtp_modules.run.watchdog import Watchdog
+from wmtp_modules.scoring.score_table import fingerprint_checkpoint
 
 log = utils.get_logger("INFO")
 
@@ -94,6 +95,7 @@ class Run:
         self._dataset = dataset
         self._alphas_K = alphas_K
         self._made_from = made_from
+        self._base = self._frozen_base()
         self._validate = validate
         self._export, self._draw = export, draw
         self.kept = kept or {}
@@ -169,6 +171,12 @@ class Run:
                 "bring those back, or start another run with resume_from_checkpoint: false and "
                 "another output_dir"
             )
+        if run.get("base") != self._base:
+            raise ValueError(
+                f"{folder} holds adapters of another model than checkpointer.checkpoint_dir does "
+                "now: bring that back, or start another run with resume_from_checkpoint: false and "
+                "another output_dir"
+            )
         self._dataset.set_epoch(run["epoch"])
         resume.check_packing(folder, run, self._dataset.packing)
         notes = resume.notes_on_resume(run, self._cfg, self.world, len(self._dataset))
@@ -183,6 +191,13 @@ class Run:
         )
         return run["run_id"]
 
+    def _frozen_base(self) -> str | None:
+        """Hash of the checkpoint that adapters lie on: no state holds it."""
+        if self._cfg.get("lora") is None or not self._cfg.checkpointer:
+            return None
+        folder = self._cfg.checkpointer.checkpoint_dir
+        return self._watchdog.on_rank_zero(lambda: fingerprint_checkpoint(folder))
+
     def state_dict(self) -> dict[str, Any]:
         """What is the same on all ranks in a state: plain values and tensors."""
         return {
@@ -192,6 +207,7 @@ class Run:
             "best_loss": self._best_loss,
             "heldout": dict(self.heldout),
             "made_from": self._made_from,
+            "base": self._base,
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "bad_steps": self._bad_steps.state_dict(),
             "clipped": self._clipped.state_dict(),

@@ -2,7 +2,8 @@
 
 A state is a folder ``step_000123`` on a file system that all ranks share:
 
-- shards and ``.metadata`` of ``torch.distributed.checkpoint``: tensors of model and optimizer;
+- shards and ``.metadata`` of ``torch.distributed.checkpoint``: tensors of the model that train,
+  and the optimizer's;
 - ``run.pt``: what is the same on all ranks; ``rank_<r>.pt``: random state of one;
 - ``manifest.json``: size and sha256 of every other file.
 
@@ -40,6 +41,8 @@ from wmtp_modules.parallel.process_group import all_gathered
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# What is frozen comes from the checkpoint again. That no other key is missing is DCP's to say.
+TRAINED = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class TrainingStates:
@@ -237,9 +240,8 @@ class TrainingStates:
         """
         run = read_run(folder)
         if run["optimizer"]:
-            dcp_state.get_optimizer_state_dict(
-                model, optimizer
-            )  # makes the tensors that will be filled
+            # Makes the tensors that will be filled.
+            dcp_state.get_optimizer_state_dict(model, optimizer, options=TRAINED)
         tensors, _ = _split(model, optimizer)
         try:
             dcp.load(
@@ -256,16 +258,21 @@ class TrainingStates:
             ) from cause
         if plain := run["optimizer"]:
             # Its tensors are filled already.
-            state: Any = dcp_state.get_optimizer_state_dict(model, optimizer)["state"]
+            made = dcp_state.get_optimizer_state_dict(model, optimizer, options=TRAINED)
+            state: Any = made["state"]
             for key, value in plain["values"].items():
                 parameter, name = key.rsplit("/", 1)
                 state[parameter][name] = value
             rest = {"state": state, "param_groups": plain["param_groups"]}
             dcp_state.set_state_dict(
-                model, optimizer, model_state_dict=tensors["model"], optim_state_dict=rest
+                model,
+                optimizer,
+                model_state_dict=tensors["model"],
+                optim_state_dict=rest,
+                options=TRAINED,
             )
         else:
-            dcp_state.set_model_state_dict(model, tensors["model"])
+            dcp_state.set_model_state_dict(model, tensors["model"], options=TRAINED)
         self.last_step = run["step"]
         path = folder / f"rank_{self._rank}.pt"
         return run, (_load_plain(path) if path.exists() else None)
@@ -373,8 +380,8 @@ def _split(
     have, and Adam's count of steps would be one ahead.
     """
     if not optimizer.state:
-        return {"model": dcp_state.get_model_state_dict(model)}, {}
-    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
+        return {"model": dcp_state.get_model_state_dict(model, options=TRAINED)}, {}
+    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer, options=TRAINED)
     states: Any = optimizer_state["state"]
     values = {f"{p}/{name}": value for p, one in states.items() for name, value in one.items()}
     tensors: dict[str, torch.Tensor] = {}
