@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from wmtp_modules.config.rules import shards_of
 
 # The process group's own time-outs name no rank, so the watchdog has this many seconds to speak.
 WATCHDOG_FIRST_S = 60.0
@@ -91,6 +94,34 @@ def init_process_group(
         store = dist.HashStore()
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     return device, init_device_mesh(device_type, (dist.get_world_size(),))
+
+
+def sharding_mesh(mesh: DeviceMesh, data_parallel_shard: int | None) -> DeviceMesh:
+    """The mesh that a model is sharded over; a collective the first time.
+
+    Args:
+        mesh: one-dimensional, of all ranks.
+        data_parallel_shard: as for ``shards_of``. Torchrun numbers ranks node by node, so that as
+            many as a node has share one model, and each node holds a replica.
+
+    Returns:
+        The same where a model is sharded over all ranks, else one of (replicas, shards).
+    """
+    shards = shards_of(data_parallel_shard, mesh.size())
+    if shards == mesh.size():
+        return mesh
+    return _hybrid_mesh(dist.group.WORLD, mesh.device_type, shards)
+
+
+@cache
+def _hybrid_mesh(world: dist.ProcessGroup, device_type: str, shards: int) -> DeviceMesh:
+    """One per process group, whose time-out its groups get: torch gives them its default."""
+    shape = dist.get_world_size() // shards, shards
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicas", "shards"))
+    options: Any = world._get_backend(torch.device(device_type)).options
+    for group in mesh.get_all_groups() if options else ():  # the memory estimator's moves nothing
+        distributed_c10d._set_pg_timeout(options._timeout, group)
+    return mesh
 
 
 def die_with_parent() -> None:
