@@ -167,6 +167,11 @@ def patient_barrier() -> None:
     dist.barrier(group=_patient_group(dist.group.WORLD))
 
 
+def patiently_gathered(value: Any) -> list:
+    """As ``all_gathered``, however long one of the ranks takes."""
+    return all_gathered(value, _patient_group(dist.group.WORLD))
+
+
 def share_from_rank_zero(value: Any) -> Any:
     """What rank 0 has, on all ranks, however long it took there."""
     values = [value]
@@ -174,16 +179,32 @@ def share_from_rank_zero(value: Any) -> Any:
     return values[0]
 
 
+def n_hosts() -> int:
+    """Hosts of the run, as torchrun has started it: as many ranks on each."""
+    world = dist.get_world_size()
+    return -(-world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+
+
+def is_first_of_host() -> bool:
+    """Whether this rank is the first one of its host."""
+    return int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+
+
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Run the block on rank 0, then on the others, which find what it has cached."""
-    if dist.get_rank() != 0:
+    """Run the block on rank 0, then on the others, which find what it has cached.
+
+    Of other hosts the first rank comes before the rest, as their cache may be another one.
+    """
+    turns = 2 if n_hosts() == 1 else 3
+    turn = 0 if dist.get_rank() == 0 else 1 if turns == 3 and is_first_of_host() else turns - 1
+    for _ in range(turn):
         patient_barrier()
-        yield
-        return
     try:
         yield
     except (Exception, SystemExit):  # not when asked to stop: the others stop as well, or have left
-        patient_barrier()
+        for _ in range(turn, turns - 1):
+            patient_barrier()
         raise
-    patient_barrier()
+    for _ in range(turn, turns - 1):
+        patient_barrier()

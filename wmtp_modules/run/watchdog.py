@@ -15,6 +15,7 @@ NCCL's own watchdog, at the process group's time-out.
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -29,8 +30,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from wmtp_modules.parallel.process_group import share_from_rank_zero
-from wmtp_modules.run.stopping import write_exit
-from wmtp_modules.tune_plugin import note_spoken
+from wmtp_modules.run.metric_logging import note_last_words
+from wmtp_modules.run.stopping import end_process, write_exit
+from wmtp_modules.tune_plugin import SPOKEN_FILE, first_to_speak, note_spoken
 
 T = TypeVar("T")
 
@@ -43,6 +45,16 @@ MOST_NAMED = 4  # ranks in a sentence
 # Where a main thread waits for other ranks; a checkpoint's files are none of that.
 COLLECTIVES = tuple(
     f"torch.distributed.{name}" for name in ("distributed_c10d", "fsdp", "_functional_collectives")
+)
+# What gloo and NCCL say of a peer that has ended, or that no longer answers.
+LOST = re.compile(
+    r"Connection (?:closed|reset) by peer(?: \[[^]]*\])?|Application timeout caused pair closure"
+    r"|Timed out waiting \d+ms for \w+ operation|[^\n\]]*timeout[^\n]*unboundBuffer[^\n]*"
+    r"|remote process exited or there was a network error|Broken pipe|No route to host"
+)
+CONTINUES = (
+    "the run ends, and the same command with resume_from_checkpoint=true continues from what was "
+    "saved"
 )
 OURS = ("__main__", "recipes", "wmtp_modules")
 _numbers = itertools.count()  # every rank makes its watchdogs in the same order
@@ -101,6 +113,7 @@ class Watchdog:
         self.beat("the start")
         self._heard: dict[int, tuple[int | None, float]] = {}  # each rank's number, and since when
         self._reports = itertools.count()
+        self._asking: threading.Thread | None = None  # the store
 
     def __enter__(self) -> "Watchdog":
         self.beat("the start")
@@ -155,20 +168,41 @@ class Watchdog:
         for number in self._reports:
             own = self._report(number)
             reports: dict[int, Report | None] = {self._rank: own}
-            with suppress(RuntimeError):  # the store is gone, and with it the launcher
+            others = set(range(self._world)) - {self._rank} if own.age > self._timeout_s / 2 else ()
+
+            def exchange(own: Report = own, others: Iterable[int] = others) -> dict:
                 self._publish(own)
-                if own.age > self._timeout_s / 2:  # no progress for long: how are the others?
-                    others = set(range(self._world)) - {self._rank}
-                    reports |= {rank: self._read(rank) for rank in others}
-            if hang := find_hang(reports, self._silences(reports), self._rank, self._timeout_s):
+                return {rank: self._read(rank) for rank in others}  # no progress: how are they?
+
+            found = self._ask(exchange)
+            reports |= found or {}
+            silences = self._silences(reports)
+            if hang := find_hang(reports, silences, self._rank, self._timeout_s, found is None):
                 self._end(hang, own.step)
             started = time.monotonic()
             if self._leaves.wait(self._period_s):
                 break
             if time.monotonic() - started > self._period_s + self._timeout_s / 4:
                 self._beat_again()  # this process was stopped, perhaps the whole job
-        with suppress(RuntimeError):
-            self._publish(own._replace(number=LEFT, paused=True))
+        self._ask(lambda: self._publish(own._replace(number=LEFT, paused=True)))
+
+    def _ask(self, work: Callable[[], T]) -> T | None:
+        """What comes of it in the store; None if that is gone, or silent as its host is lost.
+
+        A question to a host that is cut off has no time-out, so a thread of its own waits for it.
+        """
+        if self._asking is not None and self._asking.is_alive():
+            return None
+        answers: list[T] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(work())
+
+        self._asking = threading.Thread(target=ask, name="watchdog's store", daemon=True)
+        self._asking.start()
+        self._asking.join(min(STORE_TIMEOUT.total_seconds(), self._timeout_s / 4))
+        return answers[0] if answers else None
 
     def _report(self, number: int) -> Report:
         what, step, since = self._beat
@@ -195,11 +229,8 @@ class Watchdog:
         return {rank: now - self._heard[rank][1] for rank in reports}
 
     def _end(self, hang: Hang, step: int | None) -> None:
-        """End the process. The first rank that comes here speaks for all."""
-        try:
-            is_first = self._store.add("said", 1) == 1
-        except RuntimeError:
-            is_first = True
+        """End the process. The first rank of a host that comes here speaks for it."""
+        is_first = self._is_first()
         more = {"ranks": hang.ranks, "collective": hang.collective, "message": hang.sentence}
         try:
             if is_first:
@@ -212,14 +243,59 @@ class Watchdog:
         finally:  # also where the disk is full
             os._exit(EXIT_HUNG)
 
+    def _is_first(self) -> bool:
+        if os.environ.get(SPOKEN_FILE):  # of the launcher; each host has its own
+            with suppress(OSError):
+                return first_to_speak()
+        return self._ask(lambda: self._store.add("said", 1)) in (1, None)
+
+
+@contextmanager
+def explain_lost_rank(output_dir: str | os.PathLike) -> Iterator[None]:
+    """End the process with a sentence where a collective fails as another rank is gone.
+
+    The first rank of each host that notices speaks. The interpreter is not left as usual: it would
+    wait for threads that wait for the lost one.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of gloo and of NCCL; a subclass in torch.distributed
+        lost = LOST.search(str(error))
+        if lost is None:
+            raise
+        place = find_place(_innermost(error))
+        told = (
+            f"Rank {dist.get_rank()} (process {os.getpid()} on {socket.gethostname()}) lost "
+            f"another rank, or its host ({lost[0].strip()}), in "
+            f"{place.collective or 'a collective'}, called by {place.line}; {CONTINUES}"
+        )
+        if not os.environ.get(SPOKEN_FILE) or first_to_speak():
+            sys.stderr.write(f"\n{told}\n")
+            note_last_words(told)
+            with suppress(OSError):  # what matters is on the screen
+                write_exit(output_dir, "lost", None, message=told)
+        end_process(EXIT_HUNG)
+
+
+def _innermost(error: BaseException) -> FrameType:
+    trace = error.__traceback__
+    assert trace is not None
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame
+
 
 def find_hang(
-    reports: dict[int, Report | None], silences: dict[int, float], own_rank: int, timeout_s: float
+    reports: dict[int, Report | None],
+    silences: dict[int, float],
+    own_rank: int,
+    timeout_s: float,
+    is_cut_off: bool = False,
 ) -> Hang | None:
     """Whether this rank's patience is over, and who is to blame; None as long as there is hope.
 
     A report is None of a rank that has never published; ``silences`` are the seconds since each of
-    them was heard of.
+    them was heard of. Who ``is_cut_off`` hears of nobody.
     """
     own = reports[own_rank]
     assert own is not None
@@ -249,15 +325,17 @@ def find_hang(
             )
     if moves and not hangs:
         return None  # the others will come
-    parts = _first_few(list(hangs.values())) or ["no rank makes progress"]
+    parts = _first_few(list(hangs.values()))
+    if is_cut_off:
+        parts.insert(0, f"rank {own_rank} ({own.process}) hears nothing of the host of rank 0")
+    parts = parts or ["no rank makes progress"]
     waiting = []
     for place, ranks in waits.items():
         who = f"ranks {', '.join(_first_few([*map(str, ranks)]))} wait"
         who = who if len(ranks) > 1 else f"rank {ranks[0]} waits"
         waiting.append(f"{who} in {place.collective}, called by {place.line}")
     parts += _first_few(waiting)
-    end = "the run ends, and the same command with resume_from_checkpoint=true continues from what "
-    sentence = "; ".join([*parts, f"{end}was saved"])
+    sentence = "; ".join([*parts, CONTINUES])
     collective = next((place.collective for place in waits), None)
     return Hang(list(hangs), collective, sentence[0].upper() + sentence[1:])
 
