@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -201,6 +202,21 @@ def test_a_launcher_of_several_hosts_drops_what_its_store_says(user_folder, monk
         os.dup2(stderr, 2)
     assert capfd.readouterr().err == "before a traceback"
     Path(os.environ[tune_plugin.SPOKEN_FILE]).unlink()
+
+
+def test_a_launcher_whose_workers_have_ended_does_not_wait_for_ever(user_folder):
+    """In a process of its own: it waits as for a store that is cut off, its worker has spoken."""
+    code = (
+        "import subprocess, sys, time; from wmtp_modules import tune_plugin as t; "
+        "t.LAUNCHER_LEAVES_S = 1; sys.argv = ['torchrun', '--nnodes=2', 'x.py']; t.activate(); "
+        "ended = subprocess.Popen(['true']); living = subprocess.Popen(['sleep', '3']); "
+        "t.note_spoken(); print(t.os.environ[t.SPOKEN_FILE], flush=True); time.sleep(1000)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert time.monotonic() - started > 3  # not before its last worker
+    assert not Path(done.stdout.strip()).exists()
 
 
 def test_a_worker_whose_word_cannot_be_noted(user_folder, monkeypatch):

@@ -28,7 +28,6 @@ library only.
 
 import os
 import sys
-from contextlib import suppress
 
 LAUNCHER_DEFAULTS = {
     # of --signals-to-handle: torch's own, and SIGUSR1
@@ -86,6 +85,7 @@ def speak_last(several_nodes: bool = False) -> None:
     import logging
     import tempfile
     import threading
+    import time
 
     file, path = tempfile.mkstemp(prefix="wmtp_spoken_")
     os.close(file)
@@ -106,7 +106,6 @@ def speak_last(several_nodes: bool = False) -> None:
         if several_nodes and not screen:  # workers that still end have stderr of their own
             screen.append(os.dup(2))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            threading.Thread(target=_leave_without_workers, args=(remove,), daemon=True).start()
         return False
 
     def hook(kind, error, trace) -> None:
@@ -117,30 +116,37 @@ def speak_last(several_nodes: bool = False) -> None:
         if not is_known or _was_killed(error):
             before(kind, error, trace)
 
+    def leave() -> None:
+        """In a thread: end where no worker is left, and the store that is asked is cut off.
+
+        The launcher asks it between two looks at its workers, for as long as the network tries.
+        """
+        lonely_s = 0
+        while lonely_s < LAUNCHER_LEAVES_S:
+            time.sleep(1)
+            lonely_s = lonely_s + 1 if spoken() and not _living_children() else 0
+        remove()
+        os._exit(1)
+
     sys.excepthook = hook
     for name in LAUNCHER_LOGS:
         logging.getLogger(name).addFilter(filter_log)
     atexit.register(remove)
+    if several_nodes:
+        threading.Thread(target=leave, name="leaves without workers", daemon=True).start()
 
 
-def _leave_without_workers(clean_up) -> None:
-    """End this launcher, whose workers have failed, where it waits for a store that is cut off.
+def _living_children() -> list[str]:
+    """Process ids, without those that have ended and that nobody has asked about."""
+    from contextlib import suppress
 
-    It would tell the other launchers that it leaves, for as long as the network tries.
-    """
-    import glob
-    import time
-
-    lonely_s = 0
-    while lonely_s < LAUNCHER_LEAVES_S:
-        time.sleep(1)
-        children = []
-        for path in glob.glob("/proc/self/task/*/children"):
-            with suppress(OSError), open(path) as file:
-                children += file.read().split()
-        lonely_s = 0 if children else lonely_s + 1
-    clean_up()
-    os._exit(1)
+    found = []
+    for task in os.listdir("/proc/self/task"):
+        with suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
+            for pid in file.read().split():
+                with open(f"/proc/{pid}/stat") as stat:
+                    found += [pid] if stat.read().rpartition(")")[2].split()[0] != "Z" else []
+    return found
 
 
 def _was_killed(error: BaseException) -> bool:
