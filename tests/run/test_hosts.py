@@ -25,12 +25,16 @@ def four_ranks(rank, folder):
 
     def check(**theirs):
         """What is told where host b sees ``theirs`` in place of its paths."""
-        cfg = {"output_dir": folder / "run", "dataset": {"source": [folder / "train.jsonl"]}}
+        cfg = {
+            "output_dir": folder / "run",
+            "dataset": {"source": [folder / "train.jsonl", folder / "model"]},
+        }
         cfg |= {"checkpointer": {"checkpoint_dir": folder / "model"}, "seed": 1}
         cfg |= {"reference": {"table_dir": folder / "table"}}
         cfg = json.loads(json.dumps(cfg, default=str))
         for key, path in theirs.items() if is_b else ():
-            OmegaConf.update(node := OmegaConf.create(cfg), key, str(path))
+            path = [str(one) for one in path] if isinstance(path, list) else str(path)
+            OmegaConf.update(node := OmegaConf.create(cfg), key, path)
             cfg = OmegaConf.to_container(node)
         try:
             hosts.check_hosts(OmegaConf.create(cfg))
@@ -42,7 +46,9 @@ def four_ranks(rank, folder):
     found["own output"] = check(output_dir=folder / "b" / "run")
     found["own table"] = check(**{"reference.table_dir": folder / "b" / "table"})
     found["copies"] = check(**{"checkpointer.checkpoint_dir": folder / "b" / "model"})
-    found["other data"] = check(**{"dataset.source": folder / "b" / "train.jsonl"})
+    found["other data"] = check(
+        **{"dataset.source": [folder / "b" / "train.jsonl", folder / "model"]}
+    )
     found["no model"] = check(**{"checkpointer.checkpoint_dir": folder / "nowhere"})
     os.environ["LOCAL_WORLD_SIZE"] = "4"
     found["one host"] = check(output_dir=folder / "b" / "run")
@@ -73,9 +79,9 @@ def test_what_hosts_see(tmp_path, forks):
             "docs/nodes.md"
         )
         assert one["own table"].startswith("reference.table_dir: host")
-        assert one["other data"].startswith("dataset.source: ")
-        assert f"train.jsonl is another one on host {name} and on host {name}" in one["other data"]
-        assert f"is there on only one: on host {name}" in one["no model"]
+        assert one["other data"].startswith("dataset.source[0]: ")
+        assert f"train.jsonl is another one on host {name} than on host {name}" in one["other data"]
+        assert f"is on host {name} and not on host {name}: copy it" in one["no model"]
     assert not list(tmp_path.rglob(".shared_*"))
     (_, first), (theirs, ends), *rest = (found[rank]["turn"] for rank in (0, 2, 1, 3))
     assert first <= theirs

@@ -60,8 +60,8 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
             if name != "_component_":
                 yield from _leaves(one, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
-        for one in value:
-            yield from _leaves(one, key)
+        for i, one in enumerate(value):
+            yield from _leaves(one, f"{key}[{i}]")
     elif isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value:
         yield key, value
 
@@ -116,12 +116,18 @@ def _not_the_same(paths: dict[str, str]) -> str | None:
     own, first = found[0]
     for theirs, host in found[1:]:
         for key, path in paths.items() if theirs else ():
-            if theirs[key] != own[key]:
-                what = "is another one" if theirs[key] and own[key] else "is there on only one:"
-                return (
-                    f"{key}: {path} {what} on host {host} and on host {first}: copy it, "
-                    "or put it on a file system that all hosts share, docs/nodes.md"
-                )
+            there, here = theirs.get(key), own.get(key)
+            if there == here:
+                continue
+            what = f"is on host {host} and not on host {first}"
+            if not there:
+                what = f"is on host {first} and not on host {host}"
+            elif here:
+                what = f"is another one on host {host} than on host {first}"
+            return (
+                f"{key}: {path} {what}: copy it, or put it on a file system that all hosts share, "
+                "docs/nodes.md"
+            )
     return None
 
 
