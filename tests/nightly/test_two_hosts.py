@@ -107,7 +107,7 @@ class Hosts:
             self.kill(host)
         for started in self._started:
             started.wait(60)
-        for name in self._names.values():
+        for name in self._names.values() if shutil.which("ip") else ():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
 

@@ -77,11 +77,14 @@ def test_who_is_paused_waits_but_hears():
 
 def test_who_hears_nothing_of_the_host_with_the_store():
     silences = {0: 0.0, 1: 0.0}
-    found = find_hang({1: report()}, silences, 1, TIMEOUT, is_cut_off=True)
+    found = find_hang({1: report()}, silences, 1, TIMEOUT, cut_off_s=90)
     assert found.sentence.startswith(
         "Rank 1 (process 1 on host) hears nothing of the host of rank 0; rank 1 waits in all_reduce"
     )
-    assert find_hang({1: report(age=99)}, silences, 1, TIMEOUT, is_cut_off=True) is None
+    assert find_hang({1: report(age=99)}, silences, 1, TIMEOUT, cut_off_s=90) is None
+    waits = {1: report(age=900, paused=True)}  # as for an export, of which it hears nothing either
+    assert find_hang(waits, silences, 1, TIMEOUT, cut_off_s=99) is None
+    assert find_hang(waits, silences, 1, TIMEOUT, cut_off_s=101) is not None
 
 
 def test_a_store_that_does_not_answer_holds_up_nobody(gloo_group, tmp_path):

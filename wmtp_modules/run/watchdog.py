@@ -114,9 +114,11 @@ class Watchdog:
         self._heard: dict[int, tuple[int | None, float]] = {}  # each rank's number, and since when
         self._reports = itertools.count()
         self._asking: threading.Thread | None = None  # the store
+        self._connected = time.monotonic()  # when it answered last
 
     def __enter__(self) -> "Watchdog":
         self.beat("the start")
+        self._connected = time.monotonic()
         self._main_thread = threading.get_ident()
         self._leaves = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -177,7 +179,10 @@ class Watchdog:
             found = self._ask(exchange)
             reports |= found or {}
             silences = self._silences(reports)
-            if hang := find_hang(reports, silences, self._rank, self._timeout_s, found is None):
+            now = time.monotonic()
+            self._connected = self._connected if found is None else now
+            cut_off_s = now - self._connected
+            if hang := find_hang(reports, silences, self._rank, self._timeout_s, cut_off_s):
                 self._end(hang, own.step)
             started = time.monotonic()
             if self._leaves.wait(self._period_s):
@@ -290,12 +295,12 @@ def find_hang(
     silences: dict[int, float],
     own_rank: int,
     timeout_s: float,
-    is_cut_off: bool = False,
+    cut_off_s: float = 0.0,
 ) -> Hang | None:
     """Whether this rank's patience is over, and who is to blame; None as long as there is hope.
 
     A report is None of a rank that has never published; ``silences`` are the seconds since each of
-    them was heard of. Who ``is_cut_off`` hears of nobody.
+    them was heard of, ``cut_off_s`` those for which the store has not answered.
     """
     own = reports[own_rank]
     assert own is not None
@@ -323,10 +328,10 @@ def find_hang(
                 f"rank {rank} ({report.process}) hangs: it came to {report.what} "
                 f"{report.age:.0f} seconds ago and is in {report.place.line}"
             )
-    if moves and not hangs:
+    if moves and not hangs and cut_off_s <= timeout_s:
         return None  # the others will come
     parts = _first_few(list(hangs.values()))
-    if is_cut_off:
+    if cut_off_s > 0:
         parts.insert(0, f"rank {own_rank} ({own.process}) hears nothing of the host of rank 0")
     parts = parts or ["no rank makes progress"]
     waiting = []
