@@ -119,6 +119,11 @@ def test_a_rank_that_loses_another_says_so(gloo_group, tmp_path, monkeypatch, ca
     assert "resume_from_checkpoint=true continues from what was saved" in told
     assert told.count("\n") == 2
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "lost"
+    (tmp_path / "exit.json").write_text("hung")  # what the lost rank knew before it ended
+    said.write_text("")
+    with pytest.raises(SystemExit), module.explain_lost_rank(tmp_path):
+        raise RuntimeError(GLOO)
+    assert (tmp_path / "exit.json").read_text() == "hung"
 
 
 def test_other_errors_keep_their_traceback(tmp_path):

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -277,8 +278,9 @@ def explain_lost_rank(output_dir: str | os.PathLike) -> Iterator[None]:
         if not os.environ.get(SPOKEN_FILE) or first_to_speak():
             sys.stderr.write(f"\n{told}\n")
             note_last_words(told)
-            with suppress(OSError):  # what matters is on the screen
-                write_exit(output_dir, "lost", None, message=told)
+            if not (Path(output_dir) / "exit.json").exists():  # the lost one may have said more
+                with suppress(OSError):  # what matters is on the screen
+                    write_exit(output_dir, "lost", None, message=told)
         end_process(EXIT_HUNG)
 
 
