@@ -6,10 +6,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -159,6 +161,62 @@ def test_a_launcher_is_silent_about_workers_that_spoke(user_folder, monkeypatch,
     tune_plugin.note_spoken()
     assert said() == "a traceback\n"  # of the launcher's own error
     file.unlink()
+
+
+@pytest.mark.parametrize(("exitcode", "shown"), [(-9, True), (-11, True), (-15, False), (1, False)])
+def test_a_launcher_says_which_worker_was_killed(user_folder, monkeypatch, exitcode, shown, capsys):
+    """The others lost it and say so, but the kernel's reason is known to the launcher only."""
+    monkeypatch.setattr(sys, "argv", ["/bin/tune", "run", "recipes/toy.py"])
+    tune_plugin.activate()
+    tune_plugin.note_spoken()
+    error = ChildFailedError.__new__(ChildFailedError)
+    ends = {0: (2.0, 1), 1: (1.0, exitcode)}
+    error.failures = {
+        rank: SimpleNamespace(timestamp=when, exitcode=code) for rank, (when, code) in ends.items()
+    }
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().out == "a traceback\n" * shown
+    Path(os.environ[tune_plugin.SPOKEN_FILE]).unlink()
+
+
+def test_one_worker_of_a_launcher_speaks(user_folder, monkeypatch):
+    (user_folder / "said").touch()
+    monkeypatch.setenv(tune_plugin.SPOKEN_FILE, str(user_folder / "said"))
+    assert [tune_plugin.first_to_speak() for _ in range(3)] == [True, False, False]
+
+
+def test_a_launcher_of_several_hosts_drops_what_its_store_says(user_folder, monkeypatch, capfd):
+    """C++ writes it past Python; what the launcher itself fails with is shown."""
+    monkeypatch.setattr(sys, "argv", ["/bin/tune", "run", "--nnodes", "2", "recipes/toy.py"])
+    monkeypatch.setattr(sys, "excepthook", lambda *_: os.write(2, b"a traceback"))
+    stderr = os.dup(2)
+    try:
+        tune_plugin.activate()
+        tune_plugin.note_spoken()
+        log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+        for text in (b"before ", b"frames of C++ "):
+            os.write(2, text)
+            log.filter(logging.makeLogRecord({"msg": "failed (exitcode: 1)"}))
+        sys.excepthook(OSError, OSError("own"), None)
+    finally:
+        os.dup2(stderr, 2)
+    assert capfd.readouterr().err == "before a traceback"
+    Path(os.environ[tune_plugin.SPOKEN_FILE]).unlink()
+
+
+def test_a_launcher_whose_workers_have_ended_does_not_wait_for_ever(user_folder):
+    """In a process of its own: it waits as for a store that is cut off, its worker has spoken."""
+    code = (
+        "import subprocess, sys, time; from wmtp_modules import tune_plugin as t; "
+        "t.LAUNCHER_LEAVES_S = 1; sys.argv = ['torchrun', '--nnodes=2', 'x.py']; t.activate(); "
+        "ended = subprocess.Popen(['true']); living = subprocess.Popen(['sleep', '3']); "
+        "t.note_spoken(); print(t.os.environ[t.SPOKEN_FILE], flush=True); time.sleep(1000)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert time.monotonic() - started > 3  # not before its last worker
+    assert not Path(done.stdout.strip()).exists()
 
 
 def test_a_worker_whose_word_cannot_be_noted(user_folder, monkeypatch):

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.file import merged, read_config
+from wmtp_modules.config.rules import shards_of
 from wmtp_modules.memory.step import Estimate, estimate_step, estimate_trunk, load_recipe, recipe_of
 from wmtp_modules.run.out_of_memory import helpful_settings
 
@@ -22,10 +23,11 @@ SHOWN = 3  # settings that help
 
 
 def check(cfg: DictConfig, ranks: int, recipe: ModuleType) -> None:
-    """Check that the recipe would run the config on so many ranks; ConfigError if not."""
+    """Check that the recipe would run the config on so many ranks; ValueError if not."""
     if ranks < 1:
         raise ConfigError(f"--ranks: must be at least 1, got {ranks}")
     recipe.check(cfg)
+    shards_of(cfg.get("data_parallel_shard"), ranks)
     if ranks > 1 and not cfg.fp32_master_weights:
         raise ConfigError("fp32_master_weights: false is for one rank: give --ranks 1 or keep them")
 

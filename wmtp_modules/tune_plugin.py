@@ -13,7 +13,9 @@ defaults of options, which are other ones here.
 A launcher whose workers ended by an error of the user, or were stopped, knows no more than their
 exit codes, and buries the sentence that says why under a traceback of its own. A worker that has
 spoken tells it so (``note_spoken``), and it keeps quiet: the last line on the screen is ours. Its
-exit code stays what it is.
+exit code stays what it is. Where a worker was killed, its number says more than those that lost it,
+and the traceback is shown. When another host is lost, C++ code of the launcher prints some 60 lines
+about the store that was there: they are held back as well.
 
 torchao 0.15 warns in every process that its C++ extensions, which nothing here calls, are not made
 for torch 2.13. No user can mend that, as torchtune 0.6.1 needs the one and we the other: the line
@@ -40,6 +42,7 @@ LAUNCHER_LOGS = tuple(
     f"torch.distributed.elastic.{name}" for name in ("multiprocessing.api", "agent.server.api")
 )
 
+LAUNCHER_LEAVES_S = 20  # after the last of its workers
 # Of pyproject.toml. With any other version torchao's line is news, and shown.
 EXPECTED = "torch version 2.13.0", "torchao version 0.15.0"
 
@@ -62,11 +65,27 @@ def note_spoken() -> None:
             return
 
 
-def speak_last() -> None:
-    """Have this launcher be silent about workers that have spoken."""
+def first_to_speak() -> bool:
+    """Whether no worker of this launcher, that is of this host, has spoken; it counts as spoken."""
+    import fcntl
+
+    with open(os.environ[SPOKEN_FILE], "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        is_first = os.fstat(file.fileno()).st_size == 0
+        file.write("spoken\n")
+    return is_first
+
+
+def speak_last(several_nodes: bool = False) -> None:
+    """Have this launcher be silent about workers that have spoken.
+
+    ``several_nodes``: it is one of several, and starts no worker again.
+    """
     import atexit
     import logging
     import tempfile
+    import threading
+    import time
 
     file, path = tempfile.mkstemp(prefix="wmtp_spoken_")
     os.close(file)
@@ -79,17 +98,64 @@ def speak_last() -> None:
         if os.path.exists(path):
             os.remove(path)
 
-    before = sys.excepthook
+    before, screen = sys.excepthook, []  # a copy of stderr, once that leads nowhere
+
+    def filter_log(record) -> bool:
+        if not spoken():
+            return True
+        if several_nodes and not screen:  # workers that still end have stderr of their own
+            screen.append(os.dup(2))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        return False
 
     def hook(kind, error, trace) -> None:
         # ChildFailedError and SignalException: which worker ended how, or which signal came.
-        if not (kind.__module__.startswith("torch.distributed.elastic") and spoken()):
+        is_known = kind.__module__.startswith("torch.distributed.elastic") and spoken()
+        if screen:
+            os.dup2(screen[0], 2)
+        if not is_known or _was_killed(error):
             before(kind, error, trace)
+
+    def leave() -> None:
+        """In a thread: end where no worker is left, and the store that is asked is cut off.
+
+        The launcher asks it between two looks at its workers, for as long as the network tries.
+        """
+        lonely_s = 0
+        while lonely_s < LAUNCHER_LEAVES_S:
+            time.sleep(1)
+            lonely_s = lonely_s + 1 if spoken() and not _living_children() else 0
+        remove()
+        os._exit(1)
 
     sys.excepthook = hook
     for name in LAUNCHER_LOGS:
-        logging.getLogger(name).addFilter(lambda record: not spoken())
+        logging.getLogger(name).addFilter(filter_log)
     atexit.register(remove)
+    if several_nodes:
+        threading.Thread(target=leave, name="leaves without workers", daemon=True).start()
+
+
+def _living_children() -> list[str]:
+    """Process ids, without those that have ended and that nobody has asked about."""
+    from contextlib import suppress
+
+    found = []
+    for task in os.listdir("/proc/self/task"):
+        with suppress(OSError), open(f"/proc/self/task/{task}/children") as file:
+            for pid in file.read().split():
+                with open(f"/proc/{pid}/stat") as stat:
+                    found += [pid] if stat.read().rpartition(")")[2].split()[0] != "Z" else []
+    return found
+
+
+def _was_killed(error: BaseException) -> bool:
+    """Whether the first worker to end was ended by a signal that no launcher sends at first."""
+    import signal
+
+    failures = getattr(error, "failures", {}).values()
+    first = min(failures, key=lambda failure: failure.timestamp, default=None)
+    return first is not None and first.exitcode < 0 and first.exitcode != -signal.SIGTERM
 
 
 def activate() -> bool:
@@ -116,7 +182,10 @@ def activate() -> bool:
     runs = is_tune and argv[1:2] == ["run"] and (has_recipes or _names_a_recipe(argv[2:]))
     is_torchrun = script == "torchrun" or "torch.distributed.run" in modules
     if runs or (is_torchrun and has_recipes):
-        speak_last()
+        nodes = any(word.startswith(("--nnodes", "--rdzv")) for word in argv)
+        again = any(word.replace("_", "-").startswith("--max-restarts") for word in argv)
+        nodes = nodes or "PET_NNODES" in os.environ
+        speak_last(nodes and not (again or "PET_MAX_RESTARTS" in os.environ))
     if runs:
         if script == "tune" and has_recipes:
             sys.path.insert(0, os.getcwd())

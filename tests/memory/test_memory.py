@@ -125,6 +125,33 @@ def test_what_else_a_step_depends_on(cfg, estimate_step):
     assert waiting.peak < now.peak
 
 
+def test_shards_and_gradients_that_wait(cfg, estimate_step):
+    """A replica of two ranks holds twice what four do; what waits unsharded lies there whole."""
+    cfg.update({"gradient_accumulation_steps": 2, "batch_size": 1})
+    cfg.tokenizer.max_seq_len = 2  # so that parameters are what matters
+    model, kept = parameter_bytes(cfg), ("parameters", "optimizer state")
+
+    def estimate(**changes):
+        found = estimate_step(OmegaConf.merge(cfg, changes), 4)
+        return found.peak, sum(found.parts[part] for part in kept)
+
+    all_peak, all_kept = estimate(sync_each_batch=True)
+    two_peak, two_kept = estimate(data_parallel_shard=2, sync_each_batch=True)
+    assert two_kept - all_kept == pytest.approx(3 * model / 4, rel=0.05)
+    # Sums over shards wait in place of gradients; the largest unit's meets both for a moment.
+    waiting_peak, _ = estimate(data_parallel_shard=2)
+    assert two_peak <= waiting_peak < two_peak + 0.3 * model
+    # Whole gradients in place of a quarter; heads and output are gathered in any case.
+    whole_peak, _ = estimate(sync_each_batch=False)
+    assert 0.75 * model < whole_peak - all_peak < 1.75 * model
+    told = helpful_settings(OmegaConf.merge(cfg, {"sync_each_batch": False}), 4)
+    assert "sync_each_batch=true" in told
+    assert "8 ranks" in told
+    told = helpful_settings(OmegaConf.merge(cfg, {"data_parallel_shard": 2}), 4)
+    assert "data_parallel_shard=null" in told
+    assert "8 ranks" not in told
+
+
 def test_logits_are_held_twice_while_the_loss_is_made(cfg, estimate_step):
     """Once by us and once inside ``logsumexp``, where there is one chunk of them."""
     cfg.update({"batch_size": 1})

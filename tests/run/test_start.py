@@ -75,6 +75,14 @@ def test_another_rank_is_silent_where_rank_0_speaks(launcher, waited, monkeypatc
     assert waited[-1] == start.PATIENCE
 
 
+def test_the_first_rank_of_another_host_says_it_there(launcher, waited, monkeypatch):
+    """Rank 0's sentence is on another screen, and this launcher would show a traceback."""
+    launcher.set(start.FAILED, "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert leave(ConfigError("seed: missing"), 1, monkeypatch) == "ConfigError: seed: missing"
+    assert waited == []
+
+
 def test_another_rank_speaks_where_rank_0_goes_on(launcher, waited, monkeypatch):
     launcher.set(start.JOINING, "1")
     said = leave(ValueError("no GPU here"), 1, monkeypatch)

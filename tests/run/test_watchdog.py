@@ -1,5 +1,6 @@
 """What a hang is and how it is told; real ones are in tests/distributed/test_hangs.py."""
 
+import json
 import sys
 import threading
 import time
@@ -72,6 +73,62 @@ def test_who_is_paused_waits_but_hears():
     paused = report(age=900, paused=True)
     assert hang({0: paused, 1: report(place=IN_PYTHON)}) is None
     assert hang({0: paused, 1: paused}, {1: 26}).ranks == [1]
+
+
+def test_who_hears_nothing_of_the_host_with_the_store():
+    silences = {0: 0.0, 1: 0.0}
+    found = find_hang({1: report()}, silences, 1, TIMEOUT, cut_off_s=90)
+    assert found.sentence.startswith(
+        "Rank 1 (process 1 on host) hears nothing of the host of rank 0; rank 1 waits in all_reduce"
+    )
+    assert find_hang({1: report(age=99)}, silences, 1, TIMEOUT, cut_off_s=90) is None
+    waits = {1: report(age=900, paused=True)}  # as for an export, of which it hears nothing either
+    assert find_hang(waits, silences, 1, TIMEOUT, cut_off_s=99) is None
+    assert find_hang(waits, silences, 1, TIMEOUT, cut_off_s=101) is not None
+
+
+def test_a_store_that_does_not_answer_holds_up_nobody(gloo_group, tmp_path):
+    """As one whose host is cut off; a question to it never ends."""
+    watchdog, answers = Watchdog(0.4, tmp_path), threading.Event()
+    started = time.monotonic()
+    assert watchdog._ask(answers.wait) is None
+    assert watchdog._ask(lambda: 1) is None  # the first question still waits
+    assert time.monotonic() - started < 10
+    answers.set()
+    watchdog._asking.join()
+    assert watchdog._ask(lambda: 1) == 1
+
+
+GLOO = "[pair.cc:553] Connection closed by peer [10.0.0.2]:40000. This is typically caused by"
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_rank_that_loses_another_says_so(gloo_group, tmp_path, monkeypatch, capsys, speaks):
+    monkeypatch.setattr(module, "end_process", sys.exit)
+    said = tmp_path / "said"
+    said.write_text("" if speaks else "spoken\n")
+    monkeypatch.setenv("WMTP_SPOKEN_FILE", str(said))
+    with pytest.raises(SystemExit) as exit, module.explain_lost_rank(tmp_path):
+        raise RuntimeError(GLOO)
+    assert exit.value.code == 1
+    told = capsys.readouterr().err
+    if not speaks:
+        assert told == ""
+        return
+    assert "lost another rank, or its host (Connection closed by peer [10.0.0.2]), in " in told
+    assert "resume_from_checkpoint=true continues from what was saved" in told
+    assert told.count("\n") == 2
+    assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "lost"
+    (tmp_path / "exit.json").write_text("hung")  # what the lost rank knew before it ended
+    said.write_text("")
+    with pytest.raises(SystemExit), module.explain_lost_rank(tmp_path):
+        raise RuntimeError(GLOO)
+    assert (tmp_path / "exit.json").read_text() == "hung"
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), module.explain_lost_rank(tmp_path):
+        raise RuntimeError("shapes do not fit")
 
 
 def test_all_wait_for_each_other():

@@ -103,6 +103,12 @@ class TrainingKeys(Places):
     dataset_val: Dataset = Field(description="held-out rows")
     batch_size: int = Field(ge=1, description="packed rows of a rank's micro-batch")
     gradient_accumulation_steps: int = Field(ge=1, description="micro-batches of an update")
+    data_parallel_shard: int | None = Field(
+        None, ge=-1, description="ranks that share one model, docs/nodes.md; null or -1: all"
+    )
+    sync_each_batch: bool | None = Field(
+        None, description="gradients cross nodes each micro-batch; null: unless nodes are replicas"
+    )
     optimizer: Optimizer = Field(description="the optimizer")
     num_warmup_steps: int = Field(ge=0, description="updates until the full learning rate")
     clip_grad_norm: float = Field(gt=0, description="largest norm of the gradient")

@@ -7,13 +7,44 @@ see ``check_config``.
 import importlib.util
 import os
 import shutil
+from typing import Literal
+
+from omegaconf import DictConfig
 
 STAGES = ("rewards", "critic", "values", "policy")  # of the critic's recipe
+
+Waits = Literal["nothing", "replicas", "all"]  # of gradients, for the last micro-batch of a step
 
 
 def cpp_compiler() -> str | None:
     """The compiler that ``torch.compile`` calls on a CPU: the one of $CXX, else g++."""
     return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def shards_of(data_parallel_shard: int | None, world: int) -> int:
+    """Ranks that a model is sharded over; None and -1 are all of them.
+
+    Raises:
+        ValueError: if they do not divide the ranks into groups of that size.
+    """
+    shards = world if data_parallel_shard in (None, -1) else data_parallel_shard
+    if shards < 1 or world % shards:
+        divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(
+            f"data_parallel_shard: {shards} does not divide {world} rank{'s' * (world > 1)}: take "
+            f"one of {divisors}, most often the GPUs of one node, or null for all ranks"
+        )
+    return shards
+
+
+def what_waits(cfg: DictConfig | dict, world: int) -> Waits:
+    """What of the gradients is not sent to other nodes before the last micro-batch of a step."""
+    is_sharded = cfg.get("fp32_master_weights", True)
+    if not is_sharded or cfg["gradient_accumulation_steps"] == 1 or cfg.get("sync_each_batch"):
+        return "nothing"
+    if shards_of(cfg.get("data_parallel_shard"), world) < world:
+        return "replicas"  # which takes no memory, and so is the default
+    return "nothing" if cfg.get("sync_each_batch") is None else "all"
 
 
 def _split_once(dataset: dict, dataset_val: dict) -> str | None:
@@ -81,7 +112,22 @@ def _lora_has_a_base(
     return wrong
 
 
-TRAINING_RULES = (_split_once, _compiler_is_there, _bf16_parameters_learn, _lora_has_a_base)
+def _shards_divide_ranks(data_parallel_shard: int | None) -> str | None:
+    if "WORLD_SIZE" in os.environ:  # else it is checked where the number of ranks is known
+        try:
+            shards_of(data_parallel_shard, int(os.environ["WORLD_SIZE"]))
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+TRAINING_RULES = (
+    _split_once,
+    _compiler_is_there,
+    _bf16_parameters_learn,
+    _lora_has_a_base,
+    _shards_divide_ranks,
+)
 
 
 # ------------------------------------------------------------------ of the critic's recipe

@@ -38,13 +38,15 @@ import wmtp_modules.loss.linear_cross_entropy as loss_module
 from wmtp_modules.catalog import RECIPES
 from wmtp_modules.checkpoints.read import model_args_from_folder
 from wmtp_modules.config.file import merged
+from wmtp_modules.config.rules import what_waits
 from wmtp_modules.critic.judge import BATCH_ROWS
 from wmtp_modules.critic.states import trunk_states
 from wmtp_modules.models.lora import nf4_parameters
 from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
-from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_
+from wmtp_modules.parallel.process_group import sharding_mesh
+from wmtp_modules.parallel.sharding import DTYPES, cast_parameters_, sync_gradients_
 from wmtp_modules.run.figures import Sums
 
 CPU = torch.device("cpu")  # where tensors without contents say they are
@@ -176,7 +178,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
         return None if on_gpu else torch.ones(B, T, T, dtype=torch.bool)
 
     with (
-        _fake_world(ranks) as mesh,
+        _fake_world(ranks, cfg.get("data_parallel_shard")) as mesh,
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(loss_module, "CHUNK_LOGITS_CPU", chunk),
         mock.patch.object(loss_module, "_gives_fp32", return_value=on_gpu),
@@ -228,9 +230,13 @@ class Rehearsal:
     def finish_steps(self) -> None: ...
 
     def micro_batches(self) -> Iterator[dict]:
-        """The last micro-batch of a step; it meets the gradients of those before."""
+        """The last micro-batch of a step; it meets the gradients of those before.
+
+        Where gradients wait for it unsharded, one before it makes them.
+        """
+        waits = what_waits(self._cfg, self.world)
         if self.step == 1:
-            if self._cfg.gradient_accumulation_steps > 1:
+            if waits == "nothing" and self._cfg.gradient_accumulation_steps > 1:
                 for parameter in self._model.parameters():
                     parameter.grad = (
                         torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -245,8 +251,12 @@ class Rehearsal:
             else:
                 self.tracker.track_external(self._model, self._optimizer, *kept)
             self.tracker.__enter__()
-        self.tracker.where = "forward"
-        yield self._batch
+        for now in (True,) if waits == "nothing" else (False, True):
+            sync_gradients_(self._model, waits, now)
+            if self.step == 1 and isinstance(self.tracker, _ShardedTracker):
+                self.tracker.reset_mod_stats()  # it takes one forward only
+            self.tracker.where = "forward"
+            yield self._batch
 
     def loss_step(self, batch: dict) -> tuple:
         """The recipe's own; what follows it is the backward."""
@@ -311,13 +321,15 @@ def _make_tables(cfg: DictConfig) -> None:
 
 
 @contextlib.contextmanager
-def _fake_world(ranks: int) -> Iterator[DeviceMesh]:
+def _fake_world(ranks: int, data_parallel_shard: int | None = None) -> Iterator[DeviceMesh]:
     """The mesh of a process group that says it has so many ranks and moves nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")
-            yield init_device_mesh("cpu", (ranks,))
+            mesh = init_device_mesh("cpu", (ranks,))
+            sharding_mesh(mesh, data_parallel_shard)  # kept; made of tensors that have contents
+            yield mesh
     finally:
         dist.destroy_process_group()
 

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from wmtp_modules.config.rules import shards_of
 
 # The process group's own time-outs name no rank, so the watchdog has this many seconds to speak.
 WATCHDOG_FIRST_S = 60.0
@@ -93,6 +96,34 @@ def init_process_group(
     return device, init_device_mesh(device_type, (dist.get_world_size(),))
 
 
+def sharding_mesh(mesh: DeviceMesh, data_parallel_shard: int | None) -> DeviceMesh:
+    """The mesh that a model is sharded over; a collective the first time.
+
+    Args:
+        mesh: one-dimensional, of all ranks.
+        data_parallel_shard: as for ``shards_of``. Torchrun numbers ranks node by node, so that as
+            many as a node has share one model, and each node holds a replica.
+
+    Returns:
+        The same where a model is sharded over all ranks, else one of (replicas, shards).
+    """
+    shards = shards_of(data_parallel_shard, mesh.size())
+    if shards == mesh.size():
+        return mesh
+    return _hybrid_mesh(dist.group.WORLD, mesh.device_type, shards)
+
+
+@cache
+def _hybrid_mesh(world: dist.ProcessGroup, device_type: str, shards: int) -> DeviceMesh:
+    """One per process group, whose time-out its groups get: torch gives them its default."""
+    shape = dist.get_world_size() // shards, shards
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicas", "shards"))
+    options: Any = world._get_backend(torch.device(device_type)).options
+    for group in mesh.get_all_groups() if options else ():  # the memory estimator's moves nothing
+        distributed_c10d._set_pg_timeout(options._timeout, group)
+    return mesh
+
+
 def die_with_parent() -> None:
     """Have this process sent SIGTERM when its parent ends, whatever ended that; Linux only.
 
@@ -136,6 +167,11 @@ def patient_barrier() -> None:
     dist.barrier(group=_patient_group(dist.group.WORLD))
 
 
+def patiently_gathered(value: Any) -> list:
+    """As ``all_gathered``, however long one of the ranks takes."""
+    return all_gathered(value, _patient_group(dist.group.WORLD))
+
+
 def share_from_rank_zero(value: Any) -> Any:
     """What rank 0 has, on all ranks, however long it took there."""
     values = [value]
@@ -143,16 +179,32 @@ def share_from_rank_zero(value: Any) -> Any:
     return values[0]
 
 
+def n_hosts() -> int:
+    """Hosts of the run, as torchrun has started it: as many ranks on each."""
+    world = dist.get_world_size()
+    return -(-world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+
+
+def is_first_of_host() -> bool:
+    """Whether this rank is the first one of its host."""
+    return int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+
+
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Run the block on rank 0, then on the others, which find what it has cached."""
-    if dist.get_rank() != 0:
+    """Run the block on rank 0, then on the others, which find what it has cached.
+
+    Of other hosts the first rank comes before the rest, as their cache may be another one.
+    """
+    turns = 2 if n_hosts() == 1 else 3
+    turn = 0 if dist.get_rank() == 0 else 1 if turns == 3 and is_first_of_host() else turns - 1
+    for _ in range(turn):
         patient_barrier()
-        yield
-        return
     try:
         yield
     except (Exception, SystemExit):  # not when asked to stop: the others stop as well, or have left
-        patient_barrier()
+        for _ in range(turn, turns - 1):
+            patient_barrier()
         raise
-    patient_barrier()
+    for _ in range(turn, turns - 1):
+        patient_barrier()

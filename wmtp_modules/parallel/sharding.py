@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtune.modules import RMSNorm
 from torchtune.modules.peft import LoRALinear
 
+from wmtp_modules.config.rules import Waits
 from wmtp_modules.models.lora import nf4_parameters
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
@@ -19,7 +20,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # a config's names
 
 
 def shard_model(
-    model: MTPTransformer, mesh: DeviceMesh, *, compute_dtype: torch.dtype
+    model: MTPTransformer,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    gather_once: bool = False,
 ) -> MTPTransformer:
     """Shard each trunk block, each head, the output and the embedding as one FSDP2 unit each.
 
@@ -34,17 +39,43 @@ def shard_model(
     a step is worth.
 
     Args:
+        mesh: of one dimension, or of two: (replicas, shards), see ``sharding_mesh``.
         compute_dtype: of the gathered parameters; the sharded ones keep theirs.
+        gather_once: trunk blocks stay gathered as well, for ``sync_gradients_``.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     how = {"mesh": mesh, "mp_policy": policy, "ignored_params": nf4_parameters(model)}
     for block in model.layers:
-        fully_shard(block, **how, reshard_after_forward=True)
+        fully_shard(block, **how, reshard_after_forward=not gather_once)
     for unit in (*model.heads, model.output, model):
         fully_shard(unit, **how, reshard_after_forward=False)
     return model
+
+
+def sync_gradients_(model: nn.Module, waits: Waits, now: bool) -> None:
+    """Whether the next backward sends gradients to other nodes; before the last one of a step.
+
+    ``replicas``: each backward adds up over its shards, and only the sum over replicas waits for
+    the last one, which takes no memory. ``all``: gradients wait whole, in fp32, and parameters stay
+    gathered, so that both cross the network once a step. That takes 4 bytes per parameter and those
+    of its compute dtype, on every rank; the model was sharded with ``gather_once``.
+    """
+    if not isinstance(model, FSDPModule):  # one rank without fp32 masters
+        return
+    if waits == "replicas":
+        model.set_requires_all_reduce(now)
+    elif waits == "all":
+        model.set_requires_gradient_sync(now)
+        model.set_reshard_after_backward(now)
+
+
+def reshard_(model: nn.Module) -> None:
+    """Give gathered parameters back, as before a save in the middle of a step."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def init_weights_(model: nn.Module, seed: int) -> None:

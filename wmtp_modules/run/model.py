@@ -12,8 +12,10 @@ from torchtune.modules import TransformerSelfAttentionLayer
 
 from wmtp_modules.checkpoints.read import check_model, load_into
 from wmtp_modules.config.keys import Lora
+from wmtp_modules.config.rules import what_waits
 from wmtp_modules.models.lora import ALL_LINEAR, LoRA
 from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.parallel.process_group import sharding_mesh
 from wmtp_modules.parallel.sharding import (
     DTYPES,
     cast_parameters_,
@@ -80,7 +82,9 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
             model, auto_wrap_policy={TransformerSelfAttentionLayer}
         )
     if cfg.fp32_master_weights:
-        shard_model(model, mesh, compute_dtype=compute_dtype)
+        mesh = sharding_mesh(mesh, cfg.get("data_parallel_shard"))
+        once = what_waits(cfg, mesh.size()) == "all"
+        shard_model(model, mesh, compute_dtype=compute_dtype, gather_once=once)
     elif not cfg.checkpointer and device.type != "cpu":  # one rank, nothing to shard or to cast
         model.to(device)
     if cfg.checkpointer:

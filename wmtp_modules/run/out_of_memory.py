@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
+from wmtp_modules.config.rules import shards_of, what_waits
 from wmtp_modules.run.figures import TrainingError, peak_memory_gib
 
 COMMAND = "python -m wmtp_modules.estimate_memory"
@@ -50,7 +51,11 @@ def helpful_settings(cfg: DictConfig, ranks: int) -> dict[str, tuple[dict, int]]
         found["reference.mode=cached"] = ({"reference": {"mode": "cached"}}, ranks)
     if cfg.get("lora") is not None and not cfg.lora.get("quantize_base"):
         found["lora.quantize_base=true"] = ({"lora": {"quantize_base": True}}, ranks)
-    if cfg.fp32_master_weights:  # without them there is one rank
+    if what_waits(cfg, ranks) == "all":
+        found["sync_each_batch=true"] = ({"sync_each_batch": True}, ranks)
+    if shards_of(cfg.get("data_parallel_shard"), ranks) < ranks:
+        found["data_parallel_shard=null"] = ({"data_parallel_shard": None}, ranks)
+    elif cfg.fp32_master_weights:  # without them there is one rank
         found[f"{2 * ranks} ranks"] = ({}, 2 * ranks)
     return found
 

@@ -32,6 +32,8 @@ def required_runs(cfg: DictConfig, check: Callable[[DictConfig], None]) -> list[
     runs = []
     for path in cfg.get("requires") or []:
         inherited = {key: cfg[key] for key in ("device", "assets_dir") if key in cfg}
+        if cfg.get("data_parallel_shard") is not None:
+            inherited["data_parallel_shard"] = cfg.data_parallel_shard
         try:
             required = merged(OmegaConf.create(of_required(cfg)), load_config(path))
         except ConfigError as error:
@@ -138,7 +140,8 @@ def finished(cfg: DictConfig) -> dict | None:
     if not all(file.exists() for file in files):
         return None
     places = ("resume_from_checkpoint", "storage", "tracking", "metric_logger", "registry")
-    same: dict = dict.fromkeys(places)  # not what it computes
+    nodes = ("data_parallel_shard", "sync_each_batch")
+    same: dict = dict.fromkeys((*places, *nodes))  # not what it computes
     if not cfg.get("controls"):  # what a control's run had beside it is of no matter to it
         same["controls"] = None
     if kept(load_config(files[0])) | same != kept(cfg) | same:

@@ -18,10 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training, utils
 
+from wmtp_modules.config.rules import what_waits
 from wmtp_modules.data.loader import epoch_dataloader, packs_of_epoch, to_device
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
 from wmtp_modules.models.mtp_transformer import MTPTransformer
+from wmtp_modules.parallel.sharding import reshard_, sync_gradients_
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.run import resume
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
@@ -115,6 +117,7 @@ class Run:
         self._noise_sums = torch.zeros(4, dtype=torch.float64)  # of the updates, ``noise_sums``
         self._dataloader = self._epoch_dataloader()
         self._batches = self._endless_batches()
+        self._waits = what_waits(cfg, self.world)
         self._position: dict[str, Any] = {}  # where a state that is saved goes on
         self._rows: list[torch.Tensor] = []  # of the data set, in each micro-batch of this step
         self._problem = ""  # why this step must not update anything
@@ -288,20 +291,23 @@ class Run:
     def micro_batches(self) -> Iterator[dict]:
         """This rank's micro-batches of one optimizer step.
 
-        Before each it tells the watchdog that the rank is alive and stops if asked to.
+        Before each it tells the watchdog that the rank is alive and stops if asked to, and tells
+        the model whether gradients go to other nodes after it.
 
         Raises:
             Stopped: on all ranks, after the last whole step is saved.
         """
         self._position = self._where()  # a stop before the update goes on from here
         self._rows = []
-        for _ in range(self._cfg.gradient_accumulation_steps):
+        last = self._cfg.gradient_accumulation_steps - 1
+        for index in range(last + 1):
             self._watchdog.beat(f"step {self.step + 1}", self.step)
             self._stops.note_save(self._states.seconds)
             if reason := self._stops.agreed():
                 self._stop(reason)
             batch = next(self._batches)
             self._rows.append(batch["row"])
+            sync_gradients_(self._model, self._waits, index == last)
             yield batch
             self.micro_step += 1
 
@@ -429,6 +435,7 @@ class Run:
     def _stop(self, reason: str) -> None:
         """Save the last whole step, and end all runs of this process."""
         if self._states.last_step != self.step:
+            reshard_(self._model)
             self.save_checkpoint(self._states)
         with self._watchdog.paused():
             self._states.wait()

@@ -26,9 +26,11 @@ from wmtp_modules.parallel.process_group import (
     local_device,
     patient_barrier,
 )
+from wmtp_modules.run.hosts import check_hosts
 from wmtp_modules.run.metric_logging import note_last_words
 from wmtp_modules.run.stopping import StopRequests, exit_code
 from wmtp_modules.run.storing import arrive, followed, localized
+from wmtp_modules.run.watchdog import explain_lost_rank
 from wmtp_modules.tune_plugin import note_spoken
 
 # Seconds that a rank which failed alone waits before it says so: rank 0 may fail in the same way a
@@ -50,8 +52,9 @@ FAILED, JOINING = "wmtp/rank_0_failed", "wmtp/rank_0_joins"  # keys of the launc
 def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
     """End the process with a sentence on stderr, and exit code 1, at what its user can correct.
 
-    Of what every rank finds only rank 0 speaks; the others then wait for the launcher to end them.
-    What another rank found alone carries its number. Errors of other kinds keep their traceback.
+    Of what every rank finds only rank 0 speaks, and on another host the first rank there; the rest
+    wait for the launcher to end them. What another rank found alone carries its number. Errors of
+    other kinds keep their traceback.
     """
     try:
         yield
@@ -65,6 +68,9 @@ def exit_with_message(*errors: type[Exception]) -> Iterator[None]:
             note_spoken()
             sys.exit(sentence)
         if _rank_zero_speaks():
+            if os.environ.get("LOCAL_RANK") == "0":  # of another host, which has its own launcher
+                note_spoken()
+                sys.exit(sentence)
             time.sleep(PATIENCE)  # an earlier end would have the launcher kill rank 0
             sys.exit(1)
         note_spoken()
@@ -126,6 +132,9 @@ def process_group(
             if not cfg.get("replay"):  # what is in a store comes now, however long it takes
                 stack.enter_context(followed(cfg))
             arrive(cfg)
+            if not cfg.get("replay"):
+                check_hosts(cfg)
+        stack.enter_context(explain_lost_rank(cfg.output_dir))
         patient_barrier()
         yield device, mesh, stops
     patient_barrier()  # a rank that leaves early would abort another's gloo threads

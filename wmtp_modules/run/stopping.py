@@ -216,16 +216,7 @@ class StopRequests:
             with suppress(RuntimeError):  # a rank that is gone or hangs holds up nobody
                 last: Any = dist.barrier(group=self._group, async_op=True)
                 last.wait(timedelta(seconds=LAST_WAIT_S))
-        for one in SIGNALS:  # torchrun sends another one as soon as the fastest rank has ended
-            signal.signal(one, signal.SIG_IGN)
-        # What is registered to run at exit runs, but neither a thread nor the network holds it up.
-        timer = threading.Timer(PATIENCE_S, os._exit, (EXIT_STOPPED,))
-        timer.daemon = True
-        timer.start()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(EXIT_STOPPED)
+        end_process(EXIT_STOPPED)
 
     def write_down(self, stopped: Stopped) -> OSError | None:
         """``exit.json`` of the command, by rank 0; returns why it could not be written."""
@@ -249,6 +240,19 @@ class StopRequests:
         sys.stderr.write(f"\n{told}\n")
         sys.stderr.flush()
         note_spoken()
+
+
+def end_process(code: int) -> None:
+    """End at last: what is registered to run at exit runs, but no thread or network holds it up."""
+    for one in SIGNALS:  # torchrun sends another one as soon as the fastest rank has ended
+        signal.signal(one, signal.SIG_IGN)
+    timer = threading.Timer(PATIENCE_S, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 _installed: StopRequests | None = None

@@ -15,6 +15,7 @@ NCCL's own watchdog, at the process group's time-out.
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,8 +31,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from wmtp_modules.parallel.process_group import share_from_rank_zero
-from wmtp_modules.run.stopping import write_exit
-from wmtp_modules.tune_plugin import note_spoken
+from wmtp_modules.run.metric_logging import note_last_words
+from wmtp_modules.run.stopping import end_process, write_exit
+from wmtp_modules.tune_plugin import SPOKEN_FILE, first_to_speak, note_spoken
 
 T = TypeVar("T")
 
@@ -43,6 +46,16 @@ MOST_NAMED = 4  # ranks in a sentence
 # Where a main thread waits for other ranks; a checkpoint's files are none of that.
 COLLECTIVES = tuple(
     f"torch.distributed.{name}" for name in ("distributed_c10d", "fsdp", "_functional_collectives")
+)
+# What gloo and NCCL say of a peer that has ended, or that no longer answers.
+LOST = re.compile(
+    r"Connection (?:closed|reset) by peer(?: \[[^]]*\])?|Application timeout caused pair closure"
+    r"|Timed out waiting \d+ms for \w+ operation|[^\n\]]*timeout[^\n]*unboundBuffer[^\n]*"
+    r"|remote process exited or there was a network error|Broken pipe|No route to host"
+)
+CONTINUES = (
+    "the run ends, and the same command with resume_from_checkpoint=true continues from what was "
+    "saved"
 )
 OURS = ("__main__", "recipes", "wmtp_modules")
 _numbers = itertools.count()  # every rank makes its watchdogs in the same order
@@ -101,9 +114,12 @@ class Watchdog:
         self.beat("the start")
         self._heard: dict[int, tuple[int | None, float]] = {}  # each rank's number, and since when
         self._reports = itertools.count()
+        self._asking: threading.Thread | None = None  # the store
+        self._connected = time.monotonic()  # when it answered last
 
     def __enter__(self) -> "Watchdog":
         self.beat("the start")
+        self._connected = time.monotonic()
         self._main_thread = threading.get_ident()
         self._leaves = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -155,20 +171,44 @@ class Watchdog:
         for number in self._reports:
             own = self._report(number)
             reports: dict[int, Report | None] = {self._rank: own}
-            with suppress(RuntimeError):  # the store is gone, and with it the launcher
+            others = set(range(self._world)) - {self._rank} if own.age > self._timeout_s / 2 else ()
+
+            def exchange(own: Report = own, others: Iterable[int] = others) -> dict:
                 self._publish(own)
-                if own.age > self._timeout_s / 2:  # no progress for long: how are the others?
-                    others = set(range(self._world)) - {self._rank}
-                    reports |= {rank: self._read(rank) for rank in others}
-            if hang := find_hang(reports, self._silences(reports), self._rank, self._timeout_s):
+                return {rank: self._read(rank) for rank in others}  # no progress: how are they?
+
+            found = self._ask(exchange)
+            reports |= found or {}
+            silences = self._silences(reports)
+            now = time.monotonic()
+            self._connected = self._connected if found is None else now
+            cut_off_s = now - self._connected
+            if hang := find_hang(reports, silences, self._rank, self._timeout_s, cut_off_s):
                 self._end(hang, own.step)
             started = time.monotonic()
             if self._leaves.wait(self._period_s):
                 break
             if time.monotonic() - started > self._period_s + self._timeout_s / 4:
                 self._beat_again()  # this process was stopped, perhaps the whole job
-        with suppress(RuntimeError):
-            self._publish(own._replace(number=LEFT, paused=True))
+        self._ask(lambda: self._publish(own._replace(number=LEFT, paused=True)))
+
+    def _ask(self, work: Callable[[], T]) -> T | None:
+        """What comes of it in the store; None if that is gone, or silent as its host is lost.
+
+        A question to a host that is cut off has no time-out, so a thread of its own waits for it.
+        """
+        if self._asking is not None and self._asking.is_alive():
+            return None
+        answers: list[T] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                answers.append(work())
+
+        self._asking = threading.Thread(target=ask, name="watchdog's store", daemon=True)
+        self._asking.start()
+        self._asking.join(min(STORE_TIMEOUT.total_seconds(), self._timeout_s / 4))
+        return answers[0] if answers else None
 
     def _report(self, number: int) -> Report:
         what, step, since = self._beat
@@ -195,11 +235,8 @@ class Watchdog:
         return {rank: now - self._heard[rank][1] for rank in reports}
 
     def _end(self, hang: Hang, step: int | None) -> None:
-        """End the process. The first rank that comes here speaks for all."""
-        try:
-            is_first = self._store.add("said", 1) == 1
-        except RuntimeError:
-            is_first = True
+        """End the process. The first rank of a host that comes here speaks for it."""
+        is_first = self._is_first()
         more = {"ranks": hang.ranks, "collective": hang.collective, "message": hang.sentence}
         try:
             if is_first:
@@ -212,14 +249,60 @@ class Watchdog:
         finally:  # also where the disk is full
             os._exit(EXIT_HUNG)
 
+    def _is_first(self) -> bool:
+        if os.environ.get(SPOKEN_FILE):  # of the launcher; each host has its own
+            with suppress(OSError):
+                return first_to_speak()
+        return self._ask(lambda: self._store.add("said", 1)) in (1, None)
+
+
+@contextmanager
+def explain_lost_rank(output_dir: str | os.PathLike) -> Iterator[None]:
+    """End the process with a sentence where a collective fails as another rank is gone.
+
+    The first rank of each host that notices speaks. The interpreter is not left as usual: it would
+    wait for threads that wait for the lost one.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of gloo and of NCCL; a subclass in torch.distributed
+        lost = LOST.search(str(error))
+        if lost is None:
+            raise
+        place = find_place(_innermost(error))
+        told = (
+            f"Rank {dist.get_rank()} (process {os.getpid()} on {socket.gethostname()}) lost "
+            f"another rank, or its host ({lost[0].strip()}), in "
+            f"{place.collective or 'a collective'}, called by {place.line}; {CONTINUES}"
+        )
+        if not os.environ.get(SPOKEN_FILE) or first_to_speak():
+            sys.stderr.write(f"\n{told}\n")
+            note_last_words(told)
+            if not (Path(output_dir) / "exit.json").exists():  # the lost one may have said more
+                with suppress(OSError):  # what matters is on the screen
+                    write_exit(output_dir, "lost", None, message=told)
+        end_process(EXIT_HUNG)
+
+
+def _innermost(error: BaseException) -> FrameType:
+    trace = error.__traceback__
+    assert trace is not None
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame
+
 
 def find_hang(
-    reports: dict[int, Report | None], silences: dict[int, float], own_rank: int, timeout_s: float
+    reports: dict[int, Report | None],
+    silences: dict[int, float],
+    own_rank: int,
+    timeout_s: float,
+    cut_off_s: float = 0.0,
 ) -> Hang | None:
     """Whether this rank's patience is over, and who is to blame; None as long as there is hope.
 
     A report is None of a rank that has never published; ``silences`` are the seconds since each of
-    them was heard of.
+    them was heard of, ``cut_off_s`` those for which the store has not answered.
     """
     own = reports[own_rank]
     assert own is not None
@@ -247,17 +330,19 @@ def find_hang(
                 f"rank {rank} ({report.process}) hangs: it came to {report.what} "
                 f"{report.age:.0f} seconds ago and is in {report.place.line}"
             )
-    if moves and not hangs:
+    if moves and not hangs and cut_off_s <= timeout_s:
         return None  # the others will come
-    parts = _first_few(list(hangs.values())) or ["no rank makes progress"]
+    parts = _first_few(list(hangs.values()))
+    if cut_off_s > 0:
+        parts.insert(0, f"rank {own_rank} ({own.process}) hears nothing of the host of rank 0")
+    parts = parts or ["no rank makes progress"]
     waiting = []
     for place, ranks in waits.items():
         who = f"ranks {', '.join(_first_few([*map(str, ranks)]))} wait"
         who = who if len(ranks) > 1 else f"rank {ranks[0]} waits"
         waiting.append(f"{who} in {place.collective}, called by {place.line}")
     parts += _first_few(waiting)
-    end = "the run ends, and the same command with resume_from_checkpoint=true continues from what "
-    sentence = "; ".join([*parts, f"{end}was saved"])
+    sentence = "; ".join([*parts, CONTINUES])
     collective = next((place.collective for place in waits), None)
     return Hang(list(hangs), collective, sentence[0].upper() + sentence[1:])
 
