@@ -123,7 +123,8 @@ class Build:
         """
         binds = [(str(self.cache), str(self._inside(one))) for one in caches]
         binds += [("/etc/ssl/certs", str(self._inside("/etc/ssl/certs")))]
-        binds += [("/etc/resolv.conf", str(self._inside("/etc/resolv.conf")))]
+        for name in ("/etc/resolv.conf", "/etc/hosts"):  # an engine makes both
+            binds.append((name, str(self._inside(name))))
         script = ["set -e", "mount --make-rprivate /"]
         for source, target in binds:
             if Path(source).is_dir():
