@@ -62,7 +62,9 @@ def problems(value: Any, kind: str, where: str, models: Any) -> list[str]:
                 model(**{names[name]: one for name, one in value.items()})
             except ValueError as error:
                 found.append(f"{where}: {error}")
-        return found + [line for place, one, of in items for line in problems(one, of, place, models)]
+        return found + [
+            line for place, one, of in items for line in problems(one, of, place, models)
+        ]
     return [line for place, one, of in items for line in problems(one, of, place, models)]
 
 

@@ -150,7 +150,16 @@ class Build:
         inner = ["sh", "-c", f'cd {shlex.quote(self.folder)} && exec "$@"', "sh", *command]
         script.append("exec " + shlex.join(["chroot", *user, str(self.root), *inner]))
         subprocess.run(
-            ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", "\n".join(script)],
+            [
+                "unshare",
+                "--mount",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "sh",
+                "-c",
+                "\n".join(script),
+            ],
             env={**passed_on, **self.environment, "HOME": home},
             check=True,
             timeout=60 * minutes,
@@ -198,7 +207,9 @@ def why_not() -> str | None:
 
 def mirror() -> str:
     """The archive that this machine's own packages come from."""
-    told = subprocess.check_output(["apt-get", "indextargets", "--format", "$(REPO_URI)"], text=True)
+    told = subprocess.check_output(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)"], text=True
+    )
     return told.split()[0]
 
 

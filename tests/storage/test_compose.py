@@ -23,9 +23,7 @@ pytestmark = pytest.mark.slow
 
 def interpolated(text: str) -> str:
     """${NAME}, ${NAME:-default} and ${NAME:?told}, as Compose has them."""
-    return re.sub(
-        r"\$\{(\w+)(?::[-?]([^}]*))?\}", lambda m: KEYS.get(m[1]) or (m[2] or ""), text
-    )
+    return re.sub(r"\$\{(\w+)(?::[-?]([^}]*))?\}", lambda m: KEYS.get(m[1]) or (m[2] or ""), text)
 
 
 @pytest.fixture
