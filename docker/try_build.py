@@ -152,7 +152,8 @@ class Build:
             )
             home, user = entry[5], [f"--userspec={entry[2]}:{entry[3]}"]
         inner = ["sh", "-c", f'cd {shlex.quote(self.folder)} && exec "$@"', "sh", *command]
-        script.append("exec " + shlex.join(["chroot", *user, str(self.root), *inner]))
+        # The shell stays the namespace's first process, and root: when it goes, all go.
+        script += [shlex.join(["chroot", *user, str(self.root), *inner]), "exit $?"]
         subprocess.run(
             [
                 "unshare",
