@@ -86,7 +86,7 @@ def test_the_build_without_an_engine_takes_every_step(dry_build):
     assert build.environment["PATH"].startswith("/opt/venv/bin:/usr/local/sbin")
     assert build.command == ["tune", "run", "--nproc_per_node", "2", *build.command[4:]]
     installs = [(c[-1], caches) for c, caches, user in build.ran if user == "root" and caches]
-    assert [caches for _, caches in installs] == [["/root/.cache/uv"]] * 2
+    assert [caches for _, caches in installs] == [["/var/cache/uv"]] * 2
     assert "--require-hashes -r requirements.lock" in installs[0][0]
     copied = {str(f.relative_to(build.root)) for f in build.root.rglob("*") if f.is_file()}
     assert copied == {

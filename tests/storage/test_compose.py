@@ -55,7 +55,7 @@ def store(services, tmp_path):
     bucket = tmp_path / service["volumes"][0].split(":")[1].lstrip("/")
     bucket.mkdir(parents=True)
     command = [
-        {":9000": f"127.0.0.1:{port}", "/data": str(tmp_path / "data")}.get(one, one)
+        {":9000": f"127.0.0.1:{port}", "/srv": str(tmp_path / "srv")}.get(one, one)
         for one in shlex.split(service["command"])
     ]
     assert str(port) in " ".join(command)
@@ -80,10 +80,11 @@ def mlflow_command(service, folder: Path, port: int) -> list[str]:
     return shlex.split(command)
 
 
-def trainer_environment(services, store: str, tracking: str) -> dict[str, str]:
+def trainer_environment(services, store: str, tracking: str, folder: Path) -> dict[str, str]:
     """What the service ``trainer`` has, with these servers in the place of those."""
     told = dict(services["trainer"]["environment"])
     told["WMTP_STORAGE_ENDPOINT"], told["WMTP_TRACKING_URI"] = store, tracking
+    told["WMTP_STORAGE_CACHE"] = str(folder / "cache")
     return told
 
 
@@ -141,7 +142,7 @@ def assert_logged(tmp_path: Path, uri: str, last_step: int) -> None:
     """The store's folder has the run, and the server its figures."""
     from mlflow import MlflowClient
 
-    run = tmp_path / "data" / "wmtp" / "runs" / "run"
+    run = tmp_path / "srv" / "wmtp" / "runs" / "run"
     assert {"config.yaml", "metrics.jsonl", "summary.json", "run.html"} <= {
         one.name for one in run.iterdir()
     }
@@ -160,9 +161,8 @@ def test_a_run_in_both_and_on_an_emptied_disk(
 ):
     """As the trainer has it: it logs there, and a trainer without a disk of its own goes on."""
     monkeypatch.delenv("AWS_ENDPOINT_URL")  # of the fixture that makes the config
-    for name, value in trainer_environment(services, store, mlflow_service).items():
+    for name, value in trainer_environment(services, store, mlflow_service, tmp_path).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WMTP_STORAGE_CACHE", str(tmp_path / "cache"))
     file = local_config(config, tmp_path, tiny_tokenizer_path, max_steps=2)
     command = ["recipes/rho1_wmtp_distributed.py", "--config", file, "resume_from_checkpoint=true"]
     first = forks.run(command)
@@ -194,7 +194,8 @@ def test_mlflow_lets_in_who_asks_by_the_names_of_compose(services):
 def test_the_servers_own_commands_and_the_trainers(services, store, tmp_path, monkeypatch):
     """All three services as real processes, the quickstart cut to five steps."""
     port = free_port()
-    for name, value in trainer_environment(services, store, f"http://127.0.0.1:{port}").items():
+    uri = f"http://127.0.0.1:{port}"
+    for name, value in trainer_environment(services, store, uri, tmp_path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "mlflow").mkdir()
@@ -213,6 +214,6 @@ def test_the_servers_own_commands_and_the_trainers(services, store, tmp_path, mo
     finally:
         server.terminate()
         server.wait()
-    run = tmp_path / "data" / "wmtp" / "runs" / "quickstart" / "rho1"
+    run = tmp_path / "srv" / "wmtp" / "runs" / "quickstart" / "rho1"
     assert {"summary.json", "metrics.jsonl"} <= {one.name for one in run.iterdir()}
     assert "in http" in (run / "summary.json").read_text()
