@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
 from wmtp_modules.catalog import files_of_clone
 
@@ -229,6 +230,24 @@ def test_types_are_part_of_the_package():
     assert (ROOT / "wmtp_modules" / "py.typed").read_text() == ""
 
 
+def check_metadata(text: bytes) -> None:
+    """Of a wheel: valid as the standard has it, and what somebody looks for who finds it."""
+    told = Metadata.from_email(text, validate=True)
+    assert (told.name, told.license_expression, told.license_files) == ("wmtp", "MIT", ["LICENSE"])
+    assert told.description_content_type == "text/markdown"
+    assert told.description == (ROOT / "README.md").read_text()
+    assert len(told.summary) < 120
+    assert told.author == "The WMTP developers"
+    assert {"llm", "multi-token-prediction"} <= set(",".join(told.keywords).split(","))
+    classifiers = told.classifiers  # which of them exist knows hatchling, at the build
+    assert not [one for one in classifiers if one.startswith("License")]  # the expression says it
+    minors = re.findall(r"Python :: 3\.(\d+)", "\n".join(classifiers))
+    low, high = re.findall(r"3\.(\d+)", PYPROJECT["project"]["requires-python"])
+    assert [*map(int, minors)] == [*range(int(low), int(high))]
+    assert {"Documentation", "Changelog"} <= told.project_urls.keys()
+    assert all((ROOT / document).is_file() for document in told.project_urls.values())
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_library_only(tmp_path):
     """torchtune owns a top-level ``recipes``: a wheel of ours must not write into it."""
@@ -247,6 +266,8 @@ def test_wheel_holds_the_library_only(tmp_path):
     assert "wmtp_modules/shipped/configs/critic_7b.yaml" in shipped
     for name, path in shipped.items():
         assert zipfile.ZipFile(wheel).read(name) == path.read_bytes()
+    check_metadata(zipfile.ZipFile(wheel).read("wmtp-0.1.0.dist-info/METADATA"))
+    assert "wmtp-0.1.0.dist-info/licenses/LICENSE" in names
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     told = zipfile.ZipFile(wheel).read(entry_points).decode()
     assert "wmtp_tune = wmtp_modules.cli.tune:activate" in told
