@@ -71,13 +71,6 @@ def sync_gradients_(model: nn.Module, waits: Waits, now: bool) -> None:
         model.set_reshard_after_backward(now)
 
 
-def reshard_(model: nn.Module) -> None:
-    """Give gathered parameters back, as before a save in the middle of a step."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def init_weights_(model: nn.Module, seed: int) -> None:
     """Fill a model that starts from nothing as PyTorch's modules do, equal on every rank.
 

@@ -23,7 +23,7 @@ from wmtp_modules.data.loader import epoch_dataloader, packs_of_epoch, to_device
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
 from wmtp_modules.models.mtp_transformer import MTPTransformer
-from wmtp_modules.parallel.sharding import reshard_, sync_gradients_
+from wmtp_modules.parallel.sharding import sync_gradients_
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.run import resume
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
@@ -435,7 +435,6 @@ class Run:
     def _stop(self, reason: str) -> None:
         """Save the last whole step, and end all runs of this process."""
         if self._states.last_step != self.step:
-            reshard_(self._model)
             self.save_checkpoint(self._states)
         with self._watchdog.paused():
             self._states.wait()
