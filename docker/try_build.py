@@ -226,16 +226,16 @@ def main() -> int:
     if reason := why_not():
         print(f"Cannot try the Dockerfile here: {reason}.")
         return CANNOT_TRY
+    if chosen.root and chosen.root.exists():  # it is removed at the end, and may be another build's
+        print(f"Cannot try the Dockerfile here: {chosen.root} is there already, name a new folder.")
+        return CANNOT_TRY
     root = chosen.root or Path(tempfile.mkdtemp(prefix="wmtp-root-"))
     cache = Path(subprocess.check_output(["uv", "cache", "dir"], text=True).strip())
     try:
-        if not (root / "etc").exists():
-            packages = f"--include={STAND_IN_PACKAGES}"
-            subprocess.run(
-                ["debootstrap", "--variant=minbase", packages, "bookworm", str(root), mirror()],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+        # It mounts as well: in a namespace, so that what is removed at the end holds no mount.
+        command = ["debootstrap", "--variant=minbase", f"--include={STAND_IN_PACKAGES}"]
+        command = ["unshare", "--mount", *command, "bookworm", str(root), mirror()]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         build = Build(root, uv_program(), cache)
         for instruction, rest in read_steps((REPOSITORY / "docker" / "Dockerfile").read_text()):
             print(f"+ {instruction} {rest}", flush=True)

@@ -99,7 +99,7 @@ def test_the_build_without_an_engine_takes_every_step(dry_build):
         build.take("RUN", "--network=none x")
 
 
-def test_the_build_without_an_engine_says_why_it_cannot(monkeypatch, capsys):
+def test_the_build_without_an_engine_says_why_it_cannot(monkeypatch, capsys, tmp_path):
     module = load("try_build")
     monkeypatch.setattr(sys, "argv", ["try_build.py"])
     monkeypatch.setattr(module.os, "geteuid", lambda: 1000)
@@ -110,6 +110,11 @@ def test_the_build_without_an_engine_says_why_it_cannot(monkeypatch, capsys):
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     assert module.main() == 77
     assert "there is no debootstrap: install it" in capsys.readouterr().out
+    monkeypatch.setattr(module, "why_not", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["try_build.py", "--root", str(tmp_path)])
+    assert module.main() == 77
+    assert "is there already, name a new folder" in capsys.readouterr().out
+    assert tmp_path.exists()
 
 
 # -------------------------------------------------------------------- graces and secrets
