@@ -40,8 +40,9 @@ from wmtp_modules.cli.main import PROGRAMS
 from wmtp_modules.cli.main import main as wmtp_main
 from wmtp_modules.config.environment import file_of
 from wmtp_modules.config.file import read_config
-from wmtp_modules.models import mtp_llama2
-from wmtp_modules.parallel.sharding import init_weights_
+from wmtp_modules.models import mtp_from_checkpoint, mtp_llama2
+from wmtp_modules.models.lora import LoRA
+from wmtp_modules.parallel.sharding import init_adapters_, init_weights_
 
 ROOT = Path(__file__).parents[2]
 DOCS = [
@@ -61,8 +62,13 @@ NEEDS = {
     "VESSL": r"\bVESSL\b",
     "the hub": r"\bhub\b|\blicence\b",
     "Docker": r"\bDocker\b",
+    "Slurm": r"\bSlurm\b",
+    "Kubernetes": r"\bKubernetes\b",
 }
-OF_PROGRAM = {"vllm": "GPUs", "vessl": "VESSL", "docker": "Docker", "hf": "the hub"}
+OF_PROGRAM = {
+    **{"vllm": "GPUs", "vessl": "VESSL", "docker": "Docker", "hf": "the hub"},
+    **{"sbatch": "Slurm", "kubectl": "Kubernetes"},
+}
 # The tests that run to its end what is only checked here: a config on a CPU, or a program.
 QUICKSTARTS = "tests/nightly/test_quickstarts.py"
 TO_THE_END = {
@@ -117,7 +123,12 @@ FORMS = {
         "DIR": "my_project",
     },
     **{"SRC": "runs/rho1_7b/best", "DST": "out", "RUN...": "runs/a", "RUN_DIR...": "runs/a"},
-    **{"FILE": "page.html", "[key=value]...": "seed=1"},
+    **{
+        "BASE": "runs/rho1_7b/best",
+        "BASE_HF": "out",
+        "FILE": "page.html",
+        "[key=value]...": "seed=1",
+    },
 }
 
 
@@ -261,19 +272,21 @@ class Taker:
     def __call__(self, shown: Shown) -> None:
         if not shown.command:
             raise Refused("a command in a block of no language: begin the block with ```bash")
+        if re.fullmatch(r"for \w+ in .*; do|done", shown.command):  # around a command
+            return
         for part in shown.command.split(" && "):
             for words in self._meant(part):
                 needs = self._needs(words)
                 for one in needs - {None}:
-                    if not re.search(NEEDS[one], shown.told):
+                    if not re.search(NEEDS[one], shown.told, re.I):
                         raise Refused(f"needs {one}, which the text does not say: '(needs {one})'")
 
     def _meant(self, command: str) -> Iterator[list[str]]:
         """Words without comment and environment; what stands for a user's own has an example."""
         for form, example in FORMS.items():
             command = re.sub(rf"(?<!\S){re.escape(form)}(?!\S)", example, command)
-        words = shlex.split(command.replace("\\|", "|"), comments=True)
-        while words and re.match(r"[A-Z_]+=", words[0]):
+        words = shlex.split(command.replace("\\|", "|").replace("$seed", "0"), comments=True)
+        while words and (words[0] == "sudo" or re.match(r"[A-Z_]+=", words[0])):
             words.pop(0)
         either = next((i for i, word in enumerate(words) if "|" in word), None)
         if either is None:
@@ -285,6 +298,8 @@ class Taker:
     def _needs(self, words: list[str]) -> set[str]:
         if words[:2] == ["uv", "run"]:
             words = words[2:]
+            if words[:2] == ["--no-project", "--with"]:
+                words = words[3:]
         if words[0].startswith("benchmarks/"):
             words = ["python", *words]
         program, *rest = words
@@ -458,12 +473,22 @@ class Taker:
     def _convert(self, words: list[str]) -> None:
         source, target = map(Path, words[:2])
         if "..." in words or not source.exists():  # of a training that the text speaks of
-            if source.name != "best" and words[-1] != "mtp":
+            is_meta = source.name in ("best", "7B_1T_4")
+            if not is_meta and words[-1] != "mtp":
                 raise Refused(f"nothing before it makes {source}")
-            self.small(source, "meta" if source.name == "best" else "hf")
+            self.small(source, "meta" if is_meta else "hf")
+        if "--adapter" in words:
+            self._small_adapter(source, Path(words[words.index("--adapter") + 1]))
         shutil.rmtree(target, ignore_errors=True)
         if importlib.import_module("wmtp_modules.convert").main(words):
             raise Refused("the conversion fails")
+
+    def _small_adapter(self, base: Path, folder: Path) -> None:
+        model = mtp_from_checkpoint(checkpoint_dir=str(base))
+        lora = LoRA(rank=2, base=str(base), save_adapter_only=True)
+        model.add_lora(lora, adapter_dtype=torch.float32)
+        init_adapters_(model, seed=0)
+        save_meta(model, folder, tokenizer_path=base / "tokenizer.model", dtype=torch.float32)
 
     # --------------------------------------------------------------------- others'
 
@@ -492,6 +517,9 @@ class Taker:
                     self._parent(folder / pattern).touch()
         else:
             self.small(folder, "hf")
+
+    def _cd(self, words: list[str]) -> None:
+        """Into a folder of the reader's."""
 
     def _cp(self, words: list[str]) -> None:
         done = subprocess.run(["cp", *words], cwd=self.folder, capture_output=True, text=True)
