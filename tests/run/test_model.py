@@ -46,6 +46,7 @@ def cfg(tiny_model_args, tmp_path):
             "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.001},
             "num_warmup_steps": 0,
             "max_steps": 10,
+            "gradient_accumulation_steps": 1,
             "collective_timeout_s": 60,
             "enable_activation_checkpointing": False,
             "compile": True,
