@@ -1,5 +1,6 @@
 """The servers of docker/compose.yaml, from its own lines and without Docker, and a run in them."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from unittest import mock
 
 import pytest
 import yaml
+
+from wmtp_modules.storage.store import gather, put
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker" / "compose.yaml"
@@ -156,6 +159,26 @@ def assert_logged(tmp_path: Path, uri: str, last_step: int) -> None:
     assert steps == list(range(1, last_step + 1))
 
 
+def test_a_file_goes_there_and_comes_back_in_parts(
+    services, store, mlflow_service, tmp_path, monkeypatch
+):
+    """With what the trainer has; and the other server takes a figure."""
+    from mlflow import MlflowClient
+
+    for name, value in trainer_environment(services, store, mlflow_service, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store)
+    file, url = tmp_path / "file", "s3://wmtp/runs/file"
+    file.write_bytes(os.urandom(2**20) * 12)
+    digest = gather(url, put(file, url), tmp_path / "back" / "part")
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    client = MlflowClient(mlflow_service)
+    run_id = client.create_run(client.create_experiment("compose")).info.run_id
+    client.log_metric(run_id, "loss", 1.5)
+    assert client.get_run(run_id).data.metrics == {"loss": 1.5}
+
+
+@pytest.mark.nightly
 def test_a_run_in_both_and_on_an_emptied_disk(
     services, store, mlflow_service, forks, config, tmp_path, tiny_tokenizer_path, monkeypatch
 ):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 RHO1 = "recipes/rho1_wmtp_distributed.py"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly  # tests of this folder and of tracking have each fault by itself
 
 
 def test_two_ranks_go_on_whatever_goes_away(
