@@ -175,7 +175,11 @@ def test_a_run_that_is_told_to_stop(s3, server, mlflow_client, forks, config, na
     file = config(max_steps=2000, save_every_n_steps=20, run_val_every_n_steps=2000, **own)
     run = forks.start([RHO1, "--config", file])
     end = time.monotonic() + 200
-    while not any(name.endswith("manifest.json") for name in names()):
+
+    def is_tracked():  # what follows the run takes seconds to start
+        return any(one.name == "wmtp" for one in mlflow_client.search_experiments())
+
+    while not (any(name.endswith("manifest.json") for name in names()) and is_tracked()):
         assert time.monotonic() < end
         assert run.poll() == [None], run.stderr
         time.sleep(0.2)
