@@ -605,6 +605,31 @@ def test_a_resumed_policy_equals_an_uninterrupted_one(staged, go, monkeypatch, t
     assert summary["heldout_loss"] == staged[2]["heldout_loss"]
 
 
+@pytest.mark.slow
+def test_a_policy_of_adapters_on_values_of_the_trunk(staged, go, tmp_path):
+    """The same values and, before anything is learnt, the same loss and weights as without LoRA."""
+    table = {"value_table": {"table_dir": str(tmp_path / "values"), "batch_tokens": 4096}}
+    lora = {"lora": {"rank": 4, "targets": ["v_proj", "w1"]}}
+    folder, summary = go(staged[0] | table | lora | {"stages": ["values", "policy"]})
+    kept = folder_of(staged[0]).parent / "values"
+    values = {file.name: file.read_bytes() for file in kept.glob("part-*.arrow")}
+    assert values
+    assert values == {f.name: f.read_bytes() for f in (tmp_path / "values").glob("part-*.arrow")}
+    of_adapters, of_all = (
+        next(line for line in metrics_of(one) if "loss" in line) for one in (folder, staged[1])
+    )
+    for name in ("loss", "ess", *(f"weight_mean_head_{k}" for k in range(4))):
+        assert of_adapters[name] == pytest.approx(of_all[name], rel=1e-6), name
+    start = Path(staged[0]["checkpointer"]["checkpoint_dir"], "consolidated.pth")
+    before = torch.load(start, weights_only=True)
+    changed = {
+        key.split(".", 2)[-1] for key, v in weights_of(folder).items() if (v != before[key]).any()
+    }
+    assert changed == {"attention.wv.weight", "feed_forward.w1.weight"}
+    assert (folder / "best" / "adapter_model.safetensors").exists()
+    assert set(summary["heldout_loss"]) == {"base", "critic"}
+
+
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
     """A small reward model in Hugging Face's format, as tests/critic makes it."""
