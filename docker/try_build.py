@@ -230,6 +230,8 @@ def main() -> int:
         print(f"Cannot try the Dockerfile here: {chosen.root} is there already, name a new folder.")
         return CANNOT_TRY
     root = chosen.root or Path(tempfile.mkdtemp(prefix="wmtp-root-"))
+    root.mkdir(exist_ok=True)
+    root.chmod(0o755)  # "/" of the image's user, and a temporary folder is closed to others
     cache = Path(subprocess.check_output(["uv", "cache", "dir"], text=True).strip())
     try:
         # It mounts as well: in a namespace, so that what is removed at the end holds no mount.
