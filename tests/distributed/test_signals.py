@@ -105,6 +105,7 @@ def test_signal_to_tune_run(job, signum):
     assert "Traceback" not in said
 
 
+@pytest.mark.nightly  # what it relies on, die_with_parent, has a test below
 def test_tune_run_that_is_killed(job):
     """It passes nothing on."""
     job.start_tune(real_group=True)

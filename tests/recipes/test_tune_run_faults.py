@@ -32,6 +32,7 @@ def weights_of(folder):
     return torch.load(folder / "last" / "consolidated.pth", weights_only=True)
 
 
+@pytest.mark.nightly  # test_rho1_wmtp_distributed.py stops and resumes in one process
 def test_a_stopped_run_ends_with_75_and_goes_on(tiny_quickstarts, forks, tmp_path):
     """Nothing had been saved on schedule: what it goes on from is the save at the stop.
 

@@ -310,7 +310,7 @@ def refuse(path, lock):
     raise PermissionError(1, "Operation not permitted")
 
 
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_a_fork_bomb_ends_and_its_neighbour_is_right(open_sandbox, monkeypatch, alone):
     """Where programs can fork, so at tier rlimits; the time of all of its processes counts."""
     bomb = script("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", 0.5)
