@@ -80,14 +80,14 @@ def make(argv: list[str] | None = None) -> str:
     ]
     header = {
         "about": "blake2b-64 hashes of evaluation task descriptions, as lower-case words; "
-        "no text but the first words",
+        "no text but the first two",
         "sources": [
             "MBPP, github.com/google-research/google-research/tree/master/mbpp, CC BY 4.0,"
             " task ids 11-510, full and sanitized descriptions",
             "HumanEval, github.com/openai/human-eval, MIT, all 164 tasks",
         ],
         "columns": ["task", "n_words", f"first {ANCHOR} words", "all words"],
-        "first words": " ".join(sorted({words[0] for _, words in tasks})),
+        "first two words": sorted({" ".join(words[:2]) for _, words in tasks}),
     }
     lines = ",\n".join(json.dumps(item) for item in items)
     body = json.dumps(header, indent=1).removesuffix("\n}")

@@ -26,7 +26,7 @@ def read(path):
 def test_hashes_cover_both_benchmarks_without_text():
     content = json.loads(HASHES.read_text())
     assert len(content["columns"]) == 4
-    assert len(content["first words"].split()) == 40
+    assert len(content["first two words"]) == 75
     ids = [item[0] for item in content["items"]]
     assert set(ids) == {f"HumanEval/{i}" for i in range(164)} | {
         f"MBPP/{i}" for i in range(11, 511)

@@ -3,7 +3,7 @@
 A task is its description as a list of lower-case alphanumeric words. A text contains the task if it
 has these words in sequence, whatever the template, layout or file around them, even in a string
 inside JSON. Code alone, without the description, is not found. ``eval_prompts.json`` holds hashes,
-and first words; ``benchmarks/make_eval_prompts.py`` makes it.
+and the first two words; ``benchmarks/make_eval_prompts.py`` makes it.
 """
 
 import hashlib
@@ -48,7 +48,10 @@ class EvaluationGuard:
 
     def __init__(self, path: Path = HASHES) -> None:
         content = json.loads(path.read_text())
-        self._firsts = frozenset(content["first words"].encode().split())
+        self._seconds: dict[bytes, set[bytes]] = {}
+        for pair in content["first two words"]:
+            first, second = pair.encode().split()
+            self._seconds.setdefault(first, set()).add(second)
         self._by_anchor: dict[bytes, list[tuple[str, int, bytes]]] = {}
         for task_id, n_words, anchor, full in content["items"]:
             task = task_id, n_words, bytes.fromhex(full)
@@ -57,15 +60,12 @@ class EvaluationGuard:
     def find(self, text: str) -> str | None:
         """The first evaluation task that ``text`` contains, by id ("MBPP/11"), or None."""
         words = _words(text)
-        # In one go: nearly no text has an anchor, and a call for each would take as long again.
-        # Hashing four words only after a first word makes it a fraction of what tokenising takes.
-        blake2b, join = hashlib.blake2b, b" ".join
-        places = list(compress(count(), map(self._firsts.__contains__, words)))
-        anchors = [blake2b(join(words[i : i + ANCHOR]), digest_size=8).digest() for i in places]
-        if self._by_anchor.keys().isdisjoint(anchors):
-            return None
-        for i, anchor in zip(places, anchors, strict=True):
-            for task_id, n_words, full in self._by_anchor.get(anchor, ()):
+        # Nearly no text has two such words, and hashing every four would take as long as tokenising.
+        seconds = self._seconds
+        for i in compress(count(), map(seconds.__contains__, words[:-1])):
+            if words[i + 1] not in seconds[words[i]]:
+                continue
+            for task_id, n_words, full in self._by_anchor.get(_hash(words[i : i + ANCHOR]), ()):
                 if _hash(words[i : i + n_words]) == full:
                     return task_id
         return None

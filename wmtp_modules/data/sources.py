@@ -153,8 +153,11 @@ def text_field(record: dict, field: str) -> str:
         raise BadRow(f"{field} is empty")
     if "\0" in value:
         raise BadRow(f"{field} holds a NUL character")
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise BadRow(f"{field} holds half a surrogate pair")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRow(f"{field} holds half a surrogate pair") from None
     return value
 
 

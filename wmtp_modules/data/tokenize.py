@@ -221,6 +221,9 @@ def split_row(row: TokenRow, max_seq_len: int) -> Iterator[TokenRow]:
 
     A last piece of one token is dropped because it predicts nothing.
     """
+    if 1 < len(row.tokens) <= max_seq_len:
+        yield row
+        return
     for start in range(0, len(row.tokens), max_seq_len):
         piece = TokenRow(*(column[start : start + max_seq_len] for column in row))
         if len(piece.tokens) > 1:
