@@ -29,7 +29,7 @@ from torchtune import config, training, utils
 from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
-from wmtp_modules.config.check import Arguments, ConfigError, check_config
+from wmtp_modules.config.check import Arguments, check_config
 from wmtp_modules.config.file import merged
 from wmtp_modules.config.keys import Reference, TrainingKeys
 from wmtp_modules.config.rules import TRAINING_RULES
@@ -69,18 +69,23 @@ def check(cfg: DictConfig) -> None:
     """Find everything that can be wrong with a config before a process group or a model exists."""
     rules = (*TRAINING_RULES, _weighting_has_its_scores)
     check_one = partial(check_config, keys=Config, rules=rules)
-    controls.check_all(cfg, TokenWeighting.NAMES, check_one)
-    tables = {}
-    for one in controls.runs_of(cfg, TokenWeighting.NAMES)[::-1]:
+    controls.check_all(cfg, TokenWeighting.NAMES, check_one, _tables_are_apart)
+
+
+def _tables_are_apart(runs: list[DictConfig]) -> list[str]:
+    """Two runs may share a table only if it is of one reference and the same rows."""
+    wrong, tables = [], {}
+    for one in runs:
         if not make_weighting(one).needs_scores or one.reference.mode == "online":
             continue
         table_dir = one.reference.table_dir
         made_from = one.reference.checkpointer.checkpoint_dir, one.dataset
         if tables.setdefault(table_dir, made_from) != made_from:
-            raise ConfigError(
+            wrong.append(
                 f"controls.{controls.name_of(one)}.reference.table_dir: {table_dir} is another "
                 "run's as well, with another reference or other rows: give this control its own"
             )
+    return wrong
 
 
 def _weighting_has_its_scores(weighting: dict, reference: dict | None) -> str | None:

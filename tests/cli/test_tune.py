@@ -201,8 +201,10 @@ def test_validate_of_what_a_config_requires(tune, tmp_path, capsys):
     base = (tmp_path / "base.yaml").read_text()
     (tmp_path / "base.yaml").write_text(base.replace("batch_size", "batch_sise"))
     changed = text.replace("- wmtp/quickstart_base", "- base.yaml")
+    changed = changed.replace("max_steps: ", "max_steps: -")
     (tmp_path / "my.yaml").write_text(changed.replace("start_reference", "start_referense"))
     told = refused(tune, capsys, "my.yaml")
+    assert "max_steps: must be at least 1" in told  # of the config itself, and all the others
     assert "base.yaml: batch_sise: unknown key" in told
     assert "did you mean 'wmtp/quickstart_reference'?" in told
 

@@ -1139,6 +1139,10 @@ def test_a_control_that_cannot_be_is_refused_before_anything_is_built(recipe, ba
             {"a": {"dataset.source": "x"}, "b": other | online},
             r"^controls\.a\.reference\.table_dir",
         ),
+        (
+            {"a": other, "b": {"sed": 3}},
+            r"^2 errors\n  controls\.b\.sed.*\n  controls\.a\.reference\.table_dir",
+        ),
     ):
         check_error(recipe, base_config, rho1 | {"controls": sets}, message)
     fine = {"a": other | online, "b": other | {"reference.table_dir": "x"}, "c": {"max_steps": 3}}

@@ -73,13 +73,15 @@ def problems_of(
     lines = _lines_of(lambda: localized(cfg))
     lines += _lines_of(lambda: module.check(cfg))
     lines = [line for line in lines if line.partition(":")[0] not in missing]
-    if not lines and not missing:
-        for one in cfg.get("requires") or []:
-            alone = merged(cfg, {"requires": [one]})
-            found = _lines_of(lambda alone=alone: required_runs(alone, module.check))
-            lines += [line if line.startswith("requires") else f"{one}: {line}" for line in found]
-        if files and not lines:
-            lines += _files_of(as_written)
+    of_requires = {line for line in lines if line.startswith("requires")}
+    for one in [] if missing or of_requires else cfg.get("requires") or []:
+        alone = merged(cfg, {"requires": [one]})
+        found = _lines_of(lambda alone=alone: required_runs(alone, module.check))
+        # What it has from the config above is told already.
+        found = [line for line in found if line not in lines]
+        lines += [line if line.startswith("requires") else f"{one}: {line}" for line in found]
+    if files and not lines and not missing:
+        lines += _files_of(as_written)
     return lines, missing
 
 

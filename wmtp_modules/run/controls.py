@@ -84,17 +84,22 @@ def control_runs(cfg: DictConfig, weightings: Collection[str]) -> Iterator[DictC
 
 
 def check_all(
-    cfg: DictConfig, weightings: Collection[str], check: Callable[[DictConfig], None]
+    cfg: DictConfig,
+    weightings: Collection[str],
+    check: Callable[[DictConfig], None],
+    check_together: Callable[[list[DictConfig]], list[str]] = lambda _: [],
 ) -> None:
     """Check the config of a run and, as if each were one by itself, those of its controls.
 
     ``check`` raises what is wrong with one of them. What a control has from the run is told once.
+    ``check_together`` gets those that are sound, the run first, and returns what is wrong between
+    them.
 
     Raises:
         ConfigError: with all that is wrong, that of a control headed by ``controls.NAME``.
     """
     own = _errors_of(check, cfg)
-    errors = [*own]
+    errors, sound = [*own], [] if own else [cfg]
     try:
         for name, overrides in _override_sets(cfg, weightings):
             try:
@@ -104,7 +109,9 @@ def check_all(
             except ConfigError as error:
                 errors.append(str(error))
                 continue
-            for line in _errors_of(check, one):
+            found = _errors_of(check, one)
+            sound += [] if found else [one]
+            for line in found:
                 is_key = re.split(r"\W", line, maxsplit=1)[0] in one
                 errors += [] if line in own else [f"controls.{name}{'.' if is_key else ': '}{line}"]
     except ConfigError as error:
@@ -113,7 +120,7 @@ def check_all(
         if not own:
             raise
         # What controls are made from is wrong itself, which is among the errors.
-    raise_errors(errors)
+    raise_errors(errors + check_together(sound))
 
 
 def _errors_of(check: Callable[[DictConfig], None], cfg: DictConfig) -> list[str]:
