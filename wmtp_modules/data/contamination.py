@@ -60,7 +60,7 @@ class EvaluationGuard:
     def find(self, text: str) -> str | None:
         """The first evaluation task that ``text`` contains, by id ("MBPP/11"), or None."""
         words = _words(text)
-        # Nearly no text has two such words, and hashing every four would take as long as tokenising.
+        # Nearly no text has two such words; hashing every four would take as long as tokenising.
         seconds = self._seconds
         for i in compress(count(), map(seconds.__contains__, words[:-1])):
             if words[i + 1] not in seconds[words[i]]:
