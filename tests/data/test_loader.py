@@ -1,9 +1,14 @@
 """Ranks share the packs of an epoch in order, and another number of them goes on from there."""
 
+import multiprocessing
+import os
+import signal
+import time
+
 import pytest
 import torch
 
-from wmtp_modules.data.loader import epoch_dataloader, packs_of_epoch
+from wmtp_modules.data.loader import EpochLoader, packs_of_epoch
 
 
 class Packs:
@@ -29,7 +34,7 @@ def joint_batches(loaders):
 
 
 def loaders(n, batch_size, world, packs_per_step, state=None):
-    made = [epoch_dataloader(Packs(n), batch_size, r, world, packs_per_step) for r in range(world)]
+    made = [EpochLoader(Packs(n), batch_size, r, world, packs_per_step) for r in range(world)]
     for loader in made:
         if state is not None:
             loader.load_state_dict(state)
@@ -80,3 +85,47 @@ def test_a_state_at_the_end_of_an_epoch():
 def test_fewer_packs_than_a_joint_micro_batch():
     with pytest.raises(ValueError, match="packs into 3 rows of 8 tokens, fewer than one joint"):
         loaders(3, 2, 2, 4)
+
+
+@pytest.mark.parametrize("then", [0, 1])
+def test_workers_read_ahead_and_the_state_does_not_say_so(then):
+    """What two workers have read is ahead of what was given by up to four batches."""
+    given = EpochLoader(Packs(40), 2, 0, 1, 4, workers=2)
+    batches = iter(given)
+    first = [next(batches)["tokens"].flatten().tolist() for _ in range(3)]
+    state = given.state_dict()
+    assert (first, state) == ([[0, 1], [2, 3], [4, 5]], {"packs": 6})
+    rest = EpochLoader(Packs(40), 2, 0, 1, 4, workers=then)
+    rest.load_state_dict(state)
+    assert torch.cat([batch["tokens"] for batch in rest]).flatten().tolist() == [*range(6, 40)]
+    assert [batch["tokens"][0].item() for batch in batches] == [*range(6, 40, 2)]
+
+
+def test_a_state_of_an_earlier_version():
+    """As torchdata 0.11 wrote it."""
+    (loader,) = loaders(20, 2, 1, 4)
+    sampler = {"samples_yielded": 4, "sampler_state": {"packs": 4}}
+    loader.load_state_dict({"_index_sampler_state": None, "_sampler_iter_state": sampler})
+    assert next(iter(loader))["tokens"].flatten().tolist() == [4, 5]
+
+
+def test_a_worker_outlives_the_signals_of_its_rank():
+    """A scheduler sends one to every process of a job; the rank saves before it ends."""
+    batches = iter(EpochLoader(Packs(400), 2, 0, 1, 2, workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(worker.pid, signum)
+    time.sleep(0.1)
+    assert len(list(batches)) == 199
+    worker.join(10)
+    assert worker.exitcode == 0
+    batches = iter(EpochLoader(Packs(400), 2, 0, 1, 2, workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    time.sleep(0.1)
+    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # what torch's says
+        for _ in range(100):  # the second, of a rank that ends
+            os.kill(worker.pid, signal.SIGTERM)
+            time.sleep(0.1)

@@ -304,6 +304,11 @@ def test_accumulation_4x1_equals_1x4(run, uniform):
             assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
 
 
+def test_workers_that_read_ahead_change_nothing(run, uniform):
+    folder, _ = run({"dataloader_workers": 2})
+    assert_same_weights(folder, uniform[0])
+
+
 def test_activation_checkpointing_changes_nothing(run, uniform):
     folder, _ = run({"enable_activation_checkpointing": True})
     assert_same_weights(folder, uniform[0])

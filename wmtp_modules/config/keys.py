@@ -102,6 +102,9 @@ class TrainingKeys(Places):
     dataset: Dataset = Field(description="rows to train on, docs/data.md")
     dataset_val: Dataset = Field(description="held-out rows")
     batch_size: int = Field(ge=1, description="packed rows of a rank's micro-batch")
+    dataloader_workers: int | None = Field(
+        None, ge=0, description="processes of a rank that read ahead; null: none"
+    )
     gradient_accumulation_steps: int = Field(ge=1, description="micro-batches of an update")
     data_parallel_shard: int | None = Field(
         None, ge=-1, description="ranks that share one model, docs/nodes.md; null or -1: all"

@@ -198,7 +198,9 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | li
 
 
 def _scores_of(table: Sequence, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    parts = [np.asarray(table[row], np.float32) for row in rows.tolist()]
+    take = getattr(table, "take", None)  # of a table on disk, in one reading
+    parts = take(rows.tolist()) if take else [table[row] for row in rows.tolist()]
+    parts = [np.asarray(part, np.float32) for part in parts]
     for row, part, length in zip(rows, parts, lengths, strict=True):
         if len(part) != length:
             raise ValueError(

@@ -140,7 +140,7 @@ def finished(cfg: DictConfig) -> dict | None:
     if not all(file.exists() for file in files):
         return None
     places = ("resume_from_checkpoint", "storage", "tracking", "metric_logger", "registry")
-    nodes = ("data_parallel_shard", "sync_each_batch")
+    nodes = ("data_parallel_shard", "sync_each_batch", "dataloader_workers")
     same: dict = dict.fromkeys((*places, *nodes))  # not what it computes
     if not cfg.get("controls"):  # what a control's run had beside it is of no matter to it
         same["controls"] = None

@@ -25,6 +25,7 @@ FREE_KEYS = (
     *("profiler", "compile", "enable_activation_checkpointing", "allow_uninformative_critic"),
     # Only their product with the number of ranks counts, see ``check_same_run``.
     *("batch_size", "gradient_accumulation_steps"),
+    "dataloader_workers",
     *("data_parallel_shard", "sync_each_batch"),  # a state has whole parameters, however sharded
 )
 # Keys of earlier versions, which had no effect while they were off.

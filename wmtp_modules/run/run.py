@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchtune import training, utils
 
 from wmtp_modules.config.rules import what_waits
-from wmtp_modules.data.loader import epoch_dataloader, packs_of_epoch, to_device
+from wmtp_modules.data.loader import EpochLoader, packs_of_epoch, to_device
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.files import new_file
 from wmtp_modules.models.mtp_transformer import MTPTransformer
@@ -115,7 +115,7 @@ class Run:
         self._throughput = Throughput()
         self._clipped = Share()  # of the updates
         self._noise_sums = torch.zeros(4, dtype=torch.float64)  # of the updates, ``noise_sums``
-        self._dataloader = self._epoch_dataloader()
+        self._dataloader = self._epoch_loader()
         self._batches = self._endless_batches()
         self._waits = what_waits(cfg, self.world)
         self._position: dict[str, Any] = {}  # where a state that is saved goes on
@@ -234,7 +234,7 @@ class Run:
         self._clipped.load_state_dict(run["clipped"])
         self._noise_sums = run["noise_sums"]
         resume.resume_schedule_(self._lr_scheduler, run["lr_scheduler"])
-        self._dataloader = self._epoch_dataloader()
+        self._dataloader = self._epoch_loader()
         self._dataloader.load_state_dict(run["dataloader"])
 
     def _where(self) -> dict:
@@ -275,10 +275,14 @@ class Run:
             self.heldout["base"] = self._heldout_losses()
         return self.heldout["base"]
 
-    def _epoch_dataloader(self):
+    def _epoch_loader(self) -> EpochLoader:
         self._dataset.set_epoch(self._epoch)
         ranks, packs = (self.rank, self.world), resume.packs_per_step(self._cfg, self.world)
-        return epoch_dataloader(self._dataset, self._cfg.batch_size, *ranks, packs)
+        how = {
+            "workers": self._cfg.get("dataloader_workers") or 0,
+            "pin_memory": self._device.type == "cuda",
+        }
+        return EpochLoader(self._dataset, self._cfg.batch_size, *ranks, packs, **how)
 
     def _endless_batches(self) -> Iterator[dict]:
         """Micro-batches on the device, epoch after epoch, each packed in an order of its own."""
@@ -286,7 +290,7 @@ class Run:
             for batch in self._dataloader:
                 yield to_device(batch, self._device)
             self._epoch += 1
-            self._dataloader = self._epoch_dataloader()
+            self._dataloader = self._epoch_loader()
 
     def micro_batches(self) -> Iterator[dict]:
         """This rank's micro-batches of one optimizer step.

@@ -36,10 +36,9 @@ from wmtp_modules.tune_plugin import note_spoken
 # Seconds that a rank which failed alone waits before it says so: rank 0 may fail in the same way a
 # little later, and then speaks for all.
 PATIENCE = 60
-# Not for users: torchdata 0.11 on torch 2.13; fp32 activations meet a bf16 scale on purpose;
-# torchtune's attention logs through a cached function, which a compiled block meets.
+# Not for users: fp32 activations meet a bf16 scale on purpose; torchtune's attention logs through a
+# cached function, which a compiled block meets.
 for told in (
-    "'set_vital' is deprecated",
     "Mismatch dtype between input and weight",
     "Dynamo detected a call to a `functools.lru_cache`-wrapped function",
 ):

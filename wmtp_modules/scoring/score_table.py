@@ -132,9 +132,18 @@ class ScoreTable:
         return len(self._scores)
 
     def __getitem__(self, row: int) -> np.ndarray:
+        return self.take([row])[0]
+
+    def take(self, rows: list[int]) -> list[np.ndarray]:
+        """``table[row]`` of each, in one reading."""
+        scores = self._scores[rows]["scores"].combine_chunks()
         # Copied because torch needs writable memory and a mapped file is read-only.
-        scores = np.array(pc.list_flatten(self._scores[row]["scores"].chunk(0)))
-        return scores if self._n_heads == 1 else scores.reshape(-1, self._n_heads)
+        flat = np.array(pc.list_flatten(scores))
+        ends = np.cumsum(pc.list_value_length(scores).to_numpy(False))
+        return [
+            part if self._n_heads == 1 else part.reshape(-1, self._n_heads)
+            for part in np.split(flat, ends[:-1])
+        ]
 
     def per_row(self) -> np.ndarray:
         """All scores of a table with one per row, fp32 [rows]; ValueError for another table."""
