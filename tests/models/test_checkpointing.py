@@ -36,8 +36,10 @@ def step(args, how, *, compiled=False):
     # A compiled block is no matter of operators, and none is compiled below such a mode.
     with Counting() if not compiled else nullcontext(Counting()) as counted:
         model(tokens, labels).sum().backward()
-    names = (name.replace("_checkpoint_wrapped_module.", "") for name, _ in model.named_parameters())
-    grads = dict(zip(names, (p.grad for p in model.parameters()), strict=True))
+    grads = {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+    }
     return grads, counted.count
 
 
@@ -50,7 +52,8 @@ def test_products_and_attention_are_kept(tiny_model_args):
         assert torch.equal(selective[name], grad), name
         assert torch.equal(full[name], grad), name
     attention = ATEN._scaled_dot_product_flash_attention_for_cpu.default
-    for op, each in ((ATEN.mm.default, 6), (attention, 1)):  # not the last product: nothing needs it
+    # Of seven products the last one is not repeated: nothing needs it.
+    for op, each in ((ATEN.mm.default, 6), (attention, 1)):
         assert of_selective[op] == of_plain[op]
         assert of_full[op] == of_plain[op] + each * blocks
     for one in (of_selective, of_full):

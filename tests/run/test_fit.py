@@ -1,4 +1,4 @@
-"""What ``activation_checkpointing: auto`` is: by the recipe's own estimate, for the memory at hand."""
+"""What ``activation_checkpointing: auto`` is, by the recipe's own estimate."""
 
 import io
 import json
@@ -91,4 +91,4 @@ def test_it_runs_beside_a_launched_rank(cfg, asked, monkeypatch):
     monkeypatch.setattr(fit.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(fit, "_chosen", {})
     assert fit._choose(cfg, str(RECIPE), CPU) == "none"
-    assert json.loads([*fit._chosen][0])[1] > 0
+    assert json.loads(next(iter(fit._chosen)))[1] > 0
