@@ -448,7 +448,8 @@ def test_the_sentence_when_memory_ran_out(cfg):
         "out of memory in a step of 8 rows x 128 tokens x 2 heads on each of 2 ranks (vocabulary "
         "2048, fp32); the peak so far is 1.2 GiB. What needs less: "
         "activation_checkpointing=selective; activation_checkpointing=full; "
-        "batch_size=4 gradient_accumulation_steps=2; tokenizer.max_seq_len=64; 4 ranks. `python -m wmtp_modules.estimate_memory --config "
+        "batch_size=4 gradient_accumulation_steps=2; tokenizer.max_seq_len=64; 4 ranks. "
+        "`python -m wmtp_modules.estimate_memory --config "
         f"{cfg.output_dir}/config.yaml --ranks 2` predicts the peak of each, and of others with "
         "key=value"
     )
