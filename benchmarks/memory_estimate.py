@@ -46,11 +46,12 @@ ROWS = [
     ("batch_size 8", 1, {"batch_size": 8}),
     ("batch_size 2 x 2", 1, {"batch_size": 2, "gradient_accumulation_steps": 2}),
     ("max_seq_len 1024", 1, {"tokenizer": {"max_seq_len": 1024}}),
-    ("checkpointing", 1, {"enable_activation_checkpointing": True}),
+    ("selective checkpointing", 1, {"activation_checkpointing": "selective"}),
+    ("checkpointing", 1, {"activation_checkpointing": "full"}),
     (
         "checkpointing, batch_size 16",
         1,
-        {"enable_activation_checkpointing": True, "batch_size": 16},
+        {"activation_checkpointing": "full", "batch_size": 16},
     ),
     # A CPU without bf16 instructions is slow at it: one row of tokens.
     ("bf16 compute, batch_size 1", 1, {"dtype": "bf16", "batch_size": 1}),
@@ -59,11 +60,11 @@ ROWS = [
     (
         "2 ranks, bf16, checkpointing",
         2,
-        {"dtype": "bf16", "batch_size": 1, "enable_activation_checkpointing": True},
+        {"dtype": "bf16", "batch_size": 1, "activation_checkpointing": "full"},
     ),
     ("2 ranks, rho1, online reference", 2, {"weighting": {"name": "rho1"}}),
     ("LoRA", 1, {"lora": {"rank": 16}}),
-    ("LoRA, checkpointing", 1, {"lora": {"rank": 16}, "enable_activation_checkpointing": True}),
+    ("LoRA, checkpointing", 1, {"lora": {"rank": 16}, "activation_checkpointing": "full"}),
     ("QLoRA", 1, {"lora": {"rank": 16, "quantize_base": True}}),
     (
         "QLoRA, bf16, checkpointing",
@@ -71,7 +72,7 @@ ROWS = [
         {
             "lora": {"rank": 16, "quantize_base": True},
             "dtype": "bf16",
-            "enable_activation_checkpointing": True,
+            "activation_checkpointing": "full",
         },
     ),
     ("2 ranks, QLoRA", 2, {"lora": {"rank": 16, "quantize_base": True}}),
@@ -127,7 +128,7 @@ def make_assets(folder: Path) -> DictConfig:
             "table_dir": f"{folder}/scores",
             "batch_tokens": 4096,
         },
-        "enable_activation_checkpointing": False,
+        "activation_checkpointing": "none",
         "metric_logger": {
             "_component_": "torchtune.training.metric_logging.DiskLogger",
             "log_dir": f"{folder}/logs",

@@ -61,6 +61,7 @@ from wmtp_modules.reports.run_page import draw_run
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.bad_steps import what_is_wrong
 from wmtp_modules.run.figures import TrainingError, heldout_losses, noise_sums
+from wmtp_modules.run.fit import fitted
 from wmtp_modules.run.model import checked_model_args, frozen_model, make_model, make_optimizer
 from wmtp_modules.run.resume import resolved
 from wmtp_modules.run.run import Run
@@ -558,6 +559,7 @@ def train_one(recipe, cfg: DictConfig, stops: StopRequests, beside: dict[str, Pa
         if summary and summary.get("made_from") == recipe.made_from(cfg):
             return summary
         utils.log_rank_zero(log, f"{name}: {cfg.max_steps} steps, output in {cfg.output_dir}")
+        cfg = fitted(cfg, __file__, recipe.device)
         recipe.setup_policy(cfg)
     return plan.train(recipe, cfg, stops, beside, started)
 

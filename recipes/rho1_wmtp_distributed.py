@@ -44,6 +44,7 @@ from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.reports.run_page import draw_run
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.figures import heldout_losses, noise_sums
+from wmtp_modules.run.fit import fitted
 from wmtp_modules.run.model import checked_model_args, make_model, make_optimizer
 from wmtp_modules.run.run import Run
 from wmtp_modules.run.start import exit_with_message, parse, process_group
@@ -347,6 +348,7 @@ def train_one(
     name, started = controls.name_of(cfg), time.perf_counter()
     utils.log_rank_zero(log, f"{name}: {cfg.max_steps} steps, output in {cfg.output_dir}")
     with exit_with_message(ValueError, OSError):
+        cfg = fitted(cfg, __file__, device)
         recipe = Rho1WMTPRecipeDistributed(cfg, device, mesh, stops)
         recipe.setup()
     return plan.train(recipe, cfg, stops, beside, started)

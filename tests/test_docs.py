@@ -81,7 +81,7 @@ def test_a_run_of_the_page(copied_recipe, forks, tmp_path, tiny_tokenizer_path):
         **{"clip_grad_norm": 1.0, "max_steps": 3, "run_val_every_n_steps": 3, "keep_last": 1},
         **{"save_every_n_steps": 3, "log_every_n_steps": 1, "compile": False},
         **{"resume_from_checkpoint": False, "max_skipped_steps": 1, "collective_timeout_s": 300},
-        **{"enable_activation_checkpointing": False, "profiler": {"enabled": False}},
+        **{"activation_checkpointing": "none", "profiler": {"enabled": False}},
         "controls": ["uniform"],
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(cfg))

@@ -9,17 +9,20 @@ import argparse
 import json
 import sys
 from types import ModuleType
+from typing import get_args
 
 from omegaconf import DictConfig
 
 from wmtp_modules.config.check import ConfigError
 from wmtp_modules.config.file import merged, read_config
-from wmtp_modules.config.rules import shards_of
+from wmtp_modules.config.rules import checkpointing_of, set_checkpointing, shards_of
 from wmtp_modules.memory.step import Estimate, estimate_step, estimate_trunk, load_recipe, recipe_of
+from wmtp_modules.models.checkpointing import Checkpointing
 from wmtp_modules.run.out_of_memory import helpful_settings
 
 GIB, MIB = 2**30, 2**20
 SHOWN = 3  # settings that help
+SPARE = 0.1  # of memory, for a GPU's context, libraries and fragmentation
 
 
 def check(cfg: DictConfig, ranks: int, recipe: ModuleType) -> None:
@@ -42,6 +45,22 @@ def best_settings(
     }
     best = sorted(others.items(), key=lambda item: item[1].peak)[:SHOWN]
     return {name: other for name, other in best if other.peak < now.peak}
+
+
+def lightest(
+    cfg: DictConfig, ranks: int, gib: float, recipe: ModuleType
+) -> tuple[Checkpointing, dict[str, float]]:
+    """The lightest checkpointing with a tenth of so much memory to spare, else ``full``.
+
+    Returns:
+        Its name, and predicted peaks in GiB by name, up to it.
+    """
+    peaks: dict[str, float] = {}
+    for how in get_args(Checkpointing):
+        peaks[how] = estimate_step(merged(cfg, set_checkpointing(how)), ranks, recipe).peak / GIB
+        if peaks[how] <= (1 - SPARE) * gib:
+            break
+    return how, peaks
 
 
 def print_table(cfg: DictConfig, ranks: int, now: Estimate) -> None:
@@ -81,12 +100,32 @@ def main(
         "--recipe", metavar="FILE", help="a copied recipe; by default ours for this config"
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes (default 1)")
+    parser.add_argument(
+        "--fit",
+        type=float,
+        metavar="GIB",
+        help="say which activation_checkpointing is the lightest that leaves a tenth of so much "
+        "memory free, as auto does",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON, in GiB")
     args, overrides = parser.parse_known_args(argv)
     try:
         cfg = read_config(["--config", args.config, *overrides])
         recipe = load_recipe(args.recipe or recipe_of(cfg))
         check(cfg, args.ranks, recipe)
+        if args.fit is not None:
+            how, peaks = lightest(cfg, args.ranks, args.fit, recipe)
+            if args.json:
+                print(json.dumps({"activation_checkpointing": how, "peaks_gib": peaks}))
+                return 0
+            for name, peak in peaks.items():
+                print(f"{name:12}{peak:8.2f} GiB")
+            if peaks[how] > (1 - SPARE) * args.fit:
+                print(f"None leaves a tenth of {args.fit:g} GiB free.")
+            print(f"activation_checkpointing: {how}")
+            return 0
+        if checkpointing_of(cfg) == "auto" and not args.json:
+            print("activation_checkpointing: auto as none; --fit GIB says what it is there")
         now = estimate_step(cfg, args.ranks, recipe)
         if not args.json:
             print_table(cfg, args.ranks, now)

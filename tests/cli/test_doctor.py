@@ -39,7 +39,7 @@ def page(tmp_path, tiny_tokenizer_path, monkeypatch, capsys):
             **{"num_warmup_steps": 1, "clip_grad_norm": 1.0, "max_steps": 7, "keep_last": 1},
             **{"run_val_every_n_steps": 2, "save_every_n_steps": 2, "max_skipped_steps": 1},
             **{"collective_timeout_s": 300, "log_every_n_steps": 1, "compile": False},
-            **{"enable_activation_checkpointing": False, "profiler": {"enabled": False}},
+            **{"activation_checkpointing": "none", "profiler": {"enabled": False}},
         } | changes
         file = tmp_path / "config.yaml"
         file.write_text("# recipe: rho1_wmtp_distributed\n" + yaml.safe_dump(cfg))

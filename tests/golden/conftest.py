@@ -181,7 +181,7 @@ class Assets:
             "max_skipped_steps": 1,
             "collective_timeout_s": 300,
             "log_every_n_steps": 1,
-            "enable_activation_checkpointing": False,
+            "activation_checkpointing": "none",
             "compile": False,
             "metric_logger": {
                 "_component_": "torchtune.training.metric_logging.DiskLogger",

@@ -13,6 +13,7 @@ from torchtune import config
 
 from wmtp_modules import estimate_memory
 from wmtp_modules.checkpoints.write import save_meta
+from wmtp_modules.config.rules import checkpointing_of
 from wmtp_modules.estimate_memory import main
 from wmtp_modules.memory import step as step_memory
 from wmtp_modules.memory.step import Estimate, estimate_trunk, load_recipe, recipe_of
@@ -68,7 +69,7 @@ def cfg(tiny_model_args, tmp_path):
             "weighting": {"name": "uniform"},
             "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.001, "fused": True},
             "clip_grad_norm": 1.0,
-            "enable_activation_checkpointing": False,
+            "activation_checkpointing": "none",
             # Of no matter to memory.
             "resume_from_checkpoint": False,
             "checkpointer": None,
@@ -316,7 +317,8 @@ def test_the_table(config_file, capsys, monkeypatch):
 
     def estimate(cfg, ranks, recipe):
         rows, tokens = cfg.batch_size, cfg.tokenizer.max_seq_len
-        peak = rows * tokens * (1 + (ranks == 4)) * (8 - 2 * cfg.enable_activation_checkpointing)
+        step = {"none": 8, "selective": 7, "full": 6}[checkpointing_of(cfg)]
+        peak = rows * tokens * (1 + (ranks == 4)) * step
         return Estimate(peak * MIB, "backward", {"parameters": peak * MIB})
 
     monkeypatch.setattr(estimate_memory, "estimate_step", estimate)
@@ -330,9 +332,9 @@ def test_the_table(config_file, capsys, monkeypatch):
         "What helps most\n"
         "  batch_size=1 gradient_accumulation_steps=3        1.00 GiB\n"
         "  tokenizer.max_seq_len=64                          1.50 GiB\n"
-        "  enable_activation_checkpointing=true              2.25 GiB\n"
+        "  activation_checkpointing=full                     2.25 GiB\n"
     )
-    few = ["batch_size=1", "enable_activation_checkpointing=true"]
+    few = ["batch_size=1", "~activation_checkpointing", "enable_activation_checkpointing=true"]
     assert main(["--config", config_file, "--ranks", "2", "--json", *few]) == 0
     found = json.loads(capsys.readouterr().out)
     helps = {"tokenizer.max_seq_len=64": 0.375}  # 4 ranks do not, here
@@ -424,12 +426,13 @@ def test_which_errors_are_out_of_memory(error, verdict):
 
 def test_what_is_set_already_is_not_advised(cfg):
     assert list(helpful_settings(cfg, 2)) == [
-        "enable_activation_checkpointing=true",
+        "activation_checkpointing=selective",
+        "activation_checkpointing=full",
         "batch_size=4 gradient_accumulation_steps=2",
         "tokenizer.max_seq_len=64",
         "4 ranks",
     ]
-    cfg.update({"enable_activation_checkpointing": True, "batch_size": 1})
+    cfg.update({"activation_checkpointing": "full", "batch_size": 1})
     assert list(helpful_settings(cfg, 2)) == ["tokenizer.max_seq_len=64", "4 ranks"]
     cfg.update({"batch_size": 3, "reference": {"mode": "online"}, "fp32_master_weights": False})
     assert list(helpful_settings(cfg, 1)) == [
@@ -444,8 +447,9 @@ def test_the_sentence_when_memory_ran_out(cfg):
     assert out_of_memory_sentence(cfg, args, ranks=2, peak_gib=1.25) == (
         "out of memory in a step of 8 rows x 128 tokens x 2 heads on each of 2 ranks (vocabulary "
         "2048, fp32); the peak so far is 1.2 GiB. What needs less: "
-        "enable_activation_checkpointing=true; batch_size=4 gradient_accumulation_steps=2; "
-        "tokenizer.max_seq_len=64; 4 ranks. `python -m wmtp_modules.estimate_memory --config "
+        "activation_checkpointing=selective; activation_checkpointing=full; "
+        "batch_size=4 gradient_accumulation_steps=2; tokenizer.max_seq_len=64; 4 ranks. "
+        "`python -m wmtp_modules.estimate_memory --config "
         f"{cfg.output_dir}/config.yaml --ranks 2` predicts the peak of each, and of others with "
         "key=value"
     )

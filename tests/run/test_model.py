@@ -48,7 +48,7 @@ def cfg(tiny_model_args, tmp_path):
             "max_steps": 10,
             "gradient_accumulation_steps": 1,
             "collective_timeout_s": 60,
-            "enable_activation_checkpointing": False,
+            "activation_checkpointing": "none",
             "compile": True,
         }
     )
@@ -138,7 +138,7 @@ def step(model, lengths):
 )
 def test_every_block_is_compiled_under_a_block_mask(recipes, cfg, runs, name, checkpointing):
     """Blocks are of one class and share their graphs, so each graph runs once for each block."""
-    changes = {"enable_activation_checkpointing": checkpointing}
+    changes = {"activation_checkpointing": "full" if checkpointing else "none"}
     model = set_up(recipes[name], cfg, **changes)
     eager = set_up(recipes[name], cfg, compile=False)
     assert model.output.loss_impl == "compiled"
@@ -170,8 +170,8 @@ def test_compiled_and_checkpointed_blocks_keep_the_names_of_their_parameters(rec
     """What is saved is read by runs with other settings."""
     recipe = recipes[RECIPE_NAMES[0]]
     plain = set_up(recipe, cfg, compile=False).state_dict().keys()
-    for checkpointing in (False, True):
-        model = set_up(recipe, cfg, enable_activation_checkpointing=checkpointing)
+    for checkpointing in ("none", "selective", "full"):
+        model = set_up(recipe, cfg, activation_checkpointing=checkpointing)
         assert model.state_dict().keys() == plain
 
 

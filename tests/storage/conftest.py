@@ -38,7 +38,7 @@ def config(s3, tmp_path, tiny_tokenizer_path):
             **{"num_warmup_steps": 2, "clip_grad_norm": 1.0, "max_steps": 4},
             **{"run_val_every_n_steps": 2, "save_every_n_steps": 2, "keep_last": 1},
             **{"max_skipped_steps": 1, "collective_timeout_s": 300, "log_every_n_steps": 1},
-            **{"enable_activation_checkpointing": False, "compile": False},
+            **{"activation_checkpointing": "none", "compile": False},
             "metric_logger": {
                 "_component_": "torchtune.training.metric_logging.DiskLogger",
                 "log_dir": str(tmp_path / "logs"),

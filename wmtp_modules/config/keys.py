@@ -128,7 +128,12 @@ class TrainingKeys(Places):
     )
     replay: str | None = Field(None, description="bad_step/ of a run: repeat that step, no more")
     log_every_n_steps: int = Field(ge=1, description="updates between logged figures")
-    enable_activation_checkpointing: bool = Field(description="less memory, a third more time")
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] | None = Field(
+        None, description="what blocks compute twice to save memory; auto: the least that fits"
+    )
+    enable_activation_checkpointing: bool | None = Field(
+        None, description="older name: true is full, false is none"
+    )
     compile: bool = Field(description="whether torch.compile is used")
     profiler: Profiler = Field(description="torchtune's profiler")
     requires: list[str] | None = Field(None, description="configs of runs that come before")

@@ -47,6 +47,28 @@ def what_waits(cfg: DictConfig | dict, world: int) -> Waits:
     return "nothing" if cfg.get("sync_each_batch") is None else "all"
 
 
+def checkpointing_of(cfg: DictConfig | dict) -> Literal["none", "selective", "full", "auto"]:
+    """What is recomputed, by either key's name."""
+    older = "full" if cfg.get("enable_activation_checkpointing") else "none"
+    return cfg.get("activation_checkpointing") or older
+
+
+def set_checkpointing(how: str) -> dict[str, str | None]:
+    """What to merge into a config to have it so, by whatever name it was set."""
+    return {"activation_checkpointing": how, "enable_activation_checkpointing": None}
+
+
+def _checkpointing_is_said_once(
+    activation_checkpointing: str | None, enable_activation_checkpointing: bool | None
+) -> str | None:
+    if activation_checkpointing is not None and enable_activation_checkpointing is not None:
+        return (
+            "enable_activation_checkpointing: is the older name of activation_checkpointing, which "
+            f"is {activation_checkpointing}: leave it out"
+        )
+    return None
+
+
 def _split_once(dataset: dict, dataset_val: dict) -> str | None:
     """Two hashes of one source do not divide it: rows would be on both sides."""
     if dataset.get("source") != dataset_val.get("source") or dataset.get("source") is None:
@@ -122,6 +144,7 @@ def _shards_divide_ranks(data_parallel_shard: int | None) -> str | None:
 
 
 TRAINING_RULES = (
+    _checkpointing_is_said_once,
     _split_once,
     _compiler_is_there,
     _bf16_parameters_learn,

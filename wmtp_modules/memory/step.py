@@ -38,7 +38,7 @@ import wmtp_modules.loss.linear_cross_entropy as loss_module
 from wmtp_modules.catalog import RECIPES
 from wmtp_modules.checkpoints.read import model_args_from_folder
 from wmtp_modules.config.file import merged
-from wmtp_modules.config.rules import what_waits
+from wmtp_modules.config.rules import checkpointing_of, set_checkpointing, what_waits
 from wmtp_modules.critic.judge import BATCH_ROWS
 from wmtp_modules.critic.states import trunk_states
 from wmtp_modules.models.lora import nf4_parameters
@@ -160,7 +160,8 @@ def _recipe_class(module: ModuleType) -> type:
 def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     """Peak memory of one rank in a step after the first, when the optimizer has its state.
 
-    Of the critic's recipe it is the policy stage that is estimated.
+    Of the critic's recipe it is the policy stage that is estimated; ``activation_checkpointing:
+    auto``, which is chosen by estimates, counts as none.
 
     Raises:
         ValueError: if an online reference's folder is not there: its size is read from it.
@@ -172,6 +173,8 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     cfg = merged(cfg, {"model": cast(dict, OmegaConf.to_container(cfg.model, resolve=True))})
     two_steps = {"checkpointer": None, "compile": False, "max_steps": 2, "num_warmup_steps": 0}
     cfg = merged(cfg, two_steps)
+    if checkpointing_of(cfg) == "auto":
+        cfg = merged(cfg, set_checkpointing("none"))
 
     def make_mask(seq_lens: object) -> torch.Tensor | None:
         # Dense on a CPU. On a GPU flex attention has blocks that take next to nothing.

@@ -8,11 +8,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import config, training
-from torchtune.modules import TransformerSelfAttentionLayer
 
 from wmtp_modules.checkpoints.read import check_model, load_into
 from wmtp_modules.config.keys import Lora
-from wmtp_modules.config.rules import what_waits
+from wmtp_modules.config.rules import checkpointing_of, what_waits
+from wmtp_modules.models.checkpointing import checkpoint_blocks_
 from wmtp_modules.models.lora import ALL_LINEAR, LoRA
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import sharding_mesh
@@ -77,10 +77,8 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
         for block in (*model.layers, *model.heads):
             block.compile()
         model.output.loss_impl = "compiled"
-    if cfg.enable_activation_checkpointing:
-        training.set_activation_checkpointing(
-            model, auto_wrap_policy={TransformerSelfAttentionLayer}
-        )
+    how = checkpointing_of(cfg)  # auto where nothing was chosen, as in a replay
+    checkpoint_blocks_(model, "full" if how == "auto" else how, compiled=cfg.compile)
     if cfg.fp32_master_weights:
         mesh = sharding_mesh(mesh, cfg.get("data_parallel_shard"))
         once = what_waits(cfg, mesh.size()) == "all"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from wmtp_modules.config.rules import shards_of, what_waits
+from wmtp_modules.config.rules import checkpointing_of, set_checkpointing, shards_of, what_waits
 from wmtp_modules.run.figures import TrainingError, peak_memory_gib
 
 COMMAND = "python -m wmtp_modules.estimate_memory"
@@ -36,9 +36,9 @@ def helpful_settings(cfg: DictConfig, ranks: int) -> dict[str, tuple[dict, int]]
         By how it is written, what to merge into the config and the number of ranks.
     """
     found: dict[str, tuple[dict, int]] = {}
-    if not cfg.enable_activation_checkpointing:
-        change = {"enable_activation_checkpointing": True}
-        found["enable_activation_checkpointing=true"] = (change, ranks)
+    order = ("auto", "none", "selective", "full")  # what is auto may be none
+    for how in order[1 + max(1, order.index(checkpointing_of(cfg))) :]:
+        found[f"activation_checkpointing={how}"] = (set_checkpointing(how), ranks)
     if cfg.batch_size > 1:
         half = cfg.batch_size // 2
         steps = math.ceil(cfg.gradient_accumulation_steps * cfg.batch_size / half)

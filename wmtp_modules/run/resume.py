@@ -22,7 +22,8 @@ FREE_KEYS = (
     *("max_hours", "collective_timeout_s", "max_skipped_steps", "controls", "requires", "prepare"),
     "storage",  # where this machine keeps its copies
     "control",  # what it changes stands in the keys themselves
-    *("profiler", "compile", "enable_activation_checkpointing", "allow_uninformative_critic"),
+    *("profiler", "compile", "allow_uninformative_critic"),
+    *("activation_checkpointing", "enable_activation_checkpointing"),
     # Only their product with the number of ranks counts, see ``check_same_run``.
     *("batch_size", "gradient_accumulation_steps"),
     "dataloader_workers",
