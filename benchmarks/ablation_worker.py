@@ -18,11 +18,11 @@ from ablation_grid import Job, python_version
 from common import hardware
 from omegaconf import DictConfig
 from torchtune.config import instantiate
-from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels
 from wmtp_modules.memory.step import load_recipe, recipe_of
+from wmtp_modules.models.attention_mask import document_mask
 from wmtp_modules.parallel.process_group import die_with_parent, init_process_group
 from wmtp_modules.run import plan
 from wmtp_modules.run.stopping import StopRequests
@@ -149,7 +149,7 @@ def acceptance(recipe: Any, cfg: DictConfig) -> list[float]:
     batches = heldout_batches(recipe._dataset_val, cfg.batch_size, 0, 1, recipe.device)
     for batch in islice(batches, MOST_BATCHES):
         labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
-        mask = packed_block_causal_mask(batch["seq_lens"])
+        mask = document_mask(batch["doc"])
         choice_BTK = model(batch["tokens"], mask=mask, input_pos=batch["input_pos"]).argmax(-1)
         for k in range(1, K):
             valid_BT = labels_BTK[:, :-k, k] != IGNORE_INDEX

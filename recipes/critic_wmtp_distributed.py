@@ -33,7 +33,6 @@ from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torchtune import config, training, utils
-from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import Arguments, check_config
@@ -50,6 +49,7 @@ from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
 from wmtp_modules.loss.value_loss import judged_mask, pairs_loss, token_cross_entropy
+from wmtp_modules.models.attention_mask import document_mask
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import all_reduce_sum, rank_zero_first
@@ -438,7 +438,7 @@ class CriticWMTPRecipeDistributed:
         labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
         mask_BTK = labels_BTK != IGNORE_INDEX
         inputs = {
-            "mask": packed_block_causal_mask(batch["seq_lens"]),
+            "mask": document_mask(batch["doc"]),
             "input_pos": batch["input_pos"],
         }
         if self._weighting.needs_losses:

@@ -26,7 +26,6 @@ from omegaconf import DictConfig
 from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config, training, utils
-from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import Arguments, check_config
@@ -37,6 +36,7 @@ from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.data.rows import check_weights_of
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
+from wmtp_modules.models.attention_mask import document_mask
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.registry.models import register_run
@@ -220,7 +220,7 @@ class Rho1WMTPRecipeDistributed:
         labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
         mask_BTK = labels_BTK != IGNORE_INDEX
         inputs = {
-            "mask": packed_block_causal_mask(batch["seq_lens"]),
+            "mask": document_mask(batch["doc"]),
             "input_pos": batch["input_pos"],
         }
         reference_BTK = self._reference_BTK(batch, inputs)

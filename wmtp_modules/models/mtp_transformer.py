@@ -122,7 +122,7 @@ class MTPTransformer(nn.Module):
         Args:
             tokens_BT: token ids, int64.
             labels_BTK: target of each head, -100 where there is none (see ``mtp_labels``).
-            mask: attention mask as ``torchtune...packed_block_causal_mask`` makes it; causal
+            mask: attention mask as ``document_mask`` makes it; causal
                 over the whole row if None.
             input_pos: position of each token inside its document, int64 [B, T].
             token_weights_BTK: fp32 weights that are known before the forward.

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
+from wmtp_modules.models.attention_mask import document_mask
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import all_reduce_sum
 
@@ -36,7 +36,7 @@ def peak_memory_gib(device: torch.device) -> float:
 def token_losses(model: MTPTransformer, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses_BTK, labels_BTK) of a packed micro-batch, unweighted."""
     labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], model.n_future_tokens)
-    mask = packed_block_causal_mask(batch["seq_lens"])
+    mask = document_mask(batch["doc"])
     losses_BTK = model(batch["tokens"], labels_BTK, mask=mask, input_pos=batch["input_pos"])
     return losses_BTK, labels_BTK
 
