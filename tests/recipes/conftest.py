@@ -77,6 +77,26 @@ def check_resumed(monkeypatch):
     return check
 
 
+@pytest.fixture
+def watched(waits, monkeypatch):
+    """watched(cls): what in the micro-steps of a recipe's runs would wait for a GPU."""
+
+    def watch(cls):
+        loss_step, found = cls._loss_step, []
+
+        def watching(self, batch):
+            with waits() as here:
+                result = loss_step(self, batch)
+                result[0].backward()
+            found.extend(here)
+            return result[0].detach().requires_grad_(), *result[1:]  # its gradients are there
+
+        monkeypatch.setattr(cls, "_loss_step", watching)
+        return found
+
+    return watch
+
+
 # ------------------------------------------------------------- quickstarts of a few steps
 
 ROOT = Path(__file__).parents[2]

@@ -605,6 +605,12 @@ def test_a_resumed_policy_equals_an_uninterrupted_one(staged, go, monkeypatch, t
     assert summary["heldout_loss"] == staged[2]["heldout_loss"]
 
 
+def test_no_micro_step_of_a_policy_waits_for_the_device(recipe, staged, go, watched, tmp_path):
+    found = watched(recipe.CriticWMTPRecipeDistributed)
+    go(staged[0] | {"stages": ["policy"], "max_steps": 1}, tmp_path)
+    assert found == []
+
+
 @pytest.mark.slow
 def test_a_policy_of_adapters_on_values_of_the_trunk(staged, go, tmp_path):
     """The same values and, before anything is learnt, the same loss and weights as without LoRA."""

@@ -304,28 +304,12 @@ def test_accumulation_4x1_equals_1x4(run, uniform):
             assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
 
 
-@pytest.fixture
-def watched(recipe, waits, monkeypatch):
-    """What would wait for a GPU in the micro-steps of all runs."""
-    cls, found = recipe.Rho1WMTPRecipeDistributed, []
-    loss_step = cls._loss_step
-
-    def watching(self, batch):
-        with waits() as here:
-            result = loss_step(self, batch)
-            result[0].backward()
-        found.extend(here)
-        return result[0].detach().requires_grad_(), *result[1:]  # its gradients are there
-
-    monkeypatch.setattr(cls, "_loss_step", watching)
-    return found
-
-
 @pytest.mark.parametrize("mode", ["cached", "online"])
-def test_no_micro_step_waits_for_the_device(run, rho1, watched, mode):
+def test_no_micro_step_waits_for_the_device(recipe, run, rho1, watched, mode):
+    found = watched(recipe.Rho1WMTPRecipeDistributed)
     weighting = {"weighting": {"selection": "soft"}, "max_steps": 1}
     run(OmegaConf.merge(rho1, weighting, {"reference": {"mode": mode}}))
-    assert watched == []
+    assert found == []
 
 
 def test_workers_that_read_ahead_change_nothing(run, uniform):
