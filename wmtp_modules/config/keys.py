@@ -112,6 +112,9 @@ class TrainingKeys(Places):
     sync_each_batch: bool | None = Field(
         None, description="gradients cross nodes each micro-batch; null: unless nodes are replicas"
     )
+    reshard_after_forward: bool | None = Field(
+        None, description="trunk blocks are gathered again for the backward; null: yes"
+    )
     optimizer: Optimizer = Field(description="the optimizer")
     num_warmup_steps: int = Field(ge=0, description="updates until the full learning rate")
     clip_grad_norm: float = Field(gt=0, description="largest norm of the gradient")

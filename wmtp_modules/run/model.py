@@ -81,7 +81,7 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
     checkpoint_blocks_(model, "full" if how == "auto" else how, compiled=cfg.compile)
     if cfg.fp32_master_weights:
         mesh = sharding_mesh(mesh, cfg.get("data_parallel_shard"))
-        once = what_waits(cfg, mesh.size()) == "all"
+        once = what_waits(cfg, mesh.size()) == "all" or cfg.get("reshard_after_forward") is False
         shard_model(model, mesh, compute_dtype=compute_dtype, gather_once=once)
     elif not cfg.checkpointer and device.type != "cpu":  # one rank, nothing to shard or to cast
         model.to(device)

@@ -140,8 +140,8 @@ def finished(cfg: DictConfig) -> dict | None:
     if not all(file.exists() for file in files):
         return None
     places = ("resume_from_checkpoint", "storage", "tracking", "metric_logger", "registry")
-    how = ("data_parallel_shard", "sync_each_batch", "dataloader_workers")
-    how += ("activation_checkpointing", "enable_activation_checkpointing")
+    how = ("data_parallel_shard", "sync_each_batch", "reshard_after_forward")
+    how += ("dataloader_workers", "activation_checkpointing", "enable_activation_checkpointing")
     same: dict = dict.fromkeys((*places, *how))  # not what it computes
     if not cfg.get("controls"):  # what a control's run had beside it is of no matter to it
         same["controls"] = None
