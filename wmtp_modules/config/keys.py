@@ -137,6 +137,9 @@ class TrainingKeys(Places):
     enable_activation_checkpointing: bool | None = Field(
         None, description="older name: true is full, false is none"
     )
+    float8: Literal["tensorwise", "rowwise"] | None = Field(
+        None, description="products of blocks in float8, by this recipe of torchao's; null: not"
+    )
     compile: bool = Field(description="whether torch.compile is used")
     profiler: Profiler = Field(description="torchtune's profiler")
     requires: list[str] | None = Field(None, description="configs of runs that come before")

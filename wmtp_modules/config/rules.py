@@ -134,6 +134,12 @@ def _lora_has_a_base(
     return wrong
 
 
+def _float8_trains_all(float8: str | None, lora: dict | None) -> str | None:
+    if float8 and lora is not None:
+        return "float8: adapters are trained in the compute dtype: set float8 or lora to null"
+    return None
+
+
 def _shards_divide_ranks(data_parallel_shard: int | None) -> str | None:
     if "WORLD_SIZE" in os.environ:  # else it is checked where the number of ranks is known
         try:
@@ -149,6 +155,7 @@ TRAINING_RULES = (
     _compiler_is_there,
     _bf16_parameters_learn,
     _lora_has_a_base,
+    _float8_trains_all,
     _shards_divide_ranks,
 )
 

@@ -13,6 +13,7 @@ from wmtp_modules.checkpoints.read import check_model, load_into
 from wmtp_modules.config.keys import Lora
 from wmtp_modules.config.rules import checkpointing_of, what_waits
 from wmtp_modules.models.checkpointing import checkpoint_blocks_
+from wmtp_modules.models.float8 import float8_blocks_
 from wmtp_modules.models.lora import ALL_LINEAR, LoRA
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import sharding_mesh
@@ -71,6 +72,8 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
     cast_parameters_(model, compute_dtype if lora else master_dtype)
     if lora:  # frozen weights need no masters
         model.add_lora(lora, adapter_dtype=master_dtype)
+    if cfg.get("float8"):
+        float8_blocks_(model, cfg.float8, device=device)
     if cfg.compile:
         # Before they are wrapped: packed rows on CUDA have a flex-attention mask, which breaks a
         # block's graph, and a break inside a checkpointed region makes all of it eager.
