@@ -28,7 +28,9 @@ def float8_blocks_(model: MTPTransformer, recipe: str, *, device: torch.device) 
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"float8: {name} has none (it came with compute capability 8.9)")
     for name, module in model.named_modules():
-        if _is_converted(module, name) and (module.in_features | module.out_features) % MULTIPLE:
+        if not isinstance(module, nn.Linear) or not _is_converted(module, name):
+            continue
+        if module.in_features % MULTIPLE or module.out_features % MULTIPLE:
             raise ValueError(
                 f"float8: {name} has {module.in_features} x {module.out_features} weights, and "
                 f"both must be multiples of {MULTIPLE}: set float8 to null"
