@@ -119,9 +119,7 @@ def main() -> int:
             f"({ratios[n // 4]:.3f}-{ratios[3 * n // 4]:.3f}){mib[0]:9.1f}{mib[1]:9.1f}"
         )
     good = medians["only"] <= LIMIT
-    print(
-        f"{'PASS' if good else 'FAIL'}: a step of the heads only takes at most {LIMIT} of a full one"
-    )
+    print(f"{'PASS' if good else 'FAIL'}: a step of heads only takes at most {LIMIT} of a full one")
     return 0 if good else 1
 
 
