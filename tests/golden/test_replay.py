@@ -282,6 +282,7 @@ def test_heads_apart_that_learn_from_head_0(compare, assets, reference):
     assert runs["rho1"].clipped == [True] * 3
 
 
+@pytest.mark.nightly
 def test_all_heads_that_learn_from_head_0(compare):
     """What head 0 teaches trains the trunk as well; weights known beforehand."""
     compare(
