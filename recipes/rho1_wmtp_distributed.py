@@ -294,8 +294,7 @@ class Rho1WMTPRecipeDistributed:
             # micro-batches, and heads that train apart have an n' and a norm of their own.
             norms = scale_and_clip_(self._groups, sums["n_K"], run.world, cfg.clip_grad_norm)
             lr = float(self._lr_scheduler.get_last_lr()[0])
-            if run.may_update(sums, norms):
-                self._optimizer.step()
+            run.update(sums, norms)  # on all ranks or, where a figure is not finite, on none
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
             run.end_step(sums, stats, norms, lr)

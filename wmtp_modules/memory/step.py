@@ -270,6 +270,10 @@ class Rehearsal:
     def new_sums(self) -> Sums:
         return _TellingSums(self.tracker)
 
+    def update(self, sums: Sums, norms: torch.Tensor) -> None:
+        if self.may_update(sums, norms):
+            self._optimizer.step()
+
     def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
         # torchao compiles its step, one kernel for each parameter and no tensors between; taken
         # eagerly it would seem to need many. So only the step that makes the state is taken.

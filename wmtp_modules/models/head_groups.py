@@ -69,9 +69,11 @@ def scale_and_clip_(
     norms = []
     for group in groups:
         n_prime = (group.alphas_K * n_K).sum().clamp(min=1e-6)
-        for parameter in group.parameters:
-            if parameter.grad is not None:
-                parameter.grad *= world / n_prime
+        grads = [p.grad for p in group.parameters if p.grad is not None]
+        # This rank's shards: one kernel for many, where a DTensor is dispatched one by one.
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        if local:
+            torch._foreach_mul_(local, (world / n_prime).to(local[0].dtype))
         norm = nn.utils.clip_grad_norm_(group.parameters, max_norm)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     return torch.stack(norms)

@@ -148,6 +148,14 @@ class Sums(dict[str, torch.Tensor]):
         return Sums(zip(self, all_reduce_sum(*self.values()), strict=True))
 
 
+    def on_host(self) -> "Sums":
+        """The same on the CPU, in one copy; waits for the device."""
+        flat = torch.cat([value.double().flatten() for value in self.values()]).cpu()
+        parts = flat.split([value.numel() for value in self.values()])
+        pairs = zip(self.items(), parts, strict=True)
+        return Sums({name: part.view(value.shape) for (name, value), part in pairs})
+
+
 class Throughput:
     """Tokens per second since the last reading, pauses left out."""
 

@@ -95,7 +95,7 @@ class Run:
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._dataset = dataset
-        self._alphas_K = alphas_K
+        self._alphas_K = alphas_K.cpu()
         self._made_from = made_from
         self._base = self._frozen_base()
         self._validate = validate
@@ -121,6 +121,7 @@ class Run:
         self._position: dict[str, Any] = {}  # where a state that is saved goes on
         self._rows: list[torch.Tensor] = []  # of the data set, in each micro-batch of this step
         self._problem = ""  # why this step must not update anything
+        self._read = Sums()  # what was read of it
 
     # ---------------------------------------------------------------- begin
 
@@ -318,8 +319,35 @@ class Run:
 
     def new_sums(self) -> Sums:
         """Sums of a step; that a state could not be written is told to the other ranks in them."""
-        failed = torch.tensor(float(self._states.has_failed), device=self._device)
+        failed = torch.full((), float(self._states.has_failed), device=self._device)
         return Sums(failed_saves=failed)
+
+    def update(self, sums: Sums, norms: torch.Tensor) -> None:
+        """Take the optimizer's step, or none on any rank where a figure is not finite.
+
+        The host reads the device here, once in a step. A fused optimizer is told on the device
+        whether to change anything, and lies in its queue by then; any other one waits to be called.
+
+        Args:
+            sums: over all ranks.
+            norms: of ``head_groups``, before clipping.
+
+        Raises:
+            TrainingError: as ``may_update``.
+        """
+        optimizer: Any = self._optimizer
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            if self.may_update(sums, norms):
+                optimizer.step()
+            return
+        figures = [sums["objective"], norms.sum().double()]
+        figures += [sums["reference"]] if "reference" in sums else []
+        is_good = torch.stack(figures).isfinite().all() & sums["n_K"].any()
+        # What torch's GradScaler sets; neither moments nor the count of steps change then.
+        optimizer.grad_scale, optimizer.found_inf = None, (~is_good).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        self.may_update(sums, norms)
 
     def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
         """Whether the step may update, the same on all ranks; else it is skipped and recorded.
@@ -331,8 +359,10 @@ class Run:
             TrainingError: after too many skipped steps in a row. ``bad_step/`` then holds the state
                 from before this very step, for ``replay``.
         """
+        self._read = sums = Sums(sums, norms=grad_norm.reshape(-1)).on_host()
         figures = {"reference loss": sums.get("reference"), "loss": sums["objective"]}
-        self._problem = what_is_wrong(figures | {"gradient norm": grad_norm.sum()}, sums["n_K"])
+        figures |= {"gradient norm": sums["norms"].sum()}
+        self._problem = what_is_wrong(figures, sums["n_K"])
         if not self._problem:
             loss = mean_of_heads(sums["loss_K"] / sums["n_K"], self._alphas_K * sums["n_K"])
             if loss is not None:  # else the step is one of those that are skipped
@@ -348,15 +378,16 @@ class Run:
     def end_step(self, sums: Sums, stats: dict, grad_norm: torch.Tensor, lr: float) -> None:
         """Log, validate, keep the best model and save, each when it is due.
 
-        ``stats`` are ``weight_stats`` of the last joint micro-batch, the rest as in ``may_update``.
+        ``stats`` are ``weight_stats`` of the last joint micro-batch, the rest as in ``may_update``,
+        which has read it.
         """
-        cfg = self._cfg
+        cfg, sums = self._cfg, self._read
+        norms = sums["norms"].tolist()
         self.step += 1
         self._throughput.add(sums["tokens"])
-        norms = grad_norm.reshape(-1).tolist()
         if not self._problem:
             self._clipped.add(norms[0] > cfg.clip_grad_norm)
-            self._noise_sums = self._noise_sums + sums["noise"].cpu()
+            self._noise_sums = self._noise_sums + sums["noise"]
         if self.step % cfg.log_every_n_steps == 0:
             self._log_step(sums, stats, norms, lr)
         if self._epoch != self._logged_epoch:
@@ -377,7 +408,7 @@ class Run:
 
     def _log_step(self, sums: Sums, stats: dict, norms: list[float], lr: float) -> None:
         tokens_per_s, padding = self._throughput.per_second(), self._dataset.padding_share
-        metrics = step_metrics(sums, stats, self._alphas_K) | {
+        metrics = step_metrics(sums, Sums(stats).on_host(), self._alphas_K) | {
             "lr": lr,
             "grad_norm": norms[0],
             "tokens_per_s": tokens_per_s,  # without padding
