@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchtune.models.llama2 import Llama2Tokenizer
 
 from wmtp_modules import convert
 from wmtp_modules.checkpoints import write_hf as export
 from wmtp_modules.checkpoints.read import Checkpoint, load_into, model_args_from_folder
 from wmtp_modules.checkpoints.write import save_meta
+from wmtp_modules.generation.generate import Request, generate
 from wmtp_modules.loss.mtp_loss import mtp_labels
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.models.model_builders import LLAMA3_SCALING
@@ -109,7 +111,7 @@ def prompts(*lengths, seed=0):
     generator, T = torch.Generator().manual_seed(seed), max(lengths)
     ids = torch.randint(CYCLE[0], CYCLE[-1] + 1, (len(lengths), T), generator=generator)
     mask = torch.stack([(torch.arange(T) >= T - n).long() for n in lengths])
-    return dict(input_ids=ids * mask, attention_mask=mask, pad_token_id=0)
+    return dict(input_ids=ids.where(mask == 1, 1), attention_mask=mask, pad_token_id=1)
 
 
 # -------------------------------------------------------------------------------- logits
@@ -208,6 +210,28 @@ def test_greedy_text_in_fewer_forwards(mtp, plain):
     one = mtp.generate(**prompts(7), max_new_tokens=1)
     assert one.shape[1] == 8
     assert mtp.last_tokens_per_forward is None
+
+
+def test_as_many_forwards_as_our_own_decoder(made, mtp, tiny_tokenizer_path, monkeypatch):
+    """Exactness says nothing of the guesses: what is accepted does. Rows end at unlike places."""
+    how = prompts(9, 4, 1, 6, seed=1)
+    requests = [
+        Request(tuple(row[mask == 1].tolist()), seed=0)
+        for row, mask in zip(how["input_ids"], how["attention_mask"], strict=True)
+    ]
+    settings = dict(temperature=0.0, top_p=1.0, top_k=0, stop=(), dtype=torch.float32)
+    monkeypatch.setattr(Llama2Tokenizer, "eos_id", 305)
+    tokenizer = Llama2Tokenizer(str(tiny_tokenizer_path))
+    done = generate(
+        made[1], tokenizer, requests, decoding="self_speculative", max_new_tokens=60, **settings
+    )
+    found = mtp.generate(**how, max_new_tokens=60, do_sample=False, eos_token_id=305)
+    for row, one in zip(found[:, 9:].tolist(), done, strict=True):
+        assert row[: len(one.tokens)] == one.tokens
+        assert set(row[len(one.tokens) :]) <= {1}
+    assert len({len(one.tokens) for one in done}) > 2
+    tokens, forwards = sum(len(one.tokens) - 1 for one in done), sum(one.forwards for one in done)
+    assert mtp.last_tokens_per_forward == tokens / forwards > 1.5
 
 
 @pytest.mark.parametrize(
