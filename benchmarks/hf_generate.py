@@ -2,10 +2,10 @@
 
     uv run python benchmarks/hf_generate.py [FOLDER]
 
-The model is that of ``decode_speed.py``: 12 trunk blocks and 4 heads, trained on a generated family
-of Python functions, of which it writes unseen ones. With FOLDER it is kept there and not trained
-again. Both ways run by turns, prompt by prompt, in one process: ``mtp=False`` is the ``generate`` of
-transformers itself, on the same weights. One thread.
+The model is that of ``decode_speed.py``: 12 trunk blocks and 4 heads, trained on a generated
+family of Python functions, of which it writes unseen ones. With FOLDER it is kept there and not
+trained again. Both ways run by turns, prompt by prompt, in one process: ``mtp=False`` is the
+``generate`` of transformers itself, on the same weights. One thread.
 """
 
 import argparse

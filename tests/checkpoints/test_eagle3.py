@@ -35,7 +35,7 @@ NAMES = {
 def inverse_frequencies(config):
     """Of the halves that the rotary embedding turns together, with Llama 3's scaling."""
     rope, width = config["rope_parameters"], config["head_dim"]
-    inverse = rope["rope_theta"] ** (-torch.arange(0, width, 2) / width)
+    inverse = rope["rope_theta"] ** (-torch.arange(0, width, 2).double() / width)
     if rope["rope_type"] == "default":
         return inverse
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -46,9 +46,11 @@ def inverse_frequencies(config):
 
 
 def server_logits(server, folder, hidden_TD, embeds_TD, position_T):
+    """fp64 [T, V]: the only rounding is that of what it is given."""
+    hidden_TD, embeds_TD = hidden_TD.double(), embeds_TD.double()
     config, w = json.loads((folder / "config.json").read_text()), {}
     for file in sorted(folder.glob("*.safetensors")):
-        w |= load_file(file)
+        w |= {name: tensor.double() for name, tensor in load_file(file).items()}
     eps, T = config["rms_norm_eps"], len(position_T)
 
     def norm(x, name, residual=None):
@@ -122,9 +124,7 @@ def test_the_draft_is_head_1(
         for first in (0, 1, 1000):
             position_T = torch.arange(first, first + 40)
             found_TV = server_logits(server, tmp_path / "eagle3", hidden_TD, embeds_TD, position_T)
-            # Angles of distant positions are rounded more coarsely in fp32.
-            atol = 1e-5 if first < 1000 else 5e-5
-            torch.testing.assert_close(found_TV, want_TV, atol=atol, rtol=1e-5)
+            torch.testing.assert_close(found_TV, want_TV.double(), atol=1e-5, rtol=0)
 
 
 def test_names_and_what_the_servers_read(build, args, tmp_path, tiny_tokenizer_path):

@@ -2,6 +2,7 @@
 what it generates without."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -287,11 +288,11 @@ def test_both_ways_of_custom_generate(made, mtp, plain):
     how = prompts(9, 4) | dict(max_new_tokens=30, do_sample=False)
     want = plain.generate(**how)
     named = how | dict(custom_generate=str(made[0] / "hf-mtp"), trust_remote_code=True)
-    for generate in (mtp.generate, type(mtp).generate.__get__(mtp)):
+    for call in (mtp.generate, type(mtp).generate.__get__(mtp)):
         mtp.last_tokens_per_forward = None
-        assert torch.equal(generate(**named), want)
+        assert torch.equal(call(**named), want)
         assert mtp.last_tokens_per_forward > 1
-        assert torch.equal(generate(**named, mtp=False), want)
+        assert torch.equal(call(**named, mtp=False), want)
         assert mtp.last_tokens_per_forward == 1.0
     with pytest.raises(ValueError, match="LlamaForCausalLM has no extra heads: load this folder"):
         plain.generate(**named)
@@ -460,7 +461,8 @@ print(text[0].tolist())
 def test_a_process_that_has_not_our_package(made, plain, tmp_path):
     env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # which would load this package's `tune` plugin
-    command = [sys.executable, "-I", "-c", FRESH, str(made[0] / "hf-mtp")]
+    env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")  # of tests/nightly/test_newest.py
+    command = [sys.executable, "-P", "-c", FRESH, str(made[0] / "hf-mtp")]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ids = torch.arange(5, 12)[None]

@@ -11,8 +11,16 @@ caches, and rejected guesses after them, where no query of the row looks before 
 overwritten.
 """
 
+import inspect
+
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+CACHE = next(
+    name for name in CACHE_NAMES if name in inspect.signature(LlamaDecoderLayer.forward).parameters
+)
 
 # They read the logits of one position and nothing else, so positions may be given to them as rows.
 WITHOUT_CONTEXT = {
@@ -41,7 +49,7 @@ def why_not(
     others = [name for name in names if name not in WITHOUT_CONTEXT]
     outputs = [name for name in OUTPUTS if getattr(config, name, None)]
     attention = model.config._attn_implementation
-    cache = kwargs.get("past_key_values")
+    caches = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     reasons = {
         "the model has one head": not len(model.extra_heads),
@@ -52,7 +60,7 @@ def why_not(
         "there is no eos_token_id, without which rows do not end by themselves": B > 1 and not ends,
         f"attn_implementation is {attention}, not sdpa or eager": attention
         not in ("sdpa", "eager"),
-        "the prompt continues past_key_values": cache is not None and cache.get_seq_length() > 0,
+        "the prompt continues a cache": any(cache.get_seq_length() > 0 for cache in caches),
         "use_cache is off": kwargs.get("use_cache") is False,
         "the prompt is inputs_embeds": kwargs.get("inputs_embeds") is not None,
         "position_ids are not those of the attention mask": _other_positions(kwargs),
@@ -166,13 +174,13 @@ def decode(
             sees = torch.arange(end, device=device) <= position_BS[:, :, None]
             mask = torch.zeros(sees.shape, dtype=hidden.dtype, device=device)
             mask = mask.masked_fill(~sees, torch.finfo(hidden.dtype).min)[:, None]
-        how = dict(
-            attention_mask=mask,  # None: causal
-            position_ids=position_BS,
-            position_embeddings=model.model.rotary_emb(hidden, position_ids=position_BS),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        how = {
+            "attention_mask": mask,  # None: causal
+            "position_ids": position_BS,
+            "position_embeddings": model.model.rotary_emb(hidden, position_ids=position_BS),
+            CACHE: cache,
+            "use_cache": True,
+        }
         for block in blocks:
             hidden = block(hidden, **how)
         return [head(hidden, **how) for head in heads]

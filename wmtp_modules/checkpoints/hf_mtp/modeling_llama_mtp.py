@@ -9,6 +9,7 @@ last and share ``model.norm`` and ``lm_head``.
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import logging
 
-from .decoding_llama_mtp import decode, why_not
+from .decoding_llama_mtp import CACHE_NAMES, decode, why_not
 
 logger = logging.get_logger(__name__)
 
@@ -50,17 +51,9 @@ class LlamaMTPForCausalLM(LlamaForCausalLM):
         self.last_tokens_per_forward: float | None = None
         self.post_init()
 
+    @wraps(LlamaForCausalLM.forward, assigned=(), updated=())  # its signature, which others read
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        **kwargs,
+        self, input_ids=None, attention_mask=None, position_ids=None, *, labels=None, **kwargs
     ):
         """Logits of head 0, as any causal language model; with labels the losses of all heads.
 
@@ -72,28 +65,16 @@ class LlamaMTPForCausalLM(LlamaForCausalLM):
                 targets of head 0 in the whole step: the loss is then the mean over heads of their
                 sums over it. Without it: the mean over all targets of all heads.
         """
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
         if labels is None:
-            return super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
-        if past_key_values is not None:
-            raise ValueError("labels need a whole row: give no past_key_values with them")
+            return super().forward(**inputs, **kwargs)
+        for name in CACHE_NAMES:
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"labels need a whole row: give no {name} with them")
         n_items = kwargs.pop("num_items_in_batch", None)
         as_tuple = kwargs.pop("return_dict", None) is False
-        hidden_K = self._hidden(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        logits_to_keep = kwargs.pop("logits_to_keep", 0)
+        hidden_K = self._hidden(**inputs, **kwargs | {"use_cache": False})
         T = labels.shape[1]
         sums, counts, logits = [], [], None
         for k, hidden_BTD in enumerate(hidden_K):
@@ -122,7 +103,10 @@ class LlamaMTPForCausalLM(LlamaForCausalLM):
     def mtp_logits(self, input_ids, attention_mask=None, position_ids=None):
         """Logits of every head, fp32 [B, T, K, V]."""
         hidden_K = self._hidden(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
         )
         return torch.stack([self.lm_head(hidden_BTD) for hidden_BTD in hidden_K], dim=2).float()
 
@@ -136,7 +120,7 @@ class LlamaMTPForCausalLM(LlamaForCausalLM):
             lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True
         )
         try:
-            hidden_BTD = self.model(use_cache=False, **inputs).last_hidden_state
+            hidden_BTD = self.model(**inputs).last_hidden_state
         finally:
             hook.remove()
         ((args, kwargs),) = given
