@@ -114,8 +114,6 @@ def run(folder: Path) -> None:
             dict(encode(prompts[i : i + size], return_tensors="pt", padding=True))
             for i in range(0, N_PROMPTS, size)
         ]
-        for batch in batches:
-            batch.pop("token_type_ids", None)
         ratio, line = measure(model, batches, **how, **sampling)
         reached = reached or ratio
         print(f"{name:28}{line}", flush=True)

@@ -3,9 +3,11 @@ what it generates without."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -440,6 +442,15 @@ def test_a_model_of_one_head_is_refused(made, tmp_path, capsys, to):
 def test_heads_are_not_made_twice(made, tmp_path, capsys):
     assert convert.main([str(made[0] / "hf-mtp"), str(tmp_path / "x"), "--to", "mtp"]) == 1
     assert "has extra heads already: --to meta keeps them" in capsys.readouterr().err
+
+
+def test_the_lines_of_the_page(made, loaded, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code.replace("runs/rho1_7b/hf-mtp", str(made[0] / "hf-mtp")), {})
+    said = capsys.readouterr().out
+    assert said.startswith("<s>def add(a, b):")
+    assert float(said.split()[-1]) > 1
 
 
 FRESH = """

@@ -89,7 +89,7 @@ class RowCache:
 
     def __init__(self):
         self.layers = {}  # by index: keys and values, [B, heads, capacity, head width]
-        self.position_BS, self.end = None, 0
+        self.position_BS, self.end = torch.empty(0), 0
 
     def place(self, position_BS, end):
         """Where the next forward's tokens go; it sees the positions below ``end``."""

@@ -30,7 +30,7 @@ _switched_on = ContextVar("mtp", default=True)  # of the ``generate`` that runs 
 class MTPOutput(CausalLMOutputWithPast):
     """``loss`` over all heads; ``losses`` of each, fp32 [K], NaN without targets."""
 
-    losses: torch.FloatTensor | None = None
+    losses: torch.Tensor | None = None
 
 
 class LlamaMTPForCausalLM(LlamaForCausalLM):
@@ -76,16 +76,15 @@ class LlamaMTPForCausalLM(LlamaForCausalLM):
         logits_to_keep = kwargs.pop("logits_to_keep", 0)
         hidden_K = self._hidden(**inputs, **kwargs | {"use_cache": False})
         T = labels.shape[1]
-        sums, counts, logits = [], [], None
+        logits = self.lm_head(hidden_K[0])
+        sums, counts = [], []
         for k, hidden_BTD in enumerate(hidden_K):
             n = max(T - k - 1, 0)
             targets = labels[:, k + 1 :]
             if position_ids is not None:
                 same = position_ids[:, k + 1 :] - position_ids[:, :n] == k + 1
                 targets = targets.masked_fill(~same, -100)
-            if k == 0:
-                logits = self.lm_head(hidden_BTD)
-            # The logits of one head at a time, in fp32.
+            # fp32; training holds the logits of all heads (our recipes hold a chunk of them).
             logits_k = logits[:, :n] if k == 0 else self.lm_head(hidden_BTD[:, :n])
             flat = logits_k.float().flatten(0, 1)
             sums.append(cross_entropy(flat, targets.to(flat.device).flatten(), reduction="sum"))
@@ -145,7 +144,8 @@ class LlamaMTPForCausalLM(LlamaForCausalLM):
             kwargs["mtp"] = mtp  # comes back here by custom_generate/generate.py
         token = _switched_on.set(mtp)
         try:
-            return super().generate(inputs, *args, **kwargs)
+            # Its `self` is typed as a protocol, which its own models do not meet.
+            return super().generate(inputs, *args, **kwargs)  # pyrefly: ignore[bad-argument-type]
         finally:
             _switched_on.reset(token)
 
@@ -170,4 +170,5 @@ class LlamaMTPForCausalLM(LlamaForCausalLM):
                 return ids
             logger.warning_once(f"generate decodes plainly, one token a forward, because {reason}")
         self.last_tokens_per_forward = 1.0
-        return super()._sample(*how, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        model_kwargs |= dict(synced_gpus=synced_gpus, streamer=streamer)
+        return super()._sample(*how, **model_kwargs)  # pyrefly: ignore[bad-argument-type]
