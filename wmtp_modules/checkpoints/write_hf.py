@@ -21,6 +21,7 @@ from wmtp_modules.files import disk_errors
 
 log = get_logger("INFO")
 
+HF_MTP_CODE = ("modeling_llama_mtp.py", "decoding_llama_mtp.py", "custom_generate/generate.py")
 HF_SHARD_BYTES = 5_000_000_000  # the usual size of Hugging Face's shards
 
 
@@ -52,8 +53,9 @@ def write_hf(
         dtype = _write_shards(named, partial, folder, bar_bytes)
         config = _config(args, tokenizer_path, n_blocks=n_trunk + 1, dtype=dtype)
         if all_heads:
-            code = Path(__file__).parent / "hf_mtp"
-            shutil.copytree(code, partial, dirs_exist_ok=True, ignore=lambda *_: ["__pycache__"])
+            for name in HF_MTP_CODE:
+                (partial / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(Path(__file__).parent / "hf_mtp" / name, partial / name)
             # What knows no such class, or may not run the folder's code, reads trunk and head 0.
             config |= {
                 "architectures": ["LlamaMTPForCausalLM"],
