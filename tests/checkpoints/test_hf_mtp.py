@@ -311,6 +311,10 @@ def test_both_ways_of_custom_generate(made, mtp, plain):
         ),
         ({"eos_token_id": None}, "there is no eos_token_id"),
         ({"use_cache": False}, "use_cache is off"),
+        (
+            {"attention_mask": torch.tensor([[0] * 9, [1] * 9])},
+            "a prompt is empty",
+        ),
     ],
 )
 def test_what_falls_back(made, mtp, plain, option, reason):
@@ -339,6 +343,14 @@ def test_what_falls_back(made, mtp, plain, option, reason):
         module.why_not = original
         mtp.generation_config.eos_token_id = 2
     assert [s.startswith(reason) for s in said] == ([True] if reason else [])
+
+
+def test_logits_that_are_no_numbers(loaded):
+    model = loaded("hf-mtp")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="logits are NaN: check its weights"):
+        model.generate(**prompts(9), max_new_tokens=3)
 
 
 def test_in_bf16_and_with_eager_attention(loaded):

@@ -51,7 +51,9 @@ def why_not(
     attention = model.config._attn_implementation
     caches = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    mask_BT = kwargs.get("attention_mask")
     reasons = {
+        "a prompt is empty": mask_BT is not None and not mask_BT.any(dim=1).all(),
         "the model has one head": not len(model.extra_heads),
         f"{', '.join(others)} may look at the tokens before": others,
         f"{', '.join(outputs)} asks for every forward's": config.return_dict_in_generate
@@ -157,18 +159,19 @@ def decode(
     Returns what ``transformers``' own loop returns, and new tokens of a row per forward after the
     prompt's (None if there was none).
     """
-    device, (B, T) = input_ids.device, input_ids.shape
+    B, T = input_ids.shape
+    device = model.model.embed_tokens.weight.device  # prompts may lie elsewhere
     K = 1 + len(model.extra_heads)
     cache, blocks, head_0 = RowCache(), model.model.layers[:-1], model.model.layers[-1]
     heads = [head_0, *model.extra_heads]
     noise = None
     if config.do_sample:
-        noise = Noise(B, model.config.vocab_size, device)
+        noise = Noise(B, model.config.vocab_size, input_ids.device)
 
     def forward(tokens_BS, position_BS, end):
         """Each head's output [B, S, D]; those that guess see every token, to cache its key."""
         cache.place(position_BS, end)
-        hidden = model.model.embed_tokens(tokens_BS.to(model.model.embed_tokens.weight.device))
+        hidden = model.model.embed_tokens(tokens_BS)
         mask = None
         if end > tokens_BS.shape[1] or model.config._attn_implementation == "eager":
             sees = torch.arange(end, device=device) <= position_BS[:, :, None]
@@ -183,7 +186,7 @@ def decode(
         }
         for block in blocks:
             hidden = block(hidden, **how)
-        return [head(hidden, **how) for head in heads]
+        return [head(hidden, **how).to(device) for head in heads]
 
     def logits_of(hidden):
         return model.lm_head(model.model.norm(hidden)).to(device, torch.float32)
@@ -194,7 +197,7 @@ def decode(
         for b, ids in enumerate(input_ids)
     ]
     longest = max(map(len, prompts))
-    tokens_BT = input_ids.new_zeros(B, longest)
+    tokens_BT = torch.zeros(B, longest, dtype=torch.int64, device=device)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     position_BT = torch.arange(longest, device=device).expand(B, longest)
@@ -219,16 +222,20 @@ def decode(
             draws_BS = scores_BSV.argmax(-1)
         else:
             q_BSV = noise.at(rows, [[length[b] - T + s for s in range(S)] for b in rows])
-            draws_BS = (scores_BSV.softmax(-1) / q_BSV).argmax(-1)
+            draws_BS = (scores_BSV.softmax(-1) / q_BSV.to(device)).argmax(-1)
         kept_B = (fed_BS[:, 1:] == draws_BS[:, :-1]).cumprod(dim=1).sum(dim=1)
-        host = torch.cat([draws_BS, kept_B[:, None]], dim=1).cpu()  # the step's only wait
+        is_nan_B = logits_BSV.isnan().flatten(1).any(dim=1)
+        table = torch.cat([draws_BS, kept_B[:, None], is_nan_B[:, None]], dim=1)
+        host = table.cpu()  # the step's only wait
+        if host[:, -1].any():
+            raise ValueError("the model's logits are NaN: check its weights and their dtype")
         need = max(length) + S
         if ids_BL.shape[1] < need:
             ids_BL = torch.nn.functional.pad(ids_BL, (0, 2 * need - ids_BL.shape[1]))
         live = []
         for i, b in enumerate(rows):
             ended = False
-            for token in host[i, : int(host[i, -1]) + 1]:
+            for token in host[i, : int(host[i, -2]) + 1]:
                 ids_BL[b, length[b]] = token
                 length[b] += 1
                 tokens += length[b] > T + 1
@@ -268,7 +275,7 @@ def decode(
     for b in range(B):
         if length[b] < max(length):
             ids_BL[b, length[b] :] = config._pad_token_tensor.item()
-    ids_BL = ids_BL.to(device)
+    ids_BL = ids_BL.to(input_ids.device)
     per_forward = tokens / forwards if forwards else None
     if config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=ids_BL), per_forward
