@@ -122,8 +122,8 @@ def fake_drafter(monkeypatch):
 
         def draft(self, logits_BKV):
             guess = []
-            for row in self.rows:
-                rest = known[row.prompt][len(row.tokens) :][:3]
+            for row, drawn in zip(self.rows, self._drawn_B.tolist(), strict=False):
+                rest = known[row.prompt][drawn:][:3]
                 guess.append(rest + [0] * (3 - len(rest)))
             return fake(self, torch.tensor(guess))
 
