@@ -56,7 +56,7 @@ def generate(
     requests: Sequence[Request],
     **settings: Any,
 ) -> list[Generation]:
-    """Complete prompts, in the order of the requests; for settings see ``generate_as_completed``."""
+    """Complete prompts; settings are those of ``generate_as_completed``, order the requests'."""
     done = dict(generate_as_completed(model, tokenizer, requests, **settings))
     return [done[i] for i in range(len(requests))]
 
