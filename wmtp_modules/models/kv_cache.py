@@ -1,4 +1,4 @@
-"""A KV cache whose rows are at different positions, and attention over it.
+"""A KV cache whose rows are at different positions, and what attention needs beside it.
 
 torchtune's ``KVCache`` keeps one position for the whole batch. Self-speculative decoding accepts
 a different number of drafted tokens in each row, and rows leave and enter.
@@ -7,6 +7,7 @@ a different number of drafted tokens in each row, and rows leave and enter.
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torchtune.modules import RotaryPositionalEmbeddings
 
 
 class RowKVCache(nn.Module):
@@ -71,3 +72,28 @@ def cached_attention(
     if mask is None:
         return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=q.shape[2] > 1)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], dropout_p=dropout_p)
+
+
+class CachedRoPE(nn.Module):
+    """torchtune's rotary embeddings up to rounding, looked up once for all blocks of a forward.
+
+    A pair of values is a complex number, and its rotation one product (RoFormer, arXiv 2104.09864,
+    section 3.2.1), where torchtune takes 20 operators for the queries and as many for the keys.
+
+    Attributes:
+        own: the block's module, put back when the caches go.
+    """
+
+    def __init__(self, own: RotaryPositionalEmbeddings) -> None:
+        super().__init__()
+        self.own = own
+        self.turns: torch.Tensor | None = None  # complex64 [B, S, 1, head_dim / 2]
+
+    def look_up(self, input_pos: torch.Tensor) -> None:
+        """Set the positions, int64 [B, S], of the next forward's tokens."""
+        self.turns = torch.view_as_complex(self.own.cache[input_pos].float())[:, :, None]
+
+    def forward(self, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """Turn x [B, S, heads, head_dim]; the positions are those looked up."""
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.turns).flatten(-2).type_as(x)

@@ -15,7 +15,7 @@ from torchtune.modules.attention_utils import _MaskType, _sdpa_or_flex_attention
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy, linear_logits
-from wmtp_modules.models.kv_cache import RowKVCache, cached_attention
+from wmtp_modules.models.kv_cache import CachedRoPE, RowKVCache, cached_attention
 from wmtp_modules.models.lora import LoRA, adapt_block
 
 
@@ -64,6 +64,7 @@ class _Attention(Protocol):
 
     kv_cache: RowKVCache | None
     cache_enabled: bool
+    pos_embeddings: nn.Module
     _attention_call: Callable[..., torch.Tensor]
     num_kv_heads: int
     head_dim: int
@@ -181,13 +182,17 @@ class MTPTransformer(nn.Module):
 
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, cache_len: int) -> None:
         """Give every block, heads included, a KV cache of ``cache_len`` positions per row."""
+        self.delete_caches()
         self.cache_len = cache_len
-        for attn in self._attentions():
+        attentions = self._attentions()
+        self._rope = [CachedRoPE(attentions[0].pos_embeddings)]  # listed: no part of the model
+        for attn in attentions:
             with self.tok_embeddings.weight.device:  # created there: it may not fit in host memory
                 attn.kv_cache = RowKVCache(
                     batch_size, cache_len, attn.num_kv_heads, attn.head_dim, dtype
                 )
             attn.cache_enabled = True
+            attn.pos_embeddings = self._rope[0]
             attn._attention_call = cached_attention
 
     def place_in_caches(
@@ -208,6 +213,7 @@ class MTPTransformer(nn.Module):
         rows = torch.arange(input_pos.shape[0], device=input_pos.device)[:, None]
         for cache in self._caches():
             cache.rows, cache.input_pos, cache.end = rows, input_pos, end
+        self._rope[0].look_up(input_pos)
         if not masked:
             return None
         later = torch.arange(end, device=input_pos.device) > input_pos[:, :, None]
@@ -227,6 +233,7 @@ class MTPTransformer(nn.Module):
         input_pos = torch.arange(length, device=rows.device).expand(len(rows), length)
         for cache in self._caches():
             cache.rows, cache.input_pos, cache.end = rows[:, None], input_pos, None
+        self._rope[0].look_up(input_pos[:1])
 
     def copy_cache_rows(self, source: torch.Tensor, to: torch.Tensor, end: int) -> None:
         """Copy rows of every cache, int64, onto others, up to position ``end``."""
@@ -238,7 +245,9 @@ class MTPTransformer(nn.Module):
         for attn in self._attentions():
             attn.kv_cache = None
             attn.cache_enabled = False
-            attn._attention_call = _sdpa_or_flex_attention()  # as torchtune sets it
+            if isinstance(attn.pos_embeddings, CachedRoPE):
+                attn.pos_embeddings = attn.pos_embeddings.own
+                attn._attention_call = _sdpa_or_flex_attention()  # as torchtune sets it
 
     def _attentions(self) -> list[_Attention]:
         return [cast(_Attention, block.attn) for block in (*self.layers, *self.heads)]
