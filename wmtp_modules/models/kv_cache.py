@@ -7,7 +7,6 @@ a different number of drafted tokens in each row, and rows leave and enter.
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from torchtune.modules import RotaryPositionalEmbeddings
 
 
 class RowKVCache(nn.Module):
@@ -84,14 +83,15 @@ class CachedRoPE(nn.Module):
         own: the block's module, put back when the caches go.
     """
 
-    def __init__(self, own: RotaryPositionalEmbeddings) -> None:
+    def __init__(self, own: nn.Module) -> None:
         super().__init__()
         self.own = own
-        self.turns: torch.Tensor | None = None  # complex64 [B, S, 1, head_dim / 2]
+        self.turns = torch.empty(0)  # complex64 [B, S, 1, head_dim / 2]
 
     def look_up(self, input_pos: torch.Tensor) -> None:
         """Set the positions, int64 [B, S], of the next forward's tokens."""
-        self.turns = torch.view_as_complex(self.own.cache[input_pos].float())[:, :, None]
+        cos_sin = self.own.get_buffer("cache")[input_pos].float()
+        self.turns = torch.view_as_complex(cos_sin)[:, :, None]
 
     def forward(self, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
         """Turn x [B, S, heads, head_dim]; the positions are those looked up."""
