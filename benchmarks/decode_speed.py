@@ -39,7 +39,7 @@ from wmtp_modules.quickstarts.stdlib import train_tokenizer
 TARGETS = {"batch 1": 2.3, "batch 16": 1.3, "refill": 1.3}
 N_TRUNK, N_HEADS, WIDTH = 12, 4, 64
 STEPS, BATCH, LR, WARM_UP = 450, 16, 3e-3, 50
-N_PROMPTS, N_BATCHED, REPEATS, VOCAB = 12, 64, 5, 448
+N_PROMPTS, N_BATCHED, N_REFILL, REPEATS, VOCAB = 12, 64, 128, 5, 448
 
 NOUNS = ["price", "score", "age", "size", "point", "mark", "weight", "step", "rate", "cost"]
 CHANGES = [("add", "+", "to"), ("subtract", "-", "from"), ("multiply", "*", "into")]
@@ -255,7 +255,7 @@ def main() -> None:
     reached["batch 16"] = line("trained, greedy, batch 16", model, requests=many, batch_size=16)
     line("random weights, greedy, batch 1", build(), requests=few[:4], batch_size=1)
     rng, cut = random.Random(0), []
-    for request, g in zip(many, done, strict=False):
+    for request, g in zip(requests[:N_REFILL], done, strict=False):
         text, start = (*request.prompt, *g.tokens), len(request.prompt)
         if rng.random() > 1 / 8:  # most lack a little, some the whole function
             start = rng.randrange(len(text) - len(g.tokens) // 4, len(text))
