@@ -4,6 +4,7 @@ Shapes: B batch, T positions, K heads (future tokens), D model width, V vocabula
 Head k (0-based) at position t predicts token t + k + 1.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, cast
 
@@ -11,12 +12,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
-from torchtune.modules.attention_utils import _MaskType
+from torchtune.modules.attention_utils import _MaskType, _sdpa_or_flex_attention
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from wmtp_modules.loss.distill import Distill, distilled_cross_entropy
 from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy, linear_logits
-from wmtp_modules.models.kv_cache import RowKVCache
+from wmtp_modules.models.kv_cache import CachedRoPE, RowKVCache, cached_attention
 from wmtp_modules.models.lora import LoRA, adapt_block
 
 ExtraHeads = Literal["full", "isolated", "only"]
@@ -125,6 +126,8 @@ class _Attention(Protocol):
 
     kv_cache: RowKVCache | None
     cache_enabled: bool
+    pos_embeddings: nn.Module
+    _attention_call: Callable[..., torch.Tensor]
     num_kv_heads: int
     head_dim: int
 
@@ -274,40 +277,72 @@ class MTPTransformer(nn.Module):
 
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, cache_len: int) -> None:
         """Give every block, heads included, a KV cache of ``cache_len`` positions per row."""
+        self.delete_caches()
         self.cache_len = cache_len
-        for attn in self._attentions():
+        attentions = self._attentions()
+        self._rope = [CachedRoPE(attentions[0].pos_embeddings)]  # listed: no part of the model
+        for attn in attentions:
             with self.tok_embeddings.weight.device:  # created there: it may not fit in host memory
                 attn.kv_cache = RowKVCache(
                     batch_size, cache_len, attn.num_kv_heads, attn.head_dim, dtype
                 )
             attn.cache_enabled = True
+            attn.pos_embeddings = self._rope[0]
+            attn._attention_call = cached_attention
 
-    def place_in_caches(self, input_pos: torch.Tensor, end: int) -> torch.Tensor:
-        """Tell every cache where the next tokens go, before a forward with KV caches.
+    def place_in_caches(
+        self, input_pos: torch.Tensor, end: int, *, masked: bool = True
+    ) -> torch.Tensor | None:
+        """Tell every cache that the next tokens continue its first rows, before that forward.
 
         Args:
             input_pos: position of each token, int64 [B, S], below ``end``.
             end: cache positions that the blocks look at, at most ``cache_len``.
+            masked: False promises that S is 1 and every position is ``end - 1``: a query then sees
+                all keys, and kernels that take no mask can be used.
 
         Returns:
-            that forward's mask, bool [B, S, end]. Keys are cached at their own position, so a
-            query sees every position that is not later.
+            that forward's mask, to be added to the scores, [B, S, end]; None if not ``masked``.
+            Keys are cached at their own position, so a query sees every position that is not later.
         """
+        rows = torch.arange(input_pos.shape[0], device=input_pos.device)[:, None]
         for cache in self._caches():
-            cache.input_pos = input_pos
-            cache.end = end
-        return torch.arange(end, device=input_pos.device) <= input_pos[:, :, None]
+            cache.rows, cache.input_pos, cache.end = rows, input_pos, end
+        self._rope[0].look_up(input_pos)
+        if not masked:
+            return None
+        later = torch.arange(end, device=input_pos.device) > input_pos[:, :, None]
+        # Made once here: of a boolean mask, attention would make the same in every block.
+        mask = torch.zeros(later.shape, dtype=self.tok_embeddings.weight.dtype, device=later.device)
+        return mask.masked_fill_(later, -math.inf)
 
-    def select_cache_rows(self, rows: torch.Tensor) -> None:
-        """Keep these rows, int64, of every cache, in this order; rows may be repeated."""
+    def place_prompts_in_caches(self, rows: torch.Tensor, length: int) -> None:
+        """Tell every cache that whole texts come next, which see nothing but themselves.
+
+        That forward needs neither mask nor ``input_pos``.
+
+        Args:
+            rows: of the caches, that the texts are written to, int64 [B].
+            length: tokens of each text, the padding on its right included.
+        """
+        input_pos = torch.arange(length, device=rows.device).expand(len(rows), length)
         for cache in self._caches():
-            cache.select_rows(rows)
+            cache.rows, cache.input_pos, cache.end = rows[:, None], input_pos, None
+        self._rope[0].look_up(input_pos[:1])
+
+    def copy_cache_rows(self, source: torch.Tensor, to: torch.Tensor, end: int) -> None:
+        """Copy rows of every cache, int64, onto others, up to position ``end``."""
+        for cache in self._caches():
+            cache.copy_rows(source, to, end)
 
     def delete_caches(self) -> None:
         """Drop the KV caches, e.g. to train or score again."""
         for attn in self._attentions():
             attn.kv_cache = None
             attn.cache_enabled = False
+            if isinstance(attn.pos_embeddings, CachedRoPE):
+                attn.pos_embeddings = attn.pos_embeddings.own
+                attn._attention_call = _sdpa_or_flex_attention()  # as torchtune sets it
 
     def _attentions(self) -> list[_Attention]:
         return [cast(_Attention, block.attn) for block in (*self.layers, *self.heads)]

@@ -147,7 +147,6 @@ class Sums(dict[str, torch.Tensor]):
         """The sums over all ranks, in one collective; fp64."""
         return Sums(zip(self, all_reduce_sum(*self.values()), strict=True))
 
-
     def on_host(self) -> "Sums":
         """The same on the CPU, in one copy; waits for the device."""
         flat = torch.cat([value.double().flatten() for value in self.values()]).cpu()
