@@ -13,7 +13,11 @@ from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
 from torchtune.modules.attention_utils import _MaskType
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy, linear_logits
+from wmtp_modules.loss.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_logits,
+    losses_and_choices,
+)
 from wmtp_modules.models.kv_cache import RowKVCache
 from wmtp_modules.models.lora import LoRA, adapt_block
 
@@ -49,10 +53,14 @@ class MTPOutput(nn.Module):
         hidden_BTKD: torch.Tensor,
         labels_BTK: torch.Tensor | None = None,
         token_weights_BTK: torch.Tensor | None = None,
+        with_choices: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         hidden_BTKD = self.norm(hidden_BTKD)
         if labels_BTK is None:
             return self.proj(hidden_BTKD)
+        if with_choices:
+            weight = self.proj.weight
+            return losses_and_choices(hidden_BTKD, weight, labels_BTK, impl=self.loss_impl)
         return linear_cross_entropy(
             hidden_BTKD, self.proj.weight, labels_BTK, token_weights_BTK, impl=self.loss_impl
         )
@@ -116,6 +124,7 @@ class MTPTransformer(nn.Module):
         mask: _MaskType | None = None,
         input_pos: torch.Tensor | None = None,
         token_weights_BTK: torch.Tensor | None = None,
+        with_choices: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits, per-token losses, or a loss with the weights folded in.
 
@@ -126,11 +135,13 @@ class MTPTransformer(nn.Module):
                 over the whole row if None.
             input_pos: position of each token inside its document, int64 [B, T].
             token_weights_BTK: fp32 weights that are known before the forward.
+            with_choices: whether each head's likeliest token is asked for beside its losses.
 
         Returns:
             Without labels fp32 logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
             weights may be applied afterwards. With weights as well, the pair
             (sum of weight * loss, losses_BTK without gradient), which saves one matrix product.
+            With choices the pair (losses_BTK, choices_BTK), without gradient.
 
         Raises:
             ValueError: if the row is longer than the model's ``max_seq_len``.
@@ -144,7 +155,7 @@ class MTPTransformer(nn.Module):
         hidden_BTKD = torch.stack(
             [head(hidden_BTD, mask=mask, input_pos=input_pos) for head in self.heads], dim=2
         )
-        return self.output(hidden_BTKD, labels_BTK, token_weights_BTK)
+        return self.output(hidden_BTKD, labels_BTK, token_weights_BTK, with_choices)
 
     def trunk(
         self,
