@@ -36,7 +36,8 @@ from wmtp_modules.config.rules import TRAINING_RULES
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.data.rows import check_weights_of
-from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
+from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels
+from wmtp_modules.models.head_groups import head_groups, scale_and_clip_
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.registry.models import register_run
@@ -203,8 +204,9 @@ class Rho1WMTPRecipeDistributed:
         cfg = self._cfg
         self._model = make_model(cfg, self._mesh, self.device)
         self._optimizer, self._lr_scheduler = make_optimizer(cfg, self._model)
-        alphas_K = head_alphas(self._model.n_future_tokens, self._weighting.decay)
-        self._alphas_K = alphas_K.to(self.device)
+        # Of parameters and the heads that train them: one, unless heads 1 to K - 1 train apart.
+        self._groups = head_groups(self._model, self._weighting.decay)
+        self._alphas_K = torch.stack([group.alphas_K for group in self._groups]).sum(0)
 
     # ------------------------------------------------------------- training
 
@@ -218,18 +220,21 @@ class Rho1WMTPRecipeDistributed:
             "input_pos": batch["input_pos"],
         }
         reference_BTK = self._reference_BTK(batch, inputs)
+        inputs["distill"] = self._model.distill  # heads 1 to K - 1 from head 0, nothing by default
 
         if self._weighting.needs_losses:
-            losses_BTK = self._model(batch["tokens"], labels_BTK, **inputs)
+            trained_BTK, losses_BTK, distill_BTK = self._model(
+                batch["tokens"], labels_BTK, **inputs
+            )
             weights_BTK, stats = self._weighting(
                 losses_BTK, mask_BTK, batch["doc"], reference_BTK, step=step
             )
-            loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
+            loss = (self._alphas_K * weights_BTK * trained_BTK).sum()
         else:  # weights known beforehand go into the forward, which saves a matrix product
             own_BT = batch["noise"] if self._weighting.needs_marks else None
             own_BT = batch["weight"] if self._weighting.needs_weights else own_BT
             weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], own_BT, step=step)
-            loss, losses_BTK = self._model(
+            loss, losses_BTK, distill_BTK = self._model(
                 batch["tokens"],
                 labels_BTK,
                 token_weights_BTK=self._alphas_K * weights_BTK,
@@ -243,6 +248,8 @@ class Rho1WMTPRecipeDistributed:
             "tokens": (batch["doc"] >= 0).sum(),
             "noise": noise_sums(batch["noise"], mask_BTK, weights_BTK),
         }
+        if self._model.distill.weight:
+            sums["distill_K"] = distill_BTK.sum((0, 1))
         if reference_BTK is not None:  # to see whether all of them are finite
             sums["reference"] = torch.where(mask_BTK, reference_BTK, 0).sum()
         self._shown = {"step": self._run.step + 1, "batch": batch, "mask_BTK": mask_BTK}
@@ -277,17 +284,15 @@ class Rho1WMTPRecipeDistributed:
                 loss.backward()
                 sums += micro_sums
             sums = sums.all_reduced()
-            # Sum first, divide once: n' counts the targets of all ranks and micro-batches.
-            # FSDP2 averages gradients over ranks, hence the factor world.
-            n_prime = (self._alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
-            training.scale_grads(self._model, run.world / n_prime)
-            grad_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), cfg.clip_grad_norm)
+            # Sum first, divide once: n' = sum of alpha_k n_k counts the targets of all ranks and
+            # micro-batches, and heads that train apart have an n' and a norm of their own.
+            norms = scale_and_clip_(self._groups, sums["n_K"], run.world, cfg.clip_grad_norm)
             lr = float(self._lr_scheduler.get_last_lr()[0])
-            if run.may_update(sums, grad_norm):
+            if run.may_update(sums, norms):
                 self._optimizer.step()
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
-            run.end_step(sums, stats, grad_norm, lr)
+            run.end_step(sums, stats, norms, lr)
         run.finish_steps()
 
     def _heldout_batches(self) -> Iterator[dict]:

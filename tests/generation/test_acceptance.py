@@ -70,6 +70,19 @@ def test_block_by_block_it_is_the_decoder(model, decoded):
     assert seen == {0, 1, 2, 3}
 
 
+@torch.no_grad()
+def test_heads_that_train_apart_choose_alike(model):
+    apart = copy.deepcopy(model)
+    apart.set_extra_heads("isolated")
+    tokens_BT = torch.randint(3, 512, (2, 30), generator=torch.Generator().manual_seed(0))
+    every = torch.ones_like(tokens_BT).bool()
+    labels_BTK = mtp_labels(tokens_BT, every, torch.zeros_like(tokens_BT), 4)
+    losses_BTK, choices_BTK = apart(tokens_BT, labels_BTK, with_choices=True)
+    logits_BTKV = model(tokens_BT)
+    assert choices_BTK.equal(logits_BTKV.argmax(-1))
+    torch.testing.assert_close(losses_BTK, model(tokens_BT, labels_BTK))
+
+
 @pytest.mark.usefixtures("gloo_group")
 def test_a_validation_gives_what_the_decoder_gives_within_its_error(model, tokenizer, decoded):
     """Packed rows in which a prompt is not supervised, some ended by EOS; sums over batches."""

@@ -392,7 +392,7 @@ def test_lora_trains_adapters_and_resumes_to_the_bit(run, uniform, monkeypatch, 
         }
 
     torch.save(base | {"norm.weight": base["norm.weight"] * 2}, tmp_path / "base/consolidated.pth")
-    with pytest.raises(SystemExit, match="holds adapters of another model than checkpointer"):
+    with pytest.raises(SystemExit, match="holds adapters or heads of another model than"):
         run(resume, tmp_path / "other")
 
 
@@ -447,6 +447,165 @@ def test_mistakes_in_lora_come_before_anything_is_built(recipe, run, base_config
     start = {"checkpointer": {"checkpoint_dir": str(uniform[0] / "best")}}
     with pytest.raises(SystemExit, match=r"lora\.quantize_base: q_proj has 32 x 32 weights"):
         run(start | {"lora": {"rank": 4, "quantize_base": True}})
+
+
+# ------------------------------------------------------------ heads 1 to K - 1 apart
+
+APART = {
+    **{"batch_size": 2, "gradient_accumulation_steps": 2, "clip_grad_norm": 0.05},
+    **{"optimizer": {"lr": 0.01, "weight_decay": 0.1}, "num_warmup_steps": 1, "max_steps": 4},
+}
+DISTILLED = {"distill": {"weight": 0.6, "temperature": 1.5}}
+WEIGHTINGS = {
+    "uniform": {"name": "uniform"},
+    "soft": {"name": "rho1", "selection": "soft", "w_max": 2.0, "temperature": 0.5},
+    "topk": {"name": "rho1"},
+    **{name: {"name": name} for name in ("shuffled", "random_topk", "dft", "top_loss")},
+}
+
+
+@pytest.fixture(scope="module")
+def one_head(uniform, tmp_path_factory):
+    """Trunk and head 0 of the uniform run's model, as a folder and overrides."""
+    folder = tmp_path_factory.mktemp("one_head") / "model"
+    shutil.copytree(uniform[0] / "best", folder)
+    weights = torch.load(folder / "consolidated.pth", weights_only=True)
+    kept = {key: value for key, value in weights.items() if "extra_heads" not in key}
+    torch.save(kept, folder / "consolidated.pth")
+    params = json.loads((folder / "params.json").read_text())
+    params |= {"n_layers": params["n_layers"] - 3, "n_future_tokens": 1}
+    (folder / "params.json").write_text(json.dumps(params))
+    return {
+        "checkpointer": {"checkpoint_dir": str(folder)},
+        "model": {"n_future_tokens": 1, "num_layers": 2},
+    }
+
+
+def assert_head_0_is_that_of(got, alone):
+    """Every weight of trunk and head 0, to the bit, and what the steps logged of them."""
+    mine, want = weights_of(got), weights_of(alone)
+    assert set(want) == {key for key in mine if "extra_heads" not in key}
+    for key, value in want.items():
+        assert torch.equal(mine[key], value), key
+    keys = ("loss_head_0", "grad_norm", "clipped_share", "val_loss_head_0", "weight_ess_head_0")
+    clipped = []
+    for one, other in zip(metrics_of(got), metrics_of(alone), strict=True):
+        assert {k: one[k] for k in keys if k in one} == {k: other[k] for k in keys if k in other}
+        if "grad_norm" in one:
+            clipped += [one["grad_norm"] > 0.05, one["grad_norm_extra_heads"] > 0.05]
+    assert clipped == [True] * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("uniform", {}),
+        ("soft", DISTILLED),
+        pytest.param("uniform", {"enable_activation_checkpointing": True} | DISTILLED),
+        *(
+            pytest.param(name, more, marks=pytest.mark.nightly)
+            for name in ("topk", "shuffled", "random_topk", "dft", "top_loss")
+            for more in ({}, DISTILLED)
+        ),
+        pytest.param("uniform", {"lora": {"rank": 4}}, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_isolated_heads_leave_trunk_and_head_0_to_the_bit(run, rho1, one_head, name, more):
+    """As with n_future_tokens 1: under clipping, accumulation, AdamW and every weighting."""
+    start = OmegaConf.merge(rho1, APART, {"weighting": WEIGHTINGS[name]})
+    alone = {k: v for k, v in more.items() if k != "distill"}
+    got, _ = run(OmegaConf.merge(start, more, {"extra_heads": "isolated"}))
+    want, _ = run(OmegaConf.merge(start, alone, one_head))
+    assert_head_0_is_that_of(got, want)
+    before = torch.load(Path(rho1["checkpointer"]["checkpoint_dir"]) / "consolidated.pth")
+    for key, value in weights_of(got).items():
+        assert "feed_forward" not in key or not torch.equal(value, before[key]), key
+    logged = [line for line in metrics_of(got) if "loss" in line]
+    assert [f"distill_head_{k}" in logged[-1] for k in range(4)] == [
+        k > 0 and "distill" in more for k in range(4)
+    ]
+
+
+def killed_after(step, monkeypatch):
+    original = Run._log_step
+
+    def die(self, *args):
+        original(self, *args)
+        if self.step == step:
+            self._states.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_log_step", die)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_only_the_further_heads_train_and_resume_to_the_bit(
+    run, uniform, monkeypatch, tmp_path, dtype
+):
+    """The rest is exported as it was, also in fp32 from a run that computes in bf16."""
+    shutil.copytree(uniform[0] / "best", tmp_path / "base")
+    overrides = {
+        "checkpointer": {"checkpoint_dir": str(tmp_path / "base")},
+        **{"extra_heads": "only", "dtype": dtype, "optimizer": {"lr": 0.01}},
+        **DISTILLED,
+    }
+    whole, summary = run(overrides)
+    losses = summary["heldout_loss"]
+    assert losses["base"][0] == losses["uniform"][0]
+    assert all(b < a for a, b in zip(losses["base"][1:], losses["uniform"][1:], strict=True))
+    base = torch.load(tmp_path / "base" / "consolidated.pth", weights_only=True)
+    for name in ("best", "last"):
+        after = torch.load(whole / name / "consolidated.pth", weights_only=True)
+        assert {key for key in base if not torch.equal(base[key], after[key])} == {
+            key for key in base if key.startswith("extra_heads")
+        }
+        assert {value.dtype for value in after.values()} == {torch.float32}
+    held = FileSystemReader(whole / "training_state/step_000006").read_metadata()
+    assert all("heads." in key and "heads.0." not in key for key in held.state_dict_metadata)
+    assert sum(key.startswith("model.") for key in held.state_dict_metadata) == 3 * 9
+
+    killed_after(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides, tmp_path / "killed")
+    monkeypatch.undo()
+    resume = OmegaConf.merge(overrides, {"resume_from_checkpoint": True})
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    run(resume, tmp_path / "killed")
+    assert_same_weights(tmp_path / "killed", whole)
+    assert trained(tmp_path / "killed") == trained(whole)
+
+    torch.save(base | {"norm.weight": base["norm.weight"] * 2}, tmp_path / "base/consolidated.pth")
+    with pytest.raises(SystemExit, match="holds adapters or heads of another model than"):
+        run(resume, tmp_path / "other")
+
+
+def test_mistakes_about_further_heads_come_before_anything_is_built(
+    recipe, run, base_config, uniform, one_head
+):
+    block = {"distill": {"weight": 0, "temperature": 0}, "extra_heads": "alone"}
+    with pytest.raises(ConfigError) as caught:
+        recipe.check(OmegaConf.merge(base_config, block))
+    for told in (
+        "distill.weight: must be above 0, got 0",
+        "distill.temperature: must be above 0, got 0",
+        "extra_heads: must be one of 'full', 'isolated', 'only'",
+    ):
+        assert told in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        recipe.check(OmegaConf.merge(base_config, {"extra_heads": "only", "lora": {}}))
+    for told in (
+        "extra_heads: only trains nothing but heads 1 to K - 1, on a model that is there",
+        "extra_heads: only trains these heads whole, and adapters would train the trunk",
+    ):
+        assert told in str(caught.value)
+    more = {"extra_heads": "isolated", "lora": {"heads": False}}
+    with pytest.raises(ConfigError, match=r"and lora\.heads: false leaves them as they are"):
+        recipe.check(OmegaConf.merge(base_config, more))
+    for more, key in (({"extra_heads": "only"}, "extra_heads"), (DISTILLED, "distill")):
+        told = f"{key}: the model has n_future_tokens 1, so there are no further heads to train"
+        with pytest.raises(SystemExit, match=told):
+            run(OmegaConf.merge(one_head, more))
 
 
 @pytest.mark.slow

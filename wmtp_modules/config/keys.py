@@ -73,6 +73,11 @@ class Lora(Keys):
     save_adapter_only: bool = Field(False, description="best/ and last/ without the merged model")
 
 
+class Distilled(Keys):
+    weight: float = Field(0.5, gt=0, le=1, description="share in their loss; 1: nothing else")
+    temperature: float = Field(1.0, gt=0, description="of both distributions")
+
+
 class Places(Keys):
     """Keys of every recipe."""
 
@@ -97,6 +102,13 @@ class TrainingKeys(Places):
     checkpointer: Folder | None = Field(description="what training starts from; null: nothing")
     lora: Lora | None = Field(
         None, description="adapters on a frozen model; null: all of it trains"
+    )
+    extra_heads: Literal["full", "isolated", "only"] | None = Field(
+        None,
+        description="whether heads 1 to K - 1 train with all else, beside it, or alone; null: full",
+    )
+    distill: Distilled | None = Field(
+        None, description="heads 1 to K - 1 learn from head 0 too, docs/heads.md; null: not"
     )
     tokenizer: Tokenizer = Field(description="the tokenizer")
     dataset: Dataset = Field(description="rows to train on, docs/data.md")

@@ -131,7 +131,8 @@ def step_metrics(
 
     Args:
         sums: over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
-            ``objective`` weighted loss, ``noise`` of ``noise_sums``.
+            ``objective`` weighted loss, ``noise`` of ``noise_sums``, and ``distill_K`` losses of
+            the distillation if there is one.
         stats: ``weight_stats`` of a joint micro-batch.
     """
     n_K, count_K = sums["n_K"], stats["count"]
@@ -148,6 +149,9 @@ def step_metrics(
             metrics |= _by_head(f"weight_{name}", value_K, count_K)
     if n_K.any():
         metrics["weighted_loss"] = (sums["objective"] / (alphas_K * n_K).sum()).item()
+    if "distill_K" in sums:
+        of_others_K = n_K * (torch.arange(len(n_K), device=n_K.device) > 0)
+        metrics |= _by_head("distill", sums["distill_K"] / n_K, of_others_K)
     in_data, targets, on_noise, weight = sums["noise"].tolist()
     if in_data and weight:
         metrics |= {"noise_in_data": in_data / targets, "noise_in_weight": on_noise / weight}

@@ -179,9 +179,9 @@ class Run:
             )
         if run.get("base") != self._base:
             raise ValueError(
-                f"{folder} holds adapters of another model than checkpointer.checkpoint_dir does "
-                "now: bring that back, or start another run with resume_from_checkpoint: false and "
-                "another output_dir"
+                f"{folder} holds adapters or heads of another model than "
+                "checkpointer.checkpoint_dir does now: bring that back, or start another run with "
+                "resume_from_checkpoint: false and another output_dir"
             )
         self._dataset.set_epoch(run["epoch"])
         resume.check_packing(folder, run, self._dataset.packing)
@@ -198,8 +198,9 @@ class Run:
         return run["run_id"]
 
     def _frozen_base(self) -> str | None:
-        """Hash of the checkpoint that adapters lie on: no state holds it."""
-        if self._cfg.get("lora") is None or not self._cfg.checkpointer:
+        """Hash of the checkpoint of which something stays frozen: no state holds that."""
+        is_frozen = self._cfg.get("lora") is not None or self._cfg.get("extra_heads") == "only"
+        if not is_frozen or not self._cfg.checkpointer:
             return None
         folder = self._cfg.checkpointer.checkpoint_dir
         return self._watchdog.on_rank_zero(lambda: fingerprint_checkpoint(folder))
@@ -325,14 +326,15 @@ class Run:
     def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
         """Whether the step may update, the same on all ranks; else it is skipped and recorded.
 
-        ``sums`` are over all ranks, ``grad_norm`` is of the whole model, before clipping.
+        ``sums`` are over all ranks, ``grad_norm`` is before clipping: of the whole model, or of
+        each of its ``head_groups``.
 
         Raises:
             TrainingError: after too many skipped steps in a row. ``bad_step/`` then holds the state
                 from before this very step, for ``replay``.
         """
         figures = {"reference loss": sums.get("reference"), "loss": sums["objective"]}
-        self._problem = what_is_wrong(figures | {"gradient norm": grad_norm}, sums["n_K"])
+        self._problem = what_is_wrong(figures | {"gradient norm": grad_norm.sum()}, sums["n_K"])
         if not self._problem:
             loss = mean_of_heads(sums["loss_K"] / sums["n_K"], self._alphas_K * sums["n_K"])
             if loss is not None:  # else the step is one of those that are skipped
@@ -353,12 +355,12 @@ class Run:
         cfg = self._cfg
         self.step += 1
         self._throughput.add(sums["tokens"])
-        norm = float(grad_norm)
+        norms = grad_norm.reshape(-1).tolist()
         if not self._problem:
-            self._clipped.add(norm > cfg.clip_grad_norm)
+            self._clipped.add(norms[0] > cfg.clip_grad_norm)
             self._noise_sums = self._noise_sums + sums["noise"].cpu()
         if self.step % cfg.log_every_n_steps == 0:
-            self._log_step(sums, stats, norm, lr)
+            self._log_step(sums, stats, norms, lr)
         if self._epoch != self._logged_epoch:
             self._log({"epoch": self._epoch, "padding_share": self._dataset.padding_share})
             self._logged_epoch = self._epoch
@@ -375,16 +377,18 @@ class Run:
                 self._position = self._where()
                 self.save_checkpoint(self._states)
 
-    def _log_step(self, sums: Sums, stats: dict, grad_norm: float, lr: float) -> None:
+    def _log_step(self, sums: Sums, stats: dict, norms: list[float], lr: float) -> None:
         tokens_per_s, padding = self._throughput.per_second(), self._dataset.padding_share
         metrics = step_metrics(sums, stats, self._alphas_K) | {
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": norms[0],
             "tokens_per_s": tokens_per_s,  # without padding
             "padding_share": padding,
             "memory_gib": peak_memory_gib(self._device),
             "skipped_steps": len(self._bad_steps.skipped),
         }
+        if len(norms) > 1:  # the first is of trunk and head 0
+            metrics["grad_norm_extra_heads"] = norms[1]
         if (clipped := self._clipped.since_last()) is not None:
             metrics["clipped_share"] = clipped
         self._log(metrics)
