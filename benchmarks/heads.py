@@ -36,6 +36,7 @@ from ablation_report import UNIFORM, Difference, Results, code, header_of_machin
 from matplotlib.figure import Figure
 
 from wmtp_modules.files import InUseError, alone_in, new_file
+from wmtp_modules.run.acceptance import CLASSES
 
 ROWS, PAGE = Path("benchmarks/results/heads.jsonl"), Path("docs/results_heads.md")
 DISTILL = {"distill": {"weight": 0.5, "temperature": 1.0}}
@@ -123,12 +124,15 @@ def write_page(rows: list[dict]) -> None:
         f"{len(used)} runs over {len(seeds)} seed{'s' * (len(seeds) != 1)}.",
         "**At this size only:** 2 trunk blocks and 4 heads of width 96, a vocabulary of 1,024, "
         "source of Python's library in rows of 64 tokens; 250 steps for the starting model, 500 "
-        "for the reference, 150 for each arm. A model as small writes text that repeats itself. "
+        "for the reference, 150 for each arm. "
         "Nothing of this was measured on a model that anybody serves.",
         "*Tokens/forward* is what each validation says "
         "(`wmtp_modules/run/acceptance.py`): greedy self-speculative decoding if it wrote the "
         "held-out text; *own text* is the decoder itself, from the first 16 tokens of 100 held-out "
-        "texts. *Kept* is the share of blocks that keep the guesses up to heads 1, 2 and 3. "
+        "texts: of a model that repeats itself it says how much it does. *Kept* is the share of "
+        "blocks that keep the guesses up to heads 1, 2 and 3; *by class* are tokens/forward of "
+        "blocks that begin with the start of a word, the rest of one, layout (indentation, line "
+        "ends), and anything else. "
         "`rho1` selects 60 % of the tokens by an MTP reference, `shuffled` as many by the same "
         "scores at other places, `distilled` has head 0's distribution as half of the targets of "
         "heads 1 to 3, `heads only` trains nothing but these heads.",
@@ -153,23 +157,33 @@ def _table(lines: list[list[str]]) -> str:
 
 def levels(table: Table) -> str:
     """Means over seeds of each arm, and of the starting model."""
-    lines = [["mean over seeds", *table.figures, "kept, held-out text", "kept, own text"]]
+    titles = ["kept, held-out text", "by class, held-out text", "kept, own text"]
+    lines = [["mean over seeds", *table.figures, *titles]]
 
     def kept(arm: str, key: str) -> str:
         n = len(next(iter(table.results.rows[arm].values()))["measures"][key]["per_head"])
         shares = [table.mean(arm, lambda m, k=k: m[key]["per_head"][k]) for k in range(n)]
         return " ".join(f"{share:.3f}" for share in shares)
 
+    def by_class(arm: str, key: str) -> str:
+        fast = [
+            table.mean(arm, lambda m, c=c: m[key]["by_class"][c]["tokens_per_forward"])
+            for c in CLASSES
+        ]
+        return " ".join(f"{one:.2f}" for one in fast)
+
     first = table.arms[0]
     losses = len(next(iter(table.results.rows[first].values()))["measures"]["base"])
     base = [table.mean(first, lambda m, k=k: m["base"][k]) for k in range(losses)]
     base.append(table.mean(first, lambda m: m["base_decoding"]["tokens_per_forward"]))
     cells = [f"{value:.3f}" for value in base]
-    lines.append(["before training", *cells, "", kept(first, "base_decoding"), ""])
+    words = [kept(first, "base_decoding"), by_class(first, "base_decoding")]
+    lines.append(["before training", *cells, "", *words, ""])
     for arm in table.arms:
         means = [statistics.fmean(table.by_seed(arm, name).values()) for name in table.figures]
         cells = [f"{value:.3f}" for value in means]
-        lines.append([arm, *cells, kept(arm, "decoding"), kept(arm, "decoder")])
+        words = [kept(arm, "decoding"), by_class(arm, "decoding"), kept(arm, "decoder")]
+        lines.append([arm, *cells, *words])
     return _table(lines)
 
 
@@ -187,19 +201,18 @@ def sentences(table: Table) -> list[str]:
     pairs = [(arm, UNIFORM) for arm in table.arms if arm != UNIFORM]
     lines = []
     for a, b in (*pairs, *table.setting.comparisons):
-        found = {name: table.difference(a, b, name) for name in table.figures}
-        told = []
-        for name, one in found.items():
+        told: dict[str, list[str]] = {}
+        for name, (is_less_better, _) in table.figures.items():
+            one = table.difference(a, b, name)
             if one is None:
                 continue
-            is_less_better, _ = table.figures[name]
-            verdict = one.verdict
-            if verdict in ("lower", "higher"):
-                is_better = (verdict == "lower") == is_less_better
-                verdict = f"{'better' if is_better else 'worse'} ({one.mean:+.4f})"
-            told.append(f"{name} {verdict}")
+            outcome = one.verdict
+            if outcome in ("lower", "higher"):
+                outcome = "better" if (outcome == "lower") == is_less_better else "worse"
+            told.setdefault(outcome, []).append(f"{name} ({one.mean:+.4f})")
         if told:
-            lines.append(f"- {code(a)} against {code(b)}: {'; '.join(told)}.")
+            said = "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in told.items())
+            lines.append(f"- {code(a)} against {code(b)}: {said}.")
     return ["\n".join(lines)] if lines else []
 
 
@@ -231,7 +244,8 @@ def draw(tables: list[Table], path: Path) -> None:
                 axes.set_yticks(range(len(names)), reversed(names))
                 axes.axvline(0, color="black", linewidth=0.8)
                 axes.spines[["top", "right"]].set_visible(False)
-                axes.legend(fontsize="x-small", frameon=False)
+                if names:
+                    axes.legend(fontsize="x-small", frameon=False)
             left.set_title(f"{table.setting.title}: held-out loss")
             right.set_title("tokens per forward")
             left.set_xlabel(f"minus {UNIFORM} (nats per token; left is better)")
