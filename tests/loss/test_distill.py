@@ -136,7 +136,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(problem):
     hidden = torch.stack([teacher.roll(-j - 1, dims=1) for j in range(J)], dim=2)
     rest = labels, teacher, token_weights, Distill(1.0, 2.0)
     _, ce, kl, *grads = gradients(folded, hidden, weight, *rest)
-    assert kl.abs().max() < 1e-6 < ce.max()
+    assert kl.abs().max() < 1e-5 < ce.max()
     assert max(g.abs().max() for g in grads) < 1e-5
 
 

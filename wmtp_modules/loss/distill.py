@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from wmtp_modules.loss.linear_cross_entropy import (
     _chunks,
@@ -86,10 +85,14 @@ def distilled_cross_entropy(
 def _losses(
     logits_NV: torch.Tensor, teacher_NV: torch.Tensor, labels_N: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy, temperature^2 KL and log-sum-exp of a chunk; the teacher's are log p."""
+    """Cross-entropy, temperature^2 KL and log-sum-exp of a chunk; the teacher's are log p.
+
+    In place: with logits and teacher two more of that size are alive, as in ``_grads``.
+    """
     ce_N, lse_N = _losses_of(logits_NV, labels_N)
-    log_q_NV = (logits_NV / temperature).log_softmax(-1)
-    kl_N = F.kl_div(log_q_NV, teacher_NV, reduction="none", log_target=True).sum(-1)
+    log_q_NV = logits_NV / temperature
+    log_q_NV.sub_(log_q_NV.logsumexp(-1, keepdim=True))
+    kl_N = log_q_NV.neg_().add_(teacher_NV).mul_(teacher_NV.exp()).sum(-1)
     return ce_N, torch.where(labels_N >= 0, temperature**2 * kl_N, 0.0), lse_N
 
 
@@ -125,6 +128,7 @@ class _Distilled(torch.autograd.Function):
             if grads is not None:
                 own = labels_JN[at], lse_JN[at], token_weights_JN[at].to(wide)
                 grads.add(rows, grads_of(logits_NV, teacher_NV, *own, *_numbers(distill)))
+            del logits_NV, teacher_NV  # before the next ones are made
         ctx.save_for_backward(hidden_XD, weight_VD, teacher_ND, labels_JN, lse_JN)
         ctx.distill, ctx.impl, ctx.grads, ctx.folds = distill, impl, grads, folds
         ctx.mark_non_differentiable(ce_JN, kl_JN)
@@ -148,6 +152,7 @@ class _Distilled(torch.autograd.Function):
         for at, rows, logits_NV, teacher_NV in chunks:
             own = labels_JN[at], lse_JN[at], grad[at]
             grads.add(rows, grads_of(logits_NV, teacher_NV, *own, *_numbers(distill)))
+            del logits_NV, teacher_NV
         return *grads.results(), *[None] * 5
 
 
@@ -178,5 +183,10 @@ def _chunks_of(
             start, stop = max(chunk.start - j - 1, 0), chunk.stop - j - 1
             if start < stop:
                 rows = slice(j * N + start, j * N + stop)
-                own_NV = teacher_NV[start + j + 1 - chunk.start :]
-                yield (j, slice(start, stop)), rows, _logits(hidden_XD[rows], weight_VD), own_NV
+                yield (
+                    (j, slice(start, stop)),
+                    rows,
+                    _logits(hidden_XD[rows], weight_VD),
+                    teacher_NV[start + j + 1 - chunk.start :],
+                )
+        del teacher_NV

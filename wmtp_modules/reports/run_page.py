@@ -317,6 +317,10 @@ def _training(runs: Sequence[RunFolder]) -> str:
             _runs_chart(f"Head {k}", runs, f"loss_head_{k}", unit=NATS, smooth=True)
             for k in range(K)
         ]
+    figures += [
+        _runs_chart(f"Head {k} against head 0", runs, f"distill_head_{k}", unit=NATS, smooth=True)
+        for k in range(1, K)
+    ]
     told = (
         "Loss by head is unweighted, so that runs under other weightings compare. Smoothed; the "
         "raw line is pale."
@@ -377,6 +381,13 @@ def _optimisation(runs: Sequence[RunFolder]) -> str:
     drawn = page.charts(
         _runs_chart("Learning rate", runs, "lr", floor=0.0),
         _runs_chart("Gradient norm before clipping", runs, "grad_norm", unit=unit, smooth=True),
+        _runs_chart(
+            "The same of heads that train apart",
+            runs,
+            "grad_norm_extra_heads",
+            unit=unit,
+            smooth=True,
+        ),
         _runs_chart(
             "Clipped", runs, "clipped_share", unit="share of steps", floor=0.0, smooth=True
         ),
