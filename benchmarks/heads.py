@@ -136,9 +136,9 @@ def write_page(rows: list[dict]) -> None:
         "`rho1` selects 60 % of the tokens by an MTP reference, `shuffled` as many by the same "
         "scores at other places, `distilled` has head 0's distribution as half of the targets of "
         "heads 1 to 3, `heads only` trains nothing but these heads.",
-        "**Read speed beside head 0's loss.** A head 0 that has learned less chooses frequent tokens, "
-        "which the other heads guess more easily: tokens/forward can rise while the model gets worse. "
-        "Only at an equal head 0 (`heads only`) is more tokens/forward a plain gain.",
+        "**Read speed beside head 0's loss.** A head 0 that has learned less chooses frequent "
+        "tokens, which the other heads guess more easily: tokens/forward can rise while the model "
+        "gets worse. Only at an equal head 0 (`heads only`) is more of it a plain gain.",
         f"Differences are to `{UNIFORM}`, paired over seeds, with 95 % intervals of Student's t in "
         "brackets.",
         header_of_machine(used),
