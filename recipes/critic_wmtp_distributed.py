@@ -61,7 +61,7 @@ from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.reports.run_page import draw_run
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.bad_steps import what_is_wrong
-from wmtp_modules.run.figures import TrainingError, heldout_losses, noise_sums
+from wmtp_modules.run.figures import TrainingError, heldout_figures, noise_sums
 from wmtp_modules.run.fit import fitted
 from wmtp_modules.run.model import checked_model_args, frozen_model, make_model, make_optimizer
 from wmtp_modules.run.resume import resolved
@@ -503,12 +503,12 @@ class CriticWMTPRecipeDistributed:
             run.end_step(sums, stats, norms, lr)
         run.finish_steps()
 
-    def validate(self) -> list[float]:
-        """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
+    def validate(self) -> tuple[list[float], dict]:
+        """Unweighted loss of each head over the held-out set, and how fast it would decode."""
         batches = heldout_batches(
             self._dataset_val, self._cfg.batch_size, self._rank, self._world, self.device
         )
-        return heldout_losses(self._model, self._run.beating(batches))
+        return heldout_figures(self._model, self._run.beating(batches), self._tokenizer)
 
     def save_checkpoint(self, folder: Path) -> None:
         """The model in Meta's format, in the dtype that computed the losses."""

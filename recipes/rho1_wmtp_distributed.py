@@ -44,7 +44,7 @@ from wmtp_modules.registry.models import register_run
 from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.reports.run_page import draw_run
 from wmtp_modules.run import controls, plan
-from wmtp_modules.run.figures import heldout_losses, noise_sums
+from wmtp_modules.run.figures import heldout_figures, heldout_losses, noise_sums
 from wmtp_modules.run.fit import fitted
 from wmtp_modules.run.model import checked_model_args, make_model, make_optimizer
 from wmtp_modules.run.run import Run
@@ -304,9 +304,10 @@ class Rho1WMTPRecipeDistributed:
         size, ranks = self._cfg.batch_size, (self._rank, self._world)
         return heldout_batches(self._dataset_val, size, *ranks, self.device)
 
-    def validate(self) -> list[float]:
-        """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
-        return heldout_losses(self._model, self._run.beating(self._heldout_batches()))
+    def validate(self) -> tuple[list[float], dict]:
+        """Unweighted loss of each head over the held-out set, and how fast it would decode."""
+        batches = self._run.beating(self._heldout_batches())
+        return heldout_figures(self._model, batches, self._tokenizer)
 
     def save_checkpoint(self, folder: Path) -> None:
         """The model in Meta's format, in the dtype that computed the losses."""

@@ -222,7 +222,7 @@ def test_as_many_forwards_as_our_own_decoder(made, mtp, tiny_tokenizer_path, mon
         Request(tuple(row[mask == 1].tolist()), seed=0)
         for row, mask in zip(how["input_ids"], how["attention_mask"], strict=True)
     ]
-    settings = dict(temperature=0.0, top_p=1.0, top_k=0, stop=(), dtype=torch.float32)
+    settings = dict(temperature=0.0, top_p=1.0, top_k=0, stop=(), dtype=torch.float32, batch_size=9)
     monkeypatch.setattr(Llama2Tokenizer, "eos_id", 305)
     tokenizer = Llama2Tokenizer(str(tiny_tokenizer_path))
     done = generate(

@@ -15,6 +15,7 @@ from wmtp_modules.quickstarts import functions, spoiled, stdlib
 from wmtp_modules.run.run import Run
 
 REMEMBERED = ("step", "micro_step", "_epoch", "_logged_epoch", "_best_loss", "heldout", "kept")
+REMEMBERED += ("acceptance",)
 
 
 @pytest.fixture

@@ -208,6 +208,12 @@ def test_what_a_run_leaves(uniform):
     assert all(expected <= line.keys() for line in steps)
     assert all(line["ess"] == 1.0 and line["selected_share"] == 1.0 for line in steps)
     assert summary["steps"] == 6
+    last = [line for line in metrics_of(folder) if "val_loss" in line][-1]
+    assert 1 <= summary["tokens_per_forward"]["uniform"] == last["tokens_per_forward"] <= 4
+    shares = [last[f"acceptance_head_{k}"] for k in (1, 2, 3)]
+    assert summary["acceptance"]["uniform"]["per_head"] == shares
+    assert summary["tokens_per_forward"].keys() == summary["heldout_loss"].keys()
+    assert {"tokens_per_forward/word_start", "tokens_per_forward/layout"} < last.keys()
     assert (folder / "curves.png").stat().st_size > 5000
     page = (folder / "run.html").read_text()
     assert "Complete after 6 steps." in page
@@ -923,6 +929,24 @@ def test_a_run_that_ended_but_for_its_export(run, uniform, tmp_path):
     _, summary = run({"resume_from_checkpoint": True}, folder)
     assert_same_weights(folder, uniform[0])
     assert summary["heldout_loss"] == uniform[1]["heldout_loss"]
+    assert summary["acceptance"] == uniform[1]["acceptance"]
+
+
+def test_a_state_from_before_acceptance_was_counted(run, tmp_path, monkeypatch):
+    state_dict = Run.state_dict
+
+    def older(self):
+        state = state_dict(self)
+        del state["acceptance"]
+        return state
+
+    monkeypatch.setattr(Run, "state_dict", older)
+    often = {"save_every_n_steps": 2, "run_val_every_n_steps": 2}
+    _, before = run(often | {"max_steps": 2}, tmp_path / "run")
+    monkeypatch.undo()
+    _, summary = run(often | {"max_steps": 4, "resume_from_checkpoint": True}, tmp_path / "run")
+    assert summary["heldout_loss"]["base"] == before["heldout_loss"]["base"]
+    assert summary["tokens_per_forward"].keys() == summary["acceptance"].keys() == {"uniform"}
 
 
 def test_a_run_that_starts_over_leaves_no_state_of_the_one_before(run, uniform, tmp_path):
@@ -977,6 +1001,7 @@ def test_a_run_cut_short_to_the_step_of_its_state(run, uniform, tmp_path, caplog
     last = [line for line in metrics_of(folder) if "val_loss" in line][-1]
     assert last["step"] == summary["steps"] == 2
     assert summary["heldout_loss"]["uniform"] == [last[f"val_loss_head_{k}"] for k in range(4)]
+    assert summary["tokens_per_forward"]["uniform"] == last["tokens_per_forward"]
 
 
 def test_a_complete_run_without_states_is_not_started_over(run, uniform, tmp_path):
@@ -1483,7 +1508,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_data(
     other = trained(tmp_path / "killed")
     assert [line["step"] for line in other] == [line["step"] for line in whole]
     for got, want in zip(other, whole, strict=True):
-        for key in ("loss", "val_loss", "weighted_loss"):
+        for key in ("loss", "val_loss", "weighted_loss", "tokens_per_forward"):
             if key in want:
                 assert got[key] == pytest.approx(want[key], abs=1e-6), (key, want["step"])
 

@@ -16,7 +16,11 @@ from torchtune.modules.attention_utils import _MaskType, _sdpa_or_flex_attention
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from wmtp_modules.loss.distill import Distill, distilled_cross_entropy
-from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy, linear_logits
+from wmtp_modules.loss.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_logits,
+    losses_and_choices,
+)
 from wmtp_modules.models.kv_cache import CachedRoPE, RowKVCache, cached_attention
 from wmtp_modules.models.lora import LoRA, adapt_block
 
@@ -60,6 +64,7 @@ class MTPOutput(nn.Module):
         token_weights_BTK: torch.Tensor | None = None,
         further_BTJD: torch.Tensor | None = None,
         distill: Distill | None = None,
+        with_choices: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """As that of ``MTPTransformer``.
 
@@ -70,6 +75,14 @@ class MTPOutput(nn.Module):
         if labels_BTK is None:
             return self.proj(normed_BTKD)
         n = hidden_BTKD.shape[2]
+        if with_choices:
+            sides = [(normed_BTKD, labels_BTK[..., :n])]
+            if further_BTJD is not None:
+                sides.append((self.norm(further_BTJD), labels_BTK[..., n:]))
+            weight, impl = self.proj.weight, self.loss_impl
+            found = [losses_and_choices(x, weight, labels, impl=impl) for x, labels in sides]
+            losses_BTK, choices_BTK = map(_joined, zip(*found, strict=True))
+            return losses_BTK, choices_BTK
         weights = (None, None)
         if token_weights_BTK is not None:
             weights = token_weights_BTK[..., :n], token_weights_BTK[..., n:]
@@ -189,6 +202,7 @@ class MTPTransformer(nn.Module):
         input_pos: torch.Tensor | None = None,
         token_weights_BTK: torch.Tensor | None = None,
         distill: Distill | None = None,
+        with_choices: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Logits, per-token losses, or a loss with the weights folded in.
 
@@ -200,6 +214,7 @@ class MTPTransformer(nn.Module):
             input_pos: position of each token inside its document, int64 [B, T].
             token_weights_BTK: fp32 weights that are known before the forward.
             distill: what heads 1 to K - 1 learn from head 0, as training asks for it.
+            with_choices: whether each head's likeliest token is asked for beside its losses.
 
         Returns:
             Without labels fp32 logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
@@ -208,6 +223,7 @@ class MTPTransformer(nn.Module):
             With ``distill`` always three: what to train on, which is such a sum or a loss per token
             that holds the distillation's, then without gradient the plain losses_BTK and the
             distillation's, which are 0 for head 0 and where nothing is distilled.
+            With choices the pair (losses_BTK, choices_BTK) instead, without gradient.
 
         Raises:
             ValueError: if the row is longer than the model's ``max_seq_len``.
@@ -228,7 +244,9 @@ class MTPTransformer(nn.Module):
         if labels_BTK is not None and len(heads) > 1 and (distils or not is_full):
             further_BTJD, heads = torch.stack(heads[1:], dim=2), heads[:1]
         hidden_BTKD = torch.stack(heads, dim=2)
-        return self.output(hidden_BTKD, labels_BTK, token_weights_BTK, further_BTJD, distill)
+        return self.output(
+            hidden_BTKD, labels_BTK, token_weights_BTK, further_BTJD, distill, with_choices
+        )
 
     def trunk(
         self,

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torchtune.models.llama2 import Llama2Tokenizer
 
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
 from wmtp_modules.models.attention_mask import document_mask
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import all_reduce_sum
+from wmtp_modules.run.acceptance import Acceptance, token_kinds
 
 # Up to here repeated data are worth nearly what new data are (Muennighoff et al. 2023, arXiv
 # 2305.16264).
@@ -33,12 +35,16 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def token_losses(model: MTPTransformer, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses_BTK, labels_BTK) of a packed micro-batch, unweighted."""
+def token_losses(
+    model: MTPTransformer, batch: dict, **asked: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses_BTK, labels_BTK) of a packed micro-batch, unweighted.
+
+    ``asked`` goes to the forward, whose result stands in place of losses_BTK.
+    """
     labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], model.n_future_tokens)
-    mask = document_mask(batch["doc"])
-    losses_BTK = model(batch["tokens"], labels_BTK, mask=mask, input_pos=batch["input_pos"])
-    return losses_BTK, labels_BTK
+    inputs = {"mask": document_mask(batch["doc"]), "input_pos": batch["input_pos"]}
+    return model(batch["tokens"], labels_BTK, **inputs, **asked), labels_BTK
 
 
 @torch.no_grad()
@@ -83,6 +89,27 @@ def heldout_losses(
             f"the held-out losses of {whose} are {losses}: check the checkpoint and the dtype"
         )
     return losses
+
+
+def heldout_figures(
+    model: MTPTransformer, batches: Iterable[dict], tokenizer: Llama2Tokenizer
+) -> tuple[list[float], dict]:
+    """Held-out losses, and of the same forwards how fast the model would decode by itself.
+
+    Args:
+        tokenizer: whose pieces give the classes of positions.
+
+    Returns:
+        ``heldout_losses`` and ``Acceptance.figures``, equal on all ranks.
+    """
+    acceptance = Acceptance(model.n_future_tokens, token_kinds(tokenizer))
+
+    def losses_of(model: MTPTransformer, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        (losses_BTK, choices_BTK), labels_BTK = token_losses(model, batch, with_choices=True)
+        acceptance.add(choices_BTK, labels_BTK, batch["tokens"], batch["noise"])
+        return losses_BTK, labels_BTK
+
+    return heldout_losses(model, batches, losses_of), acceptance.figures()
 
 
 def mean_of_heads(value_K: torch.Tensor, n_K: torch.Tensor) -> float | None:

@@ -26,6 +26,7 @@ from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.sharding import sync_gradients_
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.run import resume
+from wmtp_modules.run.acceptance import acceptance_metrics
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
 from wmtp_modules.run.controls import name_of
 from wmtp_modules.run.figures import (
@@ -59,7 +60,7 @@ class Run:
 
     Args:
         made_from: names data, scores and so on; a state made from others is refused.
-        validate: gives the held-out loss of each head, equal on all ranks.
+        validate: gives ``heldout_figures``, equal on all ranks.
         export: writes the model to a folder.
         draw: writes the run's page, on rank 0.
         kept: what else a resumed run must find again: tensors and plain values by name.
@@ -67,6 +68,7 @@ class Run:
     Attributes:
         step, micro_step: optimizer steps and micro-steps done.
         heldout: held-out losses, "base" before training and "last" since.
+        acceptance: how fast it would decode, ``Acceptance.figures``, likewise.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Run:
         dataset: PackedDataset,
         alphas_K: torch.Tensor,
         made_from: Any,
-        validate: Callable[[], list[float]],
+        validate: Callable[[], tuple[list[float], dict]],
         export: Callable[[Path], None],
         draw: Callable[[], None],
         kept: dict[str, Any] | None = None,
@@ -105,6 +107,7 @@ class Run:
         self.step = self.micro_step = self._epoch = 0
         self._logged_epoch = -1
         self.heldout: dict[str, list[float]] = {}
+        self.acceptance: dict[str, dict] = {}
         self._best_loss = float("inf")
         self._output_dir = Path(cfg.output_dir)
         self._bad_steps = BadSteps(self._output_dir, cfg.max_skipped_steps)
@@ -211,6 +214,7 @@ class Run:
             "logged_epoch": self._logged_epoch,
             "best_loss": self._best_loss,
             "heldout": dict(self.heldout),
+            "acceptance": dict(self.acceptance),
             "made_from": self._made_from,
             "base": self._base,
             "lr_scheduler": self._lr_scheduler.state_dict(),
@@ -226,9 +230,11 @@ class Run:
         self.step, self.micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
         self._logged_epoch = run["logged_epoch"]
         self._best_loss, self.heldout = run["best_loss"], run["heldout"]
+        self.acceptance = run.get("acceptance", {})  # older states have none
         before = run["config"]
         if self.step % before["run_val_every_n_steps"] and self.step != before["max_steps"]:
-            self.heldout.pop("last", None)  # it is of an earlier step
+            for figures in (self.heldout, self.acceptance):
+                figures.pop("last", None)  # it is of an earlier step
         for name in self.kept:
             value = run[name]
             self.kept[name] = value.to(self._device) if torch.is_tensor(value) else value
@@ -274,7 +280,7 @@ class Run:
     def base_losses(self) -> list[float]:
         """Held-out loss of each head before training, computed once, resumed or not."""
         if "base" not in self.heldout:
-            self.heldout["base"] = self._heldout_losses()
+            self._look_at_heldout("base")
         return self.heldout["base"]
 
     def _epoch_loader(self) -> EpochLoader:
@@ -441,11 +447,12 @@ class Run:
         """Held-out batches; before each the watchdog hears that this rank is alive."""
         return self._watchdog.beating(batches, f"validation after step {self.step}", self.step)
 
-    def _heldout_losses(self) -> list[float]:
-        heldout = self._validate()
-        metrics = {f"val_loss_head_{k}": loss for k, loss in enumerate(heldout)}
-        self._log(metrics | {"val_loss": sum(heldout) / len(heldout)})
-        return heldout
+    def _look_at_heldout(self, when: str) -> None:
+        """Validate, and log and keep the figures."""
+        self.heldout[when], self.acceptance[when] = losses, acceptance = self._validate()
+        metrics = {f"val_loss_head_{k}": loss for k, loss in enumerate(losses)}
+        metrics["val_loss"] = sum(losses) / len(losses)
+        self._log(metrics | acceptance_metrics(acceptance))
 
     def _evaluate(self) -> None:
         """Validate, and keep ``best/`` when the mean over heads is the lowest since step 0.
@@ -453,7 +460,7 @@ class Run:
         The loss before training does not count, so there is a ``best/`` even if training made the
         model worse: ``heldout_loss.base`` in summary.json tells.
         """
-        self.heldout["last"] = self._heldout_losses()
+        self._look_at_heldout("last")
         loss = sum(self.heldout["last"]) / len(self.heldout["last"])
         if loss < self._best_loss:
             self._best_loss = loss
@@ -495,9 +502,13 @@ class Run:
             self._states.wait()
 
     def summary(self) -> dict:
-        """Held-out loss per head before and after, and where the logger has the run."""
-        losses = {"base": self.heldout["base"], name_of(self._cfg): self.heldout["last"]}
-        summary: dict = {"steps": self.step, "heldout_loss": losses}
+        """Held-out loss per head and acceptance before and after, and where the logger has it."""
+        names = {"base": "base", "last": name_of(self._cfg)}
+        summary: dict = {"steps": self.step}
+        summary["heldout_loss"] = {names[when]: self.heldout[when] for when in names}
+        acceptance = {names[when]: one for when, one in self.acceptance.items() if one}
+        tokens = {name: one["tokens_per_forward"] for name, one in acceptance.items()}
+        summary |= {"tokens_per_forward": tokens, "acceptance": acceptance}
         summary["data"] = {"tokens": self._dataset.n_tokens, "packs": len(self._dataset)}
         if (clipped := self._clipped.in_all()) is not None:
             summary["clipped_share"] = clipped
