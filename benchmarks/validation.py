@@ -45,7 +45,6 @@ def ratio_of(
         "doc": doc_BT,
         "keep": doc_BT >= 0,
         "input_pos": torch.arange(T).expand(B, T),
-        "seq_lens": [torch.tensor([T])] * B,
         "noise": doc_BT > 0,
     }
 
