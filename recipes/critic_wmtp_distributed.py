@@ -443,6 +443,7 @@ class CriticWMTPRecipeDistributed:
             "mask": document_mask(batch["doc"]),
             "input_pos": batch["input_pos"],
             "distill": self._model.distill,
+            "n_supervised": batch.get("n_supervised"),
         }
         if self._weighting.needs_losses:
             trained_BTK, losses_BTK, distill_BTK = self._model(

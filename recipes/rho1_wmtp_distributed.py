@@ -227,6 +227,7 @@ class Rho1WMTPRecipeDistributed:
         }
         reference_BTK = self._reference_BTK(batch, inputs)
         inputs["distill"] = self._model.distill  # heads 1 to K - 1 from head 0, nothing by default
+        inputs["n_supervised"] = batch.get("n_supervised")
 
         if self._weighting.needs_losses:
             trained_BTK, losses_BTK, distill_BTK = self._model(

@@ -23,7 +23,7 @@ class Packs:
         return self.n
 
     def __getitem__(self, index):
-        return {"tokens": torch.tensor([index])}
+        return {"tokens": torch.tensor([index]), "keep": torch.tensor([True])}
 
 
 def joint_batches(loaders):

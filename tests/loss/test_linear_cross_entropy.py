@@ -45,18 +45,16 @@ def gradients(function, hidden, weight):
     return losses.detach(), hidden.grad, weight.grad
 
 
-def weighted_afterwards(labels, token_weights, impl="chunked"):
+def weighted_afterwards(labels, token_weights, **how):
     def run(hidden, weight):
-        losses = linear_cross_entropy(hidden, weight, labels, impl=impl)
+        losses = linear_cross_entropy(hidden, weight, labels, **how)
         return (losses * token_weights).sum(), losses
 
     return run
 
 
-def folded(labels, token_weights, impl="chunked"):
-    return lambda hidden, weight: linear_cross_entropy(
-        hidden, weight, labels, token_weights, impl=impl
-    )
+def folded(labels, token_weights, **how):
+    return lambda hidden, weight: linear_cross_entropy(hidden, weight, labels, token_weights, **how)
 
 
 def relative(got, want):
@@ -73,13 +71,39 @@ def test_equals_plain_pytorch(problem, path):
     assert (got[0][labels == -100] == 0).all()
 
 
+@pytest.mark.parametrize("path", [weighted_afterwards, folded])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_rows_without_a_target_take_no_part(problem, path, spare, monkeypatch):
+    """Values and gradients are as before, and products have as many rows as there are targets."""
+    hidden, weight, labels, token_weights = problem
+    want = gradients(path(labels, token_weights), hidden, weight)
+    most, seen, logits_of = int((labels >= 0).sum()) + spare, [], module._logits
+
+    def counting(hidden_ND, weight_VD):
+        seen.append(len(hidden_ND))
+        return logits_of(hidden_ND, weight_VD)
+
+    monkeypatch.setattr(module, "_logits", counting)
+    got = gradients(path(labels, token_weights, most_targets=most), hidden, weight)
+    for g, w in zip(got, want, strict=True):
+        assert relative(g, w) < 1e-6
+    assert (got[0][labels == -100] == 0).all()
+    assert sum(seen) == most * (2 if path is weighted_afterwards else 1)  # and in the backward
+
+
+def test_targets_beyond_the_promised_number_are_an_error(problem):
+    hidden, weight, labels, _ = problem
+    with pytest.raises(RuntimeError, match="more targets than most_targets"):
+        linear_cross_entropy(hidden, weight, labels, most_targets=int((labels >= 0).sum()) - 1)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not cpp_compiler(), reason="torch.compile finds no C++ compiler ($CXX or g++)")
 @pytest.mark.parametrize("path", [weighted_afterwards, folded])
 def test_compiled_equals_chunked(problem, path):
     hidden, weight, labels, token_weights = problem
     want = gradients(path(labels, token_weights), hidden, weight)
-    got = gradients(path(labels, token_weights, "compiled"), hidden, weight)
+    got = gradients(path(labels, token_weights, impl="compiled"), hidden, weight)
     for g, w in zip(got, want, strict=True):
         assert relative(g, w) < 1e-6
 
@@ -232,15 +256,16 @@ def test_logits_of_bf16_operands_are_fp32_and_differentiable():
 @pytest.mark.parametrize(
     ("n", "vocab", "want"),
     [
-        (17, 100, [6, 6, 5][::-1]),
+        (17, 100, [6, 6, 5]),
+        (300, 4, [128, 128, 44]),  # at most 200, and multiples of 128
+        (200, 4, [128, 72]),
         (16, 100, [8, 8]),
         (8, 100, [8]),
         (0, 100, [0]),
         (3, 999, [1] * 3),
     ],
 )
-def test_chunks_are_of_nearly_equal_length(monkeypatch, n, vocab, want):
-    """A short last chunk would make kernels of another size for it alone."""
+def test_chunks_are_of_one_length_but_for_the_last(monkeypatch, n, vocab, want):
     monkeypatch.setattr(module, "CHUNK_LOGITS_CPU", 800)
     chunks = module._chunks(n, vocab, torch.device("cpu"))
     assert [chunk.stop - chunk.start for chunk in chunks] == want

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -9,9 +10,12 @@ from torch.utils.data import DataLoader
 from wmtp_modules.data.packing import PackedDataset, collate
 
 
-def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch on the device; nobody waits for what is pinned."""
-    return {name: x.to(device, non_blocking=x.is_pinned()) for name, x in batch.items()}
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device; nobody waits for what is pinned."""
+    return {
+        name: x.to(device, non_blocking=x.is_pinned()) if torch.is_tensor(x) else x
+        for name, x in batch.items()
+    }
 
 
 def packs_of_epoch(n_packs: int, joint: int, packs_per_step: int) -> int:

@@ -186,9 +186,13 @@ def best_fit_decreasing(lengths: np.ndarray, room: int) -> np.ndarray:
     return packs
 
 
-def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack packs into a batch."""
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Stack packs into a batch; ``n_supervised`` is a plain number, so that it waits for no device.
+
+    No head has more targets than that.
+    """
+    batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    return batch | {"n_supervised": int(batch["keep"].sum())}
 
 
 def _scores_of(table: Sequence, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:

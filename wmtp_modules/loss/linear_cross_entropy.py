@@ -29,6 +29,9 @@ IMPLS = ("chunked", "compiled")
 CHUNK_LOGITS_CPU = 2**24
 CHUNK_LOGITS_CUDA = 2**27
 
+DENSE = 0.9  # share of rows with a target from which on all are taken: choosing them copies them
+ROWS = 128  # of which a chunk has a multiple, for the sake of CUDA's tiles
+
 WIDE = (torch.float32, torch.float64)  # products of these are taken as they are
 
 
@@ -39,6 +42,7 @@ def linear_cross_entropy(
     token_weights: torch.Tensor | None = None,
     *,
     impl: str = "chunked",
+    most_targets: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of ``hidden @ weight.T`` against labels, chunk by chunk.
 
@@ -54,6 +58,8 @@ def linear_cross_entropy(
         token_weights: [...] fp32, treated as constants.
         impl: "chunked", or "compiled" for the same arithmetic through ``torch.compile``, which
             fuses the softmax passes (meant for CUDA).
+        most_targets: how many labels are not negative, at most, where the host knows: rows without
+            one are then left out of the products. More is an error, asynchronous on a GPU.
 
     Returns:
         Losses [...] in fp32 (fp64 for fp64 operands), within 1e-5 of the operands' exact loss at
@@ -72,13 +78,15 @@ def linear_cross_entropy(
         )
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels {tuple(labels.shape)} do not fit hidden {tuple(hidden.shape)}")
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    if token_weights is None:
-        return _PerTokenLoss.apply(flat_hidden, weight, labels, impl)
-    if token_weights.shape != labels.shape:
+    if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(
             f"token_weights {tuple(token_weights.shape)} do not fit labels {tuple(labels.shape)}"
         )
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    if most_targets is not None and most_targets < DENSE * labels.numel():
+        return _of_targets(flat_hidden, weight, labels, token_weights, impl, most_targets)
+    if token_weights is None:
+        return _PerTokenLoss.apply(flat_hidden, weight, labels, impl)
     return _WeightedLoss.apply(flat_hidden, weight, labels, token_weights.detach(), impl)
 
 
@@ -102,6 +110,34 @@ def losses_and_choices(
         losses.append(losses_of(logits_NV, labels_N[chunk])[0])
         choices.append(logits_NV.argmax(-1))
     return torch.cat(losses).view(labels.shape), torch.cat(choices).view(labels.shape)
+
+
+def _of_targets(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    impl: str,
+    most: int,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Loss of the first ``most`` rows after those with a target have been put first, in order.
+
+    A boolean index would be shorter, and the host would wait for the device to count.
+    """
+    labels_N = labels.reshape(-1)
+    torch._assert_async(((labels_N >= 0).sum() <= most), "more targets than most_targets")
+    rows = (labels_N < 0).byte().argsort(stable=True)[:most]
+    operands = hidden_ND[rows], weight_VD, labels_N[rows]
+
+    def spread(losses: torch.Tensor) -> torch.Tensor:
+        losses_N = losses.new_zeros(len(labels_N)).index_copy(0, rows, losses)
+        return losses_N.view(labels.shape).clone()  # no view: see ``_shaped``
+
+    if token_weights is None:
+        return spread(_PerTokenLoss.apply(*operands, impl))
+    own = token_weights.detach().reshape(-1)[rows]
+    loss, losses = _WeightedLoss.apply(*operands, own, impl)
+    return loss, spread(losses)
 
 
 def linear_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -164,6 +200,14 @@ def _logit_grads(
     return probs_NV.scatter_add_(1, labels_N.clamp(min=0)[:, None], -grad_N[:, None])
 
 
+def _losses_and_grads(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both of a chunk, for weights that are known: one graph where they are compiled."""
+    losses_N, lse_N = _losses_of(logits_NV, labels_N)
+    return losses_N, _logit_grads(logits_NV, labels_N, lse_N, weights_N.to(lse_N.dtype))
+
+
 @lru_cache
 def _pick(function, impl: str):
     return torch.compile(function, dynamic=True) if impl == "compiled" else function
@@ -174,10 +218,13 @@ def _limit(device: torch.device) -> int:
 
 
 def _chunks(n: int, vocab: int, device: torch.device) -> list[slice]:
-    """Slices of nearly equal length, as few as have logits that fit the chunk size."""
+    """Slices of one length but for the last, as few as have logits that fit the chunk size."""
     most = max(1, _limit(device) // vocab)
-    count = max(1, -(-n // most))
-    cuts = [n * i // count for i in range(count + 1)]
+    multiple = ROWS if most >= ROWS else 1
+    most -= most % multiple
+    size = -(-n // max(1, -(-n // most)))  # as equal as can be
+    size = max(1, -(-size // multiple) * multiple)
+    cuts = [*range(0, n, size), n] if n else [0, 0]
     return [slice(start, stop) for start, stop in pairwise(cuts)]
 
 
@@ -286,16 +333,18 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, labels, token_weights, impl):
         labels_N, token_weights_N = labels.reshape(-1), token_weights.reshape(-1)
-        losses_of, logit_grads = _pick(_losses_of, impl), _pick(_logit_grads, impl)
+        losses_of, losses_and_grads = _pick(_losses_of, impl), _pick(_losses_and_grads, impl)
         grads = _Gradients(hidden_ND, weight_VD, ctx.needs_input_grad)
         parts = []
         for chunk in _chunks(len(labels_N), len(weight_VD), hidden_ND.device):
             logits_NV = _logits(hidden_ND[chunk], weight_VD)
-            chunk_losses, lse = losses_of(logits_NV, labels_N[chunk])
-            parts.append(chunk_losses)
             if any(ctx.needs_input_grad):
-                weights = token_weights_N[chunk].to(lse.dtype)
-                grads.add(chunk, logit_grads(logits_NV, labels_N[chunk], lse, weights))
+                own = labels_N[chunk], token_weights_N[chunk]
+                chunk_losses, logit_grads_NV = losses_and_grads(logits_NV, *own)
+                grads.add(chunk, logit_grads_NV)
+            else:
+                chunk_losses, _ = losses_of(logits_NV, labels_N[chunk])
+            parts.append(chunk_losses)
         losses_N = torch.cat(parts)
         losses = _shaped(losses_N, labels.shape)
         ctx.hidden_grad, ctx.weight_grad = grads.hidden_grad, grads.weight_grad

@@ -65,6 +65,7 @@ class MTPOutput(nn.Module):
         further_BTJD: torch.Tensor | None = None,
         distill: Distill | None = None,
         with_choices: bool = False,
+        n_supervised: int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """As that of ``MTPTransformer``.
 
@@ -86,9 +87,10 @@ class MTPOutput(nn.Module):
         weights = (None, None)
         if token_weights_BTK is not None:
             weights = token_weights_BTK[..., :n], token_weights_BTK[..., n:]
-        parts = [self._plain(normed_BTKD, self.proj.weight, labels_BTK[..., :n], weights[0])]
+        own = labels_BTK[..., :n], weights[0], n_supervised
+        parts = [self._plain(normed_BTKD, self.proj.weight, *own)]
         if further_BTJD is not None:
-            others = labels_BTK[..., n:], weights[1]
+            others = labels_BTK[..., n:], weights[1], n_supervised
             parts.append(self._further(further_BTJD, *others, normed_BTKD[:, :, 0], distill))
         trained, losses_BTK, distilled_BTK = map(_joined, zip(*parts, strict=True))
         if distill is not None:
@@ -100,6 +102,7 @@ class MTPOutput(nn.Module):
         hidden_BTJD: torch.Tensor,
         labels_BTJ: torch.Tensor,
         weights_BTJ: torch.Tensor | None,
+        n_supervised: int | None,
         teacher_BTD: torch.Tensor,
         distill: Distill | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,7 +111,7 @@ class MTPOutput(nn.Module):
             scale, weight_VD = scale.detach(), weight_VD.detach()
         normed_BTJD = functional_call(self.norm, {"scale": scale}, (hidden_BTJD,))
         if not (distill and distill.weight):
-            return self._plain(normed_BTJD, weight_VD, labels_BTJ, weights_BTJ)
+            return self._plain(normed_BTJD, weight_VD, labels_BTJ, weights_BTJ, n_supervised)
         tensors = normed_BTJD, weight_VD, labels_BTJ, teacher_BTD
         return distilled_cross_entropy(*tensors, distill, weights_BTJ, impl=self.loss_impl)
 
@@ -118,11 +121,12 @@ class MTPOutput(nn.Module):
         weight_VD: torch.Tensor,
         labels_BTK: torch.Tensor,
         weights_BTK: torch.Tensor | None,
+        n_supervised: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What to train on, losses, and that nothing is distilled."""
-        result = linear_cross_entropy(
-            normed_BTKD, weight_VD, labels_BTK, weights_BTK, impl=self.loss_impl
-        )
+        most = None if n_supervised is None else n_supervised * labels_BTK.shape[-1]
+        how = {"impl": self.loss_impl, "most_targets": most}
+        result = linear_cross_entropy(normed_BTKD, weight_VD, labels_BTK, weights_BTK, **how)
         trained, losses_BTK = result if isinstance(result, tuple) else (result, result.detach())
         return trained, losses_BTK, torch.zeros_like(losses_BTK)
 
@@ -203,6 +207,7 @@ class MTPTransformer(nn.Module):
         token_weights_BTK: torch.Tensor | None = None,
         distill: Distill | None = None,
         with_choices: bool = False,
+        n_supervised: int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Logits, per-token losses, or a loss with the weights folded in.
 
@@ -215,6 +220,8 @@ class MTPTransformer(nn.Module):
             token_weights_BTK: fp32 weights that are known before the forward.
             distill: what heads 1 to K - 1 learn from head 0, as training asks for it.
             with_choices: whether each head's likeliest token is asked for beside its losses.
+            n_supervised: how many targets a head has, at most, where the host knows; rows without
+                one are then no part of the product with the output matrix.
 
         Returns:
             Without labels fp32 logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
@@ -244,9 +251,8 @@ class MTPTransformer(nn.Module):
         if labels_BTK is not None and len(heads) > 1 and (distils or not is_full):
             further_BTJD, heads = torch.stack(heads[1:], dim=2), heads[:1]
         hidden_BTKD = torch.stack(heads, dim=2)
-        return self.output(
-            hidden_BTKD, labels_BTK, token_weights_BTK, further_BTJD, distill, with_choices
-        )
+        further = further_BTJD, distill, with_choices, n_supervised
+        return self.output(hidden_BTKD, labels_BTK, token_weights_BTK, *further)
 
     def trunk(
         self,
