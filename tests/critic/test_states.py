@@ -90,7 +90,8 @@ def test_states_are_the_same_kept_or_not_and_computed_once(model, rows, kept, mo
         want = plain(model, batch["tokens"])
         for got, wanted in zip((hidden_BTD, surprise_BT3), want, strict=True):
             is_token = batch["doc"] >= 0
-            torch.testing.assert_close(got[is_token], wanted[is_token], equal_nan=True)
+            close = {"rtol": 1e-5, "atol": 1e-4, "equal_nan": True}  # of other batches
+            torch.testing.assert_close(got[is_token], wanted[is_token], **close)
     assert len(calls) == (2 if kept else 3)  # groups, or batches
 
 

@@ -109,20 +109,25 @@ def test_a_state_of_an_earlier_version():
     assert next(iter(loader))["tokens"].flatten().tolist() == [4, 5]
 
 
-def test_a_worker_outlives_the_signals_of_its_rank():
-    """A scheduler sends one to every process of a job; the rank saves before it ends."""
+def started():
+    """Batches that one worker reads, and that worker."""
+    before = {*multiprocessing.active_children()}
     batches = iter(EpochLoader(Packs(400), 2, 0, 1, 2, workers=1))
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = {*multiprocessing.active_children()} - before
+    return batches, worker
+
+
+def test_a_worker_outlives_the_signals_of_its_rank():
+    """A scheduler sends one to every process of a job; the rank saves before it ends."""
+    batches, worker = started()
     for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         os.kill(worker.pid, signum)
     time.sleep(0.1)
     assert len(list(batches)) == 199
     worker.join(10)
     assert worker.exitcode == 0
-    batches = iter(EpochLoader(Packs(400), 2, 0, 1, 2, workers=1))
-    next(batches)
-    (worker,) = multiprocessing.active_children()
+    batches, worker = started()
     os.kill(worker.pid, signal.SIGTERM)
     time.sleep(0.1)
 

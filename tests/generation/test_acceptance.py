@@ -34,7 +34,7 @@ def decoded(model, tokenizer):
     def decode(n):
         requests = [Request(prompt, 0) for prompt in prompts]
         how = dict(temperature=0.0, top_p=1.0, top_k=0, stop=(), dtype=torch.float64)
-        how |= {"decoding": "self_speculative", "max_new_tokens": n}
+        how |= {"decoding": "self_speculative", "max_new_tokens": n, "batch_size": 40}
         return list(zip(prompts, generate(model, tokenizer, requests, **how), strict=True))
 
     return decode

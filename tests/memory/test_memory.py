@@ -294,7 +294,7 @@ def test_a_copied_recipe_is_estimated_as_it_was_edited(cfg, estimate_step, copie
     path = copied("        return loss, sums, stats", f"        return {edit}, sums, stats")
     text = path.read_text().replace(*MY_KEY)
     mine = "        self._optimizer.mine = torch.nn.Parameter(torch.ones(()))\n"
-    text = text.replace("        alphas_K = head_alphas", f"{mine}        alphas_K = head_alphas")
+    text = text.replace("        self._groups =", f"{mine}        self._groups =")
     path.write_text(text)
     now = estimate_step(cfg, 1).peak
     assert now < 2**26

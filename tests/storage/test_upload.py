@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -236,7 +237,8 @@ def test_a_process_killed_at_random_moments(s3, run, children, in_store, kills):
             for other in (run / "training_state").iterdir():
                 if other.name != f"step_{step:06d}":
                     shutil.rmtree(other)
-            follower.send()
+            with suppress(OSError):  # a busy machine's server may not answer in time
+                follower.send()
 
     for _ in range(kills):
         draw.random()
