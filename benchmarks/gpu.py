@@ -108,7 +108,7 @@ class Table:
     columns: tuple[str, ...]
 
 
-def markdown(table: Table, rows: Iterable[tuple[str, dict]]) -> str:
+def markdown(table: Table, rows: Iterable[tuple[str, dict]], level: int = 3) -> str:
     """A table whose rows are a name and figures by column; a row may say why it has none."""
     lines = [f"| {' | '.join(('', *table.columns))} |", f"|{'---|' * (1 + len(table.columns))}"]
     for name, figures in rows:
@@ -116,7 +116,7 @@ def markdown(table: Table, rows: Iterable[tuple[str, dict]]) -> str:
         if "failed" in figures:
             cells[0] = f"failed: {figures['failed']}".replace("|", "/")
         lines.append(f"| {' | '.join((name, *cells))} |")
-    return "\n".join([f"### {table.title}", "", table.says, "", *lines, ""])
+    return "\n".join([f"{'#' * level} {table.title}", "", table.says, "", *lines, ""])
 
 
 def why(error: BaseException) -> str:
@@ -132,6 +132,11 @@ def spread(values: list[float], digits: int = 2) -> str:
         return f"{values[0]:.{digits}f}"
     low, middle, high = quantiles(values, n=4, method="inclusive")
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ratios(of: list[float], to: list[float]) -> str:
+    """Of pairs."""
+    return "1" if of is to else spread([a / b for a, b in zip(of, to, strict=True)])
 
 
 @contextmanager
