@@ -6,8 +6,8 @@
 
 A quarter of an hour on two quiet cores. Each row is printed as soon as it is there, and one that
 fails says why. What is compared is measured by turns in one run, so that ratios hold when the
-machine's speed drifts; they are medians of pairs, with quartiles. The page is written only by a run
-of all tables. ``--profile`` writes a trace of a training step for chrome://tracing, nothing else.
+machine's speed drifts; they are medians of pairs, with quartiles. Only a run of all tables writes
+the page. ``--profile`` writes a trace of a training step for chrome://tracing, nothing else.
 
 Shapes: B rows, T positions, K heads, D model width, V vocabulary, N rows of the loss.
 """
@@ -546,7 +546,10 @@ python3 benchmarks/gpu.py
 
 
 def write_page(path: Path, found: dict[str, list]) -> None:
-    parts = [gpu.markdown(PARTS[key].table, rows, level=2) for key, rows in found.items()]
+    parts = []
+    for key, part in PARTS.items():
+        none = [("", {part.table.columns[0]: gpu.NOT_MEASURED})]
+        parts.append(gpu.markdown(part.table, found.get(key, none), level=2))
     on_gpu, figures = gpu.read_results(ROOT / "benchmarks" / "results" / "gpu.txt")
     head = HEAD.format(hardware=hardware().replace("  ", ", "))
     of_gpu = [GPU_HEAD, on_gpu or "Not measured yet: no GPU was at hand.", "", gpu.report(figures)]
@@ -586,9 +589,8 @@ def main() -> None:
         print(f"\n{key}", flush=True)
         found[key] = measure(PARTS[key], args.quick)
         print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
-    if not args.only and not args.quick:
-        write_page(args.out, found)
-        print(f"\nwritten to {args.out}")
+        if not args.only and not args.quick:  # what is there, if the rest should not come
+            write_page(args.out, found)
 
 
 if __name__ == "__main__":
