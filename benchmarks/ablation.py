@@ -180,10 +180,10 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def run_all(arms: list[Job], workers: int) -> list[str]:
+def run_all(arms: list[Job], workers: int, path: Path = ROWS) -> list[str]:
     from ablation_worker import run_job, start_worker  # seconds, which --report can do without
 
-    rows = Rows(ROWS)
+    rows = Rows(path)
     jobs = unfinished(arms, rows)
     n_finished = sum(rows.has(job) for job in arms)
     print(f"{n_finished} of {len(arms)} arms are finished, {len(jobs)} runs to do", flush=True)

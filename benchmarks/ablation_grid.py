@@ -196,7 +196,7 @@ STDLIB_FAMILY = Family(
 REFERENCE_FOLDERS = {MTP: "reference_mtp", NEXT: "reference_next", NEXT_LONG: "reference_long"}
 
 
-def _rho1(name: str, reference: str, **weighting) -> Arm:
+def rho1_arm(name: str, reference: str, **weighting) -> Arm:
     """An arm that weighs by a reference, which scores what is trained on: no table to share."""
     changes = {
         "weighting.name": "rho1",
@@ -207,29 +207,29 @@ def _rho1(name: str, reference: str, **weighting) -> Arm:
     return Arm(name, changes, ("base", reference))
 
 
-def _control(name: str) -> Arm:
+def control_arm(name: str) -> Arm:
     return Arm(name, {"weighting.name": name}, ("base",))
 
 
 def _rho1_arms(core: tuple[str, ...]) -> tuple[Arm, ...]:
     one_head = ONE_HEAD | {"checkpointer.checkpoint_dir": f"{STDLIB}/base_one/last"}
-    topk_one = _rho1("topk, one head", NEXT)
-    shuffled = _rho1("shuffled", MTP)
+    topk_one = rho1_arm("topk, one head", NEXT)
+    shuffled = rho1_arm("shuffled", MTP)
     arms = [
-        _control("uniform"),
-        _control("random_topk"),
-        _rho1(f"topk, {MTP}", MTP),
-        _rho1(f"topk, {NEXT}", NEXT),
-        _rho1(f"topk, {NEXT_LONG}", NEXT_LONG),
+        control_arm("uniform"),
+        control_arm("random_topk"),
+        rho1_arm(f"topk, {MTP}", MTP),
+        rho1_arm(f"topk, {NEXT}", NEXT),
+        rho1_arm(f"topk, {NEXT_LONG}", NEXT_LONG),
         replace(shuffled, changes=shuffled.changes | {"weighting.name": "shuffled"}),
-        _control("dft"),
-        _control("top_loss"),
-        _rho1(f"soft, {MTP}", MTP, selection="soft"),
-        _rho1(f"soft, {NEXT}", NEXT, selection="soft"),
-        _rho1("abs_excess", MTP, score="abs_excess"),
-        _rho1("topk, strength 0.25", MTP, strength=0.25),
-        _rho1("topk, strength 0.5", MTP, strength=0.5),
-        _rho1("topk, strength 0.75", MTP, strength=0.75),
+        control_arm("dft"),
+        control_arm("top_loss"),
+        rho1_arm(f"soft, {MTP}", MTP, selection="soft"),
+        rho1_arm(f"soft, {NEXT}", NEXT, selection="soft"),
+        rho1_arm("abs_excess", MTP, score="abs_excess"),
+        rho1_arm("topk, strength 0.25", MTP, strength=0.25),
+        rho1_arm("topk, strength 0.5", MTP, strength=0.5),
+        rho1_arm("topk, strength 0.75", MTP, strength=0.75),
         Arm("uniform, one head", {"weighting.name": "uniform"} | one_head, ("base of one head",)),
         replace(topk_one, changes=topk_one.changes | one_head, needs=("base of one head", NEXT)),
     ]
@@ -260,7 +260,7 @@ CORRUPTED = Setting(
     STDLIB_FAMILY,
     "rho1",
     {"assets_dir": STDLIB},
-    (*_rho1_arms(core=("uniform", "random_topk", *TOPK)), _control("oracle")),
+    (*_rho1_arms(core=("uniform", "random_topk", *TOPK)), control_arm("oracle")),
     RHO1_COMPARISONS,
 )
 CLEAN_TEXT = Setting(

@@ -153,13 +153,18 @@ def header(rows: list[dict], n_stale: int) -> str:
         "is the share of the weight that lies on tokens known to be spoiled, beside their share of "
         "the data: it is no measure of success by itself.",
     ]
-    for name in ("hardware", "torch", "python", "commit"):
-        found = sorted({row["versions"][name] for row in rows})
-        lines.append(f"{name.capitalize()}: {'; '.join(found) or 'none'}")
-    lines[-4:] = ["  \n".join(lines[-4:])]
+    lines.append(header_of_machine(rows))
     if n_stale:
         lines.append(f"{n_stale} rows of other definitions than today's are left out.")
     return "\n\n".join(lines)
+
+
+def header_of_machine(rows: list[dict]) -> str:
+    lines = []
+    for name in ("hardware", "torch", "python", "commit"):
+        found = sorted({row["versions"][name] for row in rows})
+        lines.append(f"{name.capitalize()}: {'; '.join(found) or 'none'}")
+    return "  \n".join(lines)
 
 
 def section(result: Results, picture: str) -> str:

@@ -18,15 +18,20 @@ from ablation_grid import Job, python_version
 from common import hardware
 from omegaconf import DictConfig
 from torchtune.config import instantiate
-from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.data.loader import heldout_batches
+from wmtp_modules.evaluation.measures import read_texts
+from wmtp_modules.generation.generate import generate
+from wmtp_modules.generation.measure import requests_from_texts
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels
 from wmtp_modules.memory.step import load_recipe, recipe_of
+from wmtp_modules.models.attention_mask import document_mask
 from wmtp_modules.parallel.process_group import die_with_parent, init_process_group
 from wmtp_modules.run import plan
 from wmtp_modules.run.stopping import StopRequests
+from wmtp_modules.scoring.reference import load_reference
 
+N_PROMPTS = 100  # that the decoder goes on from
 MOST_BATCHES = 16  # in which acceptance is counted: more than 10,000 targets of each head
 
 _recipes: dict[str, Any] = {}  # loaded modules by name
@@ -122,6 +127,9 @@ def train(recipe: Any, cfg: DictConfig) -> dict:
         "base": losses["base"],
         "heldout": losses[cfg.weighting.name],
         "acceptance": acceptance(recipe, cfg),
+        "decoding": summary["acceptance"].get(cfg.weighting.name, {}),  # on held-out text
+        "base_decoding": summary["acceptance"].get("base", {}),
+        "decoder": decoder(cfg),
         "spikes": n_lines(output_dir / "loss_spikes.jsonl"),
         "skipped": n_lines(output_dir / "skipped_steps.jsonl"),
     }
@@ -134,6 +142,42 @@ def train(recipe: Any, cfg: DictConfig) -> dict:
 
 def n_lines(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def decoder(cfg: DictConfig) -> dict:
+    """What the decoder gives on what the model writes itself, after beginnings of held-out texts.
+
+    Tokens per forward, and the share of forwards that kept the guesses up to each head.
+    """
+    if cfg.model.n_future_tokens == 1:
+        return {}
+    context, tokenizer = cfg.tokenizer.max_seq_len, instantiate(cfg.tokenizer)
+    model = load_reference(
+        Path(cfg.output_dir) / "last",
+        tokenizer_path=cfg.tokenizer.path,
+        max_seq_len=context,
+        n_future_tokens=cfg.model.n_future_tokens,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    rows = read_texts(cfg.dataset_val.source)
+    how = {"n_requests": N_PROMPTS, "prompt_tokens": context // 4}
+    requests = requests_from_texts(tokenizer, rows, **how)
+    done = generate(
+        model,
+        tokenizer,
+        requests,
+        decoding="self_speculative",
+        max_new_tokens=context - context // 4,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        stop=(),
+        dtype=torch.float32,
+    )
+    forwards, new = sum(one.forwards for one in done), sum(len(one.tokens) - 1 for one in done)
+    kept = [sum(counts) for counts in zip(*(one.accepted for one in done), strict=True)]
+    return {"tokens_per_forward": new / forwards, "per_head": [n / forwards for n in kept]}
 
 
 @torch.no_grad()
@@ -149,7 +193,7 @@ def acceptance(recipe: Any, cfg: DictConfig) -> list[float]:
     batches = heldout_batches(recipe._dataset_val, cfg.batch_size, 0, 1, recipe.device)
     for batch in islice(batches, MOST_BATCHES):
         labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
-        mask = packed_block_causal_mask(batch["seq_lens"])
+        mask = document_mask(batch["doc"])
         choice_BTK = model(batch["tokens"], mask=mask, input_pos=batch["input_pos"]).argmax(-1)
         for k in range(1, K):
             valid_BT = labels_BTK[:, :-k, k] != IGNORE_INDEX

@@ -19,6 +19,7 @@ from common import hardware
 TESTS = Path(__file__).parents[1] / "tests" / "parallel"
 ROWS = {  # of what is printed: data_parallel_shard and sync_each_batch
     "sharded over all 4, each micro-batch": (None, True),
+    "the same, reshard_after_forward: false": (None, None),
     "sharded over all 4, once a step": (None, False),
     "2 replicas of 2 shards, each micro-batch": (2, True),
     "2 replicas of 2 shards, once a step": (2, False),

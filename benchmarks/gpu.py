@@ -244,22 +244,23 @@ def exact_logits(sizes: Sizes) -> dict:
 
 def exact_attention(sizes: Sizes) -> dict:
     """The call that the blocks make, with the mask of the recipe, against a softmax written out."""
-    from torchtune.modules.attention_utils import _sdpa_or_flex_attention, packed_block_causal_mask
+    from torchtune.modules.attention_utils import _sdpa_or_flex_attention
+
+    from wmtp_modules.models.attention_mask import document_mask
 
     B, T = 2, sizes.batches[4096][1] // 4
     H, Q = sizes.model["num_heads"], sizes.model["embed_dim"] // sizes.model["num_heads"]
-    cuts = torch.tensor([T // 2, T // 4, T // 8, T - T // 2 - T // 4 - T // 8])
-    lengths = [cuts.to(sizes.device), cuts.flip(0).to(sizes.device)]
-    mask = packed_block_causal_mask(lengths)
-    four, at = torch.arange(4, device=sizes.device), torch.arange(T, device=sizes.device)
-    doc_BT = torch.stack([four.repeat_interleave(x) for x in lengths])
+    at = torch.arange(T, device=sizes.device)
+    doc_BT = torch.stack([at // (T // 3), (at >= T // 5) + (at >= T // 2).long()])
     seen = (doc_BT[:, :, None] == doc_BT[:, None, :]) & (at[:, None] >= at)
 
     def plain(q, k, v):
         scores = (q @ k.mT / Q**0.5).masked_fill(~seen[:, None], -torch.inf)
         return scores.softmax(-1) @ v
 
-    ours = partial(_sdpa_or_flex_attention(), mask=mask, dropout_p=0.0, is_causal=False)
+    ours = partial(
+        _sdpa_or_flex_attention(), mask=document_mask(doc_BT), dropout_p=0.0, is_causal=False
+    )
     torch.manual_seed(0)
     tensors = [torch.randn(B, H, T, Q).to(sizes.device, torch.bfloat16) for _ in range(3)]
     return errors(ours, plain, tensors, 1e-2)
@@ -293,7 +294,7 @@ class Steps:
     """Stands in for ``Run`` under a recipe's ``train``: batches made beforehand, times of steps.
 
     ``train`` ends when ``until`` steps are done and may be called again. Of the last step of a
-    counting call the waits of host for device are counted, those of ``Run``'s own checks excepted.
+    counting call the waits of host for device are counted.
     """
 
     micro_step = 0
@@ -354,13 +355,20 @@ class Steps:
 
         return Sums()
 
-    def may_update(self, *_: Any) -> bool:
-        return True
+    def update(self, sums: Any, norms: torch.Tensor) -> None:
+        """As a run: on the device where the optimizer can, and the host looks once."""
+        from wmtp_modules.run.run import Run
 
-    def end_step(self, sums: Any, *_: Any) -> None:
+        self._optimizer = self.recipe._optimizer
+        Run.update(self, sums, norms)
+
+    def may_update(self, sums: Any, norms: torch.Tensor) -> bool:
+        self._sums = type(sums)(sums, norms=norms.reshape(-1)).on_host()
+        return bool(self._sums["norms"].isfinite().all())
+
+    def end_step(self, *_: Any) -> None:
         self._update.close()
         self._marks.append(self._mark())
-        self._sums = sums
         self.step += 1
 
     def mean_loss(self) -> float:
@@ -376,6 +384,7 @@ def step_config(
     heads: int = K,
     weighting: str = "rho1",
     config: str = "rho1/7b_single_gpu",
+    float8: str | None = None,
     **_: Any,
 ) -> Any:
     """A shipped config with a model, rows and a length of ours."""
@@ -392,6 +401,7 @@ def step_config(
         "gradient_accumulation_steps": 1,
         "activation_checkpointing": checkpointing,
         "compile": compiled,
+        "float8": float8,
         "weighting": {"name": weighting},
         "max_steps": 1000,
         "num_warmup_steps": 0,
@@ -695,6 +705,7 @@ class Decoding:
         def run(new_tokens: int) -> tuple[float, list]:
             greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "stop": ()}
             greedy |= {"decoding": decoding, "max_new_tokens": new_tokens, "dtype": sizes.dtype}
+            greedy |= {"batch_size": batch_size}
             synchronize(sizes.device)
             started = time.perf_counter()
             done = generate(model, tokenizer, requests, **greedy, **settings)
@@ -736,7 +747,7 @@ TABLES = {
     "training": Table(
         "Training step, 7B, four heads",
         "The recipe's own step with configs/rho1/7b_single_gpu.yaml (pure bf16, 8-bit AdamW) but "
-        "for what a row says, without the checks and the log of a run. Tokens and MFU leave out "
+        "for what a row says, without validation and logs. Tokens and MFU leave out "
         "padding; MFU is of 6 N + 12 L H Q T operations a token, attention not halved. Waits are "
         "the host's for the device. Ratio: the first row's step over this one's.",
         (
@@ -796,12 +807,15 @@ def all_rows() -> list[Row]:
     first = _training_row()
     rows.append(first)
     decoding = {
-        (how, size): Row(
-            "decoding", f"{how}, batch {size}", None, {"decoding": how, "batch_size": size}
+        (how, size, static): Row(
+            "decoding",
+            f"{how}, batch {size}" + ", CUDA graph" * static,
+            None,
+            {"decoding": how, "batch_size": size, "static_shapes": static},
         )
-        for size, how in product((1, 16), ("plain", "self_speculative"))
+        for how, size, static in product(("plain", "self_speculative"), (1, 16), (True, False))
     }
-    rows += [decoding["plain", 1], decoding["self_speculative", 1]]
+    rows += [row for (_, size, _), row in decoding.items() if size == 1]
     for impl, folds in product(("compiled", "chunked"), (True, False)):
         name = f"{'folded' if folds else 'per token'}, {impl}"
         rows.append(Row("loss", name, time_loss, {"folds": folds, "impl": impl}))
@@ -809,11 +823,12 @@ def all_rows() -> list[Row]:
     rows += [
         _training_row(heads=1, against=first.name),
         _training_row(weighting="uniform", against=first.name),
+        _training_row(float8="rowwise", against=first.name),
         _training_row(checkpointing="none"),
         _training_row(packed=False),
         _training_row(checkpointing="full"),
     ]
-    rows += [decoding["plain", 16], decoding["self_speculative", 16]]
+    rows += [row for (_, size, _), row in decoding.items() if size == 16]
     rows.append(_training_row(checkpointing="full", config="rho1/7b"))
     sizes = product((4096, 2048), (True, False), (True, False), ("selective", "none", "full"))
     for T, compiled, packed, checkpointing in sizes:
@@ -829,7 +844,7 @@ def ratio(row: Row, rows: dict[str, Row], found: dict[str, dict]) -> dict[str, s
         value = found[row.against]["_ms"] / own["_ms"]
         return {"ratio": f"{value:.3f}"}
     if row.table == "decoding" and row.what["decoding"] == "self_speculative":
-        plain = found.get(f"plain, batch {row.what['batch_size']}", {})
+        plain = found.get(row.name.replace("self_speculative", "plain"), {})
         return {"ratio": f"{own['_per_s'] / plain['_per_s']:.2f}"} if "_per_s" in plain else {}
     return {}
 

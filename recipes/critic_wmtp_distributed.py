@@ -33,7 +33,6 @@ from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torchtune import config, training, utils
-from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import Arguments, check_config
@@ -48,8 +47,10 @@ from wmtp_modules.critic.rewards import Responses, RewardTables, rated
 from wmtp_modules.critic.states import RowStates
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
-from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
+from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels
 from wmtp_modules.loss.value_loss import judged_mask, pairs_loss, token_cross_entropy
+from wmtp_modules.models.attention_mask import document_mask
+from wmtp_modules.models.head_groups import head_groups, scale_and_clip_
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.models.value_head import ValueHead
 from wmtp_modules.parallel.process_group import all_reduce_sum, rank_zero_first
@@ -60,7 +61,7 @@ from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.reports.run_page import draw_run
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.bad_steps import what_is_wrong
-from wmtp_modules.run.figures import TrainingError, heldout_losses, noise_sums
+from wmtp_modules.run.figures import TrainingError, heldout_figures, noise_sums
 from wmtp_modules.run.fit import fitted
 from wmtp_modules.run.model import checked_model_args, frozen_model, make_model, make_optimizer
 from wmtp_modules.run.resume import resolved
@@ -429,8 +430,9 @@ class CriticWMTPRecipeDistributed:
         cfg = self._cfg
         self._model = make_model(cfg, self._mesh, self.device)
         self._optimizer, self._lr_scheduler = make_optimizer(cfg, self._model)
-        alphas_K = head_alphas(self._model.n_future_tokens, self._weighting.decay)
-        self._alphas_K = alphas_K.to(self.device)
+        # Of parameters and the heads that train them: one, unless heads 1 to K - 1 train apart.
+        self._groups = head_groups(self._model, self._weighting.decay)
+        self._alphas_K = torch.stack([group.alphas_K for group in self._groups]).sum(0)
 
     def _loss_step(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:
         """Weighted loss of one micro-batch, summed and not yet divided, with its figures."""
@@ -438,15 +440,18 @@ class CriticWMTPRecipeDistributed:
         labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
         mask_BTK = labels_BTK != IGNORE_INDEX
         inputs = {
-            "mask": packed_block_causal_mask(batch["seq_lens"]),
+            "mask": document_mask(batch["doc"]),
             "input_pos": batch["input_pos"],
+            "distill": self._model.distill,
         }
         if self._weighting.needs_losses:
-            losses_BTK = self._model(batch["tokens"], labels_BTK, **inputs)
+            trained_BTK, losses_BTK, distill_BTK = self._model(
+                batch["tokens"], labels_BTK, **inputs
+            )
             weights_BTK, stats = self._weighting(
                 losses_BTK, mask_BTK, batch["doc"], None, step=run.micro_step
             )
-            loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
+            loss = (self._alphas_K * weights_BTK * trained_BTK).sum()
         else:  # weights known beforehand go into the forward, which saves a matrix product
             scale = run.kept["scale"]
             weights_BTK, stats = self._weighting(
@@ -457,7 +462,7 @@ class CriticWMTPRecipeDistributed:
                 step=run.micro_step,
                 scale_K=scale["scale_K"],
             )
-            loss, losses_BTK = self._model(
+            loss, losses_BTK, distill_BTK = self._model(
                 batch["tokens"],
                 labels_BTK,
                 token_weights_BTK=self._alphas_K * weights_BTK,
@@ -470,6 +475,8 @@ class CriticWMTPRecipeDistributed:
             "tokens": (batch["doc"] >= 0).sum(),
             "noise": noise_sums(batch["noise"], mask_BTK, weights_BTK),
         }
+        if self._model.distill.weight:
+            sums["distill_K"] = distill_BTK.sum((0, 1))
         self._shown = {"step": run.step + 1, "batch": batch, "mask_BTK": mask_BTK}
         self._shown["of_heads"] = {"weight": weights_BTK, "loss": losses_BTK.detach()}
         if "values" in batch:
@@ -486,25 +493,22 @@ class CriticWMTPRecipeDistributed:
                 loss.backward()
                 sums += micro_sums
             sums = sums.all_reduced()
-            # Sum first, divide once: n' counts the targets of all ranks and micro-batches.
-            # FSDP2 averages gradients over ranks, hence the factor world.
-            n_prime = (self._alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
-            training.scale_grads(self._model, run.world / n_prime)
-            grad_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), cfg.clip_grad_norm)
+            # Sum first, divide once: n' = sum of alpha_k n_k counts the targets of all ranks and
+            # micro-batches, and heads that train apart have an n' and a norm of their own.
+            norms = scale_and_clip_(self._groups, sums["n_K"], run.world, cfg.clip_grad_norm)
             lr = float(self._lr_scheduler.get_last_lr()[0])
-            if run.may_update(sums, grad_norm):
-                self._optimizer.step()
+            run.update(sums, norms)  # on all ranks or, where a figure is not finite, on none
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
-            run.end_step(sums, stats, grad_norm, lr)
+            run.end_step(sums, stats, norms, lr)
         run.finish_steps()
 
-    def validate(self) -> list[float]:
-        """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
+    def validate(self) -> tuple[list[float], dict]:
+        """Unweighted loss of each head over the held-out set, and how fast it would decode."""
         batches = heldout_batches(
             self._dataset_val, self._cfg.batch_size, self._rank, self._world, self.device
         )
-        return heldout_losses(self._model, self._run.beating(batches))
+        return heldout_figures(self._model, self._run.beating(batches), self._tokenizer)
 
     def save_checkpoint(self, folder: Path) -> None:
         """The model in Meta's format, in the dtype that computed the losses."""

@@ -17,7 +17,8 @@ it stopped. Copy this file and edit it: nothing imports it.
 
 import os
 import sys
-from functools import partial
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +58,7 @@ from wmtp_modules.evaluation.samples import (
 from wmtp_modules.evaluation.task import Task
 from wmtp_modules.evaluation.tasks import TASKS, load_tasks
 from wmtp_modules.files import new_file
-from wmtp_modules.generation.generate import Request, generate
+from wmtp_modules.generation.generate import Request, generate_as_completed
 from wmtp_modules.generation.measure import measure_decoding, requests_from_texts
 from wmtp_modules.models import mtp_llama2
 from wmtp_modules.parallel.process_group import (
@@ -190,9 +191,7 @@ class EvalMTPRecipe:
             with rank_zero_first():  # it may have to download them
                 self._comparison = cfg.get("comparison") or "official"
                 self._tasks = load_tasks(cfg.task, cfg.source, cfg.split, self._comparison)
-        if "generate" in self._stages:
-            self._prompts = {task.task_id: task.prompt for task in self._tasks}
-        elif "execute" in self._stages:
+        if "generate" not in self._stages and "execute" in self._stages:
             if cfg.samples == REFERENCE:
                 self._samples = reference_samples(self._tasks)
             else:
@@ -275,10 +274,9 @@ class EvalMTPRecipe:
         with progress_bar(desc="generate", total=total, unit="sample", shown=shown) as bar:
             for temperature in cfg.temperatures:
                 todo = [item for item in mine if item[0]["temperature"] == temperature]
-                for start in range(0, len(todo), cfg.batch_size):
-                    batch = todo[start : start + cfg.batch_size]
-                    store.append(self._generate_batch(batch, temperature))
-                    bar.update(len(batch))
+                for row in self._complete(todo, temperature):
+                    store.append([row])  # as each ends: a killed run loses what is in the batch
+                    bar.update()
         patient_barrier()
         if self._rank != 0:
             return []
@@ -287,33 +285,36 @@ class EvalMTPRecipe:
         self._report["generation"] = generation_figures(samples)
         return samples
 
-    def _generate_batch(self, batch: list[tuple[dict, Task]], temperature: float) -> list[dict]:
-        """Complete the rows of a batch."""
+    def _complete(self, todo: list[tuple[dict, Task]], temperature: float) -> Iterator[dict]:
+        """Complete rows of one temperature, each as it ends."""
         cfg = self._cfg.generation
-        texts = [self._prompts[task.task_id] for _, task in batch]
-        prompts = [self._tokenizer.encode(text, add_eos=False) for text in texts]
         room = self._model.max_seq_len - cfg.max_new_tokens
-        fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        # A prompt that leaves no room gets an empty sample, which fails; the report counts these.
-        rows = [row | {"completion": "", "finish_reason": TOO_LONG} for row, _ in batch]
-        made = generate(
+        encode = cache(partial(self._tokenizer.encode, add_eos=False))  # many samples share one
+        rows, requests = [], []
+        for row, task in todo:
+            prompt = tuple(encode(task.prompt))
+            if len(prompt) <= room:
+                rows.append(row)
+                requests.append(Request(prompt, row["seed"]))
+            else:  # it gets an empty sample, which fails; the report counts these
+                yield row | {"completion": "", "finish_reason": TOO_LONG}
+        for i, made in generate_as_completed(
             self._model,
             self._tokenizer,
-            [Request(tuple(prompts[i]), batch[i][0]["seed"]) for i in fit],
+            requests,
             temperature=temperature,
-            stop=batch[0][1].stop,
+            stop=todo[0][1].stop if todo else (),
             dtype=self._dtype,
-            **{name: cfg[name] for name in ("decoding", "top_p", "top_k", "max_new_tokens")},
-        )
-        for i, generation in zip(fit, made, strict=True):
-            rows[i] |= {
-                "completion": generation.text,
-                "finish_reason": generation.finish_reason,
-                "tokens": len(generation.tokens),
-                "forwards": generation.forwards,
-                "accepted": generation.accepted,
+            **{name: cfg[name] for name in ("top_p", "top_k", "max_new_tokens", "decoding")},
+            batch_size=cfg.batch_size,
+        ):
+            yield rows[i] | {
+                "completion": made.text,
+                "finish_reason": made.finish_reason,
+                "tokens": len(made.tokens),
+                "forwards": made.forwards,
+                "accepted": made.accepted,
             }
-        return rows
 
     # -------------------------------------------------------------- execute
 

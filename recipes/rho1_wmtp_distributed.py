@@ -26,7 +26,6 @@ from omegaconf import DictConfig
 from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune import config, training, utils
-from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.check import Arguments, check_config
@@ -36,14 +35,16 @@ from wmtp_modules.config.rules import TRAINING_RULES
 from wmtp_modules.data.loader import heldout_batches
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.data.rows import check_weights_of
-from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, head_alphas, mtp_labels
+from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels
+from wmtp_modules.models.attention_mask import document_mask
+from wmtp_modules.models.head_groups import head_groups, scale_and_clip_
 from wmtp_modules.parallel.process_group import rank_zero_first, share_from_rank_zero
 from wmtp_modules.parallel.sharding import DTYPES
 from wmtp_modules.registry.models import register_run
 from wmtp_modules.reports.curves import plot_curves
 from wmtp_modules.reports.run_page import draw_run
 from wmtp_modules.run import controls, plan
-from wmtp_modules.run.figures import heldout_losses, noise_sums
+from wmtp_modules.run.figures import heldout_figures, heldout_losses, noise_sums
 from wmtp_modules.run.fit import fitted
 from wmtp_modules.run.model import checked_model_args, make_model, make_optimizer
 from wmtp_modules.run.run import Run
@@ -209,8 +210,9 @@ class Rho1WMTPRecipeDistributed:
         cfg = self._cfg
         self._model = make_model(cfg, self._mesh, self.device)
         self._optimizer, self._lr_scheduler = make_optimizer(cfg, self._model)
-        alphas_K = head_alphas(self._model.n_future_tokens, self._weighting.decay)
-        self._alphas_K = alphas_K.to(self.device)
+        # Of parameters and the heads that train them: one, unless heads 1 to K - 1 train apart.
+        self._groups = head_groups(self._model, self._weighting.decay)
+        self._alphas_K = torch.stack([group.alphas_K for group in self._groups]).sum(0)
 
     # ------------------------------------------------------------- training
 
@@ -220,22 +222,25 @@ class Rho1WMTPRecipeDistributed:
         labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], K)
         mask_BTK = labels_BTK != IGNORE_INDEX
         inputs = {
-            "mask": packed_block_causal_mask(batch["seq_lens"]),
+            "mask": document_mask(batch["doc"]),
             "input_pos": batch["input_pos"],
         }
         reference_BTK = self._reference_BTK(batch, inputs)
+        inputs["distill"] = self._model.distill  # heads 1 to K - 1 from head 0, nothing by default
 
         if self._weighting.needs_losses:
-            losses_BTK = self._model(batch["tokens"], labels_BTK, **inputs)
+            trained_BTK, losses_BTK, distill_BTK = self._model(
+                batch["tokens"], labels_BTK, **inputs
+            )
             weights_BTK, stats = self._weighting(
                 losses_BTK, mask_BTK, batch["doc"], reference_BTK, step=step
             )
-            loss = (self._alphas_K * weights_BTK * losses_BTK).sum()
+            loss = (self._alphas_K * weights_BTK * trained_BTK).sum()
         else:  # weights known beforehand go into the forward, which saves a matrix product
             own_BT = batch["noise"] if self._weighting.needs_marks else None
             own_BT = batch["weight"] if self._weighting.needs_weights else own_BT
             weights_BTK, stats = self._weighting(None, mask_BTK, batch["doc"], own_BT, step=step)
-            loss, losses_BTK = self._model(
+            loss, losses_BTK, distill_BTK = self._model(
                 batch["tokens"],
                 labels_BTK,
                 token_weights_BTK=self._alphas_K * weights_BTK,
@@ -249,6 +254,8 @@ class Rho1WMTPRecipeDistributed:
             "tokens": (batch["doc"] >= 0).sum(),
             "noise": noise_sums(batch["noise"], mask_BTK, weights_BTK),
         }
+        if self._model.distill.weight:
+            sums["distill_K"] = distill_BTK.sum((0, 1))
         if reference_BTK is not None:  # to see whether all of them are finite
             sums["reference"] = torch.where(mask_BTK, reference_BTK, 0).sum()
         self._shown = {"step": self._run.step + 1, "batch": batch, "mask_BTK": mask_BTK}
@@ -283,26 +290,24 @@ class Rho1WMTPRecipeDistributed:
                 loss.backward()
                 sums += micro_sums
             sums = sums.all_reduced()
-            # Sum first, divide once: n' counts the targets of all ranks and micro-batches.
-            # FSDP2 averages gradients over ranks, hence the factor world.
-            n_prime = (self._alphas_K * sums["n_K"]).sum().clamp(min=1e-6)
-            training.scale_grads(self._model, run.world / n_prime)
-            grad_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), cfg.clip_grad_norm)
+            # Sum first, divide once: n' = sum of alpha_k n_k counts the targets of all ranks and
+            # micro-batches, and heads that train apart have an n' and a norm of their own.
+            norms = scale_and_clip_(self._groups, sums["n_K"], run.world, cfg.clip_grad_norm)
             lr = float(self._lr_scheduler.get_last_lr()[0])
-            if run.may_update(sums, grad_norm):
-                self._optimizer.step()
+            run.update(sums, norms)  # on all ranks or, where a figure is not finite, on none
             self._lr_scheduler.step()
             self._optimizer.zero_grad(set_to_none=True)
-            run.end_step(sums, stats, grad_norm, lr)
+            run.end_step(sums, stats, norms, lr)
         run.finish_steps()
 
     def _heldout_batches(self) -> Iterator[dict]:
         size, ranks = self._cfg.batch_size, (self._rank, self._world)
         return heldout_batches(self._dataset_val, size, *ranks, self.device)
 
-    def validate(self) -> list[float]:
-        """Unweighted loss of each head over the whole held-out set, equal on all ranks."""
-        return heldout_losses(self._model, self._run.beating(self._heldout_batches()))
+    def validate(self) -> tuple[list[float], dict]:
+        """Unweighted loss of each head over the held-out set, and how fast it would decode."""
+        batches = self._run.beating(self._heldout_batches())
+        return heldout_figures(self._model, batches, self._tokenizer)
 
     def save_checkpoint(self, folder: Path) -> None:
         """The model in Meta's format, in the dtype that computed the losses."""

@@ -177,6 +177,44 @@ def drawn():
 
 
 @pytest.fixture
+def waits(monkeypatch):
+    """waits(): a context, which gives a list of what in it would wait for a GPU.
+
+    Operators that need a tensor's contents, and methods that fetch them.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"}
+    found: list[str] | None = None
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            index = args[1] if func._overloadpacket.__name__ == "index" else ()
+            by_mask = any(i is not None and i.dtype == torch.bool for i in index)
+            if by_mask or func._overloadpacket.__name__ in names:
+                found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def watch():
+        nonlocal found
+        found = []
+        with monkeypatch.context() as patch, Watching():
+            for name in ("tolist", "cpu", "numpy"):
+                method = getattr(torch.Tensor, name)
+
+                def fetching(self, *args, name=name, method=method, **kwargs):
+                    found.append(f"Tensor.{name}")
+                    return method(self, *args, **kwargs)
+
+                patch.setattr(torch.Tensor, name, fetching)
+            yield found
+
+    return watch
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """small_disk(kib): a file system of that size; grown by a second call."""
     disk = tmp_path / "disk"

@@ -347,3 +347,40 @@ def test_figures_of_a_critic_are_shown_over_seeds(modules, small, page):
         row["measures"] = {"critic": {"auc_spoiled": {"critic": auc}, "kept": "text"}}
         rows.append(row)
     assert "| critic.auc_spoiled.critic | 0.850 | 0.800 to 0.900 |" in page(rows, setting)
+
+
+# ------------------------------------------------------------------------------- heads.py
+
+
+def test_the_page_of_heads_tells_losses_and_speed_apart(modules, monkeypatch, tmp_path):
+    """An arm with lower losses that decodes more slowly is better here and worse there."""
+    grid, _, _ = modules
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    heads = importlib.import_module("heads")
+    monkeypatch.setattr(heads, "PAGE", tmp_path / "heads.md")
+    rows = []
+    for setting in heads.SETTINGS:
+        for seed, cost in enumerate((4.0, 4.5, 5.0)):
+            for arm in setting.arms:
+                gain = {"rho1": 0.125, "shuffled": 0.0}.get(arm.name, -0.25) * (
+                    arm.name != "uniform"
+                )
+                gain += gain and 0.001 * seed
+                fast: dict = {"tokens_per_forward": 1.5 - gain, "per_head": [0.25, 0.125]}
+                kinds = ("word_start", "word_rest", "layout", "symbol")
+                fast["by_class"] = {kind: {"tokens_per_forward": 1.5} for kind in kinds}
+                measures = {key: fast for key in ("decoding", "base_decoding", "decoder")}
+                job = grid.arm_job(setting, arm, seed)
+                rows.append(row_of(job, [cost - gain] * 2, **measures))
+    heads.write_page(rows)
+    text = (tmp_path / "heads.md").read_text()
+    assert "30 runs over 3 seeds" in text
+    # Gains .125, .126, .127 of rho1: mean .126, and Student's t of deviation .001.
+    assert "| rho1 | -0.1260 [-0.1285, -0.1235] | -0.1260 [-0.1285, -0.1235] | -0.1260" in text
+    told = "better: loss, head 0 (-0.1260), loss, head 1 (-0.1260); worse: tokens/forward (-0.1260)"
+    assert f"- `rho1` against `uniform`: {told}" in text
+    assert "- `shuffled` against `uniform`: not told apart: loss, head 0 (+0.0000)" in text
+    assert text.count("| before training | 5.000 | 5.000 | ") == 2
+    assert "0.250 0.125" in text
+    assert len((tmp_path / "heads.svg").read_text()) > 5_000
+    sys.modules.pop("heads")

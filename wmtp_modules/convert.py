@@ -1,7 +1,8 @@
-"""Convert a checkpoint folder: ``python -m wmtp_modules.convert SRC DST --to meta|hf|mtp``."""
+"""Convert a checkpoint folder: ``python -m wmtp_modules.convert SRC DST --to FORMAT``."""
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from wmtp_modules.checkpoints.adapter import Adapter
@@ -9,9 +10,16 @@ from wmtp_modules.checkpoints.names import is_extra_head, parameter_shapes
 from wmtp_modules.checkpoints.read import Checkpoint, is_meta
 from wmtp_modules.checkpoints.refusals import weight_files
 from wmtp_modules.checkpoints.write import write_meta
-from wmtp_modules.checkpoints.write_hf import write_hf
+from wmtp_modules.checkpoints.write_hf import write_eagle3, write_hf
 from wmtp_modules.files import read_json
 
+WRITE = {
+    "meta": write_meta,
+    "mtp": write_meta,
+    "hf": write_hf,
+    "hf-mtp": partial(write_hf, all_heads=True),
+    "eagle3": write_eagle3,
+}
 LARGE = 1_000_000_000  # bytes from which a progress bar is shown
 
 
@@ -51,13 +59,17 @@ def convert(
                 f"--n-future-tokens must be at least 2 with --to mtp, got {n_future_tokens}"
             )
     checkpoint = Checkpoint(src, n_future_tokens)
-    keys = [
-        key for key in parameter_shapes(checkpoint.args) if to != "hf" or not is_extra_head(key)
-    ]
+    if to == "mtp" and checkpoint.has_heads:
+        raise ValueError(f"{src} has extra heads already: --to meta keeps them")
+    if to in ("hf-mtp", "eagle3") and not checkpoint.has_heads:
+        raise ValueError(
+            f"{src} has one head: --to {to} needs extra heads, which --to mtp makes and training "
+            "fills"
+        )
+    keys = [key for key in parameter_shapes(checkpoint.args) if _takes(to, key)]
     size = sum(checkpoint.read(key).nbytes for key in keys)
-    write = write_hf if to == "hf" else write_meta
     tensors = ((key, checkpoint.read(key)) for key in keys)
-    write(
+    WRITE[to](
         Adapter(adapter, checkpoint.args).merged(tensors) if adapter else tensors,
         checkpoint.args,
         dst,
@@ -67,12 +79,22 @@ def convert(
     )
     heads = 1 if to == "hf" else checkpoint.args["n_future_tokens"]
     trunk = checkpoint.args["num_layers"] - checkpoint.args["n_future_tokens"]
-    layout = "Hugging Face" if to == "hf" else "Meta"
+    layout = "Hugging Face" if WRITE[to] is not write_meta else "Meta"
+    what = f"{trunk} trunk blocks, {heads} head(s)"
+    if to == "eagle3":
+        what = f"head 1 as an EAGLE-3 draft that reads the output of {trunk} trunk blocks"
     dtypes = sorted({str(checkpoint.read(key).dtype).removeprefix("torch.") for key in keys})
     return (
-        f"{dst}: {layout} format, {trunk} trunk blocks, {heads} head(s), {size / 1e9:.2f} GB\n"
+        f"{dst}: {layout} format, {what}, {size / 1e9:.2f} GB\n"
         f"{_kept(checkpoint.args, dtypes)}\n{_left_out(src, dst, checkpoint, to)}"
     )
+
+
+def _takes(to: str, key: str) -> bool:
+    """Whether a format has one of our parameters."""
+    if to == "eagle3":
+        return key.startswith(("heads.1.", "output."))
+    return to != "hf" or not is_extra_head(key)
 
 
 def _kept(args: dict, dtypes: list[str]) -> str:
@@ -96,9 +118,11 @@ def _left_out(src: Path, dst: Path, checkpoint: Checkpoint, to: str) -> str:
     """What the copy does not have, and names that have changed."""
     config, extra = read_json(checkpoint.config_file), checkpoint.args["n_future_tokens"] - 1
     told = []
-    if extra and to != "meta":
+    if extra and to in ("hf", "mtp"):
         did = "left out" if to == "hf" else "made, copies of the last block"
         told.append(f"{extra} extra head(s) {did}")
+    if to == "eagle3":
+        told.append(f"trunk, head 0 and {extra - 1} extra head(s) left out: serve --to hf with it")
     if config.get("tie_word_embeddings"):
         told.append("embedding and output are two tensors now")
     if config.get("model_type") not in (None, "llama"):
@@ -131,10 +155,13 @@ def main(argv: list[str] | None = None, *, prog: str = "python -m wmtp_modules.c
     parser.add_argument(
         "--to",
         required=True,
-        choices=("meta", "hf", "mtp"),
+        choices=tuple(WRITE),
         help="meta: Meta's format with the heads of SRC. hf: an ordinary Hugging Face Llama of "
         "trunk and head 0, for transformers and vLLM. mtp: a multi-token starting model in Meta's "
-        "format, made from a Hugging Face Llama by copying its last block into the extra heads",
+        "format, made from a Hugging Face Llama by copying its last block into the extra heads. "
+        "hf-mtp: a Hugging Face folder with all heads and the code with which transformers "
+        "decodes self-speculatively. eagle3: head 1 as an EAGLE-3 draft, to be served with the "
+        "model of --to hf",
     )
     parser.add_argument(
         "--n-future-tokens",

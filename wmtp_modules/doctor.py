@@ -38,7 +38,7 @@ from wmtp_modules.memory.step import estimate_step, load_recipe
 from wmtp_modules.reports.weights_page import token_texts
 from wmtp_modules.run import controls, plan
 from wmtp_modules.run.figures import epoch_lines
-from wmtp_modules.run.model import checked_model_args, lora_of
+from wmtp_modules.run.model import checked_model_args, model_without_values
 from wmtp_modules.run.resume import packs_per_step
 from wmtp_modules.run.storing import localized, urls
 from wmtp_modules.weighting.token_weighting import TokenWeighting
@@ -48,6 +48,10 @@ SAMPLE_BYTES = 30_000_000  # of a source; tokenising it takes some ten seconds o
 SHOWN_ROWS, SHOWN_TOKENS = 2, 96
 # Bytes of a parameter in a training state: fp32 and AdamW's two moments.
 STATE_BYTES = 12
+EXTRA_HEADS = {
+    "isolated": "heads 1 to K - 1 train beside trunk and head 0, which they do not touch",
+    "only": "heads 1 to K - 1 train; trunk, head 0, embedding, norm and output are frozen",
+}
 PACKAGES = ("torch", "torchtune", "torchao", "mlflow", "datasets", "transformers", "triton")
 
 
@@ -161,19 +165,22 @@ def model_part(cfg: DictConfig) -> Iterator[str]:
     source = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else "nothing: made anew"
     n = parameters(cfg) / 1e6
     yield f"{n:,.1f} M parameters, {args['n_future_tokens']} heads, from {source}"
-    if cfg.get("lora") is not None:
-        yield f"{parameters(cfg, trained=True) / 1e6:,.1f} M parameters in adapters, which train"
+    how = cfg.get("extra_heads") or "full"
+    what = "in adapters, which train" if cfg.get("lora") is not None else "train"
+    if cfg.get("lora") is not None or how != "full":
+        yield f"{parameters(cfg, trained=True) / 1e6:,.1f} M parameters {what}"
+    if how != "full":
+        yield f"extra_heads {how}: {EXTRA_HEADS[how]}"
     shape = ", ".join(f"{key} {value}" for key, value in args.items() if key != "n_future_tokens")
     yield shape
     yield f"vocabulary {args['vocab_size']:,}, as {cfg.tokenizer.path} has it"
 
 
 def parameters(cfg: DictConfig, *, trained: bool = False) -> int:
-    with torch.device("meta"):
-        model = config.instantiate(cfg.model)
-        if trained and (lora := lora_of(cfg)):
-            model.add_lora(lora, adapter_dtype=torch.float32)
-    return sum(one.numel() for one in model.parameters() if one.requires_grad or not trained)
+    if not trained:
+        with torch.device("meta"):
+            return sum(one.numel() for one in config.instantiate(cfg.model).parameters())
+    return sum(one.numel() for one in model_without_values(cfg).parameters() if one.requires_grad)
 
 
 def memory_part(cfg: DictConfig, recipe: ModuleType, ranks: int) -> Iterator[str]:

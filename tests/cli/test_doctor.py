@@ -66,6 +66,14 @@ def test_a_page_shows_rows_as_the_model_sees_them(page):
     assert text.rstrip().splitlines()[-1].startswith("0 problems")
 
 
+def test_what_of_the_heads_trains_is_told(page, monkeypatch):
+    monkeypatch.setattr(doctor, "memory_part", lambda *_: iter(()))  # takes long
+    _, text = page(PAIRS, extra_heads="isolated")
+    n = re.search(r"([\d.]+) M parameters, 4 heads", text)[1]
+    assert f"{n} M parameters train" in text
+    assert "extra_heads isolated: heads 1 to K - 1 train beside trunk and head 0" in text
+
+
 def test_large_data_is_sampled_and_no_run_ever_sees_the_sample(
     page, tmp_path, tiny_tokenizer_path, monkeypatch
 ):

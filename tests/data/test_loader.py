@@ -23,7 +23,7 @@ class Packs:
         return self.n
 
     def __getitem__(self, index):
-        return {"tokens": torch.tensor([index]), "seq_lens": torch.tensor([1])}
+        return {"tokens": torch.tensor([index])}
 
 
 def joint_batches(loaders):

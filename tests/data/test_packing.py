@@ -52,14 +52,11 @@ def test_every_row_is_whole_and_once_in_an_epoch():
             assert {k: v.dtype for k, v in pack.items()} == {
                 "tokens": torch.int64, "keep": torch.bool, "doc": torch.int64,
                 "input_pos": torch.int64, "row": torch.int64, "noise": torch.bool,
-                "seq_lens": torch.int64,
             }  # fmt: skip
-            assert all(len(v) == 16 for k, v in pack.items() if k != "seq_lens")
-            assert pack["seq_lens"].sum() == 16
+            assert all(len(v) == 16 for v in pack.values())
             n_docs = int(pack["doc"].max()) + 1
-            parts = {
-                k: v.split(pack["seq_lens"].tolist()) for k, v in pack.items() if k != "seq_lens"
-            }
+            _, lengths = pack["doc"].unique_consecutive(return_counts=True)
+            parts = {k: v.split(lengths.tolist()) for k, v in pack.items()}
             for d in range(n_docs):
                 row = int(parts["row"][d][0])
                 seen.append(row)
@@ -69,7 +66,7 @@ def test_every_row_is_whole_and_once_in_an_epoch():
                 assert parts["input_pos"][d].tolist() == list(range(n))
                 for column in ("tokens", "keep", "noise"):
                     assert parts[column][d].tolist() == rows[row][column]
-            if len(pack["seq_lens"]) > n_docs:
+            if len(lengths) > n_docs:
                 tail = {k: set(v[n_docs].tolist()) for k, v in parts.items() if k != "input_pos"}
                 assert tail == {
                     "tokens": {9}, "keep": {False}, "doc": {-1}, "row": {-1}, "noise": {False}
@@ -254,14 +251,6 @@ def test_labels_never_cross_a_document():
         inside = row >= 0 and u < LENGTHS[row]
         expected = 1000 * row + u if inside and rows[row]["keep"][u] else -100
         assert labels_BTK[b, t, k] == expected
-
-
-def test_collate_keeps_seq_lens_as_a_list():
-    packed = PackedDataset(make_rows(LENGTHS), max_seq_len=16, seed=1)
-    items = [packed[0], packed[1]]
-    batch = collate(items)
-    assert batch["tokens"].shape == (2, 16)
-    assert [s.tolist() for s in batch["seq_lens"]] == [i["seq_lens"].tolist() for i in items]
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])

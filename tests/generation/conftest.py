@@ -88,7 +88,8 @@ def decode(tokenizer):
     """``generate`` with defaults, in either or in both ways."""
 
     def one(model, requests, decoding="self_speculative", **changes):
-        return generate(model, tokenizer, requests, decoding=decoding, **SETTINGS | changes)
+        settings = SETTINGS | {"batch_size": max(1, len(requests))} | changes
+        return generate(model, tokenizer, requests, decoding=decoding, **settings)
 
     def both(model, requests, **changes):
         return [one(model, requests, name, **changes) for name in ("plain", "self_speculative")]

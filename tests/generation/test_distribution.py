@@ -56,6 +56,7 @@ def sample(model, first_seed):
         model,
         tokenizer,
         [Request(PROMPT, first_seed + i) for i in range(N)],
+        batch_size=1000,  # rows enter three times
         decoding="self_speculative",
         max_new_tokens=3,
         stop=(),

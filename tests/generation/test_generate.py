@@ -122,8 +122,8 @@ def fake_drafter(monkeypatch):
 
         def draft(self, logits_BKV):
             guess = []
-            for row in self.rows:
-                rest = known[row.prompt][len(row.tokens) :][:3]
+            for row, drawn in zip(self.rows, self._drawn_B.tolist(), strict=False):
+                rest = known[row.prompt][drawn:][:3]
                 guess.append(rest + [0] * (3 - len(rest)))
             return fake(self, torch.tensor(guess))
 
@@ -239,14 +239,18 @@ def test_no_requests(random_model, decode):
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(random_model, requests, decode, monkeypatch, fails):
     random_model.train()
+    modules, attn = list(random_model.named_modules()), random_model.heads[-1].attn
+    call = attn._attention_call.__qualname__
     if fails:
         monkeypatch.setattr(Decoder, "draft", lambda self, logits_BKV: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             decode.one(random_model, requests)
     else:
         decode.one(random_model, requests)
-    assert random_model.heads[-1].attn.kv_cache is None
+    assert attn.kv_cache is None
     assert random_model.training
+    assert list(random_model.named_modules()) == modules
+    assert attn._attention_call.__qualname__ == call
     random_model(torch.tensor([[1, 2, 3]])).sum().backward()
 
 

@@ -84,16 +84,22 @@ class Llama:
 
     def losses(self, tokens: Sequence[int], trunk_TD: torch.Tensor) -> torch.Tensor:
         """Cross-entropy [T, K] of every head on every token; 0 where its target is past the end."""
-        T, columns = len(tokens), []
-        for k in range(self.n_heads):
-            name = f"layers.{self._n_trunk}" if k == 0 else f"extra_heads.{k - 1}"
-            hidden_TD = self._block(name, trunk_TD)
-            hidden_TD = rms_norm(hidden_TD, self.weights["norm.weight"], self._eps)
-            logits_TV = hidden_TD @ self.weights["output.weight"].T
-            targets = torch.tensor(tokens[k + 1 :], dtype=torch.int64)
-            log_p = logits_TV.log_softmax(-1)[: len(targets)].gather(1, targets[:, None])
-            columns.append(F.pad(-log_p.squeeze(1), (0, T - len(targets))))
+        columns = [self.loss_of(self.logits(k, trunk_TD), tokens, k) for k in range(self.n_heads)]
         return torch.stack(columns, 1)
+
+    def logits(self, k: int, trunk_TD: torch.Tensor, is_apart: bool = False) -> torch.Tensor:
+        """Logits [T, V] of head k, of which no gradient leaves its block if it stands apart."""
+        name = f"layers.{self._n_trunk}" if k == 0 else f"extra_heads.{k - 1}"
+        norm, output = self.weights["norm.weight"], self.weights["output.weight"]
+        if is_apart:
+            trunk_TD, norm, output = trunk_TD.detach(), norm.detach(), output.detach()
+        return rms_norm(self._block(name, trunk_TD), norm, self._eps) @ output.T
+
+    def loss_of(self, logits_TV: torch.Tensor, tokens: Sequence[int], k: int) -> torch.Tensor:
+        """Cross-entropy [T] of head k; 0 where its target is past the end."""
+        targets = torch.tensor(tokens[k + 1 :], dtype=torch.int64)
+        log_p = logits_TV.log_softmax(-1)[: len(targets)].gather(1, targets[:, None])
+        return F.pad(-log_p.squeeze(1), (0, len(tokens) - len(targets)))
 
     def entropy(self, trunk_TD: torch.Tensor) -> torch.Tensor:
         """Entropy [T] of what head 0 expects next, in nats."""
@@ -426,8 +432,15 @@ class Run:
         self.rows, self.rows_val = rows, rows_val
         self._draw, self._reference, self._critic = draw, reference, critic
         K = self.model.n_heads
+        # Isolated, the further heads have a loss, a count and a norm of their own.
+        self._is_apart = cfg.get("extra_heads") == "isolated"
         decayed = [self.weighting["decay"] ** k for k in range(K)]
-        self._alphas_K = torch.tensor(decayed, dtype=torch.float64) / sum(decayed)
+        if self._is_apart:
+            decayed = [1.0, *(one / sum(decayed[1:]) for one in decayed[1:])]
+        else:
+            decayed = [one / sum(decayed) for one in decayed]
+        self._alphas_K = torch.tensor(decayed, dtype=torch.float64)
+        self._distill = cfg.get("distill")
         self.clipped: list[bool] = []  # whether all groups were, in each step
         self.empty_packs = 0  # in which no head has a target
         self.times_seen = torch.zeros(len(rows), dtype=torch.int64)
@@ -505,7 +518,7 @@ class Run:
 
     def _step(self, step: int, micro_batches: list[tuple[int, Sequence]]) -> dict[str, float]:
         K = self.model.n_heads
-        n_K, loss_K = torch.zeros(2, K, dtype=torch.float64)
+        n_K, loss_K, distill_K = torch.zeros(3, K, dtype=torch.float64)
         objective = 0.0
         noise_4 = torch.zeros(4, dtype=torch.float64)
         for number, packs in micro_batches:
@@ -515,12 +528,16 @@ class Run:
             pairs = zip(documents, chosen, strict=True)
             filled = {document.pack for document, row in pairs if self._mask(row).any()}
             self.empty_packs += len(packs) - len(filled)
-            losses_NK = torch.cat(
-                [self.model.losses(row.tokens, self.model.trunk(row.tokens)) for row in chosen]
-            )
+            parts = [self._row_losses(row) for row in chosen]
+            losses_NK, distilled_NK = (torch.cat(part) for part in zip(*parts, strict=True))
             mask_NK = torch.cat([self._mask(row) for row in chosen])
             weights_NK = self._weights(number, packs, documents, losses_NK.detach(), mask_NK)
-            loss = (self._alphas_K * weights_NK * losses_NK).sum()
+            trained_NK = losses_NK
+            if self._distill:
+                share_K = torch.tensor([0.0] + [self._distill["weight"]] * (K - 1))
+                trained_NK = (1 - share_K) * losses_NK + share_K * distilled_NK
+                distill_K += (distilled_NK.detach() * mask_NK).sum(0)
+            loss = (self._alphas_K * weights_NK * trained_NK).sum()
             objective += loss.item()
             loss.backward()
             n_K += mask_NK.sum(0)
@@ -535,7 +552,7 @@ class Run:
                 ]
             )
         n_prime = (self._alphas_K * n_K).sum()
-        grad_norm = self._optimize(step, n_prime)
+        norms = self._optimize(step, n_K)
         self.noise_sums += noise_4
 
         figures = {
@@ -543,10 +560,13 @@ class Run:
             **{f"loss_head_{k}": (loss_K[k] / n_K[k]).item() for k in range(K) if n_K[k]},
             "weighted_loss": objective / n_prime.item(),
             "lr": self.cfg["optimizer"]["lr"] * self.schedule(step),
-            "grad_norm": grad_norm,
+            "grad_norm": norms[0],
+            **({"grad_norm_extra_heads": norms[1]} if self._is_apart else {}),
             "clipped_share": float(self.clipped[-1]),  # of the one step since the last line
             **self._statistics(weights_NK, mask_NK),
         }
+        if self._distill:
+            figures |= {f"distill_head_{k}": (distill_K[k] / n_K[k]).item() for k in range(1, K)}
         if noise_4[0]:
             figures["noise_in_data"] = (noise_4[0] / noise_4[1]).item()
             figures["noise_in_weight"] = (noise_4[2] / noise_4[3]).item()
@@ -575,21 +595,55 @@ class Run:
         n = mask_NK.sum().item()
         return named | {"ess": ess / n, "selected_share": selected / n}
 
-    def _optimize(self, step: int, n_prime: torch.Tensor) -> float:
-        """One update of every parameter; the gradient's norm before it is clipped."""
+    def _row_losses(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [T, K] of one document, and those of the further heads against head 0."""
+        trunk_TD = self.model.trunk(row.tokens)
+        if not self._is_apart and not self._distill:
+            losses_TK = self.model.losses(row.tokens, trunk_TD)
+            return losses_TK, torch.zeros_like(losses_TK)
+        losses, distilled, T = [], [], len(row.tokens)
+        for k in range(self.model.n_heads):
+            logits_TV = self.model.logits(k, trunk_TD, is_apart=self._is_apart and k > 0)
+            losses.append(self.model.loss_of(logits_TV, row.tokens, k))
+            kl_T = torch.zeros(T, dtype=torch.float64)
+            if k == 0:
+                head_0_TV = logits_TV.detach()
+            elif self._distill and k < T:
+                s = self._distill["temperature"]
+                p, q = (head_0_TV[k:] / s).softmax(-1), (logits_TV[: T - k] / s).softmax(-1)
+                kl_T = F.pad(s * s * (p * (p / q).log()).sum(-1), (0, k))
+            distilled.append(kl_T)
+        return torch.stack(losses, 1), torch.stack(distilled, 1)
+
+    def _optimize(self, step: int, n_K: torch.Tensor) -> list[float]:
+        """One update of every parameter; the gradients' norms before they are clipped."""
         weights, lr = self.model.weights, self.cfg["optimizer"]["lr"] * self.schedule(step)
-        grads = {
-            key: torch.zeros_like(w) if w.grad is None else w.grad / n_prime
-            for key, w in weights.items()
-        }
-        norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
-        share = min(1.0, self.cfg["clip_grad_norm"] / (norm + 1e-6))
-        for key, w in weights.items():
-            with torch.no_grad():
-                w += self._change(step, w, grads[key] * share, lr, key, self._moments)
-            w.grad = None
-        self.clipped.append(norm > self.cfg["clip_grad_norm"])
-        return norm
+        alone_K = torch.arange(len(n_K)) > 0
+        groups = [(weights.keys(), (self._alphas_K * n_K).sum())]
+        if self._is_apart:
+            further = [key for key in weights if key.startswith("extra_heads.")]
+            groups = [
+                (weights.keys() - {*further}, n_K[0]),
+                (further, (self._alphas_K * n_K)[alone_K].sum()),
+            ]
+        norms = []
+        for keys, n_prime in groups:
+            grads = {
+                key: torch.zeros_like(weights[key])
+                if weights[key].grad is None
+                else weights[key].grad / n_prime
+                for key in keys
+            }
+            norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
+            share = min(1.0, self.cfg["clip_grad_norm"] / (norm + 1e-6))
+            for key, grad in grads.items():
+                w = weights[key]
+                with torch.no_grad():
+                    w += self._change(step, w, grad * share, lr, key, self._moments)
+                w.grad = None
+            norms.append(norm)
+        self.clipped.append(norms[0] > self.cfg["clip_grad_norm"])
+        return norms
 
     def _change(self, step, w, grad, lr, key, moments) -> torch.Tensor:
         optimizer = self.cfg["optimizer"]

@@ -261,6 +261,45 @@ def test_rho1_adamw_with_warmup_clip_and_epochs(compare, assets, reference):
     assert runs["rho1"].times_seen.max() >= 3
 
 
+def test_heads_apart_that_learn_from_head_0(compare, assets, reference):
+    """Two groups, each clipped by its norm; heads of unlike weight; weights known only after."""
+    runs = compare(
+        "rho1",
+        2,
+        {
+            "batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "extra_heads": "isolated",
+            "distill": {"weight": 0.7, "temperature": 1.5},
+            "weighting": RHO1 | {"selection": "soft", "decay": 0.6},
+            "reference": reference(assets.mtp_reference),
+            "optimizer": ADAMW,
+            "clip_grad_norm": 0.5,
+            "max_steps": 3,
+        },
+        reference=assets.mtp_reference,
+    )
+    assert runs["rho1"].clipped == [True] * 3
+
+
+@pytest.mark.nightly
+def test_all_heads_that_learn_from_head_0(compare):
+    """What head 0 teaches trains the trunk as well; weights known beforehand."""
+    compare(
+        "rho1",
+        2,
+        {
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "distill": {"weight": 0.4, "temperature": 2.0},
+            "weighting": RHO1 | {"name": "uniform", "decay": 0.8},
+            "optimizer": SGD,
+            "clip_grad_norm": 1000.0,
+            "max_steps": 2,
+        },
+    )
+
+
 # Responses whose tokens hold several characters, or a part of one, with what their data say: spans
 # [start, end, weight] in characters, one number for the row, or nothing, which is 1.
 WEIGHTED = [

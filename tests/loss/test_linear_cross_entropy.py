@@ -12,6 +12,7 @@ from wmtp_modules.loss.linear_cross_entropy import (
     IMPLS,
     linear_cross_entropy,
     linear_logits,
+    losses_and_choices,
 )
 
 
@@ -297,6 +298,34 @@ def test_never_holds_all_logits(problem, monkeypatch):
     for path in (weighted_afterwards, folded):
         gradients(path(labels, token_weights), hidden, weight)
     assert max(sizes) <= module.CHUNK_LOGITS_CPU < labels.numel() * len(weight)
+
+
+def test_choices_are_the_likeliest_tokens_of_the_same_product(problem, monkeypatch):
+    """Also where a label is ignored; one product of a chunk gives both, and no gradient."""
+    hidden, weight, labels, _ = problem
+    want = (hidden @ weight.T).argmax(-1)
+    sizes, original = [], module._logits
+    monkeypatch.setattr(
+        module, "_logits", lambda h, w: sizes.append(len(h) * len(w)) or original(h, w)
+    )
+    losses, choices = losses_and_choices(hidden.requires_grad_(), weight, labels)
+    assert sum(sizes) == labels.numel() * len(weight)
+    assert max(sizes) <= module.CHUNK_LOGITS_CPU
+    assert choices.equal(want)
+    assert losses.equal(linear_cross_entropy(hidden, weight, labels).detach())
+    assert not losses.requires_grad
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_choices_of_bf16_operands_are_those_of_fp32_logits():
+    """As decoding takes them: rounded to bf16, the two best of some positions would tie."""
+    hidden, weight, labels, _ = bf16_problem()
+    weight[1] = weight[0] = 4 * weight[0]
+    weight[1, 0] *= 1.25
+    _, choices = losses_and_choices(hidden, weight, labels)
+    logits = linear_logits(hidden, weight)
+    assert logits.gather(1, choices[:, None]).equal(logits.amax(1, keepdim=True))
+    assert (logits.bfloat16().argmax(-1) != logits.argmax(-1)).any()
 
 
 def test_errors():

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torchtune import config
 
-from wmtp_modules import estimate_memory
+from wmtp_modules import doctor, estimate_memory
 from wmtp_modules.checkpoints.write import save_meta
 from wmtp_modules.config.rules import checkpointing_of
 from wmtp_modules.estimate_memory import main
@@ -213,6 +213,28 @@ def test_adapters_on_a_frozen_base(cfg, estimate_step, ranks, quantize):
     assert want <= parts["parameters"] < want + 0.3 * MIB  # RoPE's tables
     assert adapters / ranks <= parts["gradients"] < adapters + 1000  # of the micro-steps before
     assert 2 * adapters / ranks <= parts["optimizer state"] < 2 * adapters / ranks + 1000
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_heads_alone_have_gradients_and_state_only_for_themselves(
+    cfg, estimate_step, ranks, monkeypatch
+):
+    """And no masters of what is frozen; distillation holds no more logits than the plain loss."""
+    monkeypatch.setattr(step_memory.loss_module, "CHUNK_LOGITS_CPU", 64 * 2048)  # of 256 tokens
+    cfg.update({"dtype": "bf16", "gradient_accumulation_steps": 2, "batch_size": 2})
+    full, whole = estimate_step(cfg, ranks), parameter_bytes(cfg) / 4
+    apart = {"extra_heads": "only"}
+    heads = doctor.parameters(OmegaConf.merge(cfg, apart), trained=True)
+    assert 0 < heads < whole / 4
+    only = estimate_step(OmegaConf.merge(cfg, apart), ranks)
+    assert only.peak < 0.9 * full.peak
+    kept = 4 * heads / ranks
+    want = kept + 2 * (whole - heads) / ranks
+    assert want <= only.parts["parameters"] < want + 0.3 * MIB
+    assert kept <= only.parts["gradients"] < 3 * kept + 1000
+    assert 2 * kept <= only.parts["optimizer state"] < 2 * kept + 1000
+    distilled = estimate_step(OmegaConf.merge(cfg, apart, {"distill": {"weight": 0.5}}), ranks)
+    assert distilled.peak < 1.05 * only.peak
 
 
 def test_a_quantised_base_is_among_what_helps(cfg):

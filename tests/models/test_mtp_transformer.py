@@ -121,18 +121,31 @@ def test_rolled_back_keys_are_never_seen(model, tokens):
     torch.testing.assert_close(logits, full[:, 5:7], rtol=1e-4, atol=1e-5)
 
 
-def test_cache_rows_may_be_dropped_repeated_and_reordered(model, tokens):
+def test_cache_rows_may_be_copied(model, tokens):
+    """Row 0 goes on as row 1 did, up to the end of the copy; without it, it would not."""
     full = model(tokens)
-    position = torch.arange(20).expand(3, -1)
+    position = torch.arange(20).expand(2, -1)
     model.setup_caches(2, torch.float32, cache_len=32)
-    cached(model, tokens[:, :8], position[:2, :8])
-    rows = torch.tensor([1, 0, 1])
-    model.select_cache_rows(rows)
+    cached(model, tokens[:, :8], position[:, :8])
+    model.copy_cache_rows(torch.tensor([1]), torch.tensor([0]), 8)
+    rows = torch.tensor([1, 1])
     logits = cached(model, tokens[rows, 8:12], position[:, 8:12])
     torch.testing.assert_close(logits, full[rows, 8:12], rtol=1e-4, atol=1e-5)
-    model.select_cache_rows(rows[:1])
-    logits = cached(model, tokens[:1, 12:14], position[:1, 12:14])
-    torch.testing.assert_close(logits, full[:1, 12:14], rtol=1e-4, atol=1e-5)
+
+
+def test_whole_texts_go_to_any_rows_without_a_mask(model, tokens):
+    """Row 2 of the caches gets text 0, row 0 text 1; the forward asks for causal attention."""
+    full = model(tokens)
+    position = torch.arange(20).expand(2, -1)
+    model.setup_caches(3, torch.float32, cache_len=32)
+    model.place_prompts_in_caches(torch.tensor([2, 0]), 8)
+    torch.testing.assert_close(model(tokens[:, :8]), full[:, :8], rtol=1e-4, atol=1e-5)
+    model.copy_cache_rows(torch.tensor([2]), torch.tensor([1]), 8)
+    rows = torch.tensor([1, 0])
+    logits = cached(model, tokens[rows, 8:12], position[:, 8:12])
+    torch.testing.assert_close(logits, full[rows, 8:12], rtol=1e-4, atol=1e-5)
+    model.delete_caches()
+    torch.testing.assert_close(model(tokens), full)
 
 
 def test_blocks_look_at_the_cache_up_to_its_end_only(model, tokens):

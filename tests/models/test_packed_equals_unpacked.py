@@ -3,11 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.loss.mtp_loss import head_alphas, mtp_labels
 from wmtp_modules.models import mtp_llama2
+from wmtp_modules.models.attention_mask import document_mask
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def gradients(model, batches):
         losses_BTK = model(
             batch["tokens"],
             labels,
-            mask=packed_block_causal_mask(batch["seq_lens"]),
+            mask=document_mask(batch["doc"]),
             input_pos=batch["input_pos"],
         )
         (head_alphas(K) * losses_BTK).sum().backward()

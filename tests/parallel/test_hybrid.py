@@ -24,6 +24,7 @@ RANKS, ROWS, PARTS = 4, 8, 2  # micro-batches of a step
 TIMEOUT = timedelta(seconds=77)
 SHARDED, REPLICAS = None, 2  # data_parallel_shard
 CASES = [(shards, each) for shards in (SHARDED, REPLICAS) for each in (True, False)]
+GATHERED = (SHARDED, None)  # as (SHARDED, True), without resharding after the forward
 UNITS, BLOCKS = 8, 2  # of test_fsdp's model
 
 
@@ -86,11 +87,12 @@ def step(two, model, rank, waits, counts):
 def four_ranks(rank, folder):
     dist.init_process_group("gloo", timeout=TIMEOUT)
     two, world, out = two_ranks_file(), init_device_mesh("cpu", (RANKS,)), {}
-    for shards, each in CASES:
+    for shards, each in (GATHERED, *CASES):
         mesh, counts = sharding_mesh(world, shards), [Counter(), Counter()]
-        waits = "nothing" if each else "all" if shards is None else "replicas"
+        waits = "nothing" if each is not False else "all" if shards is None else "replicas"
+        once = waits == "all" or each is None
         model = two.build(two.ARGS)
-        shard_model(model, mesh, compute_dtype=torch.float32, gather_once=waits == "all")
+        shard_model(model, mesh, compute_dtype=torch.float32, gather_once=once)
         step(two, model, rank, waits, counts)
         grads = full(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
@@ -129,7 +131,7 @@ def want():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shards", "each"), CASES)
+@pytest.mark.parametrize(("shards", "each"), [GATHERED, *CASES])
 def test_every_gradient_equals_one_process(four, want, shards, each):
     grads, norm, _ = four[1][shards, each]
     for name, gradient in want.items():
@@ -141,7 +143,7 @@ def test_every_gradient_equals_one_process(four, want, shards, each):
 @pytest.mark.slow
 def test_what_crosses_nodes_in_each_micro_batch(four):
     """What docs/nodes.md and benchmarks/results/fsdp_collectives.txt say."""
-    counts = {case: four[1][case][2] for case in CASES}
+    counts = {case: four[1][case][2] for case in (GATHERED, *CASES)}
     gathers, units = UNITS + BLOCKS, UNITS  # the root's is one of the units
     names = "all_gather_single", "reduce_scatter_single", "all_reduce"
 
@@ -149,6 +151,7 @@ def test_what_crosses_nodes_in_each_micro_batch(four):
         return [tuple(one.get((name, where), 0) for name in names) for one in counts[case]]
 
     assert found((SHARDED, True), "across") == [(gathers, units, 0)] * PARTS
+    assert found(GATHERED, "across") == [(units, units, 0)] * PARTS
     assert found((SHARDED, False), "across") == [(units, 0, 0), (0, units, 0)]
     for each, waits in ((True, units), (False, 0)):
         inside, across = found((REPLICAS, each), "inside"), found((REPLICAS, each), "across")

@@ -15,6 +15,7 @@ from wmtp_modules.quickstarts import functions, spoiled, stdlib
 from wmtp_modules.run.run import Run
 
 REMEMBERED = ("step", "micro_step", "_epoch", "_logged_epoch", "_best_loss", "heldout", "kept")
+REMEMBERED += ("acceptance",)
 
 
 @pytest.fixture
@@ -75,6 +76,26 @@ def check_resumed(monkeypatch):
         assert skipped["step"] == 2
 
     return check
+
+
+@pytest.fixture
+def watched(waits, monkeypatch):
+    """watched(cls): what in the micro-steps of a recipe's runs would wait for a GPU."""
+
+    def watch(cls):
+        loss_step, found = cls._loss_step, []
+
+        def watching(self, batch):
+            with waits() as here:
+                result = loss_step(self, batch)
+                result[0].backward()
+            found.extend(here)
+            return result[0].detach().requires_grad_(), *result[1:]  # its gradients are there
+
+        monkeypatch.setattr(cls, "_loss_step", watching)
+        return found
+
+    return watch
 
 
 # ------------------------------------------------------------- quickstarts of a few steps

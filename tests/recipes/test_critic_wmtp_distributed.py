@@ -605,6 +605,12 @@ def test_a_resumed_policy_equals_an_uninterrupted_one(staged, go, monkeypatch, t
     assert summary["heldout_loss"] == staged[2]["heldout_loss"]
 
 
+def test_no_micro_step_of_a_policy_waits_for_the_device(recipe, staged, go, watched, tmp_path):
+    found = watched(recipe.CriticWMTPRecipeDistributed)
+    go(staged[0] | {"stages": ["policy"], "max_steps": 1}, tmp_path)
+    assert found == []
+
+
 @pytest.mark.slow
 def test_a_policy_of_adapters_on_values_of_the_trunk(staged, go, tmp_path):
     """The same values and, before anything is learnt, the same loss and weights as without LoRA."""
@@ -628,6 +634,29 @@ def test_a_policy_of_adapters_on_values_of_the_trunk(staged, go, tmp_path):
     assert changed == {"attention.wv.weight", "feed_forward.w1.weight"}
     assert (folder / "best" / "adapter_model.safetensors").exists()
     assert set(summary["heldout_loss"]) == {"base", "critic"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["only", "isolated"])
+def test_a_policy_whose_further_heads_train_apart(staged, go, how):
+    """With a critic's weights, folded in; before anything is learnt losses are those of full."""
+    more = {"extra_heads": how, "distill": {"weight": 0.5}, "stages": ["policy"]}
+    folder, summary = go(staged[0] | more)
+    apart, full = (
+        next(line for line in metrics_of(one) if "loss" in line) for one in (folder, staged[1])
+    )
+    for k in range(4):
+        for name in (f"loss_head_{k}", f"weight_mean_head_{k}"):
+            assert apart[name] == pytest.approx(full[name], rel=1e-6), name
+        assert (f"distill_head_{k}" in apart) == (k > 0)
+    assert ("grad_norm_extra_heads" in apart) == (how == "isolated")
+    start = Path(staged[0]["checkpointer"]["checkpoint_dir"], "consolidated.pth")
+    before = torch.load(start, weights_only=True)
+    changed = {key for key, v in weights_of(folder).items() if (v != before[key]).any()}
+    further = {key for key in before if key.startswith("extra_heads")}
+    assert changed == further if how == "only" else changed > further
+    heldout = summary["heldout_loss"]
+    assert (heldout["base"][0] == heldout["critic"][0]) == (how == "only")
 
 
 @pytest.fixture(scope="module")

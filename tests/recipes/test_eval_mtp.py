@@ -214,9 +214,11 @@ def test_samples_depend_on_no_batch(run, tmp_path):
 def test_nothing_is_generated_twice(run, recipe, monkeypatch, caplog):
     """A killed run leaves half a line; the next one makes what is missing, and the same."""
     asked = []
-    generate = recipe.generate
+    generate = recipe.generate_as_completed
     monkeypatch.setattr(
-        recipe, "generate", lambda m, t, r, **k: asked.extend(r) or generate(m, t, r, **k)
+        recipe,
+        "generate_as_completed",
+        lambda m, t, r, **k: asked.extend(r) or generate(m, t, r, **k),
     )
     report, out = run()
     whole = (out / "samples.jsonl").read_bytes()

@@ -208,6 +208,12 @@ def test_what_a_run_leaves(uniform):
     assert all(expected <= line.keys() for line in steps)
     assert all(line["ess"] == 1.0 and line["selected_share"] == 1.0 for line in steps)
     assert summary["steps"] == 6
+    last = [line for line in metrics_of(folder) if "val_loss" in line][-1]
+    assert 1 <= summary["tokens_per_forward"]["uniform"] == last["tokens_per_forward"] <= 4
+    shares = [last[f"acceptance_head_{k}"] for k in (1, 2, 3)]
+    assert summary["acceptance"]["uniform"]["per_head"] == shares
+    assert summary["tokens_per_forward"].keys() == summary["heldout_loss"].keys()
+    assert {"tokens_per_forward/word_start", "tokens_per_forward/layout"} < last.keys()
     assert (folder / "curves.png").stat().st_size > 5000
     page = (folder / "run.html").read_text()
     assert "Complete after 6 steps." in page
@@ -304,6 +310,14 @@ def test_accumulation_4x1_equals_1x4(run, uniform):
             assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["cached", "online"])
+def test_no_micro_step_waits_for_the_device(recipe, run, rho1, watched, mode):
+    found = watched(recipe.Rho1WMTPRecipeDistributed)
+    weighting = {"weighting": {"selection": "soft"}, "max_steps": 1}
+    run(OmegaConf.merge(rho1, weighting, {"reference": {"mode": mode}}))
+    assert found == []
+
+
 def test_workers_that_read_ahead_change_nothing(run, uniform):
     folder, _ = run({"dataloader_workers": 2})
     assert_same_weights(folder, uniform[0])
@@ -391,7 +405,7 @@ def test_lora_trains_adapters_and_resumes_to_the_bit(run, uniform, monkeypatch, 
         }
 
     torch.save(base | {"norm.weight": base["norm.weight"] * 2}, tmp_path / "base/consolidated.pth")
-    with pytest.raises(SystemExit, match="holds adapters of another model than checkpointer"):
+    with pytest.raises(SystemExit, match="holds adapters or heads of another model than"):
         run(resume, tmp_path / "other")
 
 
@@ -446,6 +460,170 @@ def test_mistakes_in_lora_come_before_anything_is_built(recipe, run, base_config
     start = {"checkpointer": {"checkpoint_dir": str(uniform[0] / "best")}}
     with pytest.raises(SystemExit, match=r"lora\.quantize_base: q_proj has 32 x 32 weights"):
         run(start | {"lora": {"rank": 4, "quantize_base": True}})
+
+
+# ------------------------------------------------------------ heads 1 to K - 1 apart
+
+APART = {
+    **{"batch_size": 2, "gradient_accumulation_steps": 2, "clip_grad_norm": 0.05},
+    **{"optimizer": {"lr": 0.01, "weight_decay": 0.1}, "num_warmup_steps": 1, "max_steps": 4},
+}
+DISTILLED = {"distill": {"weight": 0.6, "temperature": 1.5}}
+WEIGHTINGS = {
+    "uniform": {"name": "uniform"},
+    "soft": {"name": "rho1", "selection": "soft", "w_max": 2.0, "temperature": 0.5},
+    "topk": {"name": "rho1"},
+    **{name: {"name": name} for name in ("shuffled", "random_topk", "dft", "top_loss")},
+}
+
+
+@pytest.fixture(scope="module")
+def one_head(uniform, tmp_path_factory):
+    """Trunk and head 0 of the uniform run's model, as a folder and overrides."""
+    folder = tmp_path_factory.mktemp("one_head") / "model"
+    shutil.copytree(uniform[0] / "best", folder)
+    weights = torch.load(folder / "consolidated.pth", weights_only=True)
+    kept = {key: value for key, value in weights.items() if "extra_heads" not in key}
+    torch.save(kept, folder / "consolidated.pth")
+    params = json.loads((folder / "params.json").read_text())
+    params |= {"n_layers": params["n_layers"] - 3, "n_future_tokens": 1}
+    (folder / "params.json").write_text(json.dumps(params))
+    return {
+        "checkpointer": {"checkpoint_dir": str(folder)},
+        "model": {"n_future_tokens": 1, "num_layers": 2},
+    }
+
+
+def assert_head_0_is_that_of(got, alone):
+    """Every weight of trunk and head 0, to the bit, and what the steps logged of them."""
+    mine, want = weights_of(got), weights_of(alone)
+    assert set(want) == {key for key in mine if "extra_heads" not in key}
+    for key, value in want.items():
+        assert torch.equal(mine[key], value), key
+    clipped = []
+    for one, other in zip(metrics_of(got), metrics_of(alone), strict=True):
+        for key in other.keys() & {"grad_norm", "clipped_share", "lr"}:
+            assert one[key] == other[key], key
+        for key in other.keys() & {"loss_head_0", "val_loss_head_0", "weight_ess_head_0"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-6), key  # sums over other shapes
+        if "grad_norm" in one:
+            clipped += [one["grad_norm"] > 0.05, one["grad_norm_extra_heads"] > 0.05]
+    assert clipped == [True] * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("uniform", DISTILLED),  # "soft" is held on two ranks
+        pytest.param(
+            "uniform",
+            {"activation_checkpointing": "full"} | DISTILLED,
+            marks=pytest.mark.nightly,
+        ),
+        *(
+            pytest.param(name, more, marks=pytest.mark.nightly)
+            for name in ("soft", "topk", "shuffled", "random_topk", "dft", "top_loss")
+            for more in ({}, DISTILLED)
+        ),
+        pytest.param("uniform", {"lora": {"rank": 4}}, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_isolated_heads_leave_trunk_and_head_0_to_the_bit(run, rho1, one_head, name, more):
+    """As with n_future_tokens 1: under clipping, accumulation, AdamW and every weighting."""
+    start = OmegaConf.merge(rho1, APART, {"weighting": WEIGHTINGS[name]})
+    alone = {k: v for k, v in more.items() if k != "distill"}
+    got, _ = run(OmegaConf.merge(start, more, {"extra_heads": "isolated"}))
+    want, _ = run(OmegaConf.merge(start, alone, one_head))
+    assert_head_0_is_that_of(got, want)
+    before = torch.load(Path(rho1["checkpointer"]["checkpoint_dir"]) / "consolidated.pth")
+    for key, value in weights_of(got).items():
+        assert "feed_forward" not in key or not torch.equal(value, before[key]), key
+    logged = [line for line in metrics_of(got) if "loss" in line]
+    assert [f"distill_head_{k}" in logged[-1] for k in range(4)] == [
+        k > 0 and "distill" in more for k in range(4)
+    ]
+
+
+def killed_after(step, monkeypatch):
+    original = Run._log_step
+
+    def die(self, *args):
+        original(self, *args)
+        if self.step == step:
+            self._states.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_log_step", die)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.nightly), "bf16"])
+def test_only_the_further_heads_train_and_resume_to_the_bit(
+    run, uniform, monkeypatch, tmp_path, dtype
+):
+    """The rest is exported as it was, also in fp32 from a run that computes in bf16."""
+    shutil.copytree(uniform[0] / "best", tmp_path / "base")
+    overrides = {
+        "checkpointer": {"checkpoint_dir": str(tmp_path / "base")},
+        **{"extra_heads": "only", "dtype": dtype, "optimizer": {"lr": 0.01}},
+        **DISTILLED,
+    }
+    whole, summary = run(overrides)
+    losses = summary["heldout_loss"]
+    assert losses["base"][0] == losses["uniform"][0]
+    assert all(b < a for a, b in zip(losses["base"][1:], losses["uniform"][1:], strict=True))
+    base = torch.load(tmp_path / "base" / "consolidated.pth", weights_only=True)
+    for name in ("best", "last"):
+        after = torch.load(whole / name / "consolidated.pth", weights_only=True)
+        assert {key for key in base if not torch.equal(base[key], after[key])} == {
+            key for key in base if key.startswith("extra_heads")
+        }
+        assert {value.dtype for value in after.values()} == {torch.float32}
+    held = FileSystemReader(whole / "training_state/step_000006").read_metadata()
+    assert all("heads." in key and "heads.0." not in key for key in held.state_dict_metadata)
+    assert sum(key.startswith("model.") for key in held.state_dict_metadata) == 3 * 9
+
+    killed_after(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides, tmp_path / "killed")
+    monkeypatch.undo()
+    resume = OmegaConf.merge(overrides, {"resume_from_checkpoint": True})
+    shutil.copytree(tmp_path / "killed", tmp_path / "other")
+    run(resume, tmp_path / "killed")
+    assert_same_weights(tmp_path / "killed", whole)
+    assert trained(tmp_path / "killed") == trained(whole)
+
+    torch.save(base | {"norm.weight": base["norm.weight"] * 2}, tmp_path / "base/consolidated.pth")
+    with pytest.raises(SystemExit, match="holds adapters or heads of another model than"):
+        run(resume, tmp_path / "other")
+
+
+def test_mistakes_about_further_heads_come_before_anything_is_built(
+    recipe, run, base_config, uniform, one_head
+):
+    block = {"distill": {"weight": 0, "temperature": 0}, "extra_heads": "alone"}
+    with pytest.raises(ConfigError) as caught:
+        recipe.check(OmegaConf.merge(base_config, block))
+    for told in (
+        "distill.weight: must be above 0, got 0",
+        "distill.temperature: must be above 0, got 0",
+        "extra_heads: must be one of 'full', 'isolated', 'only'",
+    ):
+        assert told in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        recipe.check(OmegaConf.merge(base_config, {"extra_heads": "only", "lora": {}}))
+    for told in (
+        "extra_heads: only trains nothing but heads 1 to K - 1, on a model that is there",
+        "extra_heads: only trains these heads whole, and adapters would train the trunk",
+    ):
+        assert told in str(caught.value)
+    more = {"extra_heads": "isolated", "lora": {"heads": False}}
+    with pytest.raises(ConfigError, match=r"and lora\.heads: false leaves them as they are"):
+        recipe.check(OmegaConf.merge(base_config, more))
+    for more, key in (({"extra_heads": "only"}, "extra_heads"), (DISTILLED, "distill")):
+        told = f"{key}: the model has n_future_tokens 1, so there are no further heads to train"
+        with pytest.raises(SystemExit, match=told):
+            run(OmegaConf.merge(one_head, more))
 
 
 @pytest.mark.slow
@@ -751,6 +929,24 @@ def test_a_run_that_ended_but_for_its_export(run, uniform, tmp_path):
     _, summary = run({"resume_from_checkpoint": True}, folder)
     assert_same_weights(folder, uniform[0])
     assert summary["heldout_loss"] == uniform[1]["heldout_loss"]
+    assert summary["acceptance"] == uniform[1]["acceptance"]
+
+
+def test_a_state_from_before_acceptance_was_counted(run, tmp_path, monkeypatch):
+    state_dict = Run.state_dict
+
+    def older(self):
+        state = state_dict(self)
+        del state["acceptance"]
+        return state
+
+    monkeypatch.setattr(Run, "state_dict", older)
+    often = {"save_every_n_steps": 2, "run_val_every_n_steps": 2}
+    _, before = run(often | {"max_steps": 2}, tmp_path / "run")
+    monkeypatch.undo()
+    _, summary = run(often | {"max_steps": 4, "resume_from_checkpoint": True}, tmp_path / "run")
+    assert summary["heldout_loss"]["base"] == before["heldout_loss"]["base"]
+    assert summary["tokens_per_forward"].keys() == summary["acceptance"].keys() == {"uniform"}
 
 
 def test_a_run_that_starts_over_leaves_no_state_of_the_one_before(run, uniform, tmp_path):
@@ -805,6 +1001,7 @@ def test_a_run_cut_short_to_the_step_of_its_state(run, uniform, tmp_path, caplog
     last = [line for line in metrics_of(folder) if "val_loss" in line][-1]
     assert last["step"] == summary["steps"] == 2
     assert summary["heldout_loss"]["uniform"] == [last[f"val_loss_head_{k}"] for k in range(4)]
+    assert summary["tokens_per_forward"]["uniform"] == last["tokens_per_forward"]
 
 
 def test_a_complete_run_without_states_is_not_started_over(run, uniform, tmp_path):
@@ -925,22 +1122,28 @@ def test_a_stopped_step_is_replayed(diverged, main, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_step_that_is_no_number_changes_nothing(run, recipe, uniform, monkeypatch):
-    """One NaN at step 4 of 6: parameters and moments stay, the run goes on and ends well."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_is_no_number_changes_nothing(run, recipe, uniform, monkeypatch, fused):
+    """One NaN at step 4 of 6: parameters and moments stay, the run goes on and ends well.
+
+    A fused optimizer has been called by the time that anybody knows.
+    """
     original = recipe.Rho1WMTPRecipeDistributed._loss_step
     seen = []
 
     def broken(self, batch):
         if self._run.step in (3, 4):
-            seen.append([p.to_local().clone() for p in self._model.parameters()])
+            moments = [x for one in self._optimizer.state.values() for x in one.values()]
+            seen.append([x.detach().clone() for x in (*self._model.parameters(), *moments)])
         loss, sums, stats = original(self, batch)
         if self._run.step == 3:
             loss = loss * torch.nan
         return loss, sums | {"objective": loss.detach()}, stats
 
     monkeypatch.setattr(recipe.Rho1WMTPRecipeDistributed, "_loss_step", broken)
-    folder, summary = run({"max_skipped_steps": 2})
+    folder, summary = run({"max_skipped_steps": 2, "optimizer": {"fused": fused}})
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert len(seen[0]) == 4 * sum(1 for _ in weights_of(folder))  # each has three more
     assert summary["steps"] == 6
     assert math.isfinite(sum(summary["heldout_loss"]["uniform"]))
     (step,) = map(json.loads, (folder / "skipped_steps.jsonl").read_text().splitlines())
@@ -1205,6 +1408,14 @@ def killed_and_resumed(recipe, place, cfg, folder):
     recipe.train_one(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), *place)
 
 
+def heads_apart(recipe, place, cfgs, folder):
+    """Isolated heads beside a trunk, that trunk without them, and these heads alone, twice."""
+    isolated, alone, only = cfgs
+    for name, cfg in {"isolated": isolated, "alone": alone}.items():
+        recipe.train_one(OmegaConf.merge(cfg, {"output_dir": str(folder / name)}), *place)
+    killed_and_resumed(recipe, place, only, folder)
+
+
 def odd_batches(recipe, place, cfg, folder):
     """At step 2 rank 1 has nothing to learn from, at step 3 nobody; then rank 1 has NaNs: at step 4
     in its gradient, at step 5 in its loss."""
@@ -1258,6 +1469,30 @@ def test_two_ranks_resume_to_the_bit(forks, rho1, base_config, tmp_path):
 
 
 @pytest.mark.slow
+def test_heads_apart_on_two_ranks(forks, run, rho1, one_head, base_config, tmp_path):
+    """Bits of trunk and head 0; heads alone resume to the bit, and train as on one rank."""
+    table = {"reference": {"table_dir": str(tmp_path / "scores")}}
+    start = OmegaConf.merge(base_config, rho1, APART, table, {"weighting": WEIGHTINGS["soft"]})
+    isolated = OmegaConf.merge(start, DISTILLED, {"extra_heads": "isolated"})
+    apart = {key: rho1[key] for key in ("checkpointer",)} | APART | DISTILLED
+    apart |= {"extra_heads": "only", "max_steps": 6, "weighting": {"name": "dft"}}
+    both = OmegaConf.merge(base_config, apart)
+    cfgs = isolated, OmegaConf.merge(start, one_head), both
+    forks.call(rank_main, "heads_apart", cfgs, tmp_path)
+    assert_head_0_is_that_of(tmp_path / "isolated", tmp_path / "alone")
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert trained(tmp_path / "killed") == trained(tmp_path / "whole")
+    one, _ = run(apart | {"batch_size": 2 * APART["batch_size"]})
+    for got, want in zip(trained(tmp_path / "whole"), trained(one), strict=True):
+        for key in want.keys() - {"padding_share"}:
+            assert got[key] == pytest.approx(want[key], rel=1e-5, abs=1e-7), key
+    frozen = {k for k in weights_of(one) if "extra_heads" not in k}
+    base = torch.load(Path(rho1["checkpointer"]["checkpoint_dir"]) / "consolidated.pth")
+    after = weights_of(tmp_path / "whole")
+    assert all(torch.equal(after[key], base[key]) for key in frozen)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "accumulation"), [pytest.param(8, 1, marks=pytest.mark.nightly), (2, 4)]
 )
@@ -1273,7 +1508,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_data(
     other = trained(tmp_path / "killed")
     assert [line["step"] for line in other] == [line["step"] for line in whole]
     for got, want in zip(other, whole, strict=True):
-        for key in ("loss", "val_loss", "weighted_loss"):
+        for key in ("loss", "val_loss", "weighted_loss", "tokens_per_forward"):
             if key in want:
                 assert got[key] == pytest.approx(want[key], abs=1e-6), (key, want["step"])
 
@@ -1294,7 +1529,7 @@ def test_a_run_that_needs_more_memory_than_there_is(run, recipe, monkeypatch):
     assert sentence.startswith(
         "TrainingError: out of memory in a step of 4 rows x 64 tokens x 4 heads on each of 1 ranks"
     )
-    assert "What needs less: enable_activation_checkpointing=true; batch_size=2 grad" in sentence
+    assert "What needs less: activation_checkpointing=selective; activation_che" in sentence
     assert "`python -m wmtp_modules.estimate_memory --config" in sentence
 
 

@@ -63,6 +63,21 @@ def test_seeds_are_averaged_with_their_intervals(seeds, tmp_path):
     assert list(rows) == ["Held-out loss (95 % intervals over seeds)", "arm", "rho1", "uniform"]
 
 
+def test_tokens_per_forward_are_averaged_and_paired(seeds, tmp_path):
+    fast = {"": (1.5, 1.75, 1.5), "controls/uniform": (1.25, 1.25, 1.5)}
+    for where, values in fast.items():
+        for folder, value in zip(seeds, values, strict=True):
+            with (folder / where / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": 10, "tokens_per_forward": value}) + "\n")
+    rows = rows_of(compare.compare(seeds, tmp_path / "c.html"))
+    gap = np.subtract(*fast.values())
+    low, high = stats.t.interval(0.95, 2, loc=gap.mean(), scale=stats.sem(gap))
+    assert rows["arm"][-2:] == ["tokens/forward", "minus uniform"]
+    assert rows["rho1"][-1] == f"{gap.mean():+.4f} ± {(high - low) / 2:.4f}"
+    assert rows["rho1"][-2].startswith("1.5833 ± ")
+    assert "Tokens per forward" in (tmp_path / "c.html").read_text()
+
+
 def test_only_seeds_of_both_are_paired(seeds):
     for arms in (arms_of(seeds), arms_of([seeds[0], seeds[1], seeds[2] / "controls" / "uniform"])):
         assert [arm.name for arm in arms] == ["rho1", "uniform"]

@@ -39,6 +39,18 @@ def test_every_panel_says_what_it_shows(metrics):
         assert drawn == {"uniform", "rho1"}
 
 
+def test_tokens_per_forward_have_a_panel_unless_there_is_one_head(metrics):
+    def titles():
+        figure = curves._curves({name: read_metrics(path) for name, path in metrics.items()})
+        return [axis.get_title() for part in figure.subfigs for axis in part.axes]
+
+    lines = {"step": 0, "tokens_per_forward": 1.5}
+    for more, is_drawn in (({}, False), ({"acceptance_head_1": 0.5}, True)):
+        with metrics["rho1"].open("a") as file:
+            file.write(json.dumps(lines | more) + "\n")
+        assert ("Held-out tokens per forward" in titles()) == is_drawn
+
+
 def test_many_runs_of_long_names_are_told_apart_inside_the_picture(metrics):
     lines = read_metrics(metrics["rho1"])
     figure = curves._curves({f"another_{i}_{'n' * 30}": lines for i in range(16)})

@@ -136,6 +136,29 @@ def test_smoothing_by_hand_leaves_gaps_out():
     )
 
 
+def test_tokens_per_forward_stand_beside_the_controls(tmp_path):
+    def decoding(line, fast):
+        figures = {"tokens_per_forward": fast, "acceptance_head_1": fast - 1}
+        return line | figures | {"tokens_per_forward/word_start": fast + 0.125}
+
+    run = write_run(tmp_path / "run", RUN, SETTINGS | {"controls": ["uniform", "older"]})
+    assert "Tokens per forward" not in write_run_page(run).read_text()
+    lines = [decoding(validated(0, 4.0), 1.25), decoding(validated(2, 3.0), 1.5)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    uniform = {"weighting": {"name": "uniform"}}
+    write_run(run / "controls" / "uniform", [decoding(validated(2, 3.5), 1.375)], uniform)
+    write_run(run / "controls" / "older", RUN, {"weighting": {"name": "older"}})
+    page = Page(write_run_page(run).read_text())
+    found = next(i for i, row in enumerate(page.rows) if "tokens/forward" in row)
+    assert page.rows[found : found + 4] == [
+        ["", "tokens/forward", "head 1", "word start"],
+        ["before training", "1.250", "0.250", "1.375"],
+        ["uniform", "1.375", "0.375", "1.500"],
+        ["rho1", "1.500", "0.500", "1.625"],
+    ]
+    assert "step 2: 1.5" in page.text  # in the chart
+
+
 # ------------------------------------------------------------------------------- charts
 
 

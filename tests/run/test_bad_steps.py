@@ -141,7 +141,6 @@ def test_a_replay_names_rows_module_and_gradients(gloo_group, tiny_model_args):
         "keep": torch.ones(2, 8, dtype=torch.bool),
         "input_pos": tokens,
         "row": torch.tensor([3, 4])[:, None].repeat(1, 8),
-        "seq_lens": [torch.tensor([8])] * 2,
     }
     batch["tokens"][0, 3] = 7
 

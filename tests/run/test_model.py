@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import attention_utils
 
 from wmtp_modules.loss import linear_cross_entropy as loss_module
 from wmtp_modules.memory.step import RECIPES, load_recipe
+from wmtp_modules.models.attention_mask import block_mask
 from wmtp_modules.models.lora import LoRA
 from wmtp_modules.run import model
 
@@ -62,15 +63,10 @@ def flex_stand_in(q, k, v, block_mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTT[:, None])
 
 
-def block_mask(lengths):
-    """As ``packed_block_causal_mask`` makes it on CUDA."""
-    ids_BT = attention_utils._get_document_ids_from_seq_lens([torch.tensor(x) for x in lengths])
-    B, T = ids_BT.shape
-
-    def mask_mod(b, h, q, k):
-        return (q >= k) & (ids_BT[b, q] == ids_BT[b, k])
-
-    return create_block_mask(mask_mod, B, None, T, T, device="cpu")
+def mask_of(lengths):
+    """As ``document_mask`` makes it on CUDA."""
+    docs = [torch.arange(len(one)).repeat_interleave(torch.tensor(one)) for one in lengths]
+    return block_mask(torch.stack(docs))
 
 
 @pytest.fixture
@@ -119,7 +115,7 @@ def losses_of(model, lengths):
     generator = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(512, (2, 64), generator=generator)
     labels_BTK = torch.randint(512, (2, 64, 4), generator=generator)
-    return model(tokens_BT, labels_BTK, mask=block_mask(lengths))
+    return model(tokens_BT, labels_BTK, mask=mask_of(lengths))
 
 
 def step(model, lengths):

@@ -136,6 +136,7 @@ def test_each_run_stands_in_figures_under_its_name_with_what_it_changes(
         own = {"base": [4.0], name: losses[name], "gone": [0.0]}
         return {
             "heldout_loss": own,
+            "tokens_per_forward": {"base": 1.5, name: losses[name][0], "gone": 9.0},
             "seconds": 1.0,
             "steps": one.max_steps,
             "controls": {"gone": {}},
@@ -143,6 +144,8 @@ def test_each_run_stands_in_figures_under_its_name_with_what_it_changes(
 
     summary = run_all(runs_of(cfg, ["rho1", "uniform"]), run)
     assert summary["heldout_loss"] == {"base": [4.0]} | losses
+    tokens = {"base": 1.5, "uniform": 3.0, "much_longer_uniform": 2.0, "rho1": 1.0}
+    assert summary["tokens_per_forward"] == tokens
     assert summary["controls"] == {
         "uniform": {"weighting.name": "uniform"},
         "much_longer_uniform": {"max_steps": 16, "weighting.name": "uniform"},
@@ -153,16 +156,20 @@ def test_each_run_stands_in_figures_under_its_name_with_what_it_changes(
     print_losses(summary)
     *lines, said = capsys.readouterr().out.splitlines()[2:]
     assert [line.split() for line in lines] == [
-        ["head", "0", "mean"],
-        ["base", "4.000", "4.000"],
-        ["uniform", "3.000", "3.000"],
-        ["much_longer_uniform", "2.000", "2.000", "max_steps=16", "weighting.name=uniform"],
-        ["rho1", "1.000", "1.000"],
+        ["head", "0", "mean", "tokens/forward"],
+        ["base", "4.000", "4.000", "1.50"],
+        ["uniform", "3.000", "3.000", "3.00"],
+        ["much_longer_uniform", "2.000", "2.000", "2.00", "max_steps=16", "weighting.name=uniform"],
+        ["rho1", "1.000", "1.000", "1.00"],
     ]
     assert len({line.index(".") for line in lines[1:]}) == 1  # in columns
     assert said == f"{summary['steps']} steps are too few to judge a weighting by: docs/results.md"
-    print_losses(summary | {"steps": 80})
-    assert "too few" not in capsys.readouterr().out
+    print_losses(summary | {"steps": 80, "tokens_per_forward": {"rho1": 1.25}})
+    out = capsys.readouterr().out
+    assert "too few" not in out
+    assert ["uniform", "3.000", "3.000", "-"] in [line.split() for line in out.splitlines()]
+    print_losses(summary | {"tokens_per_forward": {}})  # of runs that are older than the figure
+    assert "forward" not in capsys.readouterr().out
 
 
 def test_a_finished_control_does_not_mind_what_stands_beside_it(tmp_path):

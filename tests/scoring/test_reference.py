@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from torchtune.modules.attention_utils import packed_block_causal_mask
 
 from wmtp_modules.data.packing import PackedDataset, collate
 from wmtp_modules.loss.mtp_loss import mtp_labels
 from wmtp_modules.models import mtp_llama2
+from wmtp_modules.models.attention_mask import document_mask
 from wmtp_modules.scoring.reference import (
     align_reference,
     beside_model,
@@ -50,7 +50,7 @@ def packed(rows, row_ids, scores):
         scores={"reference": [scores[row] for row in row_ids]},
     )
     batch = collate([packs[i] for i in range(len(packs))])
-    return batch | {"mask": packed_block_causal_mask(batch["seq_lens"])}
+    return batch | {"mask": document_mask(batch["doc"])}
 
 
 def table_of(tmp_path, model, rows, kind):

@@ -30,6 +30,7 @@ def make_run(tmp_path, tiny_model_args, tiny_tokenizer_path):
         summary = {
             "steps": 1200,
             "heldout_loss": LOSSES,
+            "tokens_per_forward": {"base": 1.25, "rho1": 1.5},
             "controls": {"longer|run": {"max_steps": 2000}},
             "data": {"tokens": 12345, "packs": 67},
         }
@@ -133,8 +134,8 @@ def test_the_card_says_what_the_folder_says(make_run, tmp_path):
     run = make_run()
     (tmp_path / "report.json").write_text(json.dumps({"pass": {"pass@1": 0.25}, "n": 3}))
     card = model_card(run, "m", tmp_path)
-    assert "| base | 3.0000 | 4.0000 | 3.5000 |  |" in card
-    assert r"| longer\|run | 2.5000 | 3.5000 | 3.0000 | `max_steps=2000` |" in card
+    assert "| base | 3.0000 | 4.0000 | 3.5000 | 1.25 |  |" in card
+    assert r"| longer\|run | 2.5000 | 3.5000 | 3.0000 |  | `max_steps=2000` |" in card
     assert "| pass.pass@1 | 0.2500 |" in card
     assert "for 1,200 steps with `rho1` weights" in card
     assert "12,345 tokens, 67 packs" in card

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp_modules.weighting.rho1 import excess_scores, scope_ids, soft_weights, topk_weights
+from wmtp_modules.weighting.rho1 import (
+    _sum_K,
+    excess_scores,
+    scope_ids,
+    soft_weights,
+    topk_weights,
+)
 
 
 def random_case(seed, B=4, T=17, K=3, ties=False):
@@ -185,3 +191,10 @@ def test_soft_at_a_low_temperature_keeps_order_far_below_the_largest():
     largest_N = scores_BTK.flatten().argsort(descending=True)
     torch.testing.assert_close(weights_N[largest_N[:199]], torch.full((199,), 5.0))
     torch.testing.assert_close(weights_N[largest_N[199:210]].sum(), torch.tensor(5.0))
+
+
+def test_statistics_of_a_head_do_not_depend_on_how_many_there_are():
+    """To the bit, as ``extra_heads: isolated`` promises; rounding would hide it in weights."""
+    x_BTK = torch.randn(7, 333, 5, generator=torch.Generator().manual_seed(0)).double() / 3
+    for k in range(1, 5):
+        assert torch.equal(_sum_K(x_BTK)[:k], _sum_K(x_BTK[..., :k].clone()))

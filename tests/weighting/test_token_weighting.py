@@ -198,3 +198,26 @@ def test_missing_inputs_are_refused(name, what, inputs):
     losses_BTK, mask_BTK, doc_BT, _ = inputs
     with pytest.raises(ValueError, match=f"weighting '{name}' needs {what}"):
         TokenWeighting(name)(None if name == "dft" else losses_BTK, mask_BTK, doc_BT, None, step=0)
+
+
+@pytest.mark.parametrize("name", TokenWeighting.NAMES)
+@pytest.mark.parametrize(
+    "how", [{}, {"selection": "soft"}, {"scope": "document"}, {"scope": "rank"}]
+)
+def test_no_weighting_waits_for_the_device(name, how, waits):
+    weighting = TokenWeighting(name, **how)
+    losses_BTK, scores_BTK = torch.rand(2, 8, 3), torch.rand(2, 8, 3)
+    mask_BTK, doc_BT = torch.rand(2, 8, 3) > 0.3, torch.arange(8).expand(2, 8) // 3
+    with waits() as found:
+        weighting(losses_BTK, mask_BTK, doc_BT, scores_BTK, step=3)
+    assert found == []
+
+
+def test_what_waits_is_found(waits):
+    """The test above can fail."""
+    x = torch.rand(4)
+    with waits() as found:
+        if x.sum() > 9:
+            x = x + 1
+        float(x[0]), x[x > 0.5], x.tolist(), torch.where(x > 0.5)
+    assert len(found) == 5

@@ -101,6 +101,8 @@ def write_hf_tokenizer(tokenizer_path: str | Path, folder: Path, *, max_seq_len:
     config = {
         # The generic class takes tokenizer.json as it is; the Llama class rebuilds it its own way.
         "tokenizer_class": "PreTrainedTokenizerFast",
+        # By default transformers 4 adds token_type_ids, which a Llama's generate refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": bos,
         "eos_token": eos,
         "unk_token": unk,

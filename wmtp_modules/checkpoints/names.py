@@ -6,8 +6,9 @@ Everything here works on one key or one tensor at a time, so that callers can st
 - Meta's multi-token release (arXiv 2404.19737): ``layers`` holds the trunk and then head 0,
   ``extra_heads.{k - 1}`` is head k. The rotary embedding turns neighbouring pairs of rows, as
   torchtune's does, so tensors are renamed and nothing else.
-- Hugging Face: one more trunk block in place of head 0, no other heads. The rotary embedding
-  turns row i together with row i + head_dim / 2, so the rows of q and k are in another order.
+- Hugging Face: one more trunk block in place of head 0, no other heads; in the folders of
+  ``convert --to hf-mtp`` they are ``extra_heads.{k - 1}``. The rotary embedding turns row i
+  together with row i + head_dim / 2, so the rows of q and k are in another order.
 """
 
 import re
@@ -47,7 +48,7 @@ LAYOUTS = {
         "layers|extra_heads", *([row[1] for row in t] for t in (_BLOCK_KEYS, _SHARED_KEYS))
     ),
     HUGGING_FACE: _pattern(
-        "model.layers", *([row[2] for row in t] for t in (_BLOCK_KEYS, _SHARED_KEYS))
+        "model.layers|extra_heads", *([row[2] for row in t] for t in (_BLOCK_KEYS, _SHARED_KEYS))
     ),
     "torchtune's": _pattern(
         "layers|heads", [row[0] for row in _BLOCK_KEYS], ["norm.scale", "output.norm.scale"]
@@ -81,15 +82,17 @@ def meta_key(key: str, n_trunk: int) -> str:
     return f"{stack}.{index}.{_TO_META[rest]}"
 
 
-def hf_key(key: str, n_trunk: int) -> str:
-    """Hugging Face's name of one of our keys; every head maps to the last block, ``n_trunk``.
+def hf_key(key: str, n_trunk: int, *, all_heads: bool = False) -> str:
+    """Hugging Face's name of one of our keys; head 0 is the last block, ``n_trunk``.
 
-    Reading therefore starts each head as a copy of that block; writing takes trunk and head 0 only,
-    see ``is_extra_head``.
+    So is every other head of a folder without them: reading starts each as a copy of that block,
+    writing leaves them out, see ``is_extra_head``. With ``all_heads`` they have their own names.
     """
     if key in _TO_HF:
         return _TO_HF[key]
     stack, index, rest = key.split(".", 2)
+    if all_heads and is_extra_head(key):
+        return f"extra_heads.{int(index) - 1}.{_TO_HF[rest]}"
     return f"model.layers.{n_trunk if stack == 'heads' else index}.{_TO_HF[rest]}"
 
 

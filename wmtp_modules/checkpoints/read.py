@@ -7,6 +7,7 @@ the same error by itself, before any memory is spent.
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,11 @@ class Checkpoint:
             ``tokenizer.model``.
         n_future_tokens: heads; None takes what the folder has. For a Hugging Face folder more than
             one starts a multi-token model: its last block is copied into the extra heads, which
-            come on top of its blocks.
+            come on top of its blocks, unless it has extra heads itself (``convert --to hf-mtp``).
 
     Attributes:
         args: arguments of ``mtp_llama2``; ``max_seq_len`` is the folder's context length.
+        has_heads: whether it has extra heads, in either format.
 
     Raises:
         ValueError: if the folder is incomplete, damaged or of neither format, carries code, names
@@ -108,6 +110,7 @@ class Checkpoint:
         if foreign:
             raise ValueError(foreign)
         read_args = self._args_from_hf if self.is_hf else self._args_from_meta
+        self.has_heads = _number(config, "n_future_tokens", self.config_file, default=1) > 1
         self.args = read_args(config, n_future_tokens)
         self._check_widths()
         self._their_keys = self._name_keys(config)
@@ -129,12 +132,7 @@ class Checkpoint:
     def _args_from_meta(self, config: dict, n_future_tokens: int | None) -> dict:
         file = self.config_file
         dim, num_heads = _number(config, "dim", file), _number(config, "n_heads", file)
-        found = _number(config, "n_future_tokens", file, default=1)
-        if n_future_tokens not in (None, found):
-            raise ValueError(
-                f"{file}: n_future_tokens is {found}, the model has {n_future_tokens}: "
-                f"set model.n_future_tokens to {found}"
-            )
+        found = self._heads_of(config, n_future_tokens)
         hidden = self._shape("layers.0.feed_forward.w1.weight")[0]
         if "multiple_of" in config:
             multiplier = _number(config, "ffn_dim_multiplier", file, float, default=1.0)
@@ -165,6 +163,15 @@ class Checkpoint:
                 or (LLAMA3_SCALING if config.get("use_scaled_rope") else None)
             ),
         )
+
+    def _heads_of(self, config: dict, n_future_tokens: int | None) -> int:
+        found = _number(config, "n_future_tokens", self.config_file, default=1)
+        if n_future_tokens not in (None, found):
+            raise ValueError(
+                f"{self.config_file}: n_future_tokens is {found}, the model has "
+                f"{n_future_tokens}: set model.n_future_tokens to {found}"
+            )
+        return found
 
     def _scaling_of(self, block: Any) -> dict | None:
         try:
@@ -208,6 +215,8 @@ class Checkpoint:
                     "supported"
                 )
         n_heads = n_future_tokens or 1
+        if self.has_heads:
+            n_heads = self._heads_of(config, n_future_tokens)
         num_layers = _number(config, "num_hidden_layers", file, at_least=2)  # trunk and head 0
         return dict(
             vocab_size=_number(config, "vocab_size", file),
@@ -233,7 +242,7 @@ class Checkpoint:
             )
 
     def _name_keys(self, config: dict) -> dict[str, str]:
-        name = hf_key if self.is_hf else meta_key
+        name = partial(hf_key, all_heads=self.has_heads) if self.is_hf else meta_key
         n_trunk = self.args["num_layers"] - self.args["n_future_tokens"]
         if self.args["num_layers"] > len(self._tensors) + self.args["n_future_tokens"]:
             raise ValueError(

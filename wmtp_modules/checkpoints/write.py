@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
 from wmtp_modules.checkpoints.adapter import ADAPTER_CONFIG, write_adapter
-from wmtp_modules.checkpoints.names import meta_key
+from wmtp_modules.checkpoints.names import is_extra_head, meta_key
 from wmtp_modules.checkpoints.read import (
     META_CONTEXT,
     check_vocab,
@@ -38,7 +38,9 @@ def save_meta(
 
     Parameters, sharded or not, are gathered one at a time; rank 0 keeps them on the CPU, in
     ``dtype``, and writes. The folder appears under its name when it is complete, in place of an
-    earlier checkpoint. Adapters are merged in fp32 before that, and stand beside the model by
+    earlier checkpoint. Where the model has ``read_frozen``, all but heads 1 to K - 1 is copied from
+    there, and these are in the dtype that they have there: a frozen trunk keeps its bits, whatever
+    computed with it. Adapters are merged in fp32 before that, and stand beside the model by
     themselves (``write_adapter``), or alone if ``model.lora`` says so.
 
     Raises:
@@ -138,6 +140,11 @@ def _whole_tensors(model: MTPTransformer, dtype: torch.dtype) -> Iterator[tuple[
     state = model.state_dict()
     for key, parameter in state.items():
         layer = key.removesuffix("weight")
+        if model.read_frozen:
+            start = model.read_frozen(key)
+            is_frozen = not is_extra_head(key)
+            yield key, start if is_frozen else _whole(parameter.to(start.dtype)).cpu()
+            continue
         if is_adapter(key):
             continue
         if model.lora and layer + A in state:

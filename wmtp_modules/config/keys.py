@@ -73,6 +73,11 @@ class Lora(Keys):
     save_adapter_only: bool = Field(False, description="best/ and last/ without the merged model")
 
 
+class Distilled(Keys):
+    weight: float = Field(0.5, gt=0, le=1, description="share in their loss; 1: nothing else")
+    temperature: float = Field(1.0, gt=0, description="of both distributions")
+
+
 class Places(Keys):
     """Keys of every recipe."""
 
@@ -98,6 +103,13 @@ class TrainingKeys(Places):
     lora: Lora | None = Field(
         None, description="adapters on a frozen model; null: all of it trains"
     )
+    extra_heads: Literal["full", "isolated", "only"] | None = Field(
+        None,
+        description="whether heads 1 to K - 1 train with all else, beside it, or alone; null: full",
+    )
+    distill: Distilled | None = Field(
+        None, description="heads 1 to K - 1 learn from head 0 too, docs/heads.md; null: not"
+    )
     tokenizer: Tokenizer = Field(description="the tokenizer")
     dataset: Dataset = Field(description="rows to train on, docs/data.md")
     dataset_val: Dataset = Field(description="held-out rows")
@@ -111,6 +123,9 @@ class TrainingKeys(Places):
     )
     sync_each_batch: bool | None = Field(
         None, description="gradients cross nodes each micro-batch; null: unless nodes are replicas"
+    )
+    reshard_after_forward: bool | None = Field(
+        None, description="trunk blocks are gathered again for the backward; null: yes"
     )
     optimizer: Optimizer = Field(description="the optimizer")
     num_warmup_steps: int = Field(ge=0, description="updates until the full learning rate")
@@ -133,6 +148,9 @@ class TrainingKeys(Places):
     )
     enable_activation_checkpointing: bool | None = Field(
         None, description="older name: true is full, false is none"
+    )
+    float8: Literal["tensorwise", "rowwise"] | None = Field(
+        None, description="products of blocks in float8, by this recipe of torchao's; null: not"
     )
     compile: bool = Field(description="whether torch.compile is used")
     profiler: Profiler = Field(description="torchtune's profiler")

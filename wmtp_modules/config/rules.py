@@ -134,6 +134,34 @@ def _lora_has_a_base(
     return wrong
 
 
+def _float8_trains_all(float8: str | None, lora: dict | None) -> str | None:
+    if float8 and lora is not None:
+        return "float8: adapters are trained in the compute dtype: set float8 or lora to null"
+    return None
+
+
+def _extra_heads_have_what_they_need(
+    extra_heads: str | None, checkpointer: dict | None, lora: dict | None
+) -> list[str]:
+    wrong = []
+    if extra_heads == "only" and not checkpointer:
+        wrong.append(
+            "extra_heads: only trains nothing but heads 1 to K - 1, on a model that is there: set "
+            "checkpointer, or extra_heads: full"
+        )
+    if extra_heads == "only" and lora is not None:
+        wrong.append(
+            "extra_heads: only trains these heads whole, and adapters would train the trunk as "
+            "well: set lora: null, or extra_heads: isolated with lora"
+        )
+    if extra_heads == "isolated" and lora is not None and not lora.get("heads", True):
+        wrong.append(
+            "extra_heads: isolated trains heads 1 to K - 1 beside the rest, and lora.heads: false "
+            "leaves them as they are: set lora.heads: true, or extra_heads: full"
+        )
+    return wrong
+
+
 def _shards_divide_ranks(data_parallel_shard: int | None) -> str | None:
     if "WORLD_SIZE" in os.environ:  # else it is checked where the number of ranks is known
         try:
@@ -149,6 +177,8 @@ TRAINING_RULES = (
     _compiler_is_there,
     _bf16_parameters_learn,
     _lora_has_a_base,
+    _float8_trains_all,
+    _extra_heads_have_what_they_need,
     _shards_divide_ranks,
 )
 

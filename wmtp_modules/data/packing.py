@@ -106,8 +106,7 @@ class PackedDataset(Dataset):
             ``tokens`` int64 [T]; ``keep`` bool [T], supervised; ``doc`` int64 [T], document in the
             pack, -1 for padding; ``input_pos`` int64 [T], from 0 in every document; ``row`` int64
             [T], row of the data set, -1 for padding; ``noise`` bool [T]; ``weight`` fp32 [T] if the
-            rows have it, 1 where they say nothing; ``seq_lens`` int64, one per document and one for
-            the padding; each of ``scores`` by name, fp32 [T] or
+            rows have it, 1 where they say nothing; each of ``scores`` by name, fp32 [T] or
             [T, K_ref], and ``reward`` fp32 [T] of the token's row, both NaN for padding.
         """
         if not 0 <= index < len(self):
@@ -152,8 +151,6 @@ class PackedDataset(Dataset):
         if tail:
             # Padding counts from 0 like a document, so no position exceeds T.
             pack["input_pos"][n_tokens:] = torch.arange(tail)
-            lengths = np.append(lengths, tail)
-        pack["seq_lens"] = torch.from_numpy(lengths)
         return pack
 
 
@@ -189,12 +186,9 @@ def best_fit_decreasing(lengths: np.ndarray, room: int) -> np.ndarray:
     return packs
 
 
-def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-    """Stack packs into a batch; ``seq_lens`` stays a list because packs differ in rows."""
-    batch = {
-        key: torch.stack([item[key] for item in items]) for key in items[0] if key != "seq_lens"
-    }
-    return batch | {"seq_lens": [item["seq_lens"] for item in items]}
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack packs into a batch."""
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
 def _scores_of(table: Sequence, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:

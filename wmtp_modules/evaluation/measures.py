@@ -71,10 +71,10 @@ class HeldoutSums(NamedTuple):
             (nats), ``top1``, ``top5`` (share of targets among the 1 and 5 most likely), ``ece`` and
             ``calibration``, the non-empty bins (see ``_calibration``); ``acceptance_length``: 1 +
             the mean number of consecutive heads 1, 2, ... whose most likely token is the one that
-            head 0 finds most likely once it gets there (what greedy self-speculative decoding would
-            keep if the model had written the text); ``by_token_class``: for each class among head
-            0's targets ``class``, its ``share`` of them, and for each head ``tokens``, ``loss`` and
-            ``top1``.
+            head 0 finds most likely once it gets there, over all positions (a decoder skips those
+            within blocks that it keeps, so it keeps fewer: ``run/acceptance.py``);
+            ``by_token_class``: for each class among head 0's targets ``class``, its ``share`` of
+            them, and for each head ``tokens``, ``loss`` and ``top1``.
         """
         heads_KS = self.classes_KCS.sum(1)
         if not heads_KS.isfinite().all():

@@ -1,12 +1,13 @@
-"""Generates completions for a batch of prompts."""
+"""Generates completions of prompts, a number of them at a time."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torchtune.models.llama2 import Llama2Tokenizer
 
-from wmtp_modules.generation.sampling import check_sampling, request_uniforms
+from wmtp_modules.generation.sampling import check_sampling
 from wmtp_modules.generation.self_speculative import Decoder, FinishReason, Row
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
@@ -49,12 +50,24 @@ class Generation:
     accepted: list[int]
 
 
-@torch.inference_mode()
 def generate(
     model: MTPTransformer,
     tokenizer: Llama2Tokenizer,
-    requests: list[Request],
+    requests: Sequence[Request],
+    **settings: Any,
+) -> list[Generation]:
+    """Complete prompts; settings are those of ``generate_as_completed``, order the requests'."""
+    done = dict(generate_as_completed(model, tokenizer, requests, **settings))
+    return [done[i] for i in range(len(requests))]
+
+
+@torch.inference_mode()
+def generate_as_completed(
+    model: MTPTransformer,
+    tokenizer: Llama2Tokenizer,
+    requests: Sequence[Request],
     *,
+    batch_size: int,
     decoding: Decoding,
     max_new_tokens: int,
     temperature: float,
@@ -62,15 +75,20 @@ def generate(
     top_k: int,
     stop: tuple[str, ...],
     dtype: torch.dtype,
-) -> list[Generation]:
-    """Complete prompts in one batch.
+    static_shapes: bool = False,
+) -> Iterator[tuple[int, Generation]]:
+    """Complete any number of prompts, and yield each request's index and completion as it ends.
 
-    A completion depends only on its request and the settings: not on the other requests, their
-    order or number, nor on ``decoding``, up to the rounding of the logits.
+    Completions that end leave the batch and waiting requests enter, in their order. A completion
+    depends only on its request and the settings: not on the other requests, their order or number,
+    nor on ``batch_size``, ``decoding`` or ``static_shapes``, up to the rounding of the logits.
 
     Args:
-        model: not sharded. Existing KV caches are dropped.
-        requests: one batch; equal prompts are run once.
+        model: not sharded. Existing KV caches are dropped. Leave it alone until the last completion
+            or until the iterator is closed: it is in eval mode and has caches meanwhile.
+        requests: a prompt that lies in the caches is not run again, so equal ones belong together.
+        batch_size: completions made at a time. The caches are as long as the longest prompt and
+            ``max_new_tokens`` together, for each of them.
         decoding: "plain" runs the trunk and head 0 for each token; "self_speculative" gives the
             same tokens in fewer forwards.
         max_new_tokens: most tokens of a completion.
@@ -78,47 +96,60 @@ def generate(
             ``next_token_probs``.
         stop: strings that end a completion.
         dtype: of the parameters, and therefore of the keys and values.
+        static_shapes: give every forward the same shapes, whatever has ended, and replay a CUDA
+            graph of it on a GPU. Off by default: not measured on a GPU, and slower without one.
 
     Raises:
         ValueError: if a value is out of range, a prompt does not suit the model, its parameters
             have another dtype, or its logits are not finite.
     """
-    _check(model, requests, decoding, max_new_tokens, stop, dtype)
+    _check(model, requests, batch_size, decoding, max_new_tokens, stop, dtype)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     check_sampling(**sampling)
     if not requests:
-        return []
+        return
     n_heads = model.n_future_tokens
     n_drafts = n_heads - 1 if decoding == "self_speculative" else 0
-    rows = [Row(r.prompt, tokenizer, stop, max_new_tokens, n_drafts) for r in requests]
-    uniforms_BN = None
-    if temperature > 0:
-        uniforms_BN = request_uniforms([r.seed for r in requests], max_new_tokens)
-        uniforms_BN = uniforms_BN.to(model.tok_embeddings.weight.device)
-    prompts = {r.prompt for r in requests}
+    rows = [
+        Row(i, request.seed, request.prompt, tokenizer, stop, max_new_tokens, n_drafts)
+        for i, request in enumerate(requests)
+    ]
+    n_slots = min(batch_size, len(rows))
+    longest = max(len(request.prompt) for request in requests) + max_new_tokens
     was_training = model.training
     model.eval()
     try:
-        model.setup_caches(len(prompts), dtype, cache_len=max(map(len, prompts)) + max_new_tokens)
-        Decoder(model, list(rows), uniforms_BN, n_drafts=n_drafts, **sampling).run()
+        model.setup_caches(n_slots, dtype, cache_len=longest)
+        decoder = Decoder(
+            model,
+            rows,
+            n_slots=n_slots,
+            n_drafts=n_drafts,
+            max_new_tokens=max_new_tokens,
+            static_shapes=static_shapes,
+            **sampling,
+        )
+        del rows  # each is dropped as it ends
+        for row in decoder.run():
+            yield (
+                row.index,
+                Generation(
+                    tokens=row.tokens,
+                    text=row.text.text,
+                    finish_reason=row.ended_by,
+                    forwards=row.forwards,
+                    accepted=row.accepted + [0] * (n_heads - 1 - n_drafts),
+                ),
+            )
     finally:
         model.delete_caches()
         model.train(was_training)
-    return [
-        Generation(
-            tokens=row.tokens,
-            text=row.text.text,
-            finish_reason=row.ended_by,
-            forwards=row.forwards,
-            accepted=row.accepted + [0] * (n_heads - 1 - n_drafts),
-        )
-        for row in rows
-    ]
 
 
 def _check(
     model: MTPTransformer,
-    requests: list[Request],
+    requests: Sequence[Request],
+    batch_size: int,
     decoding: str,
     max_new_tokens: int,
     stop: tuple[str, ...],
@@ -131,6 +162,8 @@ def _check(
             "self_speculative decoding needs more than one head, and this model has only one: set "
             "decoding to plain"
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if isinstance(stop, str) or "" in stop:

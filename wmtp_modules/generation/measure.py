@@ -78,7 +78,8 @@ def measure_decoding(
     Times are wall-clock seconds of ``generate``, including prefill, caches and decoding of text.
 
     Args:
-        requests: decoded ``batch_size`` at a time.
+        requests: decoded in one call of ``generate``.
+        batch_size: of that call.
         repeats: how often all requests are decoded in both ways, after one batch to warm up.
         settings: the other arguments of ``generate``, without ``decoding``.
 
@@ -96,11 +97,12 @@ def measure_decoding(
         raise ValueError(
             f"batch_size and repeats must be at least 1, got {batch_size} and {repeats}"
         )
+    settings["batch_size"] = batch_size
     on_cuda = model.tok_embeddings.weight.is_cuda
 
-    def decode(decoding: Decoding, batch: list[Request]) -> tuple[list[Generation], float]:
+    def decode(decoding: Decoding, requests: list[Request]) -> tuple[list[Generation], float]:
         start = time.perf_counter()
-        done = generate(model, tokenizer, batch, decoding=decoding, **settings)
+        done = generate(model, tokenizer, requests, decoding=decoding, **settings)
         if on_cuda:
             torch.cuda.synchronize()
         return done, time.perf_counter() - start
@@ -109,19 +111,11 @@ def measure_decoding(
         decode(decoding, requests[:batch_size])
     seconds: dict[str, list[float]] = {decoding: [] for decoding in DECODINGS}
     done: dict[str, list[Generation]] = {}  # of the last repeat
-    turn = 0
-    for _ in range(repeats):
-        done = {decoding: [] for decoding in DECODINGS}
-        spent = dict.fromkeys(DECODINGS, 0.0)
-        for first in range(0, len(requests), batch_size):
-            # In turn, and each first in turn, so that a machine that slows down favours neither.
-            turn += 1
-            for decoding in DECODINGS if turn % 2 else reversed(DECODINGS):
-                generations, elapsed = decode(decoding, requests[first : first + batch_size])
-                done[decoding] += generations
-                spent[decoding] += elapsed
-        for decoding in DECODINGS:
-            seconds[decoding].append(spent[decoding])
+    for turn in range(repeats):
+        # In turn, and each first in turn, so that a machine that slows down favours neither.
+        for decoding in reversed(DECODINGS) if turn % 2 else DECODINGS:
+            done[decoding], elapsed = decode(decoding, requests)
+            seconds[decoding].append(elapsed)
     speed = {d: sum(len(g.tokens) for g in done[d]) / median(seconds[d]) for d in DECODINGS}
     fast = done["self_speculative"]
     forwards = sum(g.forwards for g in fast)

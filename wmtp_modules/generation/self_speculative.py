@@ -10,18 +10,23 @@ decoding one at a time, both greedily and when sampling with the same uniform nu
 guesses (S = 1) the same loop is plain decoding.
 
 Rows have prompts of different lengths and accept different numbers of tokens, so they are at
-different positions. Padding and rejected guesses lie after a row's own positions, where no query of
-the row looks before they are overwritten.
+different positions. Padding, rejected guesses and what an earlier row left behind lie after a row's
+own positions, where no query of the row looks before they are overwritten.
+
+Rows live in slots: places in the caches and in the tensors that a forward reads. Rows that end
+leave, and waiting ones enter (continuous batching: Yu et al. 2022, Orca). The rows being decoded
+have the first slots, so that a forward without holes is a slice.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torchtune.models.llama2 import Llama2Tokenizer
 
 from wmtp_modules.generation.new_text import NewText
-from wmtp_modules.generation.sampling import draw_tokens
+from wmtp_modules.generation.sampling import draw_tokens, request_uniforms
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -33,16 +38,23 @@ def count_kept(fed_BS: torch.Tensor, draws_BS: torch.Tensor) -> torch.Tensor:
 
 
 class Row:
-    """The host's record of one request: its tokens, its text, whether it has ended, and counts."""
+    """The host's record of one request: its tokens, its text, whether it has ended, and counts.
+
+    ``index`` is the request's place among the others, ``seed`` that of its uniform numbers.
+    """
 
     def __init__(
         self,
-        prompt: Sequence[int],
+        index: int,
+        seed: int,
+        prompt: tuple[int, ...],
         tokenizer: Llama2Tokenizer,
         stop: tuple[str, ...],
         max_new_tokens: int,
         n_drafts: int,
     ) -> None:
+        self.index = index
+        self.seed = seed
         self.prompt = prompt
         self.tokens: list[int] = []
         self.text = NewText(tokenizer, prompt, stop)
@@ -79,71 +91,71 @@ class Row:
 
 
 class Decoder:
-    """Decodes a batch of rows, not yet started, until all have ended.
-
-    Rows that have ended leave the batch together with their keys and values: copying the caches
-    costs about as much as one forward reads of them, and a row that stays would cost that in every
-    forward.
+    """Decodes rows, not yet started, and keeps as many slots busy as it can.
 
     Args:
-        model: with caches for the distinct prompts, in eval mode, not sharded.
-        uniforms_BN: fp64, on the model's device; None for greedy decoding.
+        model: with caches of one row for each slot, as long as the longest row may become, in eval
+            mode, not sharded.
+        rows: in the order in which they enter.
+        n_slots: rows decoded together at most.
         n_drafts: guesses per forward, less than the model's number of heads; 0 is plain decoding,
             in which only the trunk and head 0 run.
+        max_new_tokens: most tokens of a row.
+        static_shapes: every forward has all slots, the idle ones too, and the whole caches, so that
+            its shapes never change; on a GPU it is recorded once and replayed.
         sampling: temperature, top_k and top_p; see ``draw_tokens``.
     """
 
     def __init__(
         self,
         model: MTPTransformer,
-        rows: list[Row],
-        uniforms_BN: torch.Tensor | None,
+        rows: Sequence[Row],
         *,
+        n_slots: int,
         n_drafts: int,
+        max_new_tokens: int,
+        static_shapes: bool,
         **sampling: Any,
     ) -> None:
         self.model = model
-        self.rows = rows
+        self.rows: list[Row] = []  # of slots 0, 1, ...
         self.n_drafts = n_drafts
-        self._uniforms_BN = uniforms_BN
+        self._waiting = deque(rows)
+        self._n_slots = n_slots
+        self._max_new_tokens = max_new_tokens
+        self._static_shapes = static_shapes
         self._sampling = sampling
-        self._device = model.tok_embeddings.weight.device
-        self._prompt_B = self._ids([len(row.prompt) for row in rows])
-        # Position of each row's last token, whose successor is drawn next.
-        self._position_B = self._prompt_B - 1
+        weight = model.tok_embeddings.weight
+        self._device = weight.device
+        # For each slot: its row's prompt, whose keys stay in the caches also when the row has left,
+        # and the output of the heads in use at the prompt's last token.
+        self._prompts: list[tuple[int, ...] | None] = [None] * n_slots
+        self._hidden_BKD = weight.new_zeros(n_slots, 1 + n_drafts, weight.shape[1])
+        self._fed_BS = self._zeros(n_slots, 1 + n_drafts)  # the last token and the guesses
+        self._position_B = self._zeros(n_slots)  # of the last token, whose successor is drawn next
+        self._drawn_B = self._zeros(n_slots)  # number of tokens drawn
+        n_uniforms = max_new_tokens if sampling["temperature"] > 0 else 0
+        self._uniforms_BN = self._zeros(n_slots, n_uniforms).double()
 
-    def run(self) -> None:
-        """Decode until every row has ended; ValueError if the model's logits are not finite."""
-        fed_BS, hidden_KBSD = self._prefill()
-        while True:
-            draws_BS, finite_B = self._draw(hidden_KBSD[0])
-            kept_B = count_kept(fed_BS, draws_BS)
-            # The only wait for the device in a step.
-            table = torch.cat([draws_BS, kept_B[:, None], finite_B[:, None]], dim=1).tolist()
-            for row, (*draws, kept, finite) in zip(self.rows, table, strict=True):
-                if not finite:
-                    raise ValueError(
-                        f"the model's logits after token {row.position} are not finite: check the "
-                        "checkpoint and the dtype"
-                    )
-                row.take(draws[: kept + 1])
-            self._position_B = self._position_B + kept_B + 1
-            live = [b for b, row in enumerate(self.rows) if row.finish_reason is None]
-            if not live:
-                return
-            all_B = torch.arange(len(self.rows), device=self._device)
-            last_B = draws_BS[all_B, kept_B]
-            hidden_KBD = [hidden_BSD[all_B, kept_B] for hidden_BSD in hidden_KBSD[1:]]
-            if len(live) < len(self.rows):
-                live_B = self._ids(live)
-                last_B = last_B[live_B]
-                hidden_KBD = [hidden_BD[live_B] for hidden_BD in hidden_KBD]
-                self._select(live, live_B)
-            fed_BS = last_B[:, None]
-            if self.n_drafts:
-                logits_BKV = self.model.output(torch.stack(hidden_KBD, dim=1))
-                fed_BS = torch.cat([fed_BS, self.draft(logits_BKV)], dim=1)
-            hidden_KBSD = self._decode(fed_BS)
+    def run(self) -> Iterator[Row]:
+        """Decode, and yield each row as it ends; ValueError if logits are not finite.
+
+        Rows wait until a quarter of the slots is free, so that they share a prefill: entering one
+        by one, 16 rows of 22 forwards would need a prefill in three of four forwards.
+        """
+        forward = self._forward
+        if self._static_shapes and self._device.type == "cuda":
+            forward = _recorded(forward)
+        enough = max(1, self._n_slots // 4)
+        while self.rows or self._waiting:
+            free = self._n_slots - len(self.rows)
+            if self._waiting and free >= min(enough, len(self._waiting)):
+                self._enter(free)
+            else:
+                for row in self.rows:
+                    row.forwards += 1
+                self._take(self.rows, forward())
+            yield from self._leave()
 
     def draft(self, logits_BKV: torch.Tensor) -> torch.Tensor:
         """Guess the tokens after the last one of each row, from the logits of heads 1..n_drafts.
@@ -153,59 +165,168 @@ class Decoder:
         """
         return logits_BKV.argmax(-1)
 
-    def _ids(self, values: list[int] | list[list[int]]) -> torch.Tensor:
+    def _ids(self, values: Sequence[int] | list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _prefill(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run each distinct prompt once, and give every row its copy of the caches.
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self._device)
 
-        Returns the rows' last tokens fed_BS and each head's output there, both with S = 1.
+    def _enter(self, most: int) -> None:
+        """Prefill waiting rows into the slots behind the others, and draw their first tokens.
+
+        A prompt whose keys lie in a slot is not run again.
         """
-        prompts = list(dict.fromkeys(row.prompt for row in self.rows))
-        place = {prompt: u for u, prompt in enumerate(prompts)}
+        first = len(self.rows)
+        while self._waiting and len(self.rows) < first + most:
+            self.rows.append(self._waiting.popleft())
+        entered = self.rows[first:]
+        holders = {row.prompt: slot for slot, row in enumerate(self.rows[:first])}
+        new, copies = [], {}
+        for slot, row in enumerate(entered, first):
+            if self._prompts[slot] != row.prompt:
+                if row.prompt in holders:
+                    copies[slot] = holders[row.prompt]
+                else:
+                    new.append(slot)
+            holders.setdefault(row.prompt, slot)
+            self._prompts[slot] = row.prompt
+        if new:
+            self._prefill(new)
+        if copies:
+            longest = max(len(self.rows[slot].prompt) for slot in copies)
+            self._copy_slots(list(copies.values()), list(copies), longest)
+        slots = slice(first, len(self.rows))
+        self._position_B[slots] = self._ids([len(row.prompt) - 1 for row in entered])
+        self._drawn_B[slots] = 0
+        if self._uniforms_BN.shape[1]:
+            self._uniforms_BN[slots] = request_uniforms(
+                [row.seed for row in entered], self._max_new_tokens
+            ).to(self._device)
+        hidden_BKSD = self._hidden_BKD[slots, :, None]
+        self._take(entered, self._advance(slots, self._fed_BS[slots, :1], hidden_BKSD.unbind(1)))
+
+    def _prefill(self, slots: list[int]) -> None:
+        """Run the prompts of these slots."""
+        prompts = [self.rows[slot].prompt for slot in slots]
         T = max(map(len, prompts))
+        slots_B = self._ids(slots)
+        self.model.place_prompts_in_caches(slots_B, T)
         # Padded on the right with an arbitrary token: see the top of the file.
-        tokens_UT = self._ids([[*prompt, *[0] * (T - len(prompt))] for prompt in prompts])
-        pos_UT = torch.arange(T, device=self._device).expand(len(prompts), T)
-        hidden_KUTD = self._heads(tokens_UT, pos_UT, T)
-        rows_B = self._ids([place[row.prompt] for row in self.rows])
-        self.model.select_cache_rows(rows_B)
-        at = (rows_B[:, None], self._position_B[:, None])
-        return tokens_UT[at], [hidden_UTD[at] for hidden_UTD in hidden_KUTD]
+        tokens_BT = self._ids([[*prompt, *[0] * (T - len(prompt))] for prompt in prompts])
+        hidden_KBTD = self._heads(tokens_BT)
+        at = (torch.arange(len(slots), device=self._device), self._ids([*map(len, prompts)]) - 1)
+        self._hidden_BKD[slots_B] = torch.stack([hidden[at] for hidden in hidden_KBTD], dim=1)
 
-    def _decode(self, fed_BS: torch.Tensor) -> list[torch.Tensor]:
-        """One forward over each row's last token and its guesses; every head's output [B, S, D]."""
-        S = fed_BS.shape[1]
-        for row in self.rows:
-            row.forwards += 1
-        pos_BS = self._position_B[:, None] + torch.arange(S, device=self._device)
+    def _forward(self) -> torch.Tensor:
+        """One forward over each row's last token and its guesses; see ``_advance``.
+
+        With static shapes nothing of it depends on a value that the host knows.
+        """
+        S = 1 + self.n_drafts
+        n, end, alike = self._n_slots, self.model.cache_len, False
+        if not self._static_shapes:
+            positions = [row.position for row in self.rows]
+            n, end = len(positions), min(max(positions) + S, end)
+            alike = S == 1 and min(positions) == max(positions)
+        slots = slice(0, n)
+        fed_BS = self._fed_BS[slots]
         # Guesses beyond max_new_tokens share the last position, which no accepted draw reads.
-        end = min(max(row.position for row in self.rows) + S, self.model.cache_len)
-        return self._heads(fed_BS, pos_BS.clamp(max=end - 1), end)
+        pos_BS = self._position_B[slots, None] + torch.arange(S, device=self._device)
+        pos_BS = pos_BS.clamp(max=end - 1)
+        mask = self.model.place_in_caches(pos_BS, end, masked=not alike)
+        return self._advance(slots, fed_BS, self._heads(fed_BS, mask=mask, input_pos=pos_BS))
 
-    def _heads(self, tokens_BS: torch.Tensor, pos_BS: torch.Tensor, end: int) -> list[torch.Tensor]:
+    def _heads(self, tokens_BS: torch.Tensor, **where: torch.Tensor | None) -> list[torch.Tensor]:
         """Output of the heads in use; those that draft see every token, to cache its key."""
-        mask = self.model.place_in_caches(pos_BS, end)
-        hidden_BSD = self.model.trunk(tokens_BS, mask=mask, input_pos=pos_BS)
-        heads = self.model.heads[: 1 + self.n_drafts]
-        return [head(hidden_BSD, mask=mask, input_pos=pos_BS) for head in heads]
+        hidden_BSD = self.model.trunk(tokens_BS, **where)
+        return [head(hidden_BSD, **where) for head in self.model.heads[: 1 + self.n_drafts]]
 
-    def _draw(self, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Head 0's draw at each position, and whether all logits of the row are finite."""
-        logits_BSV = self.model.output(hidden_BSD)
+    def _advance(
+        self, slots: slice, fed_BS: torch.Tensor, hidden_KBSD: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Draw behind the tokens fed, move the slots on, and guess what comes next.
+
+        Returns:
+            int64 [B, S + 2]: head 0's draws, how many guesses they confirm, and whether all logits
+            are finite.
+        """
+        logits_BSV = self.model.output(hidden_KBSD[0])
         uniforms_BS = None
-        if self._uniforms_BN is not None:
-            first_B = self._position_B + 1 - self._prompt_B  # index of the token drawn first
-            index_BS = first_B[:, None] + torch.arange(hidden_BSD.shape[1], device=self._device)
-            last = self._uniforms_BN.shape[1] - 1
-            uniforms_BS = self._uniforms_BN.gather(1, index_BS.clamp(max=last))
+        if self._uniforms_BN.shape[1]:
+            index_BS = self._drawn_B[slots, None] + torch.arange(
+                fed_BS.shape[1], device=self._device
+            )
+            index_BS = index_BS.clamp(max=self._max_new_tokens - 1)
+            uniforms_BS = self._uniforms_BN[slots].gather(1, index_BS)
         draws_BS = draw_tokens(logits_BSV, uniforms_BS, **self._sampling)
-        return draws_BS, logits_BSV.isfinite().flatten(1).all(dim=1)
+        finite_B = logits_BSV.isfinite().flatten(1).all(dim=1)
+        kept_B = count_kept(fed_BS, draws_BS)
+        table = torch.cat([draws_BS, kept_B[:, None], finite_B[:, None]], dim=1)
+        self._position_B[slots] += kept_B + 1
+        self._drawn_B[slots] += kept_B + 1
+        self._fed_BS[slots, :1] = draws_BS.gather(1, kept_B[:, None])
+        if self.n_drafts:
+            at = (torch.arange(len(kept_B), device=self._device), kept_B)
+            hidden_BKD = torch.stack([hidden[at] for hidden in hidden_KBSD[1:]], dim=1)
+            self._fed_BS[slots, 1:] = self.draft(self.model.output(hidden_BKD))
+        return table
 
-    def _select(self, live: list[int], live_B: torch.Tensor) -> None:
-        self.rows = [self.rows[b] for b in live]
-        self._prompt_B = self._prompt_B[live_B]
-        self._position_B = self._position_B[live_B]
-        if self._uniforms_BN is not None:
-            self._uniforms_BN = self._uniforms_BN[live_B]
-        self.model.select_cache_rows(live_B)
+    def _take(self, rows: list[Row], table: torch.Tensor) -> None:
+        # The only wait for the device in a step.
+        for row, (*draws, kept, finite) in zip(rows, table[: len(rows)].tolist(), strict=True):
+            if not finite:
+                raise ValueError(
+                    f"the model's logits after token {row.position} are not finite: check the "
+                    "checkpoint and the dtype"
+                )
+            row.take(draws[: kept + 1])
+
+    def _leave(self) -> list[Row]:
+        """Take out the rows that have ended; the last ones move into their slots."""
+        ended = [row for row in self.rows if row.finish_reason]
+        n = len(self.rows) - len(ended)
+        holes = [slot for slot, row in enumerate(self.rows[:n]) if row.finish_reason]
+        moved = [slot for slot, row in enumerate(self.rows[n:], n) if not row.finish_reason]
+        if moved:
+            self._copy_slots(moved, holes, max(self.rows[slot].position for slot in moved))
+            for slot, hole in zip(moved, holes, strict=True):
+                self.rows[hole] = self.rows[slot]
+                self._prompts[hole] = self._prompts[slot]
+        del self.rows[n:]
+        return ended
+
+    def _copy_slots(self, source: list[int], to: list[int], end: int) -> None:
+        """Copy all that the device knows of slots, keys and values up to position ``end``."""
+        source_B, to_B = self._ids(source), self._ids(to)
+        self.model.copy_cache_rows(source_B, to_B, end)
+        for tensor in (
+            self._hidden_BKD,
+            self._fed_BS,
+            self._position_B,
+            self._drawn_B,
+            self._uniforms_BN,
+        ):
+            tensor[to_B] = tensor[source_B]
+
+
+def _recorded(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Record a forward of static shapes as a CUDA graph; the result replays it.
+
+    Written after PyTorch's notes on CUDA graphs (warm-up on a side stream, then capture) and not
+    run: no GPU was at hand. What the warm-up leaves in the slots is overwritten as rows enter.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        table = forward()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return table
+
+    return replay

@@ -82,6 +82,28 @@ def linear_cross_entropy(
     return _WeightedLoss.apply(flat_hidden, weight, labels, token_weights.detach(), impl)
 
 
+@torch.no_grad()
+def losses_and_choices(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, impl: str = "chunked"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-token losses and the likeliest tokens, of one product and without gradients.
+
+    Args:
+        hidden, weight, labels, impl: as ``linear_cross_entropy`` takes them.
+
+    Returns:
+        Its losses, [...] in fp32 (fp64 for fp64 operands), and argmax of the same logits, int64
+        [...], also where a label is ignored: what greedy decoding chooses there.
+    """
+    labels_N, hidden_ND = labels.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
+    losses_of, losses, choices = _pick(_losses_of, impl), [], []
+    for chunk in _chunks(len(labels_N), len(weight), hidden.device):
+        logits_NV = _logits(hidden_ND[chunk], weight)
+        losses.append(losses_of(logits_NV, labels_N[chunk])[0])
+        choices.append(logits_NV.argmax(-1))
+    return torch.cat(losses).view(labels.shape), torch.cat(choices).view(labels.shape)
+
+
 def linear_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Logits ``hidden @ weight.T``, differentiable: as those of the loss, but all at once.
 

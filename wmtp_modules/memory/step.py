@@ -176,7 +176,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     if checkpointing_of(cfg) == "auto":
         cfg = merged(cfg, set_checkpointing("none"))
 
-    def make_mask(seq_lens: object) -> torch.Tensor | None:
+    def make_mask(doc_BT: object) -> torch.Tensor | None:
         # Dense on a CPU. On a GPU flex attention has blocks that take next to nothing.
         return None if on_gpu else torch.ones(B, T, T, dtype=torch.bool)
 
@@ -187,7 +187,7 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
         mock.patch.object(loss_module, "_gives_fp32", return_value=on_gpu),
         mock.patch.object(nf4tensor, "CHUNK_SIZE", 2**62),  # quantises nothing in many pieces
         mock.patch.object(recipe, "Watchdog", mock.MagicMock(), create=True),
-        mock.patch.object(recipe, "packed_block_causal_mask", make_mask, create=True),
+        mock.patch.object(recipe, "document_mask", make_mask, create=True),
     ):
         one = _recipe_class(recipe)(cfg, CPU, mesh, None)
         one.setup_model()
@@ -269,6 +269,10 @@ class Rehearsal:
 
     def new_sums(self) -> Sums:
         return _TellingSums(self.tracker)
+
+    def update(self, sums: Sums, norms: torch.Tensor) -> None:
+        if self.may_update(sums, norms):
+            self._optimizer.step()
 
     def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
         # torchao compiles its step, one kernel for each parameter and no tensors between; taken
@@ -352,4 +356,4 @@ def _make_batch(cfg: DictConfig) -> dict[str, Any]:
     integers = {name: torch.zeros(B, T, dtype=torch.int64) for name in names}
     marks = {name: torch.zeros(B, T, dtype=torch.bool) for name in ("keep", "noise")}
     numbers = {name: torch.zeros(B, T) for name in ("reference", "values", "reward", "weight")}
-    return integers | marks | numbers | {"seq_lens": None}
+    return integers | marks | numbers

@@ -20,6 +20,7 @@ Checkpointing = Literal["none", "selective", "full"]
 _ATEN = torch.ops.aten
 _KEPT = {
     _ATEN.mm.default,
+    _ATEN._scaled_mm.default,  # of float8
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_flash_attention.default,

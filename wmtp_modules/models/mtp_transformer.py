@@ -4,18 +4,27 @@ Shapes: B batch, T positions, K heads (future tokens), D model width, V vocabula
 Head k (0-based) at position t predicts token t + k + 1.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, cast
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
-from torchtune.modules.attention_utils import _MaskType
+from torchtune.modules.attention_utils import _MaskType, _sdpa_or_flex_attention
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy, linear_logits
-from wmtp_modules.models.kv_cache import RowKVCache
+from wmtp_modules.loss.distill import Distill, distilled_cross_entropy
+from wmtp_modules.loss.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_logits,
+    losses_and_choices,
+)
+from wmtp_modules.models.kv_cache import CachedRoPE, RowKVCache, cached_attention
 from wmtp_modules.models.lora import LoRA, adapt_block
+
+ExtraHeads = Literal["full", "isolated", "only"]
 
 
 class LogitLinear(nn.Linear):
@@ -36,6 +45,9 @@ class MTPOutput(nn.Module):
 
     The loss is computed inside this forward so that, under FSDP2, it uses the gathered plain
     weight and its gradient returns through the same unit.
+
+    Attributes:
+        is_apart: heads 1 to K - 1 do not train norm and projection.
     """
 
     def __init__(self, norm: RMSNorm, proj: LogitLinear) -> None:
@@ -43,19 +55,83 @@ class MTPOutput(nn.Module):
         self.norm = norm
         self.proj = proj
         self.loss_impl = "chunked"
+        self.is_apart = False
 
     def forward(
         self,
         hidden_BTKD: torch.Tensor,
         labels_BTK: torch.Tensor | None = None,
         token_weights_BTK: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        hidden_BTKD = self.norm(hidden_BTKD)
+        further_BTJD: torch.Tensor | None = None,
+        distill: Distill | None = None,
+        with_choices: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """As that of ``MTPTransformer``.
+
+        With ``further_BTJD`` these are heads 1 to K - 1, and ``hidden_BTKD`` is of head 0, whose
+        loss then has chunks, and so bits, of its own: those of a model without further heads.
+        """
+        normed_BTKD = self.norm(hidden_BTKD)
         if labels_BTK is None:
-            return self.proj(hidden_BTKD)
-        return linear_cross_entropy(
-            hidden_BTKD, self.proj.weight, labels_BTK, token_weights_BTK, impl=self.loss_impl
+            return self.proj(normed_BTKD)
+        n = hidden_BTKD.shape[2]
+        if with_choices:
+            sides = [(normed_BTKD, labels_BTK[..., :n])]
+            if further_BTJD is not None:
+                sides.append((self.norm(further_BTJD), labels_BTK[..., n:]))
+            weight, impl = self.proj.weight, self.loss_impl
+            found = [losses_and_choices(x, weight, labels, impl=impl) for x, labels in sides]
+            losses_BTK, choices_BTK = map(_joined, zip(*found, strict=True))
+            return losses_BTK, choices_BTK
+        weights = (None, None)
+        if token_weights_BTK is not None:
+            weights = token_weights_BTK[..., :n], token_weights_BTK[..., n:]
+        parts = [self._plain(normed_BTKD, self.proj.weight, labels_BTK[..., :n], weights[0])]
+        if further_BTJD is not None:
+            others = labels_BTK[..., n:], weights[1]
+            parts.append(self._further(further_BTJD, *others, normed_BTKD[:, :, 0], distill))
+        trained, losses_BTK, distilled_BTK = map(_joined, zip(*parts, strict=True))
+        if distill is not None:
+            return trained, losses_BTK, distilled_BTK
+        return trained if token_weights_BTK is None else (trained, losses_BTK)
+
+    def _further(
+        self,
+        hidden_BTJD: torch.Tensor,
+        labels_BTJ: torch.Tensor,
+        weights_BTJ: torch.Tensor | None,
+        teacher_BTD: torch.Tensor,
+        distill: Distill | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale, weight_VD = self.norm.scale, self.proj.weight
+        if self.is_apart:
+            scale, weight_VD = scale.detach(), weight_VD.detach()
+        normed_BTJD = functional_call(self.norm, {"scale": scale}, (hidden_BTJD,))
+        if not (distill and distill.weight):
+            return self._plain(normed_BTJD, weight_VD, labels_BTJ, weights_BTJ)
+        tensors = normed_BTJD, weight_VD, labels_BTJ, teacher_BTD
+        return distilled_cross_entropy(*tensors, distill, weights_BTJ, impl=self.loss_impl)
+
+    def _plain(
+        self,
+        normed_BTKD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_BTK: torch.Tensor,
+        weights_BTK: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What to train on, losses, and that nothing is distilled."""
+        result = linear_cross_entropy(
+            normed_BTKD, weight_VD, labels_BTK, weights_BTK, impl=self.loss_impl
         )
+        trained, losses_BTK = result if isinstance(result, tuple) else (result, result.detach())
+        return trained, losses_BTK, torch.zeros_like(losses_BTK)
+
+
+def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Sums added up, figures of head 0 and of the others side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, -1) if parts[0].dim() else torch.stack(parts).sum()
 
 
 class _Attention(Protocol):
@@ -63,6 +139,8 @@ class _Attention(Protocol):
 
     kv_cache: RowKVCache | None
     cache_enabled: bool
+    pos_embeddings: nn.Module
+    _attention_call: Callable[..., torch.Tensor]
     num_kv_heads: int
     head_dim: int
 
@@ -80,6 +158,10 @@ class MTPTransformer(nn.Module):
         context: longest row in tokens that the weights were trained on; may exceed
             ``max_seq_len``, the longest row that this model accepts.
         lora: how it is adapted; None if all of it trains.
+        extra_heads: how heads 1 to K - 1 train, see ``set_extra_heads``.
+        distill: what a training forward is to be given.
+        read_frozen: gives what does not train as its checkpoint has it, by our key, to be exported;
+            None if all of it trains.
     """
 
     def __init__(
@@ -99,6 +181,9 @@ class MTPTransformer(nn.Module):
         self.args = args
         self.context: int = args["max_seq_len"]
         self.lora: LoRA | None = None
+        self.extra_heads: ExtraHeads = "full"
+        self.distill = Distill()
+        self.read_frozen: Callable[[str], torch.Tensor] | None = None
 
     @property
     def n_future_tokens(self) -> int:
@@ -116,21 +201,29 @@ class MTPTransformer(nn.Module):
         mask: _MaskType | None = None,
         input_pos: torch.Tensor | None = None,
         token_weights_BTK: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        distill: Distill | None = None,
+        with_choices: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Logits, per-token losses, or a loss with the weights folded in.
 
         Args:
             tokens_BT: token ids, int64.
             labels_BTK: target of each head, -100 where there is none (see ``mtp_labels``).
-            mask: attention mask as ``torchtune...packed_block_causal_mask`` makes it; causal
+            mask: attention mask as ``document_mask`` makes it; causal
                 over the whole row if None.
             input_pos: position of each token inside its document, int64 [B, T].
             token_weights_BTK: fp32 weights that are known before the forward.
+            distill: what heads 1 to K - 1 learn from head 0, as training asks for it.
+            with_choices: whether each head's likeliest token is asked for beside its losses.
 
         Returns:
             Without labels fp32 logits_BTKV. With labels fp32 losses_BTK, differentiable, so that
             weights may be applied afterwards. With weights as well, the pair
             (sum of weight * loss, losses_BTK without gradient), which saves one matrix product.
+            With ``distill`` always three: what to train on, which is such a sum or a loss per token
+            that holds the distillation's, then without gradient the plain losses_BTK and the
+            distillation's, which are 0 for head 0 and where nothing is distilled.
+            With choices the pair (losses_BTK, choices_BTK) instead, without gradient.
 
         Raises:
             ValueError: if the row is longer than the model's ``max_seq_len``.
@@ -141,10 +234,19 @@ class MTPTransformer(nn.Module):
                 f"{self.max_seq_len}: raise model.max_seq_len or lower tokenizer.max_seq_len"
             )
         hidden_BTD = self.trunk(tokens_BT, mask=mask, input_pos=input_pos)
-        hidden_BTKD = torch.stack(
-            [head(hidden_BTD, mask=mask, input_pos=input_pos) for head in self.heads], dim=2
+        is_full, distils = self.extra_heads == "full", bool(distill and distill.weight)
+        read_BTD = hidden_BTD if is_full else hidden_BTD.detach()
+        heads = [
+            head(read_BTD if k else hidden_BTD, mask=mask, input_pos=input_pos)
+            for k, head in enumerate(self.heads)
+        ]
+        further_BTJD = None
+        if labels_BTK is not None and len(heads) > 1 and (distils or not is_full):
+            further_BTJD, heads = torch.stack(heads[1:], dim=2), heads[:1]
+        hidden_BTKD = torch.stack(heads, dim=2)
+        return self.output(
+            hidden_BTKD, labels_BTK, token_weights_BTK, further_BTJD, distill, with_choices
         )
-        return self.output(hidden_BTKD, labels_BTK, token_weights_BTK)
 
     def trunk(
         self,
@@ -177,42 +279,88 @@ class MTPTransformer(nn.Module):
         set_trainable_params(self, get_adapter_params(self))
         self.lora = lora
 
+    def set_extra_heads(self, how: ExtraHeads) -> None:
+        """How heads 1 to K - 1 train; before the model is sharded, after ``add_lora``.
+
+        ``full``: they train the trunk, norm and projection as head 0 does. ``isolated``: their
+        gradient ends at the trunk's output, the norm and the projection, so that all else trains
+        as it would without them. ``only``: all else is frozen as well.
+        """
+        self.extra_heads = how
+        self.output.is_apart = how != "full"
+        if how == "only":
+            self.requires_grad_(False)
+            for head in self.heads[1:]:
+                head.requires_grad_(True)
+
     def setup_caches(self, batch_size: int, dtype: torch.dtype, *, cache_len: int) -> None:
         """Give every block, heads included, a KV cache of ``cache_len`` positions per row."""
+        self.delete_caches()
         self.cache_len = cache_len
-        for attn in self._attentions():
+        attentions = self._attentions()
+        self._rope = [CachedRoPE(attentions[0].pos_embeddings)]  # listed: no part of the model
+        for attn in attentions:
             with self.tok_embeddings.weight.device:  # created there: it may not fit in host memory
                 attn.kv_cache = RowKVCache(
                     batch_size, cache_len, attn.num_kv_heads, attn.head_dim, dtype
                 )
             attn.cache_enabled = True
+            attn.pos_embeddings = self._rope[0]
+            attn._attention_call = cached_attention
 
-    def place_in_caches(self, input_pos: torch.Tensor, end: int) -> torch.Tensor:
-        """Tell every cache where the next tokens go, before a forward with KV caches.
+    def place_in_caches(
+        self, input_pos: torch.Tensor, end: int, *, masked: bool = True
+    ) -> torch.Tensor | None:
+        """Tell every cache that the next tokens continue its first rows, before that forward.
 
         Args:
             input_pos: position of each token, int64 [B, S], below ``end``.
             end: cache positions that the blocks look at, at most ``cache_len``.
+            masked: False promises that S is 1 and every position is ``end - 1``: a query then sees
+                all keys, and kernels that take no mask can be used.
 
         Returns:
-            that forward's mask, bool [B, S, end]. Keys are cached at their own position, so a
-            query sees every position that is not later.
+            that forward's mask, to be added to the scores, [B, S, end]; None if not ``masked``.
+            Keys are cached at their own position, so a query sees every position that is not later.
         """
+        rows = torch.arange(input_pos.shape[0], device=input_pos.device)[:, None]
         for cache in self._caches():
-            cache.input_pos = input_pos
-            cache.end = end
-        return torch.arange(end, device=input_pos.device) <= input_pos[:, :, None]
+            cache.rows, cache.input_pos, cache.end = rows, input_pos, end
+        self._rope[0].look_up(input_pos)
+        if not masked:
+            return None
+        later = torch.arange(end, device=input_pos.device) > input_pos[:, :, None]
+        # Made once here: of a boolean mask, attention would make the same in every block.
+        mask = torch.zeros(later.shape, dtype=self.tok_embeddings.weight.dtype, device=later.device)
+        return mask.masked_fill_(later, -math.inf)
 
-    def select_cache_rows(self, rows: torch.Tensor) -> None:
-        """Keep these rows, int64, of every cache, in this order; rows may be repeated."""
+    def place_prompts_in_caches(self, rows: torch.Tensor, length: int) -> None:
+        """Tell every cache that whole texts come next, which see nothing but themselves.
+
+        That forward needs neither mask nor ``input_pos``.
+
+        Args:
+            rows: of the caches, that the texts are written to, int64 [B].
+            length: tokens of each text, the padding on its right included.
+        """
+        input_pos = torch.arange(length, device=rows.device).expand(len(rows), length)
         for cache in self._caches():
-            cache.select_rows(rows)
+            cache.rows, cache.input_pos, cache.end = rows[:, None], input_pos, None
+        self._rope[0].look_up(input_pos[:1])
+
+    def copy_cache_rows(self, source: torch.Tensor, to: torch.Tensor, end: int) -> None:
+        """Copy rows of every cache, int64, onto others, up to position ``end``."""
+        for cache in self._caches():
+            cache.copy_rows(source, to, end)
 
     def delete_caches(self) -> None:
         """Drop the KV caches, e.g. to train or score again."""
         for attn in self._attentions():
             attn.kv_cache = None
             attn.cache_enabled = False
+            if isinstance(attn.pos_embeddings, CachedRoPE):
+                attn.pos_embeddings = attn.pos_embeddings.own
+                attn._attention_call = _sdpa_or_flex_attention()  # as torchtune sets it
 
     def _attentions(self) -> list[_Attention]:
         return [cast(_Attention, block.attn) for block in (*self.layers, *self.heads)]

@@ -41,7 +41,8 @@ def shard_model(
     Args:
         mesh: of one dimension, or of two: (replicas, shards), see ``sharding_mesh``.
         compute_dtype: of the gathered parameters; the sharded ones keep theirs.
-        gather_once: trunk blocks stay gathered as well, for ``sync_gradients_``.
+        gather_once: trunk blocks stay gathered as well until their backward: as many all-gathers
+            as units. ``sync_gradients_`` needs it for ``all``.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

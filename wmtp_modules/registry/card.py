@@ -79,15 +79,18 @@ def _losses(summary: dict) -> str:
     """Every run of the config by its name: a claim about weights is one against its controls."""
     losses, changes = summary["heldout_loss"], summary.get("controls", {})
     heads = range(len(losses["base"]))
-    rows = [["", *(f"head {k}" for k in heads), "mean", ""]]
+    tokens = summary.get("tokens_per_forward", {})  # older runs have none
+    rows = [["", *(f"head {k}" for k in heads), "mean", *["tokens per forward"] * bool(tokens), ""]]
     for name, loss_K in losses.items():
         told = ", ".join(f"`{key}={value}`" for key, value in changes.get(name, {}).items())
         mean = sum(loss_K) / len(loss_K)
-        rows.append([name, *(f"{x:.4f}" for x in [*loss_K, mean]), told])
+        fast = [f"{tokens[name]:.2f}" if name in tokens else ""] * bool(tokens)
+        rows.append([name, *(f"{x:.4f}" for x in [*loss_K, mean]), *fast, told])
     return (
         "Nats per token; `base` is before training, the last row is this model at its end, the "
         "others are controls from the same start. The checkpoint is the one with the lowest mean "
-        f"of the validations.\n\n{_table(rows)}"
+        "of the validations. Tokens per forward are those of greedy self-speculative decoding, as "
+        f"far as held-out text tells.\n\n{_table(rows)}"
     )
 
 

@@ -54,6 +54,14 @@ class Arm:
         there = zip(self.seeds, self.runs, strict=True)
         return step, {s: run.heldout[step] for s, run in there if step in run.heldout}
 
+    def tokens_per_forward(self) -> dict[Any, float]:
+        """Each seed's at the arm's last validated step; older runs have none."""
+        step, _ = self.figures()
+        curves = [run.metrics.get("tokens_per_forward") for run in self.runs]
+        at = zip(self.seeds, curves, strict=True)
+        found = {s: c.finite.values[c.finite.steps == step] for s, c in at if c is not None}
+        return {seed: float(values[0]) for seed, values in found.items() if len(values)}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -87,8 +95,12 @@ def paired(arm: Arm, other: Arm) -> Estimate | None:
     Runs without a seed in their config have no pair.
     """
     (_, a), (_, b) = arm.figures(), other.figures()
+    return _gap({s: _mean(one) for s, one in a.items()}, {s: _mean(one) for s, one in b.items()})
+
+
+def _gap(a: dict[Any, float], b: dict[Any, float]) -> Estimate | None:
     seeds = [seed for seed in a if seed in b and seed is not None]
-    return estimate([_mean(a[s]) - _mean(b[s]) for s in seeds]) if seeds else None
+    return estimate([a[seed] - b[seed] for seed in seeds]) if seeds else None
 
 
 # --------------------------------------------------------------------------------- arms
@@ -183,21 +195,31 @@ def baseline_of(arms: Sequence[Arm], name: str | None = None) -> Arm:
 
 
 def comparison_table(arms: Sequence[Arm], baseline: Arm) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: held-out loss of each arm at its last validation, lowest mean first."""
+    """Head and rows: held-out loss of each arm at its last validation, lowest mean first.
+
+    Where runs have them, the tokens per forward of their greedy decoding come last.
+    """
     heads = max((len(one) for arm in arms for one in arm.figures()[1].values()), default=0)
     head = ["arm", "seeds", "step", *(f"head {k}" for k in range(heads)), "mean of heads"]
     head += [f"minus {baseline.name}", "pairs"]
+    fast = {arm.name: arm.tokens_per_forward() for arm in arms}
+    if any(fast.values()):
+        head += ["tokens/forward", f"minus {baseline.name}"]
     ranked = []
     for arm in arms:
         step, losses = arm.figures()
         if not losses:
-            ranked.append((math.inf, [arm.name, "0", *[""] * (heads + 4)]))
+            ranked.append((math.inf, [arm.name, "0", *[""] * (len(head) - 2)]))
             continue
         mean = estimate([_mean(one) for one in losses.values()])
         cells = [f"{float(np.mean(x)):.4f}" for x in zip(*losses.values(), strict=True)]
         cells += [""] * (heads - len(cells))
         gap = None if arm is baseline else paired(arm, baseline)
         told = ["", ""] if gap is None else [_signed(gap), str(gap.n)]
+        if any(fast.values()):
+            own = fast[arm.name]
+            more = None if arm is baseline else _gap(own, fast[baseline.name])
+            told += [str(estimate([*own.values()])) if own else "", _signed(more) if more else ""]
         ranked.append(
             (mean.mean, [arm.name, str(len(losses)), f"{step:,}", *cells, str(mean), *told])
         )
@@ -264,7 +286,7 @@ def write_comparison(path: str | Path, arms: Sequence[Arm], baseline: Arm) -> No
         page.paragraph(
             f"Unweighted held-out loss, {NATS}, at the last validation of each arm. ± and bands: "
             f"95 % intervals over seeds. Differences to {baseline.name} are paired by seed; below "
-            "0 is better.",
+            "0 is better. Tokens per forward: of greedy self-speculative decoding; more is better.",
             "caption",
         ),
         page.table(head, rows, own=own),
@@ -272,6 +294,9 @@ def write_comparison(path: str | Path, arms: Sequence[Arm], baseline: Arm) -> No
         page.section(
             "Held-out loss",
             *_of_mean_and_heads(arms, heads, "val_loss", every=True),
+            page.charts(
+                _chart("Tokens per forward", arms, "tokens_per_forward", every=True, floor=1.0)
+            ),
         ),
         page.section(
             "Training loss",

@@ -24,7 +24,7 @@ SMOOTHING = 0.9  # of the exponential average over logged steps; the raw line is
 
 
 def plot_curves(metrics_by_run: Mapping[str, str | Path], out_png: str | Path) -> None:
-    """Draw held-out loss (mean of heads, and each head), training loss and effective sample size.
+    """Draw held-out loss (mean of heads, and each head), tokens per forward, training loss and ESS.
 
     Args:
         metrics_by_run: ``metrics.jsonl`` of each run, keyed by the name for the legend.
@@ -70,17 +70,20 @@ def _curves(runs: Mapping[str, Metrics]) -> "Figure | None":
     heads = sum(key.startswith("val_loss_head_") for key in keys)
     wide = [
         ("val_loss", "Held-out loss, mean of heads", "loss (nats per token)"),
+        ("tokens_per_forward", "Held-out tokens per forward", "tokens per forward"),
         ("loss", "Training loss, unweighted, smoothed", "loss (nats per token)"),
         ("ess", "Effective sample size", "share of tokens"),
     ]
     wide = [panel for panel in wide if panel[0] in keys]
+    if not any(key.startswith("acceptance_head_") for key in keys):  # of one head it is 1
+        wide = [panel for panel in wide if panel[0] != "tokens_per_forward"]
     if not wide:
         return None
     figure = new_figure(4.4 * max(len(wide), 2), 7.2 if heads > 1 else 4.4)
     rows = figure.subfigures(2 if heads > 1 else 1, 1, squeeze=False)[:, 0]
     axes = rows[0].subplots(1, len(wide), squeeze=False)[0]
     for axis, (key, title, unit) in zip(axes, wide, strict=True):
-        _draw(axis, runs, key, smooth=key != "val_loss")
+        _draw(axis, runs, key, smooth=key in ("loss", "ess"))
         axis.set(title=title, ylabel=unit, xlabel="optimizer step")
     if "ess" in keys:
         axes[-1].set_ylim(0, 1.05)

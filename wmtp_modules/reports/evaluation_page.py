@@ -153,7 +153,8 @@ def _heads(report: Mapping) -> list[str]:
     if report.get("acceptance_length") is not None:
         sections.append(
             f"Acceptance length {report['acceptance_length']:.2f}: one plus the mean number of "
-            "consecutive heads that choose what head 0 chooses once it gets there."
+            "consecutive heads that choose what head 0 chooses once it gets there, over all "
+            "positions. A decoder gives fewer tokens per forward: it leaps over the easy ones."
         )
     if "by_token_class" in report:
         heads = range(len(report["per_head"]))

@@ -44,6 +44,11 @@ class Metrics:
     def last_step(self) -> int:
         return max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)
 
+    def curves_of(self, start: str) -> dict[str, Curve]:
+        """Curves whose names begin so, by what comes after."""
+        found = self.curves.items()
+        return {name.removeprefix(start): c for name, c in found if name.startswith(start)}
+
     def by_head(self, name: str) -> list[Curve]:
         """Curves ``name_head_0`` and so on, as many heads as were logged."""
         found = []

@@ -150,6 +150,7 @@ def write_run_page(folder: str | Path, summary: Mapping[str, Any] | None = None)
     runs = [run, *controls_of(run)]
     sections = (
         _heldout(runs),
+        _acceptance(runs),
         _training(runs),
         _weights(runs),
         _optimisation(runs),
@@ -162,7 +163,7 @@ def write_run_page(folder: str | Path, summary: Mapping[str, Any] | None = None)
     links = "".join(
         f"<a href='#{name}'>{title}</a>"
         for name, title in (
-            ("heldout", "Held-out loss"),
+            *(("heldout", "Held-out loss"), ("acceptance", "Tokens per forward")),
             *(("training", "Training loss"), ("weights", "Weights"), ("steps", "Optimisation")),
             *(("speed", "Speed"), ("faults", "Skipped steps"), ("tokens", "Tokens")),
             *(("config", "Config"), ("commands", "Commands")),
@@ -254,6 +255,54 @@ def _heldout(runs: Sequence[RunFolder]) -> str:
     return page.section("Held-out loss", top, page.charts(*figures), name="heldout")
 
 
+def _acceptance(runs: Sequence[RunFolder]) -> str:
+    """How fast each run would decode by itself, on held-out text, and where; empty of one head."""
+    own = runs[0].metrics
+    shares = own.curves_of("acceptance_head_")
+    if not shares:
+        return ""
+    classes = own.curves_of("tokens_per_forward/")
+    keys = ["tokens_per_forward", *(f"acceptance_head_{k}" for k in shares)]
+    keys += [f"tokens_per_forward/{name}" for name in classes]
+    rows = []
+    for name, run, at in (
+        ("before training", runs[0], 0),
+        *((run.name, run, run.metrics.last_step) for run in (*runs[1:], runs[0])),
+    ):
+        upto = {key: c.values[c.steps <= at][-1:] for key in keys if (c := run.metrics.get(key))}
+        cells = [f"{upto[key][0]:.3f}" if len(upto.get(key, ())) else "" for key in keys]
+        if any(cells):
+            rows.append([name, *cells])
+    head = ["", "tokens/forward", *(f"head {k}" for k in shares)]
+    head += [name.replace("_", " ") for name in classes]
+    told = (
+        "What greedy self-speculative decoding would give per forward, at the last validation; of "
+        "each head the share of positions at which the guesses of all heads up to it are kept; "
+        "tokens per forward by the token that begins the block."
+    )
+    figures = (
+        _runs_chart("Tokens per forward", runs, "tokens_per_forward", every=True, floor=1.0),
+        chart(
+            f"Kept up to each head, {runs[0].name}",
+            [Line(f"head {k}", c, i, every=True) for i, (k, c) in enumerate(shares.items())],
+            unit="share of positions",
+            floor=0.0,
+        ),
+        chart(
+            f"Tokens per forward by class, {runs[0].name}",
+            [Line(name, c, i, every=True) for i, (name, c) in enumerate(classes.items())],
+            floor=1.0,
+        ),
+    )
+    return page.section(
+        "Tokens per forward",
+        page.paragraph(told, "caption"),
+        page.table(head, rows, own=len(rows) - 1),
+        page.charts(*figures),
+        name="acceptance",
+    )
+
+
 def _training(runs: Sequence[RunFolder]) -> str:
     run = runs[0]
     K = len(run.metrics.by_head("loss"))
@@ -268,6 +317,10 @@ def _training(runs: Sequence[RunFolder]) -> str:
             _runs_chart(f"Head {k}", runs, f"loss_head_{k}", unit=NATS, smooth=True)
             for k in range(K)
         ]
+    figures += [
+        _runs_chart(f"Head {k} against head 0", runs, f"distill_head_{k}", unit=NATS, smooth=True)
+        for k in range(1, K)
+    ]
     told = (
         "Loss by head is unweighted, so that runs under other weightings compare. Smoothed; the "
         "raw line is pale."
@@ -328,6 +381,13 @@ def _optimisation(runs: Sequence[RunFolder]) -> str:
     drawn = page.charts(
         _runs_chart("Learning rate", runs, "lr", floor=0.0),
         _runs_chart("Gradient norm before clipping", runs, "grad_norm", unit=unit, smooth=True),
+        _runs_chart(
+            "The same of heads that train apart",
+            runs,
+            "grad_norm_extra_heads",
+            unit=unit,
+            smooth=True,
+        ),
         _runs_chart(
             "Clipped", runs, "clipped_share", unit="share of steps", floor=0.0, smooth=True
         ),

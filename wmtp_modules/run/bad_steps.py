@@ -34,7 +34,7 @@ SPIKE_DEVIATIONS = 6.0
 
 
 def what_is_wrong(figures: Mapping[str, torch.Tensor | None], n_targets: torch.Tensor) -> str:
-    """Why a step must not update anything; empty if it may. Waits for the device.
+    """Why a step must not update anything; empty if it may.
 
     Args:
         figures: scalars by name, equal on all ranks; None is ignored.

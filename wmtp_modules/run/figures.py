@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torchtune.modules.attention_utils import packed_block_causal_mask
+from torchtune.models.llama2 import Llama2Tokenizer
 
 from wmtp_modules.data.packing import PackedDataset
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
+from wmtp_modules.models.attention_mask import document_mask
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import all_reduce_sum
+from wmtp_modules.run.acceptance import Acceptance, token_kinds
 
 # Up to here repeated data are worth nearly what new data are (Muennighoff et al. 2023, arXiv
 # 2305.16264).
@@ -33,12 +35,16 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def token_losses(model: MTPTransformer, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses_BTK, labels_BTK) of a packed micro-batch, unweighted."""
+def token_losses(
+    model: MTPTransformer, batch: dict, **asked: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses_BTK, labels_BTK) of a packed micro-batch, unweighted.
+
+    ``asked`` goes to the forward, whose result stands in place of losses_BTK.
+    """
     labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], model.n_future_tokens)
-    mask = packed_block_causal_mask(batch["seq_lens"])
-    losses_BTK = model(batch["tokens"], labels_BTK, mask=mask, input_pos=batch["input_pos"])
-    return losses_BTK, labels_BTK
+    inputs = {"mask": document_mask(batch["doc"]), "input_pos": batch["input_pos"]}
+    return model(batch["tokens"], labels_BTK, **inputs, **asked), labels_BTK
 
 
 @torch.no_grad()
@@ -85,6 +91,27 @@ def heldout_losses(
     return losses
 
 
+def heldout_figures(
+    model: MTPTransformer, batches: Iterable[dict], tokenizer: Llama2Tokenizer
+) -> tuple[list[float], dict]:
+    """Held-out losses, and of the same forwards how fast the model would decode by itself.
+
+    Args:
+        tokenizer: whose pieces give the classes of positions.
+
+    Returns:
+        ``heldout_losses`` and ``Acceptance.figures``, equal on all ranks.
+    """
+    acceptance = Acceptance(model.n_future_tokens, token_kinds(tokenizer))
+
+    def losses_of(model: MTPTransformer, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        (losses_BTK, choices_BTK), labels_BTK = token_losses(model, batch, with_choices=True)
+        acceptance.add(choices_BTK, labels_BTK, batch["tokens"], batch["noise"])
+        return losses_BTK, labels_BTK
+
+    return heldout_losses(model, batches, losses_of), acceptance.figures()
+
+
 def mean_of_heads(value_K: torch.Tensor, n_K: torch.Tensor) -> float | None:
     """Mean weighted by the heads' numbers of targets; None if no head has one.
 
@@ -103,7 +130,8 @@ def step_metrics(
 
     Args:
         sums: over all ranks and micro-batches: ``loss_K`` unweighted losses, ``n_K`` targets,
-            ``objective`` weighted loss, ``noise`` of ``noise_sums``.
+            ``objective`` weighted loss, ``noise`` of ``noise_sums``, and ``distill_K`` losses of
+            the distillation if there is one.
         stats: ``weight_stats`` of a joint micro-batch.
     """
     n_K, count_K = sums["n_K"], stats["count"]
@@ -120,6 +148,9 @@ def step_metrics(
             metrics |= _by_head(f"weight_{name}", value_K, count_K)
     if n_K.any():
         metrics["weighted_loss"] = (sums["objective"] / (alphas_K * n_K).sum()).item()
+    if "distill_K" in sums:
+        of_others_K = n_K * (torch.arange(len(n_K), device=n_K.device) > 0)
+        metrics |= _by_head("distill", sums["distill_K"] / n_K, of_others_K)
     in_data, targets, on_noise, weight = sums["noise"].tolist()
     if in_data and weight:
         metrics |= {"noise_in_data": in_data / targets, "noise_in_weight": on_noise / weight}
@@ -142,6 +173,13 @@ class Sums(dict[str, torch.Tensor]):
     def all_reduced(self) -> "Sums":
         """The sums over all ranks, in one collective; fp64."""
         return Sums(zip(self, all_reduce_sum(*self.values()), strict=True))
+
+    def on_host(self) -> "Sums":
+        """The same on the CPU, in one copy; waits for the device."""
+        flat = torch.cat([value.double().flatten() for value in self.values()]).cpu()
+        parts = flat.split([value.numel() for value in self.values()])
+        pairs = zip(self.items(), parts, strict=True)
+        return Sums({name: part.view(value.shape) for (name, value), part in pairs})
 
 
 class Throughput:

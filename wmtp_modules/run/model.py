@@ -9,10 +9,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchtune import config, training
 
-from wmtp_modules.checkpoints.read import check_model, load_into
-from wmtp_modules.config.keys import Lora
+from wmtp_modules.checkpoints.read import Checkpoint, check_model, load_into
+from wmtp_modules.config.keys import Distilled, Lora
 from wmtp_modules.config.rules import checkpointing_of, what_waits
+from wmtp_modules.loss.distill import Distill
 from wmtp_modules.models.checkpointing import checkpoint_blocks_
+from wmtp_modules.models.float8 import float8_blocks_
 from wmtp_modules.models.lora import ALL_LINEAR, LoRA
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import sharding_mesh
@@ -32,13 +34,34 @@ def checked_model_args(cfg: DictConfig) -> dict:
     Raises:
         ValueError: if it does not; found before anything is tokenised or loaded.
     """
+    model = model_without_values(cfg)
+    K, asked = model.n_future_tokens, [key for key in ("extra_heads", "distill") if cfg.get(key)]
+    if K == 1 and asked and cfg.get(asked[0]) != "full":
+        raise ValueError(
+            f"{asked[0]}: the model has n_future_tokens 1, so there are no further heads to train: "
+            f"set model.n_future_tokens to at least 2, or {asked[0]}: null"
+        )
+    folder = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
+    check_model(model.args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
+    return model.args
+
+
+def model_without_values(cfg: DictConfig) -> MTPTransformer:
+    """The config's model on the meta device, with its adapters and with what is frozen so."""
     with torch.device("meta"):
         model = config.instantiate(cfg.model)
         if lora := lora_of(cfg):
             model.add_lora(lora, adapter_dtype=torch.float32)
-    folder = cfg.checkpointer.checkpoint_dir if cfg.checkpointer else None
-    check_model(model.args, cfg.tokenizer.path, cfg.tokenizer.max_seq_len, folder)
-    return model.args
+    model.set_extra_heads(cfg.get("extra_heads") or "full")
+    return model
+
+
+def distill_of(cfg: DictConfig) -> Distill:
+    """The config's distillation; of weight 0 if there is none."""
+    if cfg.get("distill") is None:
+        return Distill()
+    block = Distilled(**cast(dict, OmegaConf.to_container(cfg.distill, resolve=True)))
+    return Distill(**block.model_dump())
 
 
 def lora_of(cfg: DictConfig) -> LoRA | None:
@@ -56,7 +79,8 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
     """The model to train, sharded over the ranks and filled from its checkpoint; a collective.
 
     Masters stay fp32 and compute runs in ``dtype``: at a learning rate of 1e-5 most updates of a
-    bf16 parameter round to nothing. Pure bf16 needs stochastic rounding to be of use.
+    bf16 parameter round to nothing. Pure bf16 needs stochastic rounding to be of use. What does
+    not train, under ``lora`` or ``extra_heads: only``, has no masters.
 
     Raises:
         ValueError: if the checkpoint does not hold this model, or memory does not.
@@ -67,10 +91,16 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
     if not cfg.checkpointer:  # from nothing: made whole, and equal on all ranks
         init_weights_(model, cfg.seed)
     master_dtype = torch.float32 if cfg.fp32_master_weights else compute_dtype
-    lora = lora_of(cfg)
-    cast_parameters_(model, compute_dtype if lora else master_dtype)
-    if lora:  # frozen weights need no masters
+    lora, extra_heads = lora_of(cfg), cfg.get("extra_heads") or "full"
+    cast_parameters_(model, compute_dtype if lora or extra_heads == "only" else master_dtype)
+    if lora:
         model.add_lora(lora, adapter_dtype=master_dtype)
+    if cfg.get("float8"):
+        float8_blocks_(model, cfg.float8, device=device)
+    model.set_extra_heads(extra_heads)
+    model.distill = distill_of(cfg)
+    if extra_heads == "only":
+        cast_parameters_(model.heads[1:], master_dtype)
     if cfg.compile:
         # Before they are wrapped: packed rows on CUDA have a flex-attention mask, which breaks a
         # block's graph, and a break inside a checkpointed region makes all of it eager.
@@ -81,7 +111,7 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
     checkpoint_blocks_(model, "full" if how == "auto" else how, compiled=cfg.compile)
     if cfg.fp32_master_weights:
         mesh = sharding_mesh(mesh, cfg.get("data_parallel_shard"))
-        once = what_waits(cfg, mesh.size()) == "all"
+        once = what_waits(cfg, mesh.size()) == "all" or cfg.get("reshard_after_forward") is False
         shard_model(model, mesh, compute_dtype=compute_dtype, gather_once=once)
     elif not cfg.checkpointer and device.type != "cpu":  # one rank, nothing to shard or to cast
         model.to(device)
@@ -89,6 +119,9 @@ def make_model(cfg: DictConfig, mesh: DeviceMesh, device: torch.device) -> MTPTr
         load_into(model, cfg.checkpointer.checkpoint_dir, device=device)
     if lora:
         init_adapters_(model, cfg.seed)
+    if extra_heads == "only" and cfg.checkpointer:
+        start = Checkpoint(cfg.checkpointer.checkpoint_dir, model.n_future_tokens)
+        model.read_frozen = start.read
     return model.train()
 
 

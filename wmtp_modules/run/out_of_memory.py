@@ -53,6 +53,8 @@ def helpful_settings(cfg: DictConfig, ranks: int) -> dict[str, tuple[dict, int]]
         found["lora.quantize_base=true"] = ({"lora": {"quantize_base": True}}, ranks)
     if what_waits(cfg, ranks) == "all":
         found["sync_each_batch=true"] = ({"sync_each_batch": True}, ranks)
+    elif cfg.get("reshard_after_forward") is False and ranks > 1:
+        found["reshard_after_forward=true"] = ({"reshard_after_forward": True}, ranks)
     if shards_of(cfg.get("data_parallel_shard"), ranks) < ranks:
         found["data_parallel_shard=null"] = ({"data_parallel_shard": None}, ranks)
     elif cfg.fp32_master_weights:  # without them there is one rank

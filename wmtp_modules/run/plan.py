@@ -24,6 +24,7 @@ from wmtp_modules.run.start import exit_with_message
 from wmtp_modules.run.stopping import StopRequests
 from wmtp_modules.run.storing import localized
 
+HELDOUT = ("heldout_loss", "tokens_per_forward", "acceptance")  # in a summary, by run
 FEW_STEPS = 60  # the quickstarts' differences in docs/results.md are of 80 and more
 
 
@@ -108,22 +109,24 @@ def run_all(runs: list[DictConfig], run: Callable[[DictConfig, dict[str, Path]],
     ``run`` makes one, given the metrics files of those before, and returns its summary.
 
     Returns:
-        The last one's summary with the held-out losses of all by their names, what each control
+        The last one's summary with the held-out figures of all by their names, what each control
         changes, and the seconds that all took.
     """
-    summary, heldout, seconds, metrics = {}, {}, 0.0, {}
+    summary, seconds, metrics = {}, 0.0, {}
+    by_name: dict[str, dict] = {key: {} for key in HELDOUT}
     for cfg in runs:
         with in_turn(cfg.output_dir):
             summary = run(cfg, metrics)
         # A run that was there may know controls that are no more.
-        its_own, losses = ("base", name_of(cfg)), summary["heldout_loss"]
-        heldout |= {name: loss_K for name, loss_K in losses.items() if name in its_own}
+        its_own = "base", name_of(cfg)
+        for key, found in by_name.items():
+            found |= {name: x for name, x in summary.get(key, {}).items() if name in its_own}
         seconds += summary.get("run_seconds", summary["seconds"])
         metrics[name_of(cfg)] = Path(cfg.output_dir) / "metrics.jsonl"
     changes = {name_of(cfg): overrides_of(cfg) for cfg in runs[:-1]}
     summary = {key: value for key, value in summary.items() if key != "controls"}
     more = {"controls": changes} if changes else {}
-    return summary | {"heldout_loss": heldout, "seconds": round(seconds, 1)} | more
+    return summary | by_name | {"seconds": round(seconds, 1)} | more
 
 
 def write_summary(output_dir: Path, summary: dict) -> None:
@@ -140,8 +143,8 @@ def finished(cfg: DictConfig) -> dict | None:
     if not all(file.exists() for file in files):
         return None
     places = ("resume_from_checkpoint", "storage", "tracking", "metric_logger", "registry")
-    how = ("data_parallel_shard", "sync_each_batch", "dataloader_workers")
-    how += ("activation_checkpointing", "enable_activation_checkpointing")
+    how = ("data_parallel_shard", "sync_each_batch", "reshard_after_forward")
+    how += ("dataloader_workers", "activation_checkpointing", "enable_activation_checkpointing")
     same: dict = dict.fromkeys((*places, *how))  # not what it computes
     if not cfg.get("controls"):  # what a control's run had beside it is of no matter to it
         same["controls"] = None
@@ -163,17 +166,22 @@ def finished_run(config_file: str, **inherited: str) -> Path | None:
 def print_losses(summary: dict) -> None:
     """Print K held-out losses of every run by name, as a table; ``base`` is before training.
 
+    Beside them stand the tokens per forward of its own greedy decoding (``run/acceptance.py``).
     What a control changes besides the weighting that gives it its name stands behind its losses.
     """
     losses, changes = summary["heldout_loss"], summary.get("controls", {})
     K, width = len(losses["base"]), max(12, *map(len, losses))
+    tokens = summary.get("tokens_per_forward", {})
     print(f"\nHeld-out loss per head after {summary['steps']} steps (base: before)")
-    print(" " * (width + 2) + "".join(f"head {k}  " for k in range(K)) + "mean")
+    head = "".join(f"head {k}  " for k in range(K)) + "mean" + "    tokens/forward" * bool(tokens)
+    print(" " * (width + 2) + head)
     for name, loss_K in losses.items():
         cells = "".join(f"{loss:6.3f}  " for loss in loss_K)
         told = changes.get(name, {})
         told = {} if told == {"weighting.name": name} else told
         after = "".join(f"  {key}={value}" for key, value in told.items())
+        fast = f"{tokens[name]:.2f}" if name in tokens else "-"  # older runs have none
+        after = f"  {fast:>14}" * bool(tokens) + after
         print(f"  {name:{width}}{cells}{sum(loss_K) / K:6.3f}{after}")
     if summary["steps"] < FEW_STEPS and len(losses) > 2:
         print(f"{summary['steps']} steps are too few to judge a weighting by: docs/results.md")

@@ -26,7 +26,7 @@ FREE_KEYS = (
     *("activation_checkpointing", "enable_activation_checkpointing"),
     # Only their product with the number of ranks counts, see ``check_same_run``.
     *("batch_size", "gradient_accumulation_steps"),
-    "dataloader_workers",
+    *("dataloader_workers", "reshard_after_forward"),
     *("data_parallel_shard", "sync_each_batch"),  # a state has whole parameters, however sharded
 )
 # Keys of earlier versions, which had no effect while they were off.

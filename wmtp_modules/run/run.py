@@ -26,6 +26,7 @@ from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.sharding import sync_gradients_
 from wmtp_modules.progress import progress_bar
 from wmtp_modules.run import resume
+from wmtp_modules.run.acceptance import acceptance_metrics
 from wmtp_modules.run.bad_steps import BadSteps, look_again, print_replay, what_is_wrong
 from wmtp_modules.run.controls import name_of
 from wmtp_modules.run.figures import (
@@ -59,7 +60,7 @@ class Run:
 
     Args:
         made_from: names data, scores and so on; a state made from others is refused.
-        validate: gives the held-out loss of each head, equal on all ranks.
+        validate: gives ``heldout_figures``, equal on all ranks.
         export: writes the model to a folder.
         draw: writes the run's page, on rank 0.
         kept: what else a resumed run must find again: tensors and plain values by name.
@@ -67,6 +68,7 @@ class Run:
     Attributes:
         step, micro_step: optimizer steps and micro-steps done.
         heldout: held-out losses, "base" before training and "last" since.
+        acceptance: how fast it would decode, ``Acceptance.figures``, likewise.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Run:
         dataset: PackedDataset,
         alphas_K: torch.Tensor,
         made_from: Any,
-        validate: Callable[[], list[float]],
+        validate: Callable[[], tuple[list[float], dict]],
         export: Callable[[Path], None],
         draw: Callable[[], None],
         kept: dict[str, Any] | None = None,
@@ -95,7 +97,7 @@ class Run:
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._dataset = dataset
-        self._alphas_K = alphas_K
+        self._alphas_K = alphas_K.cpu()
         self._made_from = made_from
         self._base = self._frozen_base()
         self._validate = validate
@@ -105,6 +107,7 @@ class Run:
         self.step = self.micro_step = self._epoch = 0
         self._logged_epoch = -1
         self.heldout: dict[str, list[float]] = {}
+        self.acceptance: dict[str, dict] = {}
         self._best_loss = float("inf")
         self._output_dir = Path(cfg.output_dir)
         self._bad_steps = BadSteps(self._output_dir, cfg.max_skipped_steps)
@@ -121,6 +124,7 @@ class Run:
         self._position: dict[str, Any] = {}  # where a state that is saved goes on
         self._rows: list[torch.Tensor] = []  # of the data set, in each micro-batch of this step
         self._problem = ""  # why this step must not update anything
+        self._read = Sums()  # what was read of it
 
     # ---------------------------------------------------------------- begin
 
@@ -176,9 +180,9 @@ class Run:
             )
         if run.get("base") != self._base:
             raise ValueError(
-                f"{folder} holds adapters of another model than checkpointer.checkpoint_dir does "
-                "now: bring that back, or start another run with resume_from_checkpoint: false and "
-                "another output_dir"
+                f"{folder} holds adapters or heads of another model than "
+                "checkpointer.checkpoint_dir does now: bring that back, or start another run with "
+                "resume_from_checkpoint: false and another output_dir"
             )
         self._dataset.set_epoch(run["epoch"])
         resume.check_packing(folder, run, self._dataset.packing)
@@ -195,8 +199,9 @@ class Run:
         return run["run_id"]
 
     def _frozen_base(self) -> str | None:
-        """Hash of the checkpoint that adapters lie on: no state holds it."""
-        if self._cfg.get("lora") is None or not self._cfg.checkpointer:
+        """Hash of the checkpoint of which something stays frozen: no state holds that."""
+        is_frozen = self._cfg.get("lora") is not None or self._cfg.get("extra_heads") == "only"
+        if not is_frozen or not self._cfg.checkpointer:
             return None
         folder = self._cfg.checkpointer.checkpoint_dir
         return self._watchdog.on_rank_zero(lambda: fingerprint_checkpoint(folder))
@@ -209,6 +214,7 @@ class Run:
             "logged_epoch": self._logged_epoch,
             "best_loss": self._best_loss,
             "heldout": dict(self.heldout),
+            "acceptance": dict(self.acceptance),
             "made_from": self._made_from,
             "base": self._base,
             "lr_scheduler": self._lr_scheduler.state_dict(),
@@ -224,9 +230,11 @@ class Run:
         self.step, self.micro_step, self._epoch = run["step"], run["micro_step"], run["epoch"]
         self._logged_epoch = run["logged_epoch"]
         self._best_loss, self.heldout = run["best_loss"], run["heldout"]
+        self.acceptance = run.get("acceptance", {})  # older states have none
         before = run["config"]
         if self.step % before["run_val_every_n_steps"] and self.step != before["max_steps"]:
-            self.heldout.pop("last", None)  # it is of an earlier step
+            for figures in (self.heldout, self.acceptance):
+                figures.pop("last", None)  # it is of an earlier step
         for name in self.kept:
             value = run[name]
             self.kept[name] = value.to(self._device) if torch.is_tensor(value) else value
@@ -272,7 +280,7 @@ class Run:
     def base_losses(self) -> list[float]:
         """Held-out loss of each head before training, computed once, resumed or not."""
         if "base" not in self.heldout:
-            self.heldout["base"] = self._heldout_losses()
+            self._look_at_heldout("base")
         return self.heldout["base"]
 
     def _epoch_loader(self) -> EpochLoader:
@@ -317,20 +325,50 @@ class Run:
 
     def new_sums(self) -> Sums:
         """Sums of a step; that a state could not be written is told to the other ranks in them."""
-        failed = torch.tensor(float(self._states.has_failed), device=self._device)
+        failed = torch.full((), float(self._states.has_failed), device=self._device)
         return Sums(failed_saves=failed)
+
+    def update(self, sums: Sums, norms: torch.Tensor) -> None:
+        """Take the optimizer's step, or none on any rank where a figure is not finite.
+
+        The host reads the device here, once in a step. A fused optimizer is told on the device
+        whether to change anything, and lies in its queue by then; any other one waits to be called.
+
+        Args:
+            sums: over all ranks.
+            norms: of ``head_groups``, before clipping.
+
+        Raises:
+            TrainingError: as ``may_update``.
+        """
+        optimizer: Any = self._optimizer
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            if self.may_update(sums, norms):
+                optimizer.step()
+            return
+        figures = [sums["objective"], norms.sum().double()]
+        figures += [sums["reference"]] if "reference" in sums else []
+        is_good = torch.stack(figures).isfinite().all() & sums["n_K"].any()
+        # What torch's GradScaler sets; neither moments nor the count of steps change then.
+        optimizer.grad_scale, optimizer.found_inf = None, (~is_good).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        self.may_update(sums, norms)
 
     def may_update(self, sums: Sums, grad_norm: torch.Tensor) -> bool:
         """Whether the step may update, the same on all ranks; else it is skipped and recorded.
 
-        ``sums`` are over all ranks, ``grad_norm`` is of the whole model, before clipping.
+        ``sums`` are over all ranks, ``grad_norm`` is before clipping: of the whole model, or of
+        each of its ``head_groups``.
 
         Raises:
             TrainingError: after too many skipped steps in a row. ``bad_step/`` then holds the state
                 from before this very step, for ``replay``.
         """
+        self._read = sums = Sums(sums, norms=grad_norm.reshape(-1)).on_host()
         figures = {"reference loss": sums.get("reference"), "loss": sums["objective"]}
-        self._problem = what_is_wrong(figures | {"gradient norm": grad_norm}, sums["n_K"])
+        figures |= {"gradient norm": sums["norms"].sum()}
+        self._problem = what_is_wrong(figures, sums["n_K"])
         if not self._problem:
             loss = mean_of_heads(sums["loss_K"] / sums["n_K"], self._alphas_K * sums["n_K"])
             if loss is not None:  # else the step is one of those that are skipped
@@ -346,17 +384,18 @@ class Run:
     def end_step(self, sums: Sums, stats: dict, grad_norm: torch.Tensor, lr: float) -> None:
         """Log, validate, keep the best model and save, each when it is due.
 
-        ``stats`` are ``weight_stats`` of the last joint micro-batch, the rest as in ``may_update``.
+        ``stats`` are ``weight_stats`` of the last joint micro-batch, the rest as in ``may_update``,
+        which has read it.
         """
-        cfg = self._cfg
+        cfg, sums = self._cfg, self._read
+        norms = sums["norms"].tolist()
         self.step += 1
         self._throughput.add(sums["tokens"])
-        norm = float(grad_norm)
         if not self._problem:
-            self._clipped.add(norm > cfg.clip_grad_norm)
-            self._noise_sums = self._noise_sums + sums["noise"].cpu()
+            self._clipped.add(norms[0] > cfg.clip_grad_norm)
+            self._noise_sums = self._noise_sums + sums["noise"]
         if self.step % cfg.log_every_n_steps == 0:
-            self._log_step(sums, stats, norm, lr)
+            self._log_step(sums, stats, norms, lr)
         if self._epoch != self._logged_epoch:
             self._log({"epoch": self._epoch, "padding_share": self._dataset.padding_share})
             self._logged_epoch = self._epoch
@@ -373,16 +412,18 @@ class Run:
                 self._position = self._where()
                 self.save_checkpoint(self._states)
 
-    def _log_step(self, sums: Sums, stats: dict, grad_norm: float, lr: float) -> None:
+    def _log_step(self, sums: Sums, stats: dict, norms: list[float], lr: float) -> None:
         tokens_per_s, padding = self._throughput.per_second(), self._dataset.padding_share
-        metrics = step_metrics(sums, stats, self._alphas_K) | {
+        metrics = step_metrics(sums, Sums(stats).on_host(), self._alphas_K) | {
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": norms[0],
             "tokens_per_s": tokens_per_s,  # without padding
             "padding_share": padding,
             "memory_gib": peak_memory_gib(self._device),
             "skipped_steps": len(self._bad_steps.skipped),
         }
+        if len(norms) > 1:  # the first is of trunk and head 0
+            metrics["grad_norm_extra_heads"] = norms[1]
         if (clipped := self._clipped.since_last()) is not None:
             metrics["clipped_share"] = clipped
         self._log(metrics)
@@ -406,11 +447,12 @@ class Run:
         """Held-out batches; before each the watchdog hears that this rank is alive."""
         return self._watchdog.beating(batches, f"validation after step {self.step}", self.step)
 
-    def _heldout_losses(self) -> list[float]:
-        heldout = self._validate()
-        metrics = {f"val_loss_head_{k}": loss for k, loss in enumerate(heldout)}
-        self._log(metrics | {"val_loss": sum(heldout) / len(heldout)})
-        return heldout
+    def _look_at_heldout(self, when: str) -> None:
+        """Validate, and log and keep the figures."""
+        self.heldout[when], self.acceptance[when] = losses, acceptance = self._validate()
+        metrics = {f"val_loss_head_{k}": loss for k, loss in enumerate(losses)}
+        metrics["val_loss"] = sum(losses) / len(losses)
+        self._log(metrics | acceptance_metrics(acceptance))
 
     def _evaluate(self) -> None:
         """Validate, and keep ``best/`` when the mean over heads is the lowest since step 0.
@@ -418,7 +460,7 @@ class Run:
         The loss before training does not count, so there is a ``best/`` even if training made the
         model worse: ``heldout_loss.base`` in summary.json tells.
         """
-        self.heldout["last"] = self._heldout_losses()
+        self._look_at_heldout("last")
         loss = sum(self.heldout["last"]) / len(self.heldout["last"])
         if loss < self._best_loss:
             self._best_loss = loss
@@ -460,9 +502,13 @@ class Run:
             self._states.wait()
 
     def summary(self) -> dict:
-        """Held-out loss per head before and after, and where the logger has the run."""
-        losses = {"base": self.heldout["base"], name_of(self._cfg): self.heldout["last"]}
-        summary: dict = {"steps": self.step, "heldout_loss": losses}
+        """Held-out loss per head and acceptance before and after, and where the logger has it."""
+        names = {"base": "base", "last": name_of(self._cfg)}
+        summary: dict = {"steps": self.step}
+        summary["heldout_loss"] = {names[when]: self.heldout[when] for when in names}
+        acceptance = {names[when]: one for when, one in self.acceptance.items() if one}
+        tokens = {name: one["tokens_per_forward"] for name, one in acceptance.items()}
+        summary |= {"tokens_per_forward": tokens, "acceptance": acceptance}
         summary["data"] = {"tokens": self._dataset.n_tokens, "packs": len(self._dataset)}
         if (clipped := self._clipped.in_all()) is not None:
             summary["clipped_share"] = clipped

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torchtune.modules.attention_utils import _MaskType, packed_block_causal_mask
+from torchtune.modules.attention_utils import _MaskType
 
 from wmtp_modules.checkpoints.read import check_same_vocabulary, load_into, model_args_from_folder
 from wmtp_modules.data.packing import pad_rows
 from wmtp_modules.loss.mtp_loss import IGNORE_INDEX, mtp_labels, shift_to_heads
+from wmtp_modules.models.attention_mask import document_mask
 from wmtp_modules.models.model_builders import mtp_llama2
 from wmtp_modules.models.mtp_transformer import MTPTransformer
 from wmtp_modules.parallel.process_group import share_from_rank_zero
@@ -184,7 +185,7 @@ def packed_losses(
     The reference's loss is 0 where the head has no target.
     """
     labels_BTK = mtp_labels(batch["tokens"], batch["keep"], batch["doc"], n_future_tokens)
-    mask, input_pos = packed_block_causal_mask(batch["seq_lens"]), batch["input_pos"]
+    mask, input_pos = document_mask(batch["doc"]), batch["input_pos"]
     reference = reference_losses(
         model, batch["tokens"], batch["doc"], mask=mask, input_pos=input_pos
     )

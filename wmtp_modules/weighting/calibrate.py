@@ -193,5 +193,7 @@ def scaled_weights(
         fp32 weights_BTK, 0 where the mask is False.
     """
     raw_BTK = log_raw_BTK.detach().double().exp()
-    weights_BTK = (raw_BTK * torch.tensor(scale_K).to(raw_BTK)).clamp(w_min, w_max)
+    # Plain numbers go along with a kernel; a tensor made of them would be waited for.
+    scaled = [scale * raw_BTK[..., k] for k, scale in enumerate(scale_K)]
+    weights_BTK = torch.stack(scaled, dim=-1).clamp(w_min, w_max)
     return torch.where(mask_BTK, weights_BTK, 0.0).float()

@@ -16,7 +16,10 @@ def random_keys(B: int, T: int, *, seed: int, step: int, device: torch.device) -
 
     ``step`` counts micro-batches: each one draws new numbers, and a resumed run repeats them.
     """
-    return torch.from_numpy(np.random.default_rng((seed, step)).random((B, T))).to(device)
+    keys_BT = torch.from_numpy(np.random.default_rng((seed, step)).random((B, T)))
+    if device.type == "cuda":  # pinned, so that nobody waits for the copy
+        keys_BT = keys_BT.pin_memory()
+    return keys_BT.to(device, non_blocking=True)
 
 
 def shuffle_scores(

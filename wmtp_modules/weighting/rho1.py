@@ -96,8 +96,13 @@ def soft_weights(
     scores_BTK = scores_BTK.detach().double()
     finite_BTK = mask_BTK & scores_BTK.isfinite()
     count_K = finite_BTK.sum(dim=(0, 1)).clamp(min=1)
-    mean_K = torch.where(finite_BTK, scores_BTK, 0.0).sum(dim=(0, 1)) / count_K
+    mean_K = _sum_K(torch.where(finite_BTK, scores_BTK, 0.0)) / count_K
     centred_BTK = scores_BTK - mean_K
-    std_K = (torch.where(finite_BTK, centred_BTK, 0.0).square().sum(dim=(0, 1)) / count_K).sqrt()
+    std_K = (_sum_K(torch.where(finite_BTK, centred_BTK, 0.0).square()) / count_K).sqrt()
     z_BTK = (centred_BTK / (std_K + 1e-6)).clamp(-5, 5)
     return calibrate_log(z_BTK / temperature, mask_BTK, w_min, w_max)
+
+
+def _sum_K(x_BTK: torch.Tensor) -> torch.Tensor:
+    """Each head's sum by itself: all at once would round it by how many heads there are."""
+    return torch.stack([x_BT.contiguous().sum() for x_BT in x_BTK.unbind(-1)])
