@@ -887,8 +887,8 @@ def run(sizes: Sizes, rows: list[Row], minutes: float, tell: Callable[[dict], No
         measure = partial(row.measure, sizes) if row.measure else decoding.measure
         if row.table == "training":
             decoding.close()
-        gc.collect()
         if sizes.device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         started = time.monotonic()
         try:

@@ -31,7 +31,7 @@ def test_each_row_is_told_and_one_that_fails_stops_no_other(modules, tmp_path, m
     gpu, _ = modules
     monkeypatch.setattr(gpu, "estimate_beside", lambda what, tiny: "1.5")
     monkeypatch.setattr(gpu, "exact_logits", lambda sizes: 1 / 0)
-    wanted = ("loss, folded, chunked", "logits", "T 4096, packed, full, eager", "plain, batch 1")
+    wanted = ("loss, folded, chunked", "logits", "T 4096, padded, full, eager", "plain, batch 1")
     wanted = (*wanted, "self_speculative, batch 1")
     rows = [row for row in gpu.all_rows() if row.name in wanted]
     told: list[dict] = []
@@ -40,9 +40,12 @@ def test_each_row_is_told_and_one_that_fails_stops_no_other(modules, tmp_path, m
     assert {one["row"] for one in told} == set(wanted)
     assert found["logits"]["failed"].startswith("ZeroDivisionError: division by zero")
     assert found["loss, folded, chunked"]["within"] == "1e-05 yes"
-    step = found["T 4096, packed, full, eager"]
+    step = found["T 4096, padded, full, eager"]
     assert step["estimate, GiB"] == "1.5"
     assert 5 < float(step["loss"]) < 8  # ln 512 is 6.2
+    tokens = float(step["tokens/s"]) * step["_ms"] / 1000
+    batches = gpu.batches_of(gpu.TINY, 2, 64, packed=False)
+    assert tokens == pytest.approx(sum((b["doc"] >= 0).sum().item() for b in batches) / 4, rel=0.01)
     assert float(found["self_speculative, batch 1"]["tokens/forward"]) > 2
     assert found["plain, batch 1"]["tokens/forward"] == "1.00"
 
