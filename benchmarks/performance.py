@@ -269,7 +269,7 @@ def checkpointing_rows(quick: bool) -> Rows:
 
     from wmtp_modules.memory.step import estimate_step, load_recipe, recipe_of
 
-    policies = ("none", "full") if quick else ("none", "selective", "full")
+    policies = ("none",) if quick else ("none", "selective", "full")
     with Variants(quick) as variants:
         for policy in policies:
             variants.add(policy, B=4, T=128 if quick else 512, checkpointing=policy)
@@ -409,7 +409,7 @@ def logging_rows(quick: bool) -> Rows:
         for i, (name, uri) in enumerate(stores.items()):
             own = Path(folder, str(i))
             own.mkdir()
-            taken, _ = logged_step.milliseconds(own, uri, 20 if quick else 150)
+            taken, _ = logged_step.milliseconds(own, uri, 10 if quick else 150)
             rank = quantiles(taken, n=100, method="inclusive")
             yield name, {"ms": spread(taken), "99th percentile": f"{rank[98]:.2f}"}
 
