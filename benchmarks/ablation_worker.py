@@ -167,6 +167,7 @@ def decoder(cfg: DictConfig) -> dict:
         model,
         tokenizer,
         requests,
+        batch_size=len(requests),
         decoding="self_speculative",
         max_new_tokens=context - context // 4,
         temperature=0.0,
