@@ -39,8 +39,8 @@ TOKENISING = Table(
 )
 LOADING = Table(
     "Loading",
-    "Packs of 4096 tokens read from disk with the scores of four heads, one after the other; with "
-    "workers, the time that is left for the training process while it does something else.",
+    "Packs of 4096 tokens read from disk with the scores of four heads, one after the other; in "
+    "batches, what a training process waits whose steps leave 20 ms between two of them.",
     ("ms a pack", "ratio"),
 )
 
