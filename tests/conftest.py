@@ -232,6 +232,14 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a log may be open
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_places():
+    """A process remembers what its configs named in stores: for one file's tests only."""
+    yield
+    if storing := sys.modules.get("wmtp_modules.run.storing"):
+        storing._places.clear()
+
+
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
