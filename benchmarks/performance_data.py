@@ -137,7 +137,7 @@ def tokenising_rows(quick: bool) -> Rows:
     from wmtp_modules.quickstarts.stdlib import train_tokenizer
 
     quiet_datasets()
-    cores, megabytes = 2, 0.5 if quick else 10
+    cores, megabytes = 2, 0.5 if quick else 40
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     code = "".join(path.read_text("utf-8", "replace") for path in files).replace("\0", "")
     texts = [code[at : at + 3000] for at in range(0, len(code), 3000)]
