@@ -14,7 +14,6 @@ import argparse
 import itertools
 import math
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -187,7 +186,7 @@ def main() -> None:
     folder = parser.parse_args().model
     torch.set_num_threads(1)
     print(hardware())
-    print(" ".join(["python", *sys.argv]))
+    print("python benchmarks/decode_speed.py" + " --model DIR" * bool(folder))
     members = functions()
     random.Random(0).shuffle(members)
     heldout, training = members[:200], members[200:]
