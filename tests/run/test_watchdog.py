@@ -82,6 +82,7 @@ def test_who_hears_nothing_of_the_host_with_the_store():
         "Rank 1 (process 1 on host) hears nothing of the host of rank 0; rank 1 waits in all_reduce"
     )
     assert find_hang({1: report(age=99)}, silences, 1, TIMEOUT, cut_off_s=90) is None
+    assert find_hang({1: report()}, silences, 1, TIMEOUT, cut_off_s=20) is None  # busy, not gone
     waits = {1: report(age=900, paused=True)}  # as for an export, of which it hears nothing either
     assert find_hang(waits, silences, 1, TIMEOUT, cut_off_s=99) is None
     assert find_hang(waits, silences, 1, TIMEOUT, cut_off_s=101) is not None
@@ -201,6 +202,26 @@ def test_it_watches_each_block_and_nothing_between(ends, tmp_path):
         time.sleep(1.5)
     assert ends[0][0].ranks == [0]
     assert next(watchdog._reports) > first + 1
+
+
+@pytest.mark.parametrize("another_wrote", [False, True])
+def test_what_the_first_rank_wrote_stays(gloo_group, tmp_path, monkeypatch, capsys, another_wrote):
+    """It has the store, and heard of all; what an earlier run left is no reason to be silent."""
+    file = tmp_path / "exit.json"
+    file.write_text("an earlier run's")
+    watchdog = Watchdog(1, tmp_path)
+    if another_wrote:
+        file.unlink()
+        file.write_text("another rank's of this run")
+    monkeypatch.setattr(module.os, "_exit", sys.exit)
+    monkeypatch.setattr(watchdog, "_is_first", lambda: True)
+    with pytest.raises(SystemExit):
+        watchdog._end(module.Hang([1], None, "Rank 1 hangs"), 3)
+    assert "Rank 1 hangs" in capsys.readouterr().err
+    if another_wrote:
+        assert file.read_text() == "another rank's of this run"
+    else:
+        assert json.loads(file.read_text())["reason"] == "hung"
 
 
 def test_main_thread_that_comes_further(ends, tmp_path):

@@ -102,6 +102,7 @@ class Watchdog:
         if not timeout_s > 0:
             raise ValueError(f"a time-out of {timeout_s} seconds is over at once: give more")
         self._timeout_s, self._output_dir = timeout_s, output_dir
+        self._exit_before = _exit_of(output_dir)
         self._period_s = min(LONGEST_PERIOD_S, timeout_s / 20)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         # A connection of its own, as the main thread may wait in the other one.
@@ -243,7 +244,9 @@ class Watchdog:
                 sys.stderr.write(f"\n{hang.sentence}\n")
                 sys.stderr.flush()
                 note_spoken()
-                write_exit(self._output_dir, "hung", step, **more)
+                # Who came first heard more: the store is on rank 0, which may be gone by now.
+                if _exit_of(self._output_dir) in (None, self._exit_before):
+                    write_exit(self._output_dir, "hung", step, **more)
             else:
                 time.sleep(SPEAK_S)
         finally:  # also where the disk is full
@@ -254,6 +257,15 @@ class Watchdog:
             with suppress(OSError):
                 return first_to_speak()
         return self._ask(lambda: self._store.add("said", 1)) in (1, None)
+
+
+def _exit_of(output_dir: str | os.PathLike) -> tuple[int, int] | None:
+    """Which ``exit.json`` there is, None if there is none."""
+    try:
+        stat = (Path(output_dir) / "exit.json").stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
 
 
 @contextmanager
@@ -306,8 +318,8 @@ def find_hang(
     """
     own = reports[own_rank]
     assert own is not None
-    if own.age <= timeout_s:
-        return None
+    if own.age <= timeout_s or 0 < cut_off_s <= timeout_s / 4:
+        return None  # a busy store answers late: without it nobody knows who waits for whom
     hangs: dict[int, str] = {}
     waits: dict[Place, list[int]] = {}
     moves = False
