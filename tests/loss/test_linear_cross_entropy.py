@@ -79,9 +79,9 @@ def test_rows_without_a_target_take_no_part(problem, path, spare, monkeypatch):
     want = gradients(path(labels, token_weights), hidden, weight)
     most, seen, logits_of = int((labels >= 0).sum()) + spare, [], module._logits
 
-    def counting(hidden_ND, weight_VD):
+    def counting(hidden_ND, *rest):
         seen.append(len(hidden_ND))
-        return logits_of(hidden_ND, weight_VD)
+        return logits_of(hidden_ND, *rest)
 
     monkeypatch.setattr(module, "_logits", counting)
     got = gradients(path(labels, token_weights, most_targets=most), hidden, weight)
@@ -89,6 +89,36 @@ def test_rows_without_a_target_take_no_part(problem, path, spare, monkeypatch):
         assert relative(g, w) < 1e-6
     assert (got[0][labels == -100] == 0).all()
     assert sum(seen) == most * (2 if path is weighted_afterwards else 1)  # and in the backward
+
+
+def test_a_second_backward_is_the_first_one_again(problem):
+    """The first one scales the gradients of the forward where they lie, if it is the last one."""
+    hidden, weight, labels, token_weights = problem
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    loss = 3 * linear_cross_entropy(*leaves, labels, token_weights)[0]
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cpu_has_all_chunks_in_one_place(monkeypatch):
+    places, original = [], module._logits
+
+    def noting(*operands):
+        logits = original(*operands)
+        places.append((logits.data_ptr(), len(logits)))
+        return logits
+
+    monkeypatch.setattr(module, "_logits", noting)
+    hidden, weight = torch.randn(23, 8, requires_grad=True), torch.randn(1000, 8)
+    labels = torch.randint(1000, (23,))
+    losses = linear_cross_entropy(hidden, weight, labels)
+    losses.sum().backward()
+    assert [rows for _, rows in places] == [6, 6, 6, 5] * 2
+    assert len({place for place, _ in places[:4]}) == len({place for place, _ in places[4:]}) == 1
 
 
 def test_targets_beyond_the_promised_number_are_an_error(problem):
@@ -318,7 +348,7 @@ def test_never_holds_all_logits(problem, monkeypatch):
     sizes = []
     original = module._logits
     monkeypatch.setattr(
-        module, "_logits", lambda h, w: sizes.append(len(h) * len(w)) or original(h, w)
+        module, "_logits", lambda h, w, *out: sizes.append(len(h) * len(w)) or original(h, w, *out)
     )
     for path in (weighted_afterwards, folded):
         gradients(path(labels, token_weights), hidden, weight)
@@ -331,7 +361,7 @@ def test_choices_are_the_likeliest_tokens_of_the_same_product(problem, monkeypat
     want = (hidden @ weight.T).argmax(-1)
     sizes, original = [], module._logits
     monkeypatch.setattr(
-        module, "_logits", lambda h, w: sizes.append(len(h) * len(w)) or original(h, w)
+        module, "_logits", lambda h, w, *out: sizes.append(len(h) * len(w)) or original(h, w, *out)
     )
     losses, choices = losses_and_choices(hidden.requires_grad_(), weight, labels)
     assert sum(sizes) == labels.numel() * len(weight)

@@ -26,7 +26,6 @@ from wmtp_modules.loss.linear_cross_entropy import (
     _Gradients,
     _logit_grads,
     _logits,
-    _losses_of,
     _pick,
     _scaled,
 )
@@ -89,7 +88,9 @@ def _losses(
 
     In place: with logits and teacher two more of that size are alive, as in ``_grads``.
     """
-    ce_N, lse_N = _losses_of(logits_NV, labels_N)
+    lse_N = logits_NV.logsumexp(-1)
+    picked_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1)
+    ce_N = torch.where(labels_N >= 0, lse_N - picked_N, 0.0)
     log_q_NV = logits_NV / temperature
     log_q_NV.sub_(log_q_NV.logsumexp(-1, keepdim=True))
     kl_N = log_q_NV.neg_().add_(teacher_NV).mul_(teacher_NV.exp()).sum(-1)
@@ -129,8 +130,9 @@ class _Distilled(torch.autograd.Function):
                 own = labels_JN[at], lse_JN[at], token_weights_JN[at].to(wide)
                 grads.add(rows, grads_of(logits_NV, teacher_NV, *own, *_numbers(distill)))
             del logits_NV, teacher_NV  # before the next ones are made
-        ctx.save_for_backward(hidden_XD, weight_VD, teacher_ND, labels_JN, lse_JN)
-        ctx.distill, ctx.impl, ctx.grads, ctx.folds = distill, impl, grads, folds
+        made = (None, None) if grads is None else (grads.hidden_grad, grads.weight_grad)
+        ctx.save_for_backward(hidden_XD, weight_VD, teacher_ND, labels_JN, lse_JN, *made)
+        ctx.distill, ctx.impl, ctx.folds = distill, impl, folds
         ctx.mark_non_differentiable(ce_JN, kl_JN)
         loss = torch.lerp(ce_JN, kl_JN, distill.weight)
         return (loss * token_weights_JN).sum() if folds else loss, ce_JN, kl_JN
@@ -138,14 +140,10 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *outer):
         grad, *_ = outer  # of the figures, which are not differentiable, there is none
-        hidden_XD, weight_VD, teacher_ND, labels_JN, lse_JN = ctx.saved_tensors
+        hidden_XD, weight_VD, teacher_ND, labels_JN, lse_JN, *made = ctx.saved_tensors
         if ctx.folds:  # all but the incoming scalar is done
-            parts = (
-                (ctx.grads.hidden_grad, hidden_XD.dtype),
-                (ctx.grads.weight_grad, weight_VD.dtype),
-            )
-            scaled = (None if x is None else _scaled(x, grad, dtype) for x, dtype in parts)
-            return *scaled, *[None] * 5
+            dtypes = hidden_XD.dtype, weight_VD.dtype
+            return *_scaled(made, grad, dtypes), *[None] * 5
         grads = _new_gradients(hidden_XD, weight_VD, ctx.needs_input_grad)
         grads_of, distill = _pick(_grads, ctx.impl), ctx.distill
         chunks = _chunks_of(hidden_XD, weight_VD, teacher_ND, labels_JN, distill.temperature)

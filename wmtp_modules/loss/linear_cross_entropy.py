@@ -15,6 +15,7 @@ full speed: its backward reads the logits' gradients rounded to bf16, each off b
 itself. A CPU does not round them, and takes two to three times as long as for bf16 products.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -24,9 +25,9 @@ from torch.distributed.tensor import DTensor
 
 IMPLS = ("chunked", "compiled")
 
-# Logits held at a time. On a CPU a chunk should fit the caches; on a GPU each chunk also reads and
-# writes the [V, D] gradient once, so chunks are larger there (0.5 GiB of fp32 logits).
-CHUNK_LOGITS_CPU = 2**24
+# Logits held at a time. On a CPU a chunk should fit the caches (32 MiB of fp32 logits); on a GPU
+# each chunk also reads and writes the [V, D] gradient once, so chunks are larger there (0.5 GiB).
+CHUNK_LOGITS_CPU = 2**23
 CHUNK_LOGITS_CUDA = 2**27
 
 DENSE = 0.9  # share of rows with a target from which on all are taken: choosing them copies them
@@ -105,10 +106,10 @@ def losses_and_choices(
     """
     labels_N, hidden_ND = labels.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     losses_of, losses, choices = _pick(_losses_of, impl), [], []
-    for chunk in _chunks(len(labels_N), len(weight), hidden.device):
-        logits_NV = _logits(hidden_ND[chunk], weight)
-        losses.append(losses_of(logits_NV, labels_N[chunk])[0])
+    for chunk, logits_NV in _logits_by_chunk(hidden_ND, weight):
         choices.append(logits_NV.argmax(-1))
+        losses.append(losses_of(logits_NV, labels_N[chunk])[0])
+        del logits_NV
     return torch.cat(losses).view(labels.shape), torch.cat(choices).view(labels.shape)
 
 
@@ -168,27 +169,63 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def _logits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """Logits of one chunk in fp32, or fp64 for fp64 operands."""
-    if hidden_ND.dtype in WIDE:
-        return hidden_ND @ weight_VD.t()
-    if _gives_fp32(hidden_ND.device):
+def _logits(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits of one chunk in fp32, or fp64 for fp64 operands; a CPU writes them to ``out``."""
+    if _gives_fp32(hidden_ND.device) and hidden_ND.dtype not in WIDE:
         return _product(hidden_ND, weight_VD.t())
+    if out is None:
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        out = hidden_ND.new_empty(len(hidden_ND), len(weight_VD), dtype=wide)
+    if hidden_ND.dtype in WIDE:
+        return torch.mm(hidden_ND, weight_VD.t(), out=out)
     hidden_ND = hidden_ND.float()
-    logits_NV = hidden_ND.new_empty(len(hidden_ND), len(weight_VD))
     for rows in _pieces(weight_VD):
-        logits_NV[:, rows] = _product(hidden_ND, weight_VD[rows].t())
-    return logits_NV
+        out[:, rows] = _product(hidden_ND, weight_VD[rows].t())
+    return out
+
+
+def _logits_by_chunk(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of a chunk and their logits, which hold until the next ones.
+
+    A CPU has all of them in one place: its allocator would give each 32 MiB back, and the kernel
+    clear new ones. A GPU's keeps them, as soon as whoever asked has let go.
+    """
+    out_NV, is_cpu = None, hidden_ND.device.type == "cpu"
+    for chunk in _chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
+        own = out_NV if out_NV is None else out_NV[: chunk.stop - chunk.start]
+        logits_NV = _logits(hidden_ND[chunk], weight_VD, own)
+        if is_cpu and out_NV is None:
+            out_NV = logits_NV  # the first chunk is the longest
+        yield chunk, logits_NV
+        del logits_NV
+
+
+def _exponentials(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per-token loss and log-sum-exp of one chunk, [N]; exp(logits - top) and their sum, [N, 1].
+
+    Overwrites the logits: nothing else of their size is held, which a CPU's allocator would not
+    always find room for again.
+    """
+    # Every negative label is ignored: checking for wrong ones would wait for the device.
+    picked_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1)
+    top_N1 = logits_NV.amax(-1, keepdim=True)
+    exp_NV = logits_NV.sub_(top_N1).exp_()
+    sum_N1 = exp_NV.sum(-1, keepdim=True)
+    lse_N = (top_N1 + sum_N1.log()).squeeze(1)
+    return torch.where(labels_N >= 0, lse_N - picked_N, 0.0), lse_N, exp_NV, sum_N1
 
 
 def _losses_of(
     logits_NV: torch.Tensor, labels_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token loss and log-sum-exp of one chunk."""
-    lse_N = torch.logsumexp(logits_NV, dim=-1)
-    # Every negative label is ignored: checking for wrong ones would wait for the device.
-    picked_N = logits_NV.gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1)
-    return torch.where(labels_N >= 0, lse_N - picked_N, 0.0), lse_N
+    """Per-token loss and log-sum-exp of one chunk. Overwrites the logits."""
+    return _exponentials(logits_NV, labels_N)[:2]
 
 
 def _logit_grads(
@@ -203,9 +240,11 @@ def _logit_grads(
 def _losses_and_grads(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, weights_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both of a chunk, for weights that are known: one graph where they are compiled."""
-    losses_N, lse_N = _losses_of(logits_NV, labels_N)
-    return losses_N, _logit_grads(logits_NV, labels_N, lse_N, weights_N.to(lse_N.dtype))
+    """Both of a chunk, for weights that are known, with one exponential. Overwrites the logits."""
+    losses_N, _, exp_NV, sum_N1 = _exponentials(logits_NV, labels_N)
+    weights_N1 = torch.where(labels_N >= 0, weights_N.to(sum_N1.dtype), 0.0)[:, None]
+    grads_NV = exp_NV.mul_(weights_N1 / sum_N1)
+    return losses_N, grads_NV.scatter_add_(1, labels_N.clamp(min=0)[:, None], -weights_N1)
 
 
 @lru_cache
@@ -281,9 +320,22 @@ class _Gradients:
         return self.hidden_grad, weight_grad
 
 
-def _scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x * scale, rounded once: a scale without dimensions would be rounded to bf16 before."""
-    return torch.mul(x, scale.reshape(1, 1), out=torch.empty_like(x, dtype=dtype))
+def _scaled(
+    grads: Sequence[torch.Tensor | None], scale: torch.Tensor, dtypes: Sequence[torch.dtype]
+) -> list[torch.Tensor | None]:
+    """Gradients of a forward times the scalar that comes in, in place unless a backward follows.
+
+    Rounded once: a scale without dimensions would be rounded to bf16 before.
+    """
+    may_come_again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph
+    scale_11, scaled = scale.reshape(1, 1), list[torch.Tensor | None]()
+    for x, dtype in zip(grads, dtypes, strict=True):
+        if x is not None:
+            in_place = x.dtype == dtype and not may_come_again
+            out = x if in_place else torch.empty_like(x, dtype=dtype)
+            x = torch.mul(x, scale_11, out=out)
+        scaled.append(x)
+    return scaled
 
 
 class _LinearLogits(torch.autograd.Function):
@@ -307,10 +359,10 @@ class _PerTokenLoss(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, labels, impl):
         labels_N = labels.reshape(-1)
         losses_of = _pick(_losses_of, impl)
-        parts = [
-            losses_of(_logits(hidden_ND[chunk], weight_VD), labels_N[chunk])
-            for chunk in _chunks(len(labels_N), len(weight_VD), hidden_ND.device)
-        ]
+        parts = []
+        for chunk, logits_NV in _logits_by_chunk(hidden_ND, weight_VD):
+            parts.append(losses_of(logits_NV, labels_N[chunk]))
+            del logits_NV
         losses_N, lse_N = (torch.cat(part) for part in zip(*parts, strict=True))
         ctx.save_for_backward(hidden_ND, weight_VD, labels_N, lse_N)
         ctx.impl = impl
@@ -323,9 +375,9 @@ class _PerTokenLoss(torch.autograd.Function):
         hidden_ND, weight_VD, labels_N, lse_N = ctx.saved_tensors
         logit_grads = _pick(_logit_grads, ctx.impl)
         grads = _Gradients(hidden_ND, weight_VD, ctx.needs_input_grad)
-        for chunk in _chunks(len(labels_N), len(weight_VD), hidden_ND.device):
-            logits_NV = _logits(hidden_ND[chunk], weight_VD)
+        for chunk, logits_NV in _logits_by_chunk(hidden_ND, weight_VD):
             grads.add(chunk, logit_grads(logits_NV, labels_N[chunk], lse_N[chunk], grad_N[chunk]))
+            del logits_NV
         return (*grads.results(), None, None)
 
 
@@ -336,19 +388,20 @@ class _WeightedLoss(torch.autograd.Function):
         losses_of, losses_and_grads = _pick(_losses_of, impl), _pick(_losses_and_grads, impl)
         grads = _Gradients(hidden_ND, weight_VD, ctx.needs_input_grad)
         parts = []
-        for chunk in _chunks(len(labels_N), len(weight_VD), hidden_ND.device):
-            logits_NV = _logits(hidden_ND[chunk], weight_VD)
+        for chunk, logits_NV in _logits_by_chunk(hidden_ND, weight_VD):
             if any(ctx.needs_input_grad):
                 own = labels_N[chunk], token_weights_N[chunk]
                 chunk_losses, logit_grads_NV = losses_and_grads(logits_NV, *own)
                 grads.add(chunk, logit_grads_NV)
+                del logit_grads_NV  # the logits' memory
             else:
                 chunk_losses, _ = losses_of(logits_NV, labels_N[chunk])
             parts.append(chunk_losses)
+            del logits_NV
         losses_N = torch.cat(parts)
         losses = _shaped(losses_N, labels.shape)
-        ctx.hidden_grad, ctx.weight_grad = grads.hidden_grad, grads.weight_grad
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grads.hidden_grad, grads.weight_grad)
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         ctx.mark_non_differentiable(losses)
         return (losses_N * token_weights_N).sum(), losses
 
@@ -356,9 +409,4 @@ class _WeightedLoss(torch.autograd.Function):
     def backward(ctx, *outer):
         grad, _ = outer  # of the losses, which are not differentiable, there is none
         # The products are already computed; only the incoming scalar is left to apply.
-        hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
-        if hidden_grad is not None:
-            hidden_grad = _scaled(hidden_grad, grad, hidden_grad.dtype)
-        if weight_grad is not None:
-            weight_grad = _scaled(weight_grad, grad, ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None
+        return *_scaled(ctx.saved_tensors, grad, ctx.dtypes), None, None, None
