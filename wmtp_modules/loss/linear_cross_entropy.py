@@ -9,10 +9,12 @@ losses in the operands' dtype and takes no token weights; docs/log.md compares c
 Liger.
 
 Products of bf16 operands come out as the fp32 sums that they are: rounded to bf16, logits would put
-1e-2 on a loss. CUDA's matrix product has them as its result (``out_dtype``); elsewhere a chunk's
-hidden states and a piece of the weight are upcast. What CUDA cannot do is multiply fp32 by bf16 at
-full speed: its backward reads the logits' gradients rounded to bf16, each off by at most 2^-8 of
-itself. A CPU does not round them, and takes two to three times as long as for bf16 products.
+1e-2 on a loss. CUDA's matrix product has them as its result (``out_dtype``), or adds them to
+an fp32 sum (pytorch/pytorch#167931; linkedin/Liger-Kernel#1239 measures 13.4 ms where a pass of its
+own makes it 23.5); elsewhere a chunk's hidden states and a piece of the weight are upcast. What
+CUDA cannot do is multiply fp32 by bf16 at full speed: its backward reads the logits' gradients
+rounded to bf16, each off by at most 2^-8 of itself. A CPU does not round them, and takes two to
+three times as long as for bf16 products.
 """
 
 from collections.abc import Iterator, Sequence
@@ -169,6 +171,14 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
+def _add_product(to: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """to += a @ b in fp32, operands as ``_product`` takes them; CUDA adds within the product."""
+    if _gives_fp32(a.device):
+        torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
+    else:
+        to += a.float() @ b.float()
+
+
 def _logits(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -306,9 +316,9 @@ class _Gradients:
         for rows in _pieces(weight_VD):
             part_NR = logit_grad_NV[:, rows]
             if self.hidden_grad is not None:
-                hidden_grad_ND += _product(part_NR, weight_VD[rows])
+                _add_product(hidden_grad_ND, part_NR, weight_VD[rows])
             if self.weight_grad is not None:
-                self.weight_grad[rows] += _product(part_NR.t(), hidden_ND)
+                _add_product(self.weight_grad[rows], part_NR.t(), hidden_ND)
         if self.hidden_grad is not None:
             self.hidden_grad[chunk] = hidden_grad_ND
 
