@@ -123,13 +123,8 @@ def _of_targets(
     impl: str,
     most: int,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Loss of the first ``most`` rows after those with a target have been put first, in order.
-
-    A boolean index would be shorter, and the host would wait for the device to count.
-    """
     labels_N = labels.reshape(-1)
-    torch._assert_async(((labels_N >= 0).sum() <= most), "more targets than most_targets")
-    rows = (labels_N < 0).byte().argsort(stable=True)[:most]
+    rows = _targets_first(labels_N >= 0, most)
     operands = hidden_ND[rows], weight_VD, labels_N[rows]
 
     def spread(losses: torch.Tensor) -> torch.Tensor:
@@ -141,6 +136,15 @@ def _of_targets(
     own = token_weights.detach().reshape(-1)[rows]
     loss, losses = _WeightedLoss.apply(*operands, own, impl)
     return loss, spread(losses)
+
+
+def _targets_first(is_target_N: torch.Tensor, most: int) -> torch.Tensor:
+    """The first ``most`` rows after those with a target have been put first, in order.
+
+    A boolean index would be shorter, and the host would wait for the device to count.
+    """
+    torch._assert_async(is_target_N.sum() <= most, "more targets than most_targets")
+    return (~is_target_N).byte().argsort(stable=True)[:most]
 
 
 def linear_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -300,11 +304,12 @@ class _Gradients:
         accumulate = torch.promote_types(weight_VD.dtype, torch.float32)
         self.weight_grad = torch.zeros_like(weight_VD, dtype=accumulate) if needed[1] else None
 
-    def add(self, chunk: slice, logit_grad_NV: torch.Tensor) -> None:
+    def add(self, chunk: slice | torch.Tensor, logit_grad_NV: torch.Tensor) -> None:
+        """What these rows give, which are not given twice."""
         hidden_ND, weight_VD = self.hidden_ND[chunk], self.weight_VD
         if weight_VD.dtype in WIDE:
             if self.hidden_grad is not None:
-                torch.mm(logit_grad_NV, weight_VD, out=self.hidden_grad[chunk])
+                self.hidden_grad[chunk] = logit_grad_NV @ weight_VD
             if self.weight_grad is not None:
                 self.weight_grad.addmm_(logit_grad_NV.t(), hidden_ND)
             return
@@ -320,7 +325,7 @@ class _Gradients:
             if self.weight_grad is not None:
                 _add_product(self.weight_grad[rows], part_NR.t(), hidden_ND)
         if self.hidden_grad is not None:
-            self.hidden_grad[chunk] = hidden_grad_ND
+            self.hidden_grad[chunk] = hidden_grad_ND.to(self.hidden_grad.dtype)
 
     def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Both in the dtype of their operand."""
