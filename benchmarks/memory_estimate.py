@@ -204,7 +204,10 @@ def measure(config_file: Path, ranks: int, out: Path, *, profiled: bool = False)
     command = [sys.executable, *(launcher if ranks > 1 else []), __file__]
     command += ["--measure", str(config_file), "--out", str(out), *["--profiled"] * profiled]
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    subprocess.run(command, check=True, env=os.environ | at_once, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, env=os.environ | at_once, capture_output=True, text=True)
+    if done.returncode:  # what a run says of itself is in the way of the table otherwise
+        print(done.stderr, file=sys.stderr)
+        done.check_returncode()
     of_ranks = [json.loads(file.read_text()) for file in out.parent.glob(f"{out.name}.?")]
     return [max(peaks) for peaks in zip(*of_ranks, strict=True)]
 

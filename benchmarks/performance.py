@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -335,16 +335,16 @@ def ranks_rows(quick: bool) -> Rows:
 
 
 def write_profile(path: Path, quick: bool) -> None:
-    with Variants(quick) as variants:
+    with quiet(), Variants(quick) as variants:
         variants.add("rho1", weighting="rho1")
         steps = variants.steps["rho1"]
         steps.take(2)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             steps.take(1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
-    print(f"written to {path}")
+    print(f"The trace of a step is in {path}: open it in chrome://tracing or ui.perfetto.dev.")
 
 
 # ------------------------------------------------------------------- decoding, and what is around
@@ -591,13 +591,33 @@ def write_page(path: Path, found: dict[str, list]) -> None:
     path.write_text("\n".join([head, *parts, *of_gpu]).rstrip() + "\n")
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What bars, logs and other processes write to stderr is shown only after an error."""
+    with tempfile.TemporaryFile() as aside:
+        sys.stderr.flush()
+        shown = os.dup(2)
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            aside.seek(0)
+            os.write(shown, aside.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            os.close(shown)
+
+
 def measure(part: Part, quick: bool) -> list[tuple[str, dict]]:
     """All rows of a table, each printed at once; one that fails is the last, and says why."""
     rows = []
     try:
-        for row in part.measure(quick):
-            rows.append(row)
-            print(f"  {row[0]}: {', '.join(f'{k} {v}' for k, v in row[1].items())}", flush=True)
+        with quiet():
+            for row in part.measure(quick):
+                rows.append(row)
+                print(f"  {row[0]}: {', '.join(f'{k} {v}' for k, v in row[1].items())}", flush=True)
     except Exception as error:  # the other tables go on
         rows.append(("the rest", {"failed": why(error)}))
         print(f"  failed: {why(error)}", flush=True)

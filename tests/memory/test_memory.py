@@ -162,6 +162,17 @@ def test_logits_are_held_once_while_the_loss_is_made(cfg, estimate_step):
     assert logits <= estimate_step(cfg, 1).parts["activations and logits"] < 1.5 * logits
 
 
+def test_a_gpu_lets_a_chunk_of_logits_go_before_the_next(cfg, estimate_step, monkeypatch):
+    """Of two chunks one is held in fp32, beside its gradient rounded to bf16 and the weight's."""
+    cfg.update({"batch_size": 1, "device": "cuda", "dtype": "bf16"})
+    cfg.model.vocab_size = 2**15
+    chunk = 128 * 2**15  # of heads x tokens
+    monkeypatch.setattr(step_memory.loss_module, "CHUNK_LOGITS_CUDA", chunk)
+    activations = estimate_step(cfg, 1).parts["activations and logits"]
+    most = (4 + 2) * chunk + 4 * 64 * 2**15
+    assert most <= activations < most + 3 * chunk  # a second one would be 4
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "seq_len", "more"),
     [(2**15, 256, 64 * MIB), (2**9, 1024, -4 * MIB)],
