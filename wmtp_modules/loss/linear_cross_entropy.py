@@ -123,6 +123,7 @@ def _of_targets(
     impl: str,
     most: int,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``linear_cross_entropy`` of the rows with a target, and losses of 0 for the others."""
     labels_N = labels.reshape(-1)
     rows = _targets_first(labels_N >= 0, most)
     operands = hidden_ND[rows], weight_VD, labels_N[rows]
