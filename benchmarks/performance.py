@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+from unittest import mock
 
 import gpu
 import performance_data
@@ -35,6 +36,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from common import PeakAnonymousMemory, hardware
 from gpu import GIB, Sizes, Steps, Table, mesh_of, ratios, spread, why
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 Rows = Iterator[tuple[str, dict[str, Any]]]  # a row's name and its figures by column
@@ -348,6 +350,35 @@ def write_profile(path: Path, quick: bool) -> None:
 # ------------------------------------------------------------------- decoding, and what is around
 
 
+class CountOperators(TorchDispatchMode):
+    """Of a GPU's host each is a launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators_of(decoding: gpu.Decoding, how: str, batch_size: int) -> int:
+    """Operators of the last forward, which all rows are still part of."""
+    from wmtp_modules.generation.self_speculative import Decoder
+
+    counted, forward = [], Decoder._forward
+
+    def counting(decoder: Decoder) -> Any:
+        with CountOperators() as operators:
+            table = forward(decoder)
+        counted.append(operators.n)
+        return table
+
+    with mock.patch.object(Decoder, "_forward", counting):
+        decoding.once(how, batch_size)
+    return counted[-1]
+
+
 def generation_rows(quick: bool) -> Rows:
     sizes, decodings = sizes_of(quick), ("plain", "self_speculative")
     decoding = gpu.Decoding(replace(sizes, model=sizes.model | {"embed_dim": 128}))
@@ -370,6 +401,9 @@ def generation_rows(quick: bool) -> Rows:
                 "ratio": ratios(per_s[fast], per_s[plain]),
                 "tokens/forward": f"{median(per_row[fast]):.2f}",
                 "time of a forward, ratio": ratios(forwards[fast], forwards[plain]),
+                "operators of a forward": " and ".join(
+                    str(operators_of(decoding, how, batch_size)) for how in decodings
+                ),
             },
         )
 
@@ -497,7 +531,7 @@ PARTS = {
             "benchmarks/decode_speed.py has a trained model.",
             (
                 *("plain, tokens/s", "self-speculative", "ratio"),
-                *("tokens/forward", "time of a forward, ratio"),
+                *("tokens/forward", "time of a forward, ratio", "operators of a forward"),
             ),
         ),
         generation_rows,

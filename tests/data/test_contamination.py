@@ -104,6 +104,19 @@ def test_a_part_of_a_description_is_no_match(tmp_path):
     assert guard.find("write_a_function # to count\n the-green-apples OF a basket") == "MBPP/11"
 
 
+def test_a_description_in_two_texts_is_in_none(tmp_path):
+    guard = make_guard(tmp_path)
+    words = ["write", "a", "function", "to", "count", "the", "green", "apples", "of", "a", "basket"]
+    for cut in range(1, len(words)):
+        assert guard.find_each([" ".join(words[:cut]), " ".join(words[cut:])]) == [None, None]
+
+
+def test_words_that_are_far_apart(tmp_path):
+    """More than is looked at first."""
+    text = "write a function to count the green apples of a basket".replace(" ", " " * 100)
+    assert make_guard(tmp_path).find(text) == "MBPP/11"
+
+
 def make_guard(tmp_path):
     mbpp = [
         {"task_id": 10, "text": "Write a function to peel the oranges of a basket."},
@@ -155,7 +168,7 @@ def test_the_same_is_found_as_by_looking_everywhere(tmp_path):
         "def add x y add x and y",
         "return how often the letter z stands in the string s and in its reverse",
     ]
-    rng, found = random.Random(0), []
+    rng, found, texts = random.Random(0), [], []
     for _ in range(600):
         words = [word for _ in range(rng.randrange(4)) for word in rng.choice(tasks).split()]
         for _ in range(rng.choice([0, 0, 0, 1, 2])):  # some no longer whole, or not in sequence
@@ -166,6 +179,13 @@ def test_the_same_is_found_as_by_looking_everywhere(tmp_path):
         text = disguised(rng, [*around[:at], *words, *around[at:]])
         assert guard.find(text) == find_slowly(hashes, text), text
         found.append(guard.find(text))
+        texts.append(text)
+    assert guard.find_each(texts) == found  # and none across the end of a text
+    assert guard.find_each(texts[:5] + [""] * 20 + texts[5:9]) == [
+        *found[:5],
+        *[None] * 20,
+        *found[5:9],
+    ]
     assert {*found} == {None, "MBPP/11", "HumanEval/0", "HumanEval/1"}
     assert 100 < found.count(None) < 500
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp_modules.config.rules import cpp_compiler
+from wmtp_modules.loss import distill as distill_module
 from wmtp_modules.loss import linear_cross_entropy as module
 from wmtp_modules.loss.distill import Distill, distilled_cross_entropy
 from wmtp_modules.loss.linear_cross_entropy import linear_cross_entropy
@@ -32,15 +33,17 @@ def plain(hidden, weight, labels, teacher, token_weights, distill=DISTILL):
     return (loss * token_weights).sum(), ce, kl
 
 
-def afterwards(hidden, weight, labels, teacher, token_weights, distill=DISTILL, impl="chunked"):
-    loss, *figures = distilled_cross_entropy(hidden, weight, labels, teacher, distill, impl=impl)
+def afterwards(
+    hidden, weight, labels, teacher, token_weights, distill=DISTILL, impl="chunked", **how
+):
+    operands = hidden, weight, labels, teacher, distill
+    loss, *figures = distilled_cross_entropy(*operands, impl=impl, **how)
     return (loss * token_weights).sum(), *figures
 
 
-def folded(hidden, weight, labels, teacher, token_weights, distill=DISTILL, impl="chunked"):
-    return distilled_cross_entropy(
-        hidden, weight, labels, teacher, distill, token_weights, impl=impl
-    )
+def folded(hidden, weight, labels, teacher, token_weights, distill=DISTILL, impl="chunked", **how):
+    operands = hidden, weight, labels, teacher, distill, token_weights
+    return distilled_cross_entropy(*operands, impl=impl, **how)
 
 
 @pytest.fixture
@@ -138,6 +141,29 @@ def test_a_teacher_that_is_the_student_teaches_nothing(problem):
     _, ce, kl, *grads = gradients(folded, hidden, weight, *rest)
     assert kl.abs().max() < 1e-5 < ce.max()
     assert max(g.abs().max() for g in grads) < 1e-5
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+@pytest.mark.parametrize("path", [afterwards, folded])
+def test_positions_that_predict_nothing_take_no_part(problem, path, spare, monkeypatch):
+    """Values and gradients are as before, and products have as many rows as there are targets."""
+    want, (_, _, labels, *_) = gradients(path, *problem), problem
+    teachers = {(b, t + j + 1) for b, t, j in (labels >= 0).nonzero().tolist()}
+    most, seen, logits_of = len(teachers) + spare, [], distill_module._logits
+    assert most < 0.9 * B * T
+
+    def counting(hidden_ND, *rest):
+        seen.append(len(hidden_ND))
+        return logits_of(hidden_ND, *rest)
+
+    monkeypatch.setattr(distill_module, "_logits", counting)
+    got = gradients(lambda *a: path(*a, most_targets=most), *problem)
+    for g, w in zip(got, want, strict=True):
+        assert relative(g, w) < 1e-6
+    # The teacher once and each head; those of the heads again in a backward of their own.
+    assert sum(seen) == most * (1 + J) * (2 if path is afterwards else 1)
+    with pytest.raises(RuntimeError, match="more targets than most_targets"):
+        path(*problem, most_targets=len(teachers) - 1)
 
 
 @pytest.mark.parametrize("path", [afterwards, folded])

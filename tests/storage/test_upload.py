@@ -1,6 +1,7 @@
 """Writing: the store follows the folder, and nothing in it looks whole that is not."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -228,10 +229,15 @@ def test_killed_at_every_moment(run, tmp_path, monkeypatch, goes_on):
 def test_a_process_killed_at_random_moments(s3, run, children, in_store, kills):
     draw = random.Random(0)
 
-    def send():
+    def remove_unfinished():
+        """What a killed process was writing, as ``recover_folder`` does."""
+        for other in run.rglob("*.partial"):
+            shutil.rmtree(other)
+
+    def send(first):
+        remove_unfinished()
         follower = Follower(run, RUN, "run")
-        while True:
-            step = draw.randrange(10**6)
+        for step in itertools.count(first):  # none that an earlier process has written
             best(run, f"v{step}")
             state(run, step)
             for other in (run / "training_state").iterdir():
@@ -240,16 +246,14 @@ def test_a_process_killed_at_random_moments(s3, run, children, in_store, kills):
             with suppress(OSError):  # a busy machine's server may not answer in time
                 follower.send()
 
-    for _ in range(kills):
-        draw.random()
-        pid = children.begin(send)
+    for i in range(kills):
+        pid = children.begin(send, 1000 * i)
         time.sleep(1 + draw.random())
         os.kill(pid, signal.SIGKILL)
         assert children.ends(pid) == [-signal.SIGKILL]
         check_never_half(in_store())
     shutil.rmtree(run.parent / ".run.sending", ignore_errors=True)
-    for other in run.rglob("*.partial"):
-        shutil.rmtree(other)
+    remove_unfinished()
     Follower(run, RUN, "run").send()
     check_never_half(in_store())
     assert {n: d for n, d in in_store().items() if n in contents(run)} == contents(run)

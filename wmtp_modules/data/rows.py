@@ -409,7 +409,7 @@ def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) ->
     """Rows of a batch of records; what else there is to say goes to a file of its own."""
     count, excluded = Counter[str](), Counter[str]()
     valid, bad = Counter[int](), defaultdict[int, BadRows](BadRows)
-    made: list[tuple[tokenize.TokenRow, Sample, bytes | None]] = []
+    of_batch = list[Sample]()
     batch = (table[name].to_pylist() for name in ("source", "part", "where", "record", "bad"))
     for number, part, where, line, why in zip(*batch, strict=True):
         count["read"] += 1
@@ -424,22 +424,25 @@ def _make_batch(table: pa.Table, indices: list[int], make: Make, counts: str) ->
         valid[part] += 1
         count["unused"] += not samples
         for sample in samples:
-            if not make.whole[number] and not make.divide.takes(sample):
+            if make.whole[number] or make.divide.takes(sample):
+                of_batch.append(sample)
+            else:
                 count["other split"] += 1
-                continue
-            task = make.guard.find(sample.all_text)
-            if task:
-                excluded[task] += 1
-                continue
-            rows = list(_tokenise(make.tokenizer, sample))
-            count["over-long"] += not rows
-            marks = repr((sample.noise, sample.reward, sample.problem_id, sample.weight))
-            told = "\0".join([marks, *(text for turn in sample.turns for text in turn)])
-            digest = hashlib.blake2b(told.encode(), digest_size=8).digest()
-            for i, row in enumerate(rows):
-                count["rows"] += 1
-                count["tokens"] += len(row.tokens)
-                made.append((row, sample, None if i else digest))
+    made: list[tuple[tokenize.TokenRow, Sample, bytes | None]] = []
+    tasks = make.guard.find_each([sample.all_text for sample in of_batch])
+    for sample, task in zip(of_batch, tasks, strict=True):
+        if task:
+            excluded[task] += 1
+            continue
+        rows = list(_tokenise(make.tokenizer, sample))
+        count["over-long"] += not rows
+        marks = repr((sample.noise, sample.reward, sample.problem_id, sample.weight))
+        told = "\0".join([marks, *(text for turn in sample.turns for text in turn)])
+        digest = hashlib.blake2b(told.encode(), digest_size=8).digest()
+        for i, row in enumerate(rows):
+            count["rows"] += 1
+            count["tokens"] += len(row.tokens)
+            made.append((row, sample, None if i else digest))
     result = _table(made)
     has = {name: len(result) - result[name].null_count for name in OPTIONAL}
     has["noise"] = sum(bool(sample.noise) for _, sample, _ in made)

@@ -13,7 +13,8 @@ speculators trains its drafts with (``kl_div_loss``). FastMTP (arXiv 2509.18362)
 by text that the model wrote, which is a matter of the data set.
 
 As in ``linear_cross_entropy`` logits live in chunks. Head 0's are made once for all heads: a chunk
-holds its positions t + k, and each head's positions t = (t + k) - k beside them.
+holds its positions p = t + k, and each head's positions t = p - k beside them. Positions p from
+which nothing is to be predicted, in prompts and padding, are left out where their number is known.
 """
 
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ from dataclasses import dataclass
 import torch
 
 from wmtp_modules.loss.linear_cross_entropy import (
+    DENSE,
     _chunks,
     _Gradients,
     _logit_grads,
     _logits,
     _pick,
     _scaled,
+    _targets_first,
 )
 
 
@@ -53,6 +56,7 @@ def distilled_cross_entropy(
     token_weights_BTJ: torch.Tensor | None = None,
     *,
     impl: str = "chunked",
+    most_targets: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss of heads 1 to K - 1 against their labels and head 0.
 
@@ -64,6 +68,7 @@ def distilled_cross_entropy(
         teacher_BTD: head 0's normed hidden states; no gradient goes there.
         token_weights_BTJ: fp32 weights known beforehand, constants.
         impl: as in ``linear_cross_entropy``.
+        most_targets: how many labels of a head are not negative, at most, where the host knows.
 
     Returns:
         (what to train on, cross-entropy_BTJ, temperature^2 KL_BTJ), the last two without gradient.
@@ -76,7 +81,11 @@ def distilled_cross_entropy(
     )
     hidden_XD = hidden_BTJD.permute(2, 0, 1, 3).reshape(-1, D)  # X = J * N, a head after the other
     teacher_ND = teacher_BTD.detach().reshape(-1, D)
-    results = _Distilled.apply(hidden_XD, weight_VD, teacher_ND, *of_heads, distill, impl)
+    labels_JN, token_weights_JN = of_heads
+    assert labels_JN is not None
+    rows = _teachers(labels_JN, most_targets)
+    operands = hidden_XD, weight_VD, teacher_ND, labels_JN, token_weights_JN
+    results = _Distilled.apply(*operands, rows, distill, impl)
     back = [x.view(J, B, T).permute(1, 2, 0) if x.dim() else x for x in results]
     return back[0], back[1], back[2]
 
@@ -115,23 +124,25 @@ def _grads(
 
 class _Distilled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_XD, weight_VD, teacher_ND, labels_JN, token_weights_JN, distill, impl):
+    def forward(
+        ctx, hidden_XD, weight_VD, teacher_ND, labels_JN, token_weights_JN, rows, distill, impl
+    ):
         needed = ctx.needs_input_grad[:2]
         folds = token_weights_JN is not None
         grads = _new_gradients(hidden_XD, weight_VD, needed) if folds and any(needed) else None
         losses_of, grads_of = _pick(_losses, impl), _pick(_grads, impl)
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         ce_JN, kl_JN, lse_JN = (torch.zeros_like(labels_JN, dtype=wide) for _ in range(3))
-        chunks = _chunks_of(hidden_XD, weight_VD, teacher_ND, labels_JN, distill.temperature)
-        for at, rows, logits_NV, teacher_NV in chunks:
+        chunks = _chunks_of(hidden_XD, weight_VD, teacher_ND, labels_JN, rows, distill.temperature)
+        for at, own_rows, logits_NV, teacher_NV in chunks:
             figures = losses_of(logits_NV, teacher_NV, labels_JN[at], distill.temperature)
             ce_JN[at], kl_JN[at], lse_JN[at] = figures
             if grads is not None:
                 own = labels_JN[at], lse_JN[at], token_weights_JN[at].to(wide)
-                grads.add(rows, grads_of(logits_NV, teacher_NV, *own, *_numbers(distill)))
+                grads.add(own_rows, grads_of(logits_NV, teacher_NV, *own, *_numbers(distill)))
             del logits_NV, teacher_NV  # before the next ones are made
         made = (None, None) if grads is None else (grads.hidden_grad, grads.weight_grad)
-        ctx.save_for_backward(hidden_XD, weight_VD, teacher_ND, labels_JN, lse_JN, *made)
+        ctx.save_for_backward(hidden_XD, weight_VD, teacher_ND, labels_JN, rows, lse_JN, *made)
         ctx.distill, ctx.impl, ctx.folds = distill, impl, folds
         ctx.mark_non_differentiable(ce_JN, kl_JN)
         loss = torch.lerp(ce_JN, kl_JN, distill.weight)
@@ -140,18 +151,18 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *outer):
         grad, *_ = outer  # of the figures, which are not differentiable, there is none
-        hidden_XD, weight_VD, teacher_ND, labels_JN, lse_JN, *made = ctx.saved_tensors
+        hidden_XD, weight_VD, teacher_ND, labels_JN, rows, lse_JN, *made = ctx.saved_tensors
         if ctx.folds:  # all but the incoming scalar is done
             dtypes = hidden_XD.dtype, weight_VD.dtype
-            return *_scaled(made, grad, dtypes), *[None] * 5
+            return *_scaled(made, grad, dtypes), *[None] * 6
         grads = _new_gradients(hidden_XD, weight_VD, ctx.needs_input_grad)
         grads_of, distill = _pick(_grads, ctx.impl), ctx.distill
-        chunks = _chunks_of(hidden_XD, weight_VD, teacher_ND, labels_JN, distill.temperature)
-        for at, rows, logits_NV, teacher_NV in chunks:
+        chunks = _chunks_of(hidden_XD, weight_VD, teacher_ND, labels_JN, rows, distill.temperature)
+        for at, own_rows, logits_NV, teacher_NV in chunks:
             own = labels_JN[at], lse_JN[at], grad[at]
-            grads.add(rows, grads_of(logits_NV, teacher_NV, *own, *_numbers(distill)))
+            grads.add(own_rows, grads_of(logits_NV, teacher_NV, *own, *_numbers(distill)))
             del logits_NV, teacher_NV
-        return *grads.results(), *[None] * 5
+        return *grads.results(), *[None] * 6
 
 
 def _numbers(distill: Distill) -> tuple[float, float]:
@@ -161,8 +172,18 @@ def _numbers(distill: Distill) -> tuple[float, float]:
 def _new_gradients(hidden_XD: torch.Tensor, weight_VD: torch.Tensor, needed: tuple) -> _Gradients:
     grads = _Gradients(hidden_XD, weight_VD, needed)
     if grads.hidden_grad is not None:
-        grads.hidden_grad.zero_()  # a head's last positions have no teacher, and are in no chunk
+        grads.hidden_grad.zero_()  # of rows that are in no chunk
     return grads
+
+
+def _teachers(labels_JN: torch.Tensor, most: int | None) -> torch.Tensor:
+    """Head 0's positions p that some head's label at t = p - k has it predict, in order."""
+    J, N = labels_JN.shape
+    if most is None or most >= DENSE * N:
+        return torch.arange(N, device=labels_JN.device)
+    # Of the last positions t, which have no p, no label is 0 or more: they may come round.
+    is_target_JN = torch.stack([labels_JN[j].roll(j + 1) >= 0 for j in range(J)])
+    return _targets_first(is_target_JN.any(0), most)
 
 
 def _chunks_of(
@@ -170,21 +191,18 @@ def _chunks_of(
     weight_VD: torch.Tensor,
     teacher_ND: torch.Tensor,
     labels_JN: torch.Tensor,
+    rows: torch.Tensor,
     temperature: float,
-) -> Iterator[tuple[tuple[int, slice], slice, torch.Tensor, torch.Tensor]]:
-    """A head at a time: index into [J, N], rows of hidden_XD, its logits, log p of the teacher."""
+) -> Iterator[tuple[tuple[int, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """A head at a time: index into [J, N], rows of hidden_XD, its logits, log p of the teacher.
+
+    ``rows`` are positions of the teacher.
+    """
     J, N = labels_JN.shape
     # Half the rows of a plain loss: a head's logits and the teacher's are there together.
-    for chunk in _chunks(N, 2 * len(weight_VD), weight_VD.device):
-        teacher_NV = (_logits(teacher_ND[chunk], weight_VD) / temperature).log_softmax(-1)
+    for chunk in _chunks(len(rows), 2 * len(weight_VD), weight_VD.device):
+        teacher_NV = (_logits(teacher_ND[rows[chunk]], weight_VD) / temperature).log_softmax(-1)
         for j in range(J):
-            start, stop = max(chunk.start - j - 1, 0), chunk.stop - j - 1
-            if start < stop:
-                rows = slice(j * N + start, j * N + stop)
-                yield (
-                    (j, slice(start, stop)),
-                    rows,
-                    _logits(hidden_XD[rows], weight_VD),
-                    teacher_NV[start + j + 1 - chunk.start :],
-                )
+            at = (rows[chunk] - j - 1) % N
+            yield (j, at), j * N + at, _logits(hidden_XD[j * N + at], weight_VD), teacher_NV
         del teacher_NV

@@ -9,10 +9,12 @@ losses in the operands' dtype and takes no token weights; docs/log.md compares c
 Liger.
 
 Products of bf16 operands come out as the fp32 sums that they are: rounded to bf16, logits would put
-1e-2 on a loss. CUDA's matrix product has them as its result (``out_dtype``); elsewhere a chunk's
-hidden states and a piece of the weight are upcast. What CUDA cannot do is multiply fp32 by bf16 at
-full speed: its backward reads the logits' gradients rounded to bf16, each off by at most 2^-8 of
-itself. A CPU does not round them, and takes two to three times as long as for bf16 products.
+1e-2 on a loss. CUDA's matrix product has them as its result (``out_dtype``), or adds them to
+an fp32 sum (pytorch/pytorch#167931; linkedin/Liger-Kernel#1239 measures 13.4 ms where a pass of its
+own makes it 23.5); elsewhere a chunk's hidden states and a piece of the weight are upcast. What
+CUDA cannot do is multiply fp32 by bf16 at full speed: its backward reads the logits' gradients
+rounded to bf16, each off by at most 2^-8 of itself. A CPU does not round them, and takes two to
+three times as long as for bf16 products.
 """
 
 from collections.abc import Iterator, Sequence
@@ -121,13 +123,9 @@ def _of_targets(
     impl: str,
     most: int,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Loss of the first ``most`` rows after those with a target have been put first, in order.
-
-    A boolean index would be shorter, and the host would wait for the device to count.
-    """
+    """``linear_cross_entropy`` of the rows with a target, and losses of 0 for the others."""
     labels_N = labels.reshape(-1)
-    torch._assert_async(((labels_N >= 0).sum() <= most), "more targets than most_targets")
-    rows = (labels_N < 0).byte().argsort(stable=True)[:most]
+    rows = _targets_first(labels_N >= 0, most)
     operands = hidden_ND[rows], weight_VD, labels_N[rows]
 
     def spread(losses: torch.Tensor) -> torch.Tensor:
@@ -139,6 +137,15 @@ def _of_targets(
     own = token_weights.detach().reshape(-1)[rows]
     loss, losses = _WeightedLoss.apply(*operands, own, impl)
     return loss, spread(losses)
+
+
+def _targets_first(is_target_N: torch.Tensor, most: int) -> torch.Tensor:
+    """The first ``most`` rows after those with a target have been put first, in order.
+
+    A boolean index would be shorter, and the host would wait for the device to count.
+    """
+    torch._assert_async(is_target_N.sum() <= most, "more targets than most_targets")
+    return (~is_target_N).byte().argsort(stable=True)[:most]
 
 
 def linear_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -167,6 +174,14 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if _gives_fp32(a.device):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _add_product(to: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """to += a @ b in fp32, operands as ``_product`` takes them; CUDA adds within the product."""
+    if _gives_fp32(a.device):
+        torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
+    else:
+        to += a.float() @ b.float()
 
 
 def _logits(
@@ -290,11 +305,12 @@ class _Gradients:
         accumulate = torch.promote_types(weight_VD.dtype, torch.float32)
         self.weight_grad = torch.zeros_like(weight_VD, dtype=accumulate) if needed[1] else None
 
-    def add(self, chunk: slice, logit_grad_NV: torch.Tensor) -> None:
+    def add(self, chunk: slice | torch.Tensor, logit_grad_NV: torch.Tensor) -> None:
+        """What these rows give, which are not given twice."""
         hidden_ND, weight_VD = self.hidden_ND[chunk], self.weight_VD
         if weight_VD.dtype in WIDE:
             if self.hidden_grad is not None:
-                torch.mm(logit_grad_NV, weight_VD, out=self.hidden_grad[chunk])
+                self.hidden_grad[chunk] = logit_grad_NV @ weight_VD
             if self.weight_grad is not None:
                 self.weight_grad.addmm_(logit_grad_NV.t(), hidden_ND)
             return
@@ -306,11 +322,11 @@ class _Gradients:
         for rows in _pieces(weight_VD):
             part_NR = logit_grad_NV[:, rows]
             if self.hidden_grad is not None:
-                hidden_grad_ND += _product(part_NR, weight_VD[rows])
+                _add_product(hidden_grad_ND, part_NR, weight_VD[rows])
             if self.weight_grad is not None:
-                self.weight_grad[rows] += _product(part_NR.t(), hidden_ND)
+                _add_product(self.weight_grad[rows], part_NR.t(), hidden_ND)
         if self.hidden_grad is not None:
-            self.hidden_grad[chunk] = hidden_grad_ND
+            self.hidden_grad[chunk] = hidden_grad_ND.to(self.hidden_grad.dtype)
 
     def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Both in the dtype of their operand."""

@@ -113,7 +113,8 @@ class MTPOutput(nn.Module):
         if not (distill and distill.weight):
             return self._plain(normed_BTJD, weight_VD, labels_BTJ, weights_BTJ, n_supervised)
         tensors = normed_BTJD, weight_VD, labels_BTJ, teacher_BTD
-        return distilled_cross_entropy(*tensors, distill, weights_BTJ, impl=self.loss_impl)
+        how = {"impl": self.loss_impl, "most_targets": n_supervised}
+        return distilled_cross_entropy(*tensors, distill, weights_BTJ, **how)
 
     def _plain(
         self,
