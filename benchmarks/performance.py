@@ -514,7 +514,8 @@ PARTS = {
         Table(
             "Ranks",
             "The step above on ranks of one thread, each with 2 rows: units are what FSDP gathers "
-            "(blocks, output, embedding); trunk blocks are gathered twice.",
+            "(blocks, output, embedding); trunk blocks are gathered twice, and masks for the joint "
+            "weights once.",
             ("ms", "tokens/s", "all-gathers", "reduce-scatters", "units"),
         ),
         ranks_rows,

@@ -209,11 +209,11 @@ def _logits_by_chunk(
     A CPU has all of them in one place: its allocator would give each 32 MiB back, and the kernel
     clear new ones. A GPU's keeps them, as soon as whoever asked has let go.
     """
-    out_NV, is_cpu = None, hidden_ND.device.type == "cpu"
+    out_NV, in_one_place = None, not _gives_fp32(hidden_ND.device)
     for chunk in _chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
         own = out_NV if out_NV is None else out_NV[: chunk.stop - chunk.start]
         logits_NV = _logits(hidden_ND[chunk], weight_VD, own)
-        if is_cpu and out_NV is None:
+        if in_one_place and out_NV is None:
             out_NV = logits_NV  # the first chunk is the longest
         yield chunk, logits_NV
         del logits_NV

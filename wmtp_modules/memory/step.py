@@ -170,7 +170,6 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
     _make_tables(cfg)
     on_gpu, B, T = cfg.device == "cuda", cfg.batch_size, cfg.tokenizer.max_seq_len
     chunk = loss_module.CHUNK_LOGITS_CUDA if on_gpu else loss_module.CHUNK_LOGITS_CPU
-    logits_by_chunk = _logits_of_a_gpu if on_gpu else loss_module._logits_by_chunk
     cfg = merged(cfg, {"model": cast(dict, OmegaConf.to_container(cfg.model, resolve=True))})
     two_steps = {"checkpointer": None, "compile": False, "max_steps": 2, "num_warmup_steps": 0}
     cfg = merged(cfg, two_steps)
@@ -186,7 +185,6 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(loss_module, "CHUNK_LOGITS_CPU", chunk),
         mock.patch.object(loss_module, "_gives_fp32", return_value=on_gpu),
-        mock.patch.object(loss_module, "_logits_by_chunk", logits_by_chunk),
         mock.patch.object(nf4tensor, "CHUNK_SIZE", 2**62),  # quantises nothing in many pieces
         mock.patch.object(recipe, "Watchdog", mock.MagicMock(), create=True),
         mock.patch.object(recipe, "document_mask", make_mask, create=True),
@@ -204,16 +202,6 @@ def estimate_step(cfg: DictConfig, ranks: int, recipe: ModuleType) -> Estimate:
         one._run, one._loss_step = rehearsal, rehearsal.loss_step
         one.train()
         return rehearsal.tracker.estimate()
-
-
-def _logits_of_a_gpu(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """What the loss does there, with tensors that say they are on a CPU: each chunk its own."""
-    for chunk in loss_module._chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
-        logits_NV = loss_module._logits(hidden_ND[chunk], weight_VD)
-        yield chunk, logits_NV
-        del logits_NV
 
 
 class Rehearsal:
