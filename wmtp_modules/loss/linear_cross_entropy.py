@@ -181,7 +181,7 @@ def _add_product(to: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     if _gives_fp32(a.device):
         torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
     else:
-        to += a.float() @ b.float()
+        to += _product(a, b)
 
 
 def _logits(
